@@ -1,0 +1,45 @@
+# Two commands from a fresh clone: `make quickstart` (the whole loop on a real corpus) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint bench ui clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# A current pip resolves these packages in seconds where an older one backtracks for minutes; torch comes first and
+# exactly, or another package's range pulls a newer build with gigabytes of accelerator libraries.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmflow needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes, once)"
+	@$(BIN)/pip install --quiet --upgrade "$$(grep '^pip==' constraints.txt)"
+	@$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,ui,dev]'
+	@touch $@
+
+quickstart: $(STAMP) ## the whole loop on a small real corpus, on this machine
+	@$(BIN)/mmflow quickstart
+
+test: $(STAMP) ## every test but the slow sweeps
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## every test
+	@$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP) ## formatting, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(STAMP) ## speed beside peers, written to tests/benchmarks/RESULTS.md
+	@$(BIN)/python -m tests.benchmarks
+
+ui: $(STAMP) ## Dagster's and MLflow's pages on the quickstart's workspace
+	@$(BIN)/mmflow ui
+
+clean: ## the environment and the workspace
+	rm -rf $(VENV) workspace

@@ -1,0 +1,1 @@
+"""Ray Jobs client and the lint of cluster.yaml."""

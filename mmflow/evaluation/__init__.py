@@ -1,0 +1,1 @@
+"""Metrics of a model, and the one page that a person reads about a run."""

@@ -1,0 +1,1 @@
+"""Sources to records: where images and captions come from, and what is wrong with them."""

@@ -1,0 +1,1 @@
+"""Dataset to batches: sample order, reader, transforms, tokenising."""

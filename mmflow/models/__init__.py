@@ -1,0 +1,1 @@
+"""Encoders, the composed models, model packages."""

@@ -1,0 +1,144 @@
+"""The model package: a plain directory that anyone can read and nothing in it can run code.
+
+`model.safetensors`, `config.json`, `tokenizer.json`, `preprocessor_config.json`, and `mmflow.json`, published last, with
+the sha256 of each file and where the model came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmflow.artifacts import content_hash, exists, join, read_bytes, read_json, write_bytes, write_json
+from mmflow.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from mmflow.models.dual import DualEncoder
+
+CARD = "mmflow.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+PREPROCESSOR = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A committed package: where it lies, and its card."""
+
+    uri: str
+    card: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the files: the model's identity."""
+        return str(self.card["digest"])
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained scalars."""
+        return int(self.card["parameters"])
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to embed: its weights, its tokenizer and how its pictures are prepared."""
+
+    model: DualEncoder
+    tokenizer: Tokenizer
+    config: ModelConfig
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def write_package(
+    uri: str,
+    *,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer_json: str,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    parameters: int,
+    lineage: Mapping[str, Any],
+) -> Package:
+    """Publish a package. The card goes last, so that a package without one does not exist."""
+    from safetensors.torch import save
+
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": config.image_pixels},
+        "do_center_crop": True,
+        "crop_size": {"height": config.image_pixels, "width": config.image_pixels},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": 2,
+    }
+    files = {
+        WEIGHTS: save({name: tensor.contiguous() for name, tensor in state.items()}),
+        CONFIG: _json({"model_type": "mmflow_dual_encoder", **config.model_dump(mode="json")}),
+        TOKENIZER: tokenizer_json.encode(),
+        PREPROCESSOR: _json(preprocessor),
+    }
+    for name, data in files.items():
+        write_bytes(join(uri, name), data)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    card = {
+        "files": hashes,
+        "digest": content_hash(hashes),
+        "parameters": parameters,
+        "bytes": sum(map(len, files.values())),
+        "lineage": dict(lineage),
+    }
+    write_json(join(uri, CARD), card)
+    return Package(uri, card)
+
+
+def read_package(uri: str) -> Package:
+    """The package at `uri`, by its card alone. Raises MissingArtifactError where there is none."""
+    if not exists(join(uri, CARD)):
+        raise MissingArtifactError(f"{uri}: no {CARD}, so no model package was committed here")
+    return Package(uri, read_json(join(uri, CARD)))
+
+
+def load_package(package: Package) -> LoadedModel:
+    """Read, check and build the model, in evaluation mode, fp32, on the CPU.
+
+    Every file is checked against the card before anything is made of it. Raises CorruptArtifactError naming the file.
+    """
+    from safetensors.torch import load
+    from tokenizers import Tokenizer
+
+    from mmflow.models.dual import build_dual_encoder
+
+    files = {name: read_bytes(join(package.uri, name)) for name in package.card["files"]}
+    for name, data in files.items():
+        if hashlib.sha256(data).hexdigest() != package.card["files"][name]:
+            raise CorruptArtifactError(
+                f"{join(package.uri, name)}: altered since it was committed; restore or retrain it"
+            )
+    fields = json.loads(files[CONFIG])
+    fields.pop("model_type")
+    config = ModelConfig.model_validate(fields)
+    preprocessor = json.loads(files[PREPROCESSOR])
+    tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
+    model = build_dual_encoder("model", config, tokenizer.get_vocab_size(), seed=0)
+    model.load_state_dict(load(files[WEIGHTS]))
+    return LoadedModel(
+        model.eval(), tokenizer, config, tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"])
+    )
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

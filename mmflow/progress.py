@@ -1,0 +1,52 @@
+"""How far long work is and when it will end: a bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+LINE_SECONDS = 5.0
+
+Report = Callable[[int, int, str], None]
+"""(done, total, note): called as often as one likes."""
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A reporter for one piece of long work; what it shows goes to standard error."""
+    if not sys.stderr.isatty():
+        yield _plain(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("  {task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None, note="")
+        yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+
+
+def _plain(title: str) -> Report:
+    began = last = time.monotonic()
+    first: int | None = None  # where a resumed piece of work began: its rate counts from there
+
+    def report(done: int, total: int, note: str = "") -> None:
+        nonlocal last, first
+        first = done if first is None else first
+        now = time.monotonic()
+        if now - last < LINE_SECONDS:
+            return
+        last = now
+        advanced = done - first
+        left = f", {(total - done) * (now - began) / advanced:,.0f} s left" if advanced > 0 else ""
+        print(f"  {title} {done:,}/{total:,}{left}{'  ' + note if note else ''}", file=sys.stderr, flush=True)
+
+    return report

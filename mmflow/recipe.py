@@ -1,0 +1,160 @@
+"""One YAML file drives the loop: each stage's own settings, composed; mistakes answered with the key and the nearest
+right one."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from mmflow.artifacts import local_path
+from mmflow.config import Config
+from mmflow.errors import RecipeError
+from mmflow.evaluation.config import EvaluateConfig
+from mmflow.ingest.config import CorpusConfig
+from mmflow.registry.config import PromoteConfig
+from mmflow.scoring.config import ScoreConfig
+from mmflow.shards.config import ShardConfig
+from mmflow.training.config import DistillConfig, PretrainConfig
+
+
+class Recipe(Config):
+    """The whole loop's settings."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Names the MLflow experiment and the report."""
+    workspace: str
+    """Where artifacts go: a path, s3:// or gs://."""
+    seed: int = Field(0, ge=0)
+    """Of initial weights, sample order, augmentation and dropout."""
+    corpus: CorpusConfig | None = None
+    """A demonstration corpus to make first, which `shard` then reads; leave it out and name `shard.sources`."""
+    shard: ShardConfig = ShardConfig()
+    pretrain: PretrainConfig
+    distill: DistillConfig | None = None
+    """Leave it out to evaluate and promote the teacher itself."""
+    evaluate: EvaluateConfig
+    promote: PromoteConfig
+    score: ScoreConfig = ScoreConfig()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        if (self.corpus is None) == (not self.shard.sources):
+            raise ValueError("name either corpus or shard.sources, whichever the records come from")
+        if self.distill is None and self.promote.candidate == "student":
+            raise ValueError("promote.candidate is student, and there is no distill section; set it to teacher")
+        return self
+
+
+def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `dotted.key=value` overrides, a local workspace made absolute.
+
+    Raises RecipeError: one line with the file, the key, the value seen and what to do.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a recipe's path") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    fields = _parse(text, path)
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(fields).__name__}")
+    for override in overrides:
+        _override(fields, override)
+    try:
+        recipe = Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_explain(error)}") from error
+    workspace = local_path(recipe.workspace)
+    return recipe.model_copy(update={"workspace": str(workspace)}) if workspace else recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default spelled out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which the plain loader keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 — a SafeLoader with one more check
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}{line}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _override(fields: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override!r}: an override is key=value, such as pretrain.training.epochs=3")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = fields.get(section)
+        if inner is None:
+            inner = fields[section] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key}: {section} is {inner!r}, it has no keys of its own")
+        fields = inner
+    fields[last] = _parse(text, key)
+
+
+def _explain(error: ValidationError) -> str:
+    """The first mistake in words, and how many more there are."""
+    first, *others = error.errors()
+    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    key = ".".join(map(str, location))
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(Recipe, location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"the keys here are {', '.join(known)}"
+        told = f"{key}: unknown key; {hint}"
+    elif first["type"] == "missing":
+        told = f"{key}: missing; it is required"
+    elif first["type"] == "value_error":
+        told = f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    else:
+        told = f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+    return told + (f" (and {len(others)} more)" if others else "")
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys that the section at `location` knows."""
+    for part in location:
+        if isinstance(part, int):  # an item of a list of sections
+            continue
+        field = model.model_fields.get(part)
+        inner = _section_of(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The Config within an annotation such as `DistillConfig | None` or `list[SourceConfig]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in typing.get_args(annotation) if (found := _section_of(each))), None)
+
+
+def settings_of(section: Config | None) -> Mapping[str, Any]:
+    """A section as plain JSON values, for a stage's identity."""
+    return {} if section is None else section.model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""MLflow tracking, versions and aliases, the promotion gate."""

@@ -1,0 +1,1 @@
+"""Records to dataset: tar codec, index, manifest, the Ray Data build, verify."""

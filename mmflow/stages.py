@@ -1,0 +1,365 @@
+"""The loop's stages: what each takes, what it makes, and how it is told apart from another of its kind.
+
+    corpus ─▶ shard ─▶ pretrain ─▶ distill ─▶ evaluate ─▶ promote ─▶ score
+
+Packages below know how; this file alone knows the order. Each function returns a `Stage` that builds nothing until run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, file_sha256, join, local_path, read_artifact
+from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
+from mmflow.ingest.config import SourceConfig
+from mmflow.progress import progress
+from mmflow.recipe import Recipe, settings_of
+from mmflow.training.config import DistillConfig, PretrainConfig
+
+Inputs = Mapping[str, Artifact]
+PACKAGE = "package"
+JOURNAL = "journal.jsonl"
+TOKENIZER_CAPTIONS = 2_000_000  # a vocabulary is settled long before this many
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A stage of the loop as a recipe may have it."""
+
+    inputs: tuple[str, ...]  # the stages whose artifacts it takes, where the recipe has them
+    make: Callable[[Recipe, Inputs], Stage]
+    purpose: str
+
+
+class Loop:
+    """The stages that a recipe has. An artifact found or built once is remembered for as long as the object lives."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        absent = {"corpus"} if recipe.corpus is None else set()
+        absent |= {"distill"} if recipe.distill is None else set()
+        self.stages = tuple(name for name in DEFINITIONS if name not in absent)
+        self._artifacts: dict[str, Artifact] = {}
+
+    def inputs_of(self, name: str) -> tuple[str, ...]:
+        """The stages that `name` takes artifacts from."""
+        return tuple(each for each in DEFINITIONS[name].inputs if each in self.stages)
+
+    def plan(self, name: str) -> Stage:
+        """The stage, ready to run. Raises MissingArtifactError where a stage before it is not committed."""
+        if name not in self.stages:
+            raise RecipeError(f"{name}: this recipe has no such section")
+        return DEFINITIONS[name].make(self.recipe, {each: self.committed(each) for each in self.inputs_of(name)})
+
+    def committed(self, name: str) -> Artifact:
+        """The artifact that a stage has committed. Raises MissingArtifactError naming what to run."""
+        if name not in self._artifacts:
+            stage = self.plan(name)
+            uri = stage.directory(self.recipe.workspace)
+            if not exists(join(uri, MANIFEST)):
+                raise MissingArtifactError(
+                    f"{uri}: stage {name} is not committed for this recipe; run `mmflow {name} …` first, or the whole loop"
+                    " with `mmflow run …`"
+                )
+            self._artifacts[name] = read_artifact(uri, stage.kind)
+        return self._artifacts[name]
+
+    def run(self, name: str) -> Artifact:
+        """The stage's artifact, built now if it was not there."""
+        self._artifacts[name] = self.plan(name).run(self.recipe.workspace)
+        return self._artifacts[name]
+
+
+# --- corpus ---------------------------------------------------------------------------------------------------------
+
+
+def _corpus(recipe: Recipe, inputs: Inputs) -> Stage:
+    assert recipe.corpus is not None
+
+    def build(uri: str) -> Mapping[str, Any]:
+        from mmflow.ingest.openmoji import write_openmoji
+
+        directory = local_path(uri)
+        if directory is None:
+            raise MisuseError(f"{uri}: a demonstration corpus is drawn on a local disk; use a local workspace")
+        with progress("corpus") as report:
+            records = write_openmoji(
+                directory,
+                image_pixels=recipe.corpus.image_pixels,
+                unseen_concept_share=recipe.corpus.unseen_concept_share,
+                unseen_variant_share=recipe.corpus.unseen_variant_share,
+                seed=recipe.corpus.seed,
+                progress=lambda done, total: report(done, total, ""),
+            )
+        return {"records": records, "fingerprint": _directory_hash(directory)}
+
+    return Stage(name="corpus", kind="corpus", version=1, settings=settings_of(recipe.corpus), build=build)
+
+
+def _directory_hash(directory: Path) -> str:
+    """sha256 over the names and bytes of a directory's files, those of the commit protocol aside."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and not path.name.startswith(".") and path.parent != directory or path.suffix == ".jsonl":
+            digest.update(f"{path.relative_to(directory)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# --- shard ----------------------------------------------------------------------------------------------------------
+
+
+def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
+    settings = recipe.shard
+    sources = settings.sources
+    if "corpus" in inputs:
+        sources = [SourceConfig(kind="jsonl", uri=inputs["corpus"].file("records.jsonl"))]
+        fingerprints = {"corpus": inputs["corpus"].fingerprint}
+    else:
+        # The list of records alone: a picture changed behind an unchanged list is found by `mmflow verify`, not here.
+        fingerprints = {f"source {number}": file_sha256(source.uri) for number, source in enumerate(sources)}
+
+    def build(uri: str) -> Mapping[str, Any]:
+        from mmflow.cluster.local import ensure_ray
+        from mmflow.shards.build import build_dataset
+
+        ensure_ray(num_cpus=1)
+        with progress("shard") as report:
+            return build_dataset(
+                uri,
+                sources=sources,
+                image=settings.image,
+                captions=settings.captions,
+                samples_per_shard=settings.samples_per_shard,
+                seed=settings.seed,
+                progress=lambda done, total: report(done, total, "shards"),
+            )
+
+    # Where the sources lie is left out: moved records are the same records.
+    identity = {name: value for name, value in settings_of(settings).items() if name != "sources"}
+    return Stage(name="shard", kind="dataset", version=1, settings=identity, inputs=fingerprints, build=build)
+
+
+# --- pretrain and distill -------------------------------------------------------------------------------------------
+
+
+def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
+    def tokenizer_json() -> str:
+        from mmflow.loading.reader import Reader
+        from mmflow.loading.tokens import train_tokenizer
+        from mmflow.shards.dataset import open_dataset
+
+        reader = Reader(open_dataset(inputs["shard"].uri), recipe.pretrain.loader.split)
+        captions = (caption.text for sample in reader for caption in sample.captions)
+        bounded = (text for _, text in zip(range(TOKENIZER_CAPTIONS), captions, strict=False))
+        return str(train_tokenizer(bounded, recipe.pretrain.model.vocabulary_size).to_str())
+
+    build = partial(_train, recipe, "pretrain", recipe.pretrain, inputs, tokenizer_json)
+    return _training_stage(recipe, "pretrain", recipe.pretrain, inputs, build)
+
+
+def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
+    assert recipe.distill is not None
+
+    def tokenizer_json() -> str:
+        from mmflow.artifacts import read_bytes
+        from mmflow.models.package import TOKENIZER
+
+        return read_bytes(inputs["pretrain"].file(PACKAGE, TOKENIZER)).decode()
+
+    build = partial(_train, recipe, "distill", recipe.distill, inputs, tokenizer_json)
+    return _training_stage(recipe, "distill", recipe.distill, inputs, build)
+
+
+def _training_stage(
+    recipe: Recipe,
+    name: str,
+    section: PretrainConfig | DistillConfig,
+    inputs: Inputs,
+    build: Callable[[str], Mapping[str, Any]],
+) -> Stage:
+    settings = {**settings_of(section), "seed": recipe.seed}
+    fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
+    return Stage(name=name, kind="training", version=1, settings=settings, inputs=fingerprints, build=build)
+
+
+def _train(
+    recipe: Recipe,
+    name: str,
+    section: PretrainConfig | DistillConfig,
+    inputs: Inputs,
+    tokenizer_json: Callable[[], str],
+    uri: str,
+) -> Mapping[str, Any]:
+    from mmflow.cluster.local import ensure_ray
+    from mmflow.models.package import CARD, read_package
+    from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
+    from mmflow.shards.dataset import open_dataset
+    from mmflow.training.job import TrainingJob, total_steps
+    from mmflow.training.telemetry import watch
+    from mmflow.training.workers import train_on_ray
+
+    training = section.training
+    steps = total_steps(open_dataset(inputs["shard"].uri).samples(section.loader.split), training)
+    lineage = {
+        "stage": name,
+        "identity": uri.rsplit("/", 1)[-1],
+        "recipe": recipe.name,
+        "inputs": {each: artifact.fingerprint for each, artifact in inputs.items()},
+    }
+    if not exists(join(uri, PACKAGE, CARD)):  # a driver killed after the last step has only the commit left to do
+        job = TrainingJob(
+            stage=name,
+            dataset=inputs["shard"].uri,
+            tokenizer_json=tokenizer_json(),
+            model=section.model,
+            loader=section.loader,
+            objective=section.objective,
+            training=training,
+            seed=recipe.seed,
+            package=join(uri, PACKAGE),
+            journal=join(uri, JOURNAL),
+            lineage=lineage,
+            teacher=inputs["pretrain"].file(PACKAGE) if isinstance(section, DistillConfig) else None,
+            lessons=section.lessons if isinstance(section, DistillConfig) else None,
+        )
+        ensure_ray(num_cpus=training.num_workers * training.cpus_per_worker)
+        run = TrainingRun(
+            experiment=recipe.name,
+            name=name,
+            identity=str(lineage["identity"]),
+            params=settings_of(section),
+            tags={"mmflow.stage": name, "mmflow.dataset": inputs["shard"].fingerprint},
+        )
+        journal = local_path(job.journal)
+        with progress(name) as report:
+            if journal is None:
+                train_on_ray(job, uri)
+            else:
+                with mirror(journal, run, uri=tracking_uri(recipe.workspace)), watch(journal, steps, report):
+                    train_on_ray(job, uri)
+    package = read_package(join(uri, PACKAGE))
+    return {
+        "fingerprint": package.digest,
+        "parameters": package.parameters,
+        "steps": steps,
+        "global_batch_size": training.global_batch_size,
+        "num_workers": training.num_workers,
+        "zero_stage": training.zero_stage,
+    }
+
+
+# --- evaluate, promote, score ---------------------------------------------------------------------------------------
+
+
+def _evaluate(recipe: Recipe, inputs: Inputs) -> Stage:
+    def build(uri: str) -> Mapping[str, Any]:
+        from mmflow.evaluation.stage import evaluate_models
+
+        packages = {
+            model: inputs[stage].file(PACKAGE)
+            for model, stage in (("teacher", "pretrain"), ("student", "distill"))
+            if stage in inputs
+        }
+        with progress("evaluate") as report:
+            return evaluate_models(
+                uri,
+                dataset=inputs["shard"].uri,
+                packages=packages,
+                settings=recipe.evaluate,
+                seed=recipe.seed,
+                progress=report,
+            )
+
+    fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
+    settings = {**settings_of(recipe.evaluate), "seed": recipe.seed}
+    return Stage(
+        name="evaluate", kind="evaluation", version=1, settings=settings, inputs=fingerprints, build=build
+    )
+
+
+def _promote(recipe: Recipe, inputs: Inputs) -> Stage:
+    from mmflow.registry.tracking import tracking_uri, without_credentials
+
+    candidate = inputs["distill" if recipe.promote.candidate == "student" else "pretrain"]
+    tracking = tracking_uri(recipe.workspace)
+
+    def build(uri: str) -> Mapping[str, Any]:
+        from mmflow.registry.promote import promote_candidate
+
+        return promote_candidate(
+            uri,
+            tracking=tracking,
+            settings=recipe.promote,
+            evaluation=inputs["evaluate"].uri,
+            package=candidate.file(PACKAGE),
+            dataset=inputs["shard"].uri,
+            examination=recipe.evaluate,
+        )
+
+    fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
+    # A registry in the workspace moves with it; one elsewhere is named, because a version there is not one here.
+    registry = "workspace" if tracking.startswith("sqlite:") else without_credentials(tracking)
+    settings = {**settings_of(recipe.promote), "registry": registry}
+    return Stage(name="promote", kind="promotion", version=1, settings=settings, inputs=fingerprints, build=build)
+
+
+def _score(recipe: Recipe, inputs: Inputs) -> Stage:
+    from mmflow.registry.tracking import tracking_uri
+    from mmflow.registry.versions import champion
+
+    name = recipe.promote.model
+    tracking = tracking_uri(recipe.workspace)
+    found = champion(name, uri=tracking)
+    if found is None:
+        raise MissingArtifactError(f"{name}: no version holds the champion alias, so there is nothing to score with")
+    zero_shot = recipe.evaluate.zero_shot
+    prompts = zero_shot.prompts if zero_shot else {}
+    language = recipe.evaluate.languages[0]
+
+    def build(uri: str) -> Mapping[str, Any]:
+        from mmflow.cluster.local import ensure_ray
+        from mmflow.scoring.score import score_dataset
+
+        ensure_ray(num_cpus=recipe.score.num_workers * recipe.score.cpus_per_worker)
+        with progress("score") as report:
+            return score_dataset(
+                uri,
+                dataset=inputs["shard"].uri,
+                package=found.package_uri,
+                version=found.version,
+                prompts=prompts,
+                language=language,
+                settings=recipe.score,
+                progress=report,
+            )
+
+    return Stage(
+        name="score",
+        kind="scores",
+        version=1,
+        settings={"prompts": prompts, "language": language},
+        inputs={"shard": inputs["shard"].fingerprint, "model": found.digest},
+        build=build,
+    )
+
+
+DEFINITIONS: Mapping[str, Definition] = {
+    "corpus": Definition((), _corpus, "Draw the demonstration corpus that the recipe names."),
+    "shard": Definition(("corpus",), _shard, "Clean a corpus and shard it into a dataset of WebDataset tars."),
+    "pretrain": Definition(("shard",), _pretrain, "Train the teacher on the dataset."),
+    "distill": Definition(("shard", "pretrain"), _distill, "Train the smaller student, with the teacher's help."),
+    "evaluate": Definition(
+        ("shard", "pretrain", "distill"), _evaluate, "Examine teacher, student and an untrained model on held-out rows."
+    ),
+    "promote": Definition(
+        ("shard", "pretrain", "distill", "evaluate"),
+        _promote,
+        "Register the candidate, and make it champion if the gate holds.",
+    ),
+    "score": Definition(("shard", "promote"), _score, "Score the whole dataset with the champion."),
+}

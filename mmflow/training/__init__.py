@@ -1,0 +1,1 @@
+"""DeepSpeed engine, loop, checkpoints, telemetry; the Ray Train adapter is one file."""

@@ -1,0 +1,112 @@
+"""A DeepSpeed ZeRO engine with the traps of DeepSpeed handled once, here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmflow.training.config import OptimizerConfig
+
+
+def prepare_deepspeed() -> None:
+    """Set DeepSpeed up for this machine. Call it before torch.distributed starts.
+
+    Without an accelerator DeepSpeed would compile a shared-memory extension on every rank (100 s and more), and a
+    process killed meanwhile leaves a lock on which every later run hangs.
+    """
+    accelerated = torch.cuda.is_available()
+    if not accelerated:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if not accelerated:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def build_engine(
+    module: nn.Module,
+    *,
+    optimizer: OptimizerConfig,
+    zero_stage: int,
+    precision: str,
+    global_batch_size: int,
+    total_steps: int,
+) -> Any:
+    """A `DeepSpeedEngine` that trains `module` with AdamW and its schedule. torch.distributed must be running."""
+    import deepspeed
+
+    per_rank = -(-global_batch_size // dist.get_world_size())
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": per_rank,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.gradient_clipping,  # DeepSpeed clips at 1.0 unless told
+        "zero_optimization": {"stage": zero_stage},
+        # Handing in torch's own optimizer keeps DeepSpeed from compiling one of its own for minutes.
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 1 << 60,
+    }
+    adamw = torch.optim.AdamW(
+        parameter_groups(module, optimizer.weight_decay), lr=optimizer.learning_rate, betas=(0.9, optimizer.beta2)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, learning_rate_schedule(optimizer, total_steps))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=adamw, lr_scheduler=schedule, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; norms, biases and scales, which have at most one dimension, do not."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [each for each in parameters if each.dim() > 1], "weight_decay": weight_decay},
+        {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Step → factor of the peak learning rate: linear warm-up, then a cosine to the final rate."""
+    warmup = min(optimizer.warmup_steps, total_steps - 1)
+    floor = optimizer.final_learning_rate / optimizer.learning_rate
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The fp32 weights and the buffers, on the CPU, whatever the ZeRO stage; one parameter at a time.
+
+    Collective: every rank must call it. The result is complete on every rank, so only rank 0 should keep it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.zero import GatheredParameters
+
+    keep = dist.get_rank() == 0
+    state = {}
+    for name, parameter in module.named_parameters():
+        master = safe_get_full_fp32_param(parameter)
+        if master is None:  # stage 0, fp32: the parameter is its own master
+            with GatheredParameters([parameter]):
+                master = parameter.detach()
+        if keep:
+            state[name] = master.reshape(getattr(parameter, "ds_shape", parameter.shape)).float().cpu().clone()
+    if keep:
+        persistent = set(module.state_dict())
+        for name, buffer in module.named_buffers():
+            if name in persistent:
+                state[name] = buffer.cpu().clone()
+    return state

@@ -1,0 +1,218 @@
+"""One rank of a training, whoever started it: Ray Train, torchrun, or a plain process."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from mmflow.artifacts import local_path, write_bytes
+from mmflow.distillation.config import LessonsConfig
+from mmflow.distillation.losses import feature_loss, soft_label_loss
+from mmflow.distillation.student import Student
+from mmflow.loading.batches import Batch, BatchSettings, LoaderState, batches, normalise, prefetch
+from mmflow.loading.config import LoaderConfig
+from mmflow.loading.plan import num_steps
+from mmflow.loading.reader import Reader
+from mmflow.loading.transforms import MEAN, STD
+from mmflow.models.config import ModelConfig
+from mmflow.models.dual import build_dual_encoder
+from mmflow.models.encoders import parameter_count
+from mmflow.models.package import LoadedModel, load_package, read_package, write_package
+from mmflow.objectives.config import ContrastiveConfig
+from mmflow.objectives.contrastive import contrastive_loss, global_rows
+from mmflow.shards.dataset import open_dataset
+from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
+from mmflow.training.collectives import average_buffers, gather_rows
+from mmflow.training.config import TrainingConfig
+from mmflow.training.engine import build_engine, whole_state
+from mmflow.training.loop import Losses, train
+from mmflow.training.telemetry import Journal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """All that a rank needs to know; plain data, so that it travels to other machines."""
+
+    stage: str  # the recipe's section, for errors
+    dataset: str  # URI
+    tokenizer_json: str
+    model: ModelConfig
+    loader: LoaderConfig
+    objective: ContrastiveConfig
+    training: TrainingConfig
+    seed: int
+    package: str  # URI, where rank 0 writes the trained model
+    journal: str  # URI, where rank 0 writes its telemetry
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None  # URI of a package
+    lessons: LessonsConfig | None = None
+
+
+class Host(Protocol):
+    """What starts a rank also keeps its checkpoints."""
+
+    def restore(self) -> contextlib.AbstractContextManager[Path | None]:
+        """The merged directory of the last checkpoint, or None for a fresh start."""
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Have every rank's `write` fill a directory, merge and publish them. Every rank calls it."""
+
+
+def total_steps(num_samples: int, training: TrainingConfig) -> int:
+    """Steps of the whole training."""
+    return training.epochs * num_steps(num_samples, training.global_batch_size)
+
+
+def run_rank(job: TrainingJob, host: Host) -> None:
+    """Train to the last step, from the last checkpoint where there is one, and write the package. Collective."""
+    reader = Reader(open_dataset(job.dataset), job.loader.split)
+    tokenizer = Tokenizer.from_str(job.tokenizer_json)
+    steps = total_steps(len(reader), job.training)
+    module, losses, image_pixels = _lesson(job, tokenizer.get_vocab_size())
+    engine = build_engine(
+        module,
+        optimizer=job.training.optimizer,
+        zero_stage=job.training.zero_stage,
+        precision=job.training.precision,
+        global_batch_size=job.training.global_batch_size,
+        total_steps=steps,
+    )
+    # Dropout must differ between ranks, or every rank drops the same units.
+    torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
+    step, state = 0, LoaderState()
+    with host.restore() as directory:
+        if directory is not None:
+            step, state = read_checkpoint(engine, directory)
+    settings = BatchSettings(
+        global_batch_size=job.training.global_batch_size,
+        image_pixels=image_pixels,
+        max_tokens=job.model.max_tokens,
+        window=job.loader.window,
+        seed=job.seed,
+        augment=job.loader.augment,
+        language_weights=job.loader.language_weights,
+    )
+    source = batches(reader, tokenizer, settings, state, rank=dist.get_rank(), world_size=dist.get_world_size())
+    with _journal(job.journal) as (journal, flush):
+        if journal:
+            journal.event(step, "started", epoch=state.epoch, position=state.position, workers=dist.get_world_size())
+
+        def save(step: int, state: LoaderState) -> None:
+            host.save(step, partial(write_checkpoint, engine, step=step, state=state))
+            flush()
+
+        with contextlib.closing(prefetch(source, job.loader.prefetch_batches)) as ready:
+            train(
+                engine,
+                ready,
+                losses,
+                first_step=step,
+                total_steps=steps,
+                log_every=job.training.log_every_steps,
+                checkpoint_every=job.training.checkpoint_every_steps,
+                save=save,
+                journal=journal,
+            )
+        _write(job, module)
+        flush()
+
+
+def _write(job: TrainingJob, module: nn.Module) -> None:
+    average_buffers(module)
+    model = module.model if isinstance(module, Student) else module
+    state = whole_state(model)
+    if dist.get_rank() == 0:
+        write_package(
+            job.package,
+            state=state,
+            config=job.model,
+            tokenizer_json=job.tokenizer_json,
+            mean=MEAN,
+            std=STD,
+            parameters=parameter_count(model),
+            lineage=job.lineage,
+        )
+    dist.barrier()  # no rank leaves before the package is whole
+
+
+@contextlib.contextmanager
+def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
+    """Rank 0's journal, and how to bring it to a workspace that cannot be appended to (an object store)."""
+    if dist.get_rank() != 0:
+        yield None, lambda: None
+        return
+    path = local_path(uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        here = path or Path(scratch) / "journal.jsonl"
+        journal = Journal(here)
+        try:
+            yield journal, (lambda: None) if path else (lambda: write_bytes(uri, here.read_bytes()))
+        finally:
+            journal.close()
+
+
+def _lesson(job: TrainingJob, vocabulary_size: int) -> tuple[nn.Module, Losses, int]:
+    """What is trained, by which losses, and the side of the pictures that both sides are shown."""
+    model = build_dual_encoder(f"{job.stage}.model", job.model, vocabulary_size, job.seed)
+    if job.teacher is None or job.lessons is None:
+        return model, partial(_pretraining_losses, job.objective), job.model.image_pixels
+    teacher = load_package(read_package(job.teacher))
+    teacher.model.requires_grad_(False)
+    losses = partial(_distillation_losses, job.objective, job.lessons, teacher, job.model.image_pixels)
+    pixels = max(job.model.image_pixels, teacher.config.image_pixels)
+    return Student(model, teacher.config.embedding_width), losses, pixels
+
+
+def _inputs(batch: Batch, device: torch.device, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    pixels = normalise(batch.pixels.to(device, non_blocking=True), MEAN, STD)
+    if pixels.shape[-1] != side:
+        pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+    return pixels, batch.token_ids.to(device), batch.token_mask.to(device)
+
+
+def _pretraining_losses(objective: ContrastiveConfig, engine: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    outputs = engine(*_inputs(batch, engine.device, batch.pixels.shape[-1]))
+    rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
+    loss = contrastive_loss(
+        outputs["image_embedding"],
+        outputs["text_embedding"],
+        outputs["logit_scale"],
+        rows,
+        gather_rows,
+        objective.label_smoothing,
+    )
+    return loss, {"contrastive": loss, "logit_scale": outputs["logit_scale"]}
+
+
+def _distillation_losses(
+    objective: ContrastiveConfig, lessons: LessonsConfig, teacher: LoadedModel, side: int, engine: Any, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    with torch.no_grad():
+        teacher.model.to(engine.device)
+        taught = teacher.model(*_inputs(batch, engine.device, teacher.config.image_pixels))
+    outputs = engine(*_inputs(batch, engine.device, side))
+    rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
+    parts = {
+        "contrastive": contrastive_loss(
+            outputs["image_embedding"],
+            outputs["text_embedding"],
+            outputs["logit_scale"],
+            rows,
+            gather_rows,
+            objective.label_smoothing,
+        ),
+        "soft_labels": soft_label_loss(outputs, taught, rows, gather_rows, lessons.temperature),
+        "features": feature_loss(outputs, taught, rows),
+    }
+    loss = sum((getattr(lessons, name) * part for name, part in parts.items()), torch.zeros((), device=engine.device))
+    return loss, {**parts, "logit_scale": outputs["logit_scale"]}

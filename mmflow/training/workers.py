@@ -1,0 +1,82 @@
+"""Ray Train runs the ranks: starts them, restarts them from the last checkpoint, keeps the checkpoints. Nothing else
+of training knows Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mmflow.errors import TrainingError
+from mmflow.training.job import TrainingJob, run_rank
+
+CHECKPOINTS = "checkpoints"
+KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest cannot be read
+
+
+def train_on_ray(job: TrainingJob, directory: str) -> None:
+    """Train `job` with Ray Train, checkpoints under `directory`; a second call goes on from the last one.
+
+    Ray must be initialised. Raises TrainingError once the workers have failed more often than the recipe allows.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    accelerated = ray.cluster_resources().get("GPU", 0) >= job.training.num_workers
+    resources = {"CPU": job.training.cpus_per_worker} | ({"GPU": 1} if accelerated else {})
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=job.training.num_workers, use_gpu=accelerated, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS,
+            storage_path=directory,
+            failure_config=FailureConfig(max_failures=job.training.max_restarts),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+        raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
+
+
+def _cause(error: Exception) -> str:
+    """The line of a worker's own error, out of the tracebacks that Ray wraps it in."""
+    text = str(error)
+    for failure in getattr(error, "worker_failures", {}).values():
+        text = str(failure)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _run_worker(config: dict[str, TrainingJob]) -> None:
+    job = config["job"]
+    run_rank(job, _RayHost())
+
+
+class _RayHost:
+    """Checkpoints through Ray Train: every rank reports its part, and Ray merges and publishes them."""
+
+    @contextlib.contextmanager
+    def restore(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as directory:
+            yield Path(directory)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        import ray.train
+
+        with tempfile.TemporaryDirectory() as directory:
+            write(Path(directory))
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))

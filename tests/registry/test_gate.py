@@ -1,0 +1,106 @@
+"""The gate promotes what is better and refuses every doubt: worse, missing, NaN, below a floor."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from mmflow.registry.config import PromoteConfig
+from mmflow.registry.gate import Decision, decide
+
+RECALL = "unseen_variants/text_to_image/R@1"
+RANK = "unseen_variants/text_to_image/mean_rank"
+
+
+def gate(challenger, champion, metric=RECALL, min_gain=0.0, floors=None, max_drop=None) -> Decision:
+    return decide(challenger, champion, metric=metric, min_gain=min_gain, floors=floors or {}, max_drop=max_drop or {})
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "min_gain", "promoted"),
+    [
+        (0.60, 0.50, 0.00, True),
+        (0.50, 0.50, 0.00, True),  # an equal passes at min_gain 0 …
+        (0.50, 0.50, 0.01, False),  # … and not when a gain is asked for
+        (0.57, 0.55, 0.02, True),  # exactly the gain, though 0.55 + 0.02 > 0.57 in binary
+        (0.5699, 0.55, 0.02, False),
+        (0.49, 0.50, 0.00, False),
+        (0.49, 0.50, -0.02, True),
+        (0.47, 0.50, -0.02, False),
+    ],
+)
+def test_challenger_needs_its_gain(challenger, champion, min_gain, promoted):
+    decision = gate({RECALL: challenger}, {RECALL: champion}, min_gain=min_gain)
+    assert decision.promoted is promoted
+    assert len(decision.reasons) == 1
+    if not promoted:
+        assert f"{challenger:.6g} against the champion's {champion:.6g}" in decision.reasons[0]
+
+
+@pytest.mark.parametrize(("challenger", "promoted"), [(4.0, True), (5.0, True), (5.1, False)])
+def test_less_is_better_for_ranks_and_losses(challenger, promoted):
+    assert gate({RANK: challenger}, {RANK: 5.0}, metric=RANK).promoted is promoted
+    assert gate({RANK: challenger}, None, metric=RANK, floors={RANK: 5.0}).promoted is promoted
+    drop = gate({RECALL: 1.0, RANK: challenger + 1}, {RECALL: 0.0, RANK: 5.0}, max_drop={RANK: 1.0})
+    assert drop.promoted is promoted
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "0.9"])
+def test_a_value_that_is_no_finite_number_refuses(value):
+    for metrics in ({RECALL: value}, {}):
+        for champion in (None, {RECALL: 0.1}):
+            decision = gate(metrics, champion)
+            assert not decision.promoted
+            assert RECALL in decision.reasons[0]
+    assert "missing" in gate({}, None).reasons[0]
+
+
+def test_a_champion_without_the_metric_refuses_and_says_what_to_do():
+    for champion in ({}, {RECALL: math.nan}):
+        decision = gate({RECALL: 0.9}, champion)
+        assert not decision.promoted
+        assert "evaluate the champion again" in decision.reasons[0]
+    assert not gate({RECALL: 0.9, "b": 1.0}, {RECALL: 0.1}, max_drop={"b": 1.0}).promoted
+
+
+def test_floors_bind_with_and_without_a_champion():
+    for champion in (None, {RECALL: 0.1}):
+        assert gate({RECALL: 0.3, "b": 0.2}, champion, floors={RECALL: 0.3, "b": 0.2}).promoted
+        decision = gate({RECALL: 0.3, "b": 0.19}, champion, floors={RECALL: 0.31, "b": 0.2})
+        assert not decision.promoted
+        assert len(decision.reasons) == 2
+    assert not gate({RECALL: 0.3}, None, floors={"b": 0.0}).promoted  # a floor under a metric that nobody measured
+    assert not gate({RECALL: 0.3}, None, floors={RECALL: math.nan}).promoted
+
+
+def test_max_drop_protects_the_other_metrics():
+    champion = {RECALL: 0.5, "zero_shot/accuracy": 0.8}
+    kept = gate({RECALL: 0.6, "zero_shot/accuracy": 0.79}, champion, max_drop={"zero_shot/accuracy": 0.01})
+    lost = gate({RECALL: 0.6, "zero_shot/accuracy": 0.78}, champion, max_drop={"zero_shot/accuracy": 0.01})
+    assert kept.promoted
+    assert not lost.promoted
+    failed = [check for check in lost.checks if not check.passed]
+    assert [(check.name, check.value) for check in failed] == [("zero_shot/accuracy max_drop", 0.78)]
+    assert failed[0].threshold == pytest.approx(0.79)
+    assert not gate({RECALL: 0.6}, None, max_drop={"zero_shot/accuracy": 0.01}).promoted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_gain": -math.inf},
+        {"min_gain": math.nan},
+        {"floors": {"a": math.nan}},
+        {"max_drop": {"a": math.inf}},
+        {"max_drop": {"a": -0.1}},
+        {"metric": ""},
+        {"model": "it's"},
+        {"candidate": "best"},
+        {"floor": {}},
+    ],
+)
+def test_settings_that_cannot_refuse_or_mean_nothing_are_errors(settings):
+    good = {"model": "clip", "metric": RECALL}
+    assert PromoteConfig(**good).candidate == "student"
+    with pytest.raises(ValidationError):
+        PromoteConfig(**{**good, **settings})
