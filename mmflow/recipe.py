@@ -23,6 +23,15 @@ from mmflow.shards.config import ShardConfig
 from mmflow.training.config import DistillConfig, PretrainConfig
 
 
+class ScheduleConfig(Config):
+    """When the loop runs by itself."""
+
+    cron: str
+    """Minute, hour, day of month, month, day of week."""
+    timezone: str = "UTC"
+    """An IANA name, such as Europe/Berlin."""
+
+
 class Recipe(Config):
     """The whole loop's settings."""
 
@@ -41,6 +50,8 @@ class Recipe(Config):
     evaluate: EvaluateConfig
     promote: PromoteConfig
     score: ScoreConfig = ScoreConfig()
+    schedule: ScheduleConfig | None = None
+    """When `mmflow schedule` runs the loop."""
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
@@ -84,7 +95,7 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, of which the plain loader keeps the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, file_sha256, join, local_path, read_artifact
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
-from mmflow.ingest.config import SourceConfig
+from mmflow.ingest.config import CorpusConfig, SourceConfig
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -79,7 +79,7 @@ class Loop:
 
 
 def _corpus(recipe: Recipe, inputs: Inputs) -> Stage:
-    assert recipe.corpus is not None
+    settings = recipe.corpus or CorpusConfig()
 
     def build(uri: str) -> Mapping[str, Any]:
         from mmflow.ingest.openmoji import write_openmoji
@@ -90,22 +90,22 @@ def _corpus(recipe: Recipe, inputs: Inputs) -> Stage:
         with progress("corpus") as report:
             records = write_openmoji(
                 directory,
-                image_pixels=recipe.corpus.image_pixels,
-                unseen_concept_share=recipe.corpus.unseen_concept_share,
-                unseen_variant_share=recipe.corpus.unseen_variant_share,
-                seed=recipe.corpus.seed,
+                image_pixels=settings.image_pixels,
+                unseen_concept_share=settings.unseen_concept_share,
+                unseen_variant_share=settings.unseen_variant_share,
+                seed=settings.seed,
                 progress=lambda done, total: report(done, total, ""),
             )
         return {"records": records, "fingerprint": _directory_hash(directory)}
 
-    return Stage(name="corpus", kind="corpus", version=1, settings=settings_of(recipe.corpus), build=build)
+    return Stage(name="corpus", kind="corpus", version=1, settings=settings_of(settings), build=build)
 
 
 def _directory_hash(directory: Path) -> str:
     """sha256 over the names and bytes of a directory's files, those of the commit protocol aside."""
     digest = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and not path.name.startswith(".") and path.parent != directory or path.suffix == ".jsonl":
+        if (path.is_file() and not path.name.startswith(".") and path.parent != directory) or path.suffix == ".jsonl":
             digest.update(f"{path.relative_to(directory)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -277,9 +277,7 @@ def _evaluate(recipe: Recipe, inputs: Inputs) -> Stage:
 
     fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
     settings = {**settings_of(recipe.evaluate), "seed": recipe.seed}
-    return Stage(
-        name="evaluate", kind="evaluation", version=1, settings=settings, inputs=fingerprints, build=build
-    )
+    return Stage(name="evaluate", kind="evaluation", version=1, settings=settings, inputs=fingerprints, build=build)
 
 
 def _promote(recipe: Recipe, inputs: Inputs) -> Stage:

@@ -143,8 +143,7 @@ def _base(address: str) -> str:
 
 
 def _session() -> requests.Session:
-    session = requests.Session()
-    token = _token()
+    session, token = requests.Session(), _token()
 
     def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {token}"

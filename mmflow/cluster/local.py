@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from typing import Any
 
 from mmflow.errors import ClusterError
 
@@ -26,7 +27,7 @@ def ensure_ray(num_cpus: int) -> None:
     if not ray.is_initialized():
         _start(num_cpus)
         _quieten()
-    available = ray.cluster_resources().get("CPU", 0)
+    available: float = cluster_resources("CPU")
     if available < num_cpus and not _autoscales():
         raise ClusterError(f"this Ray cluster has {available:g} CPUs, the recipe's stage needs {num_cpus}; add nodes")
 
@@ -35,9 +36,10 @@ def _start(num_cpus: int) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    settings = {"address": "auto"} if address else {"address": "local", "num_cpus": max(num_cpus, os.cpu_count() or 1)}
+    settings: dict[str, Any] = {"address": "auto"}
     if not address:
-        settings |= {"include_dashboard": False}
+        cpus = max(num_cpus, os.cpu_count() or 1)
+        settings = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     for attempt in range(1, STARTS + 1):
         try:
             ray.init(**settings, log_to_driver=False, logging_level=logging.WARNING)
@@ -49,6 +51,14 @@ def _start(num_cpus: int) -> None:
             time.sleep(2)
         else:
             return
+
+
+def cluster_resources(kind: str) -> float:
+    """How much of a resource ("CPU", "GPU") the Ray at hand has."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources.get(kind, 0.0)
 
 
 def _autoscales() -> bool:

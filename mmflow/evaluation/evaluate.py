@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,9 +70,7 @@ class Examination:
 
 def examine(loaded: LoadedModel, rows: Rows, zero_shot: ZeroShotConfig | None, batch_size: int) -> Examination:
     """Retrieval in both directions in the first language, text to image in the others, and zero-shot classes."""
-    began = time.perf_counter()
     images = embed_images(loaded, rows.samples, batch_size)
-    images_per_second = len(images) / (time.perf_counter() - began)
     first, *others = rows.captions
     similarity = _similarity(loaded, rows, first, images, batch_size)
     ranks = ranks_of_right(similarity)
@@ -88,13 +85,10 @@ def examine(loaded: LoadedModel, rows: Rows, zero_shot: ZeroShotConfig | None, b
             }
             for language in others
         },
-        "images_per_second": images_per_second,
     }
     if zero_shot is not None:
         classes = class_embeddings(loaded, zero_shot.prompts, batch_size)
-        metrics["zero_shot"] = zero_shot_metrics(
-            images, classes, list(zero_shot.prompts), rows.labels(zero_shot.label)
-        )
+        metrics["zero_shot"] = zero_shot_metrics(images, classes, list(zero_shot.prompts), rows.labels(zero_shot.label))
     best = np.argsort(-similarity, axis=1, kind="stable")[:, :GRID_RESULTS]
     return Examination(metrics, ranks, best, np.take_along_axis(similarity, best, axis=1))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ TURNS = {
 class Header:
     """What an image file says of itself; `width` and `height` are pixels as stored, before its orientation."""
 
+    image: Image.Image = field(repr=False, compare=False)  # opened, not a pixel decoded
     format: str
     mode: str  # Pillow's
     width: int
@@ -94,6 +95,7 @@ def probe(data: bytes) -> Header:
     except Exception as error:  # Pillow's parsers raise whatever they trip over: struct.error, KeyError, SyntaxError …
         raise Rejected(Reason.image_truncated, f"damaged header: {_one_line(error)}") from error
     return Header(
+        image=image,
         format=image.format or "",
         mode=image.mode,
         width=image.width,
@@ -126,7 +128,7 @@ def decode(data: bytes, header: Header, side: int) -> RGB:
         with contextlib.suppress(ValueError):  # strict about stray bytes too; Pillow tells them from a file cut short
             image = simplejpeg.decode_jpeg(data, min_height=side, min_width=side)
     if image is None:
-        image = _decode_with_pillow(data)
+        image = _decode_with_pillow(header.image)
     turns, flip = TURNS[header.orientation]
     upright = np.rot90(image, turns) if turns else image
     return np.ascontiguousarray(upright[:, ::-1] if flip else upright)
@@ -153,13 +155,10 @@ def encode(image: RGB, format: str, quality: int) -> bytes:
     return target.getvalue()
 
 
-def _decode_with_pillow(data: bytes) -> RGB:
+def _decode_with_pillow(image: Image.Image) -> RGB:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            image.load()
-            return np.asarray(_to_rgb(image))
+        image.load()
+        return np.asarray(_to_rgb(image))
     except (Rejected, MemoryError):  # short of memory is this machine's trouble; the verdict must not depend on it
         raise
     except Exception as error:  # as in `probe`
@@ -175,6 +174,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise Rejected(Reason.image_unsupported, "floating-point pixels have no agreed range")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema() == (255, 255):
+            return layer.convert("RGB")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*BACKGROUND, 255)), layer).convert("RGB")
     return image.convert("RGB")
 

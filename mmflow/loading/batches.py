@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +129,7 @@ def normalise(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float
     return (pixels.float() - shift) * scale
 
 
-def prefetch(source: Iterator[Batch], depth: int) -> Iterator[Batch]:
+def prefetch(source: Iterator[Batch], depth: int) -> Generator[Batch, None, None]:
     """The same batches, prepared ahead by a thread; its error is raised here, and it ends when the consumer does.
 
     A thread is enough: decoding, resampling, tokenising and hashing all release the interpreter's lock.

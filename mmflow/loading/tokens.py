@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,12 +14,31 @@ SPECIAL = [PAD, UNKNOWN, FIRST, LAST, MASK]
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """A BERT-like tokenizer: lower case, accents stripped, Chinese characters apart, word pieces; `[PAD]` is id 0."""
+    """A BERT-like tokenizer: lower case, accents stripped, Chinese characters apart, word pieces; `[PAD]` is id 0.
+
+    The same captions give the same vocabulary. The trainer alone does not: it meets characters in the order of a hash
+    map, which differs from call to call, and drops the rarer ones past a thousand. So every character is named to it
+    beforehand, in order.
+    """
+    normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True, handle_chinese_chars=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for caption in captions:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    starts = sorted({character for word in words for character in word})
+    continuations = sorted({f"##{character}" for word in words for character in word[1:]})
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True, handle_chinese_chars=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=SPECIAL + starts + continuations,
+        limit_alphabet=len(starts) + len(continuations) + 1,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(words.elements()), trainer)
+    # Built anew from the vocabulary, because characters named to the trainer stay special tokens in its own tokenizer.
+    tokenizer = Tokenizer(models.WordPiece(vocab=tokenizer.get_vocab(), unk_token=UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     first, last = SPECIAL.index(FIRST), SPECIAL.index(LAST)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{FIRST} $A {LAST}", special_tokens=[(FIRST, first), (LAST, last)]

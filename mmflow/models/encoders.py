@@ -81,7 +81,7 @@ def build_encoder(
     try:
         # A pooler that nothing reads has parameters without gradients, which weigh on every all-reduce and checkpoint.
         extra = {"add_pooling_layer": False} if pooling != "pooler" and model_type in _POOLER_IS_OPTIONAL else {}
-        backbone = AutoModel.from_config(config, **extra)
+        backbone = AutoModel.from_config(config, **extra)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{key}: {model_type} cannot be built from these options ({_first_line(error)})") from error
     return Encoder(backbone, _width(key, model_type, config), pooling)

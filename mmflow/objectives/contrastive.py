@@ -36,7 +36,7 @@ class GlobalRows:
     def mean(self, values_B: Tensor) -> Tensor:
         """This rank's part of the mean over all real rows: the mean of it over ranks is that mean. Padding counts nowhere."""
         num_ranks = len(self.real_N) // len(self.real_B)
-        return (values_B * self.real_B).sum() * (num_ranks / self.real_N.sum())
+        return values_B.masked_fill(~self.real_B, 0.0).sum() * (num_ranks / self.real_N.sum())
 
 
 def global_rows(real_B: Tensor, gather: Gather, rank: int) -> GlobalRows:

@@ -132,15 +132,14 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def create_run(uri: str, run: TrainingRun) -> str:
     """The MLflow run id of this stage identity: the run of an earlier attempt reopened, or a new one.
 
-    Raises TrackingError where MLflow refuses or cannot be reached. Safe to call again after being killed half-way.
+    Raises TrackingError where MLflow refuses or cannot be reached. A kill half-way is repaired by the next call.
     """
     with explained(uri, f"open the run {run.name!r}"):
         client = connect(uri)  # before any other import of MLflow, which reads the environment
         from mlflow.entities import Param, RunTag
 
         experiment = client.get_experiment_by_name(run.experiment)
-        database = re.match(r"sqlite:///(.+)/[^/]+$", uri)
-        # By default MLflow puts artifacts in ./mlruns of whatever directory the driver was started in.
+        database = re.match(r"sqlite:///(.+)/[^/]+$", uri)  # MLflow's own choice would be ./mlruns, wherever "." is
         artifacts = f"file://{database[1]}/mlflow-artifacts" if database else None
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(run.experiment, artifacts)
         found = client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{run.identity}'", max_results=1)
@@ -223,8 +222,7 @@ class Mirror:
                     self.run_id = None  # the server came back with another database: begin anew there
                 if self.outage is None:
                     self.outage = time.monotonic()
-                    waits = "%s: metrics wait in %s, training goes on: %s"
-                    log.warning(waits, self.where, self.journal, one_line(error))
+                    log.warning("%s: metrics wait in %s: %s", self.where, self.journal, one_line(error))
 
     def send(self) -> None:
         """Send all whole lines of the journal. Raises what MLflow raises; what was sent before that stays counted."""

@@ -7,6 +7,7 @@ is exactly one bucket of shards, of which those that were finished are recognise
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +52,6 @@ def build_dataset(
     in the same place. `progress(done, total)` counts shards. Raises MmflowError where a shard cannot be written, where
     no sample is left, or where the totals do not balance.
     """
-    fingerprints = fingerprint_sources(sources)
     blocks = read_blocks(sources)
     num_records = count_records(blocks)
     num_rejected = num_records.pop(None, 0)
@@ -73,7 +73,7 @@ def build_dataset(
         "fingerprint": fingerprint_of(infos),
         "shards": [asdict(info) for info in infos],
         "totals": totals,
-        "sources": fingerprints,
+        "sources": fingerprint_sources(sources),
         "settings": {
             "image": image.model_dump(),
             "captions": captions.model_dump(),
@@ -197,4 +197,5 @@ def remove_strays(uri: str, commits: Mapping[int, ShardCommit]) -> None:
         files = {stem + extension for stem in stems}
         for found in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
             if found.is_file and found.base_name not in files:
-                system.delete_file(found.path)
+                with contextlib.suppress(FileNotFoundError):  # a killed run's last worker may still be renaming it
+                    system.delete_file(found.path)

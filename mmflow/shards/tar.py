@@ -67,10 +67,8 @@ class TarWriter:
 
     def add(self, name: str, body: bytes) -> int:
         """Append one file; return the offset of its body."""
-        self._write(header(name, len(body)))
-        offset = self.bytes
-        self._write(body)
-        self._write(bytes(padding(len(body))))
+        offset = self.bytes + BLOCK_BYTES
+        self._write(b"%b%b%b" % (header(name, len(body)), body, bytes(padding(len(body)))))
         return offset
 
     def finish(self) -> str:

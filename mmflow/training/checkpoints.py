@@ -23,7 +23,9 @@ TAG = "state"
 def write_checkpoint(engine: Any, directory: Path, step: int, state: LoaderState) -> None:
     """Write this rank's part. Collective: every rank must call it, each with a directory of its own or a shared one."""
     average_buffers(engine.module)
-    engine.save_checkpoint(str(directory), tag=TAG, client_state={"step": step, "loader": asdict(state)}, save_latest=False)
+    engine.save_checkpoint(
+        str(directory), tag=TAG, client_state={"step": step, "loader": asdict(state)}, save_latest=False
+    )
     torch.save(torch.get_rng_state(), directory / f"random-{dist.get_rank()}.pt")
 
 

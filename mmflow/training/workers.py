@@ -4,7 +4,6 @@ of training knows Ray."""
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +23,9 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
-    accelerated = ray.cluster_resources().get("GPU", 0) >= job.training.num_workers
+    accelerated = ray.cluster_resources().get("GPU", 0) >= job.training.num_workers  # type: ignore[no-untyped-call]
     resources = {"CPU": job.training.cpus_per_worker} | ({"GPU": 1} if accelerated else {})
     trainer = TorchTrainer(
         _run_worker,
@@ -42,7 +42,7 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
     )
     try:
         trainer.fit()
-    except ray.train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
 
 

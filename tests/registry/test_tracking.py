@@ -20,9 +20,7 @@ import pytest
 from mmflow.errors import MisuseError, TrackingError
 from mmflow.registry.tracking import TrainingRun, admitted, connect, create_run, mirror, tracking_uri
 
-RUN = TrainingRun(
-    experiment="nightly", name="pretrain", identity="0123456789abcdef", params={"optimizer": {"lr": 1e-3}}
-)
+RUN = TrainingRun(experiment="nightly", name="pretrain", identity="0123456789ab", params={"optimizer": {"lr": 1e-3}})
 SERVER = """
 import os, sys
 uri, artifacts, port = sys.argv[1:]
@@ -97,8 +95,7 @@ def start_server(database: Path, port: int, *, wait: bool = True) -> subprocess.
 def port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        number = listener.getsockname()[1]
-    return number
+        return int(listener.getsockname()[1])
 
 
 def test_server_killed_in_mid_stream_costs_no_point_and_no_time(database, port, tmp_path, caplog):
@@ -150,7 +147,7 @@ def test_killed_driver_goes_on_in_the_same_run_without_repeating_a_point(databas
     command = [sys.executable, "-c", DRIVER, str(journal), uri]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
-        while int(driver.stdout.readline()) < 100:
+        while int(driver.stdout.readline()) < 100 or not Path(f"{journal}.sent").exists():
             pass
         driver.kill()
     with journal.open("a") as stream:

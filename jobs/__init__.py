@@ -1,0 +1,1 @@
+"""One thin entry point a stage: what `ray job submit` runs."""

@@ -1,0 +1,259 @@
+"""The `mmflow` command. It parses, says what happened in one line each, and leaves the work to the packages below."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmflow import __version__
+from mmflow.errors import MmflowError
+
+if TYPE_CHECKING:
+    from mmflow.recipe import Recipe
+    from mmflow.stages import Loop
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Image–text corpora in, better multimodal models out, every night. `mmflow quickstart` shows the whole loop.",
+)
+models = typer.Typer(no_args_is_help=True, help="Registered versions of a model: list, show, rollback.")
+cluster = typer.Typer(no_args_is_help=True, help="The Ray cluster's launcher file.")
+app.add_typer(models, name="models")
+app.add_typer(cluster, name="cluster")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings in place of the recipe's.")
+]
+Submit = Annotated[
+    str | None, typer.Option("--submit", metavar="ADDRESS", help="Run as a Ray job there, e.g. http://head:8265.")
+]
+RecipeOption = Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="Whose workspace to look in.")]
+QUICKSTART = Path(__file__).parent.parent / "pipelines" / "quickstart.yaml"
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback behind an error.")] = False,
+) -> None:
+    """Options of every command."""
+    os.environ["MMFLOW_DEBUG"] = "1" if debug else os.environ.get("MMFLOW_DEBUG", "")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line. Exit code 0 is done, 1 failed, 2 misused; an error is one line on standard error."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except typer.Exit as error:
+        code = error.exit_code
+    except typer.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from what is committed")
+        code = 130
+    except MmflowError as error:
+        code = _fail(error, error.exit_code)
+    except Exception as error:
+        misuse = getattr(error, "exit_code", None) if hasattr(error, "format_message") else None
+        code = _fail(error.format_message(), 2) if misuse else _fail(error, 1)  # type: ignore[attr-defined]
+    finally:
+        _stop_ray()
+    sys.exit(code or 0)
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    if os.environ.get("MMFLOW_DEBUG"):
+        traceback.print_exc()
+    if isinstance(error, Exception) and not isinstance(error, MmflowError):
+        line = (
+            f"{type(error).__name__}: {' '.join(str(error).split())[:500]} (a bug? run with --debug for the traceback)"
+        )
+    else:
+        line = " ".join(str(error).split())
+    _say(f"error: {line}")
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _stop_ray() -> None:
+    if "ray" in sys.modules:
+        from mmflow.cluster.local import stop_ray
+
+        stop_ray()
+
+
+def _recipe(path: str, overrides: list[str] | None) -> Recipe:
+    from mmflow.recipe import load_recipe
+
+    return load_recipe(path, overrides or [])
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: mmflow quickstart")
+def quickstart(overrides: Overrides = None) -> None:
+    """The whole loop on a small real corpus, on this machine: minutes the first time, seconds after that."""
+    run(str(QUICKSTART), overrides)
+
+
+@app.command(epilog="Example: mmflow run pipelines/quickstart.yaml pretrain.training.epochs=30")
+def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Run a pipeline here, in process, going on from what is committed, and write its report."""
+    from pipelines.run import run_pipeline
+
+    run_pipeline(_recipe(recipe, overrides))
+
+
+def _stage_command(name: str, purpose: str) -> Callable[..., None]:
+    def command(recipe: RecipePath, overrides: Overrides = None, submit: Submit = None) -> None:
+        from mmflow.stages import Loop
+
+        loop = Loop(_recipe(recipe, overrides))
+        if submit:
+            _submit(loop, name, submit)
+        artifact = loop.run(name)
+        print(f"{name}: {'built' if artifact.built else 'already committed'}: {artifact.uri}")
+        for line in describe(name, artifact.manifest):
+            print(f"  {line}")
+
+    command.__doc__ = purpose
+    return command
+
+
+def describe(name: str, manifest: Any) -> list[str]:
+    """What a committed stage has to say for itself."""
+    from mmflow.report import summary
+
+    lines = [summary(name, manifest)]
+    return lines + [f"- {reason}" for reason in manifest.get("reasons", []) if manifest.get("decision") == "refused"]
+
+
+def _submit(loop: Loop, name: str, address: str) -> None:
+    from mmflow.artifacts import MANIFEST, exists, join
+    from mmflow.cluster.jobs import submit_stage
+    from mmflow.recipe import dump_recipe
+
+    stage = loop.plan(name)
+    manifest = join(stage.directory(loop.recipe.workspace), MANIFEST)
+    submit_stage(
+        address,
+        stage=name,
+        identity=stage.identity,
+        recipe_text=dump_recipe(loop.recipe),
+        code=Path(__file__).parent.parent,
+        committed=lambda: exists(manifest),
+        on_line=_say,
+    )
+
+
+PURPOSES = {
+    "shard": "Clean a corpus and shard it into a dataset of WebDataset tars.",
+    "pretrain": "Train the teacher on the dataset: Ray Train and DeepSpeed ZeRO.",
+    "distill": "Train the smaller student, with the teacher's help.",
+    "evaluate": "Examine teacher, student and an untrained model on held-out rows.",
+    "promote": "Register the candidate in MLflow, and make it champion if the gate holds.",
+    "score": "Score the whole dataset with the champion: embeddings, best class, similarity.",
+}
+for _name, _purpose in {"corpus": "Draw the demonstration corpus that a recipe names.", **PURPOSES}.items():
+    app.command(_name, epilog=f"Example: mmflow {_name} pipelines/quickstart.yaml")(_stage_command(_name, _purpose))
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: mmflow verify workspace/quickstart/shard/9d7638393f30a6f4")
+def verify(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's directory or URI.")],
+    all_images: Annotated[bool, typer.Option("--all-images", help="Decode every image, not a sample.")] = False,
+) -> None:
+    """Check a dataset: manifest, counts, checksums, keys, images. Exit code 1 and the list of what is wrong."""
+    from mmflow.shards.verify import verify_dataset
+
+    wrong = verify_dataset(dataset, all_images=all_images)
+    for line in wrong:
+        print(line)
+    if wrong:
+        raise MmflowError(f"{dataset}: {len(wrong)} things are wrong; restore the shards named above, or rebuild them")
+    print(f"{dataset}: whole")
+
+
+@models.command("list", epilog="Example: mmflow models list --recipe pipelines/quickstart.yaml")
+def models_list(recipe: RecipeOption = str(QUICKSTART)) -> None:
+    """Every version of the recipe's model: number, aliases, when, and the deciding metric."""
+    from mmflow.registry.tracking import tracking_uri
+    from mmflow.registry.versions import list_versions
+
+    loaded = _recipe(recipe, None)
+    for version in list_versions(loaded.promote.model, uri=tracking_uri(loaded.workspace)):
+        metric = version.metrics.get(loaded.promote.metric)
+        figure = f"{metric:.4f}" if metric is not None else "?"
+        aliases = ", ".join(version.aliases) or "-"
+        print(f"{version.version}\t{aliases}\t{version.created:%Y-%m-%d %H:%M}\t{loaded.promote.metric} {figure}")
+
+
+@models.command("show", epilog="Example: mmflow models show 1 --recipe pipelines/quickstart.yaml")
+def models_show(version: int, recipe: RecipeOption = str(QUICKSTART)) -> None:
+    """One version: its package, digest, lineage and metrics."""
+    from mmflow.registry.tracking import tracking_uri
+    from mmflow.registry.versions import list_versions
+
+    loaded = _recipe(recipe, None)
+    found = {each.version: each for each in list_versions(loaded.promote.model, uri=tracking_uri(loaded.workspace))}
+    if version not in found:
+        raise MmflowError(f"{loaded.promote.model}: no version {version}; there are {sorted(found) or 'none'}")
+    shown = found[version]
+    facts = {"package": shown.package_uri, "digest": shown.digest, "aliases": ", ".join(shown.aliases), **shown.tags}
+    for name, value in [*facts.items(), *sorted(shown.metrics.items())]:
+        print(f"{name}\t{value}")
+
+
+@models.command("rollback", epilog='Example: mmflow models rollback "complaints since Tuesday"')
+def models_rollback(reason: str, recipe: RecipeOption = str(QUICKSTART)) -> None:
+    """Make the version that was champion before champion again, and keep the reason."""
+    from mmflow.registry.tracking import tracking_uri
+    from mmflow.registry.versions import rollback
+
+    loaded = _recipe(recipe, None)
+    version = rollback(loaded.promote.model, reason, uri=tracking_uri(loaded.workspace))
+    print(f"{loaded.promote.model}: version {version.version} is champion again")
+
+
+@cluster.command("check", epilog="Example: mmflow cluster check cluster.yaml")
+def cluster_check(path: Annotated[str, typer.Argument(metavar="FILE")] = "cluster.yaml") -> None:
+    """Check a launcher file without a cloud: Ray's own schema, and what makes a cluster dear or unsafe."""
+    from mmflow.cluster.lint import check_cluster
+
+    found = check_cluster(path)
+    for line in found:
+        print(line)
+    wrong = [line for line in found if not line.startswith("warning:")]
+    if wrong:
+        raise MmflowError(f"{path}: {len(wrong)} things to change, named above")
+    print(f"{path}: sound")
+
+
+@app.command(epilog="Example: mmflow schedule pipelines/nightly.yaml")
+def schedule(recipe: RecipePath) -> None:
+    """Run the recipe's pipeline by its cron line, until stopped: Dagster's daemon, and its pages where installed."""
+    from pipelines.schedule import run_scheduler
+
+    run_scheduler(_recipe(recipe, None), str(Path(recipe).absolute()))
+
+
+@app.command(hidden=True)
+def version() -> None:
+    """The version of mmflow."""
+    print(__version__)

@@ -1,0 +1,73 @@
+"""A recipe's loop as Dagster assets, one a stage, and a report at the end. Dagster orders, retries and shows them;
+whether a stage has anything to do is for its manifest to say."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from dagster import (
+    AssetExecutionContext,
+    AssetsDefinition,
+    Definitions,
+    MaterializeResult,
+    ScheduleDefinition,
+    asset,
+    define_asset_job,
+    in_process_executor,
+)
+
+from mmflow.errors import MmflowError
+from mmflow.recipe import Recipe
+from mmflow.report import summary, write_report
+from mmflow.stages import DEFINITIONS, Loop
+from pipelines.memory import peak_memory
+
+JOB = "loop"
+# Stages share one embedded Ray and the machine's few cores; the multiprocess executor would start a Ray for each.
+EXECUTOR = in_process_executor
+
+
+def build_definitions(recipe: Recipe, cron: str | None = None, timezone: str = "UTC") -> Definitions:
+    """The recipe's assets, the job `loop` of all of them, and a nightly schedule where there is a cron line."""
+    loop = Loop(recipe)
+    assets = [_stage_asset(loop, name) for name in loop.stages] + [_report_asset(loop)]
+    job = define_asset_job(JOB, executor_def=EXECUTOR)
+    schedules = []
+    if cron:
+        schedules.append(ScheduleDefinition("nightly", job=job, cron_schedule=cron, execution_timezone=timezone))
+    return Definitions(assets=assets, jobs=[job], schedules=schedules, executor=EXECUTOR)
+
+
+def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:
+    @asset(name=name, deps=list(loop.inputs_of(name)), description=DEFINITIONS[name].purpose, group_name=JOB)
+    def run_stage(context: AssetExecutionContext) -> MaterializeResult[Any]:
+        began = time.monotonic()
+        artifact = loop.run(name)
+        told = summary(name, artifact.manifest)
+        seconds = f"{time.monotonic() - began:6.1f} s" if artifact.built else "  reused"
+        print(f"{name:<9} {seconds}  {told}", file=sys.stderr, flush=True)
+        metadata: dict[str, Any] = {"uri": artifact.uri, "built": artifact.built, "summary": told}
+        return MaterializeResult(metadata=metadata, data_version=None)
+
+    return run_stage
+
+
+def _report_asset(loop: Loop) -> AssetsDefinition:
+    began = time.monotonic()
+
+    @asset(name="report", deps=list(loop.stages), description="One page of the whole loop.", group_name=JOB)
+    def run_report(context: AssetExecutionContext) -> MaterializeResult[Any]:
+        page = write_report(loop, seconds=time.monotonic() - began, peak_memory_bytes=peak_memory())
+        return MaterializeResult(metadata={"uri": page})
+
+    return run_report
+
+
+def cause_of(error: BaseException) -> MmflowError | None:
+    """The typed error that a stage raised, out of Dagster's wrapping."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, MmflowError):
+        seen = seen.__cause__ or seen.__context__
+    return seen

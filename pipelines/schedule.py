@@ -1,0 +1,43 @@
+"""Nightly retraining: Dagster's daemon fires the recipe's cron line; its pages come up where they are installed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+from mmflow.errors import MmflowError, RecipeError
+from mmflow.recipe import Recipe
+from pipelines.run import dagster_home
+
+PAGES = ("127.0.0.1", 3070)
+
+
+def run_scheduler(recipe: Recipe, path: str) -> None:
+    """Run the daemon, and the pages on loopback, until stopped or one of them ends.
+
+    Raises RecipeError where the recipe has no `schedule`, MmflowError where the daemon ends by itself.
+    """
+    if recipe.schedule is None:
+        raise RecipeError(f"{path}: no schedule section; add `schedule: {{cron: '0 2 * * *'}}`")
+    environment = os.environ | {"DAGSTER_HOME": dagster_home(recipe), "MMFLOW_RECIPE": path}
+    commands = [[sys.executable, "-m", "dagster._daemon", "run", "-m", "pipelines.definitions"]]
+    print(f"{recipe.name}: {recipe.schedule.cron} {recipe.schedule.timezone}", file=sys.stderr, flush=True)
+    if find_spec("dagster_webserver"):
+        host, port = PAGES
+        commands.append(
+            [sys.executable, "-m", "dagster_webserver", "-m", "pipelines.definitions", "-h", host, "-p", str(port)]
+        )
+        print(f"http://{host}:{port}", file=sys.stderr, flush=True)
+    running = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        running[0].wait()
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=20)
+    raise MmflowError(f"{recipe.name}: Dagster's daemon ended with {running[0].returncode}; its log is above")
