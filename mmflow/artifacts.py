@@ -44,7 +44,7 @@ def local_path(uri: str) -> Path | None:
 
 def join(uri: str, *parts: str) -> str:
     """`uri/part/…`, keeping the query that an s3:// URI may carry at its end."""
-    base, query, options = uri.partition("?")
+    base, query, options = uri.partition("?") if local_path(uri) is None else (uri, "", "")
     return "/".join([base.rstrip("/"), *parts]) + query + options
 
 
@@ -194,8 +194,8 @@ def read_artifact(uri: str, kind: str | None = None) -> Artifact:
     manifest = read_json(join(uri, MANIFEST))
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT_VERSION:
         raise CorruptArtifactError(f"{uri}: {MANIFEST} is not of format {FORMAT_VERSION}; was it written by mmflow?")
-    if kind is not None and manifest["kind"] != kind:
-        raise MisuseError(f"{uri}: this is a {manifest['kind']}, a {kind} is needed")
+    if kind is not None and manifest.get("kind") != kind:
+        raise MisuseError(f"{uri}: this is a {manifest.get('kind')}, a {kind} is needed")
     return Artifact(uri, manifest)
 
 

@@ -180,9 +180,9 @@ def verify(
     all_images: Annotated[bool, typer.Option("--all-images", help="Decode every image, not a sample.")] = False,
 ) -> None:
     """Check a dataset: manifest, counts, checksums, keys, images. Exit code 1 and the list of what is wrong."""
-    from mmflow.shards.verify import verify_dataset
+    from mmflow.shards.verify import DECODED_SAMPLES, verify_dataset
 
-    wrong = verify_dataset(dataset, all_images=all_images)
+    wrong = verify_dataset(dataset, decoded_samples=None if all_images else DECODED_SAMPLES)
     for line in wrong:
         print(line)
     if wrong:
@@ -257,3 +257,7 @@ def schedule(recipe: RecipePath) -> None:
 def version() -> None:
     """The version of mmflow."""
     print(__version__)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,14 +41,15 @@ def progress(title: str) -> Iterator[Report]:
 def _plain(title: str) -> Report:
     began = last = time.monotonic()
     first: int | None = None  # where a resumed piece of work began: its rate counts from there
+    shown = -1
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last, first
+        nonlocal last, first, shown
         first = done if first is None else first
         now = time.monotonic()
-        if now - last < LINE_SECONDS:
+        if now - last < LINE_SECONDS or done == shown:
             return
-        last = now
+        last, shown = now, done
         advanced = done - first
         left = f", {(total - done) * (now - began) / advanced:,.0f} s left" if advanced > 0 else ""
         print(f"  {title} {done:,}/{total:,}{left}{'  ' + note if note else ''}", file=sys.stderr, flush=True)

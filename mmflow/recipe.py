@@ -4,8 +4,9 @@ right one."""
 from __future__ import annotations
 
 import difflib
+import re
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,26 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the plain loader keeps the last without a word."""
+    """YAML that refuses a key given twice, of which the plain loader keeps the last without a word.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    It also reads 1e-3 as the number that everybody means by it, where YAML 1.1 asks for a point and takes it for text.
+    """
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Before merge keys (<<) are flattened, after which a key that overrides a merged one stands twice by right.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -128,8 +141,8 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake in words, and how many more there are."""
-    first, *others = error.errors()
+    """The first mistake in words, and how many more there are; a misspelt key before the missing one that it stands for."""
+    first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     key = ".".join(map(str, location))
     if first["type"] == "extra_forbidden":

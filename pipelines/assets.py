@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 from dagster import (
-    AssetExecutionContext,
     AssetsDefinition,
     Definitions,
     MaterializeResult,
@@ -42,7 +41,7 @@ def build_definitions(recipe: Recipe, cron: str | None = None, timezone: str = "
 
 def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:
     @asset(name=name, deps=list(loop.inputs_of(name)), description=DEFINITIONS[name].purpose, group_name=JOB)
-    def run_stage(context: AssetExecutionContext) -> MaterializeResult[Any]:
+    def run_stage() -> MaterializeResult[Any]:
         began = time.monotonic()
         artifact = loop.run(name)
         told = summary(name, artifact.manifest)
@@ -58,7 +57,7 @@ def _report_asset(loop: Loop) -> AssetsDefinition:
     began = time.monotonic()
 
     @asset(name="report", deps=list(loop.stages), description="One page of the whole loop.", group_name=JOB)
-    def run_report(context: AssetExecutionContext) -> MaterializeResult[Any]:
+    def run_report() -> MaterializeResult[Any]:
         page = write_report(loop, seconds=time.monotonic() - began, peak_memory_bytes=peak_memory())
         return MaterializeResult(metadata={"uri": page})
 

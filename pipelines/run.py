@@ -42,7 +42,7 @@ def run_pipeline(recipe: Recipe) -> None:
     watch_memory()
     dagster_home(recipe)
     print(f"{recipe.name}: {recipe.workspace}", file=sys.stderr, flush=True)
-    job = build_definitions(recipe).get_job_def(JOB)
+    job = build_definitions(recipe).resolve_job_def(JOB)
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     with DagsterInstance.get() as instance:
         try:

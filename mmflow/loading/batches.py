@@ -60,8 +60,10 @@ def batches(
     shard_samples = tuple(shard.samples for shard in reader.shards)
     slots = rank_slots(settings.global_batch_size, rank, world_size)
     steps = num_steps(len(reader), settings.global_batch_size)
+    plan = EpochPlan(shard_samples, settings.seed, state.epoch, settings.window)
     while True:
-        plan = EpochPlan(shard_samples, settings.seed, state.epoch, settings.window)
+        if plan.epoch != state.epoch:
+            plan = EpochPlan(shard_samples, settings.seed, state.epoch, settings.window)
         step = state.position // settings.global_batch_size
         positions, real = batch_positions(len(reader), settings.global_batch_size, step, slots)
         step += 1
@@ -134,10 +136,10 @@ def prefetch(source: Iterator[Batch], depth: int) -> Generator[Batch, None, None
 
     A thread is enough: decoding, resampling, tokenising and hashing all release the interpreter's lock.
     """
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)  # None: the source has ended
     stopped = threading.Event()
 
-    def offer(item: Batch | BaseException) -> bool:
+    def offer(item: Batch | BaseException | None) -> bool:
         while not stopped.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -151,6 +153,7 @@ def prefetch(source: Iterator[Batch], depth: int) -> Generator[Batch, None, None
             for batch in source:
                 if not offer(batch):
                     return
+            offer(None)
         except BaseException as error:  # whatever it is belongs to the consumer, who would otherwise wait for ever
             offer(error)
 
@@ -160,6 +163,8 @@ def prefetch(source: Iterator[Batch], depth: int) -> Generator[Batch, None, None
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item
+            if item is None:
+                return
             yield item
     finally:
         stopped.set()

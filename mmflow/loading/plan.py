@@ -30,6 +30,11 @@ class EpochPlan:
         return sum(self.shard_samples)
 
     @cached_property
+    def _shard_sizes(self) -> NDArray[np.int64]:
+        # (num_shards,)
+        return np.asarray(self.shard_samples, dtype=np.int64)
+
+    @cached_property
     def _shard_order(self) -> NDArray[np.int64]:
         # (num_shards,)
         return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.shard_samples))
@@ -37,7 +42,7 @@ class EpochPlan:
     @cached_property
     def _shard_ends(self) -> NDArray[np.int64]:
         # (num_shards,): where each permuted shard ends on the line
-        return np.cumsum(np.asarray(self.shard_samples, dtype=np.int64)[self._shard_order])
+        return np.cumsum(self._shard_sizes[self._shard_order])
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row) of each position of the epoch; all three arrays are (n,) int64."""
@@ -51,7 +56,7 @@ class EpochPlan:
         # (n,): index among the permuted shards
         ordinals = np.searchsorted(self._shard_ends, places, side="right")
         shards = self._shard_order[ordinals]
-        starts = self._shard_ends[ordinals] - np.asarray(self.shard_samples, dtype=np.int64)[shards]
+        starts = self._shard_ends[ordinals] - self._shard_sizes[shards]
         return shards, places - starts
 
     def _window_size(self, window: int) -> int:

@@ -84,8 +84,8 @@ class Reader:
                 )
             bodies[member] = body
         fields = json.loads(bodies["json"])
-        captions = tuple(Caption(each["text"], each["language"]) for each in fields.pop("captions"))
-        return Sample(opened.keys[row], bodies["image"], opened.extensions[row], captions, fields)
+        captions = tuple(Caption(each["text"], each["language"]) for each in fields["captions"])
+        return Sample(opened.keys[row], bodies["image"], opened.extensions[row], captions, fields["metadata"])
 
     def _open_shard(self, ordinal: int) -> _OpenShard:
         shard: ShardInfo = self.shards[ordinal]

@@ -65,6 +65,7 @@ def build_encoder(
     `key` is the recipe's key, for errors. Raises RecipeError for an unknown type or an option that the type lacks:
     `transformers` itself would take any word and use the default without a sound.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto import configuration_auto
 
@@ -77,13 +78,13 @@ def build_encoder(
         if option not in known:
             raise RecipeError(f"{key}.options.{option}: {model_type} has no such option{_nearest(option, known)}")
     settings = {name: value for name, value in derived.items() if value and name in known} | dict(options)
-    config = AutoConfig.for_model(model_type, **settings)
     try:
+        config = AutoConfig.for_model(model_type, **settings)
         # A pooler that nothing reads has parameters without gradients, which weigh on every all-reduce and checkpoint.
         extra = {"add_pooling_layer": False} if pooling != "pooler" and model_type in _POOLER_IS_OPTIONAL else {}
         backbone = AutoModel.from_config(config, **extra)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{key}: {model_type} cannot be built from these options ({_first_line(error)})") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise RecipeError(f"{key}: {model_type} cannot be built from these options ({_one_line(error)})") from error
     return Encoder(backbone, _width(key, model_type, config), pooling)
 
 
@@ -103,8 +104,8 @@ def _nearest(word: str, known: Mapping[str, Any]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def parameter_count(module: nn.Module) -> int:

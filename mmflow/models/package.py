@@ -106,10 +106,14 @@ def write_package(
 
 
 def read_package(uri: str) -> Package:
-    """The package at `uri`, by its card alone. Raises MissingArtifactError where there is none."""
+    """The package at `uri`, by its card alone. Raises MissingArtifactError where there is none, CorruptArtifactError
+    where the digest is not that of the files it lists."""
     if not exists(join(uri, CARD)):
         raise MissingArtifactError(f"{uri}: no {CARD}, so no model package was committed here")
-    return Package(uri, read_json(join(uri, CARD)))
+    card = read_json(join(uri, CARD))
+    if not isinstance(card, dict) or card.get("digest") != content_hash(card.get("files")):
+        raise CorruptArtifactError(f"{join(uri, CARD)}: altered since it was committed; restore or retrain the model")
+    return Package(uri, card)
 
 
 def load_package(package: Package) -> LoadedModel:

@@ -35,9 +35,13 @@ def read_checkpoint(engine: Any, directory: Path) -> tuple[int, LoaderState]:
     DeepSpeed can start from scratch in silence when it does not find what it expects (DeepSpeed#6691), so what it says
     it loaded is checked. Raises CorruptArtifactError.
     """
-    found, client_state = engine.load_checkpoint(str(directory), tag=TAG)
+    not_whole = f"{directory}: not a whole checkpoint ({sorted(os.listdir(directory))}); delete it"
+    try:
+        found, client_state = engine.load_checkpoint(str(directory), tag=TAG)
+        random_state = torch.load(directory / f"random-{dist.get_rank()}.pt", weights_only=True)
+    except Exception as error:  # a file gone, cut short or of another world size: DeepSpeed raises whatever it trips over
+        raise CorruptArtifactError(f"{not_whole} ({' '.join(str(error).split())[:300]})") from error
     if found is None or "step" not in client_state or engine.global_steps != client_state["step"]:
-        raise CorruptArtifactError(f"{directory}: not a whole checkpoint ({sorted(os.listdir(directory))}); delete it")
-    random_state = directory / f"random-{dist.get_rank()}.pt"
-    torch.set_rng_state(torch.load(random_state, weights_only=True))
+        raise CorruptArtifactError(not_whole)
+    torch.set_rng_state(random_state)
     return int(client_state["step"]), LoaderState(**client_state["loader"])

@@ -33,7 +33,9 @@ def train(
 ) -> None:
     """Run steps `first_step` … `total_steps`, saving every `checkpoint_every`. Every rank calls it; rank 0 has a journal.
 
-    Raises TrainingError when the mean loss of an interval is not finite.
+    An interval of the journal also ends at each checkpoint: so a resumed run writes the same lines as one that was never
+    stopped, and no checkpoint is saved that was not looked at. Raises TrainingError when the mean loss of an interval,
+    or its last gradient, is not finite.
     """
     engine.train()
     interval = _Interval()
@@ -45,20 +47,23 @@ def train(
         engine.backward(loss)
         engine.step()
         interval.add(loss, parts, batch)
-        if step % log_every == 0 or step == total_steps:
+        checkpoint_due = step % checkpoint_every == 0 and step < total_steps
+        if step % log_every == 0 or step == total_steps or checkpoint_due:
             metrics = interval.close()
             metrics["learning_rate"] = engine.get_lr()[0]
             metrics["gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
             metrics["skipped_steps"] = float(engine.skipped_steps)
             if journal:
                 journal.metrics(step, metrics)
-            if not math.isfinite(metrics["loss"]):  # a mean over ranks, so every rank raises
+            # Both are of all ranks, so every rank raises. DeepSpeed tells a norm that is not finite as -1.
+            if not math.isfinite(metrics["loss"]) or not 0 <= metrics["gradient_norm"] < math.inf:
                 raise TrainingError(
-                    f"step {step}: the loss is {metrics['loss']}; lower learning_rate, or look at the samples of "
-                    f"epoch {batch.state.epoch} before position {batch.state.position}"
+                    f"step {step}: the loss is {metrics['loss']}, the gradient's norm {metrics['gradient_norm']}; lower "
+                    f"learning_rate, or look at the samples of epoch {batch.state.epoch} before position "
+                    f"{batch.state.position}"
                 )
             interval = _Interval()
-        if step % checkpoint_every == 0 and step < total_steps:
+        if checkpoint_due:
             save(step, batch.state)
             if journal:
                 journal.event(step, "checkpoint", epoch=batch.state.epoch, position=batch.state.position)

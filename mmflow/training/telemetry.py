@@ -21,7 +21,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # torn: end it, or it takes the next line with it
+            os.write(self._descriptor, b"\n")
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Means over the interval that ends with `step`."""

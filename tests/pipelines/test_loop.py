@@ -1,0 +1,214 @@
+"""The whole loop: it runs, it is reused, it is resumed after kill -9 of workers and drivers, and its gate refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset
+import pytest
+
+from mmflow.artifacts import MANIFEST
+from mmflow.recipe import Recipe, load_recipe
+from mmflow.registry.tracking import tracking_uri
+from mmflow.registry.versions import champion, list_versions
+from mmflow.shards.verify import verify_dataset
+from mmflow.training.telemetry import read_journal
+from pipelines.run import run_pipeline
+from tests.tiny import tiny_fields, write_recipe, write_shapes
+
+STAGES = ["shard", "pretrain", "distill", "evaluate", "promote", "score"]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shapes(tmp_path_factory.mktemp("shapes") / "corpus")
+
+
+@pytest.fixture(scope="module")
+def recipe(records: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    directory = tmp_path_factory.mktemp("loop")
+    return load_recipe(write_recipe(directory / "tiny.yaml", tiny_fields(directory / "workspace", records)))
+
+
+@pytest.fixture(scope="module")
+def report(recipe: Recipe, ray_cluster: None) -> dict[str, Any]:
+    """The report of an uninterrupted run."""
+    run_pipeline(recipe)
+    return read_report(recipe)
+
+
+def read_report(recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(recipe.workspace) / "report.json").read_text())
+    return found
+
+
+def statuses(report: dict[str, Any]) -> dict[str, str]:
+    return {stage["stage"]: stage["status"] for stage in report["stages"]}
+
+
+def fingerprints(report: dict[str, Any]) -> list[str]:
+    return [stage["output"] for stage in report["lineage"]]
+
+
+def test_every_stage_commits_one_artifact_and_the_totals_agree(recipe: Recipe, report: dict[str, Any]) -> None:
+    assert statuses(report) == dict.fromkeys(STAGES, "built")
+    for stage in STAGES:
+        assert len(list(Path(recipe.workspace, stage).glob(f"*/{MANIFEST}"))) == 1
+    assert report["dataset"]["samples"] == 52
+    assert report["dataset"]["quarantine"]["reasons"] == {"caption_missing": 1, "image_missing": 1}
+    assert report["scores"]["rows"] == 52
+    assert report["promotion"]["decision"] == "promoted"
+    assert [report["training"][role]["restarts"] for role in ("teacher", "student")] == [0, 0]
+    (dataset,) = Path(recipe.workspace, "shard").iterdir()
+    assert verify_dataset(str(dataset)) == []
+
+
+def test_the_report_page_stands_alone(recipe: Recipe, report: dict[str, Any]) -> None:
+    page = (Path(recipe.workspace) / "report.html").read_text()
+    assert "red circle" in page
+    assert 'src="http' not in page
+    assert "caption_missing" in page
+
+
+def test_every_sample_is_scored_once_by_the_champion(recipe: Recipe, report: dict[str, Any]) -> None:
+    (scores,) = Path(recipe.workspace, "score").glob("*/scores")
+    table = pyarrow.dataset.dataset(scores).to_table()
+    assert len(set(table["key"].to_pylist())) == table.num_rows == 52
+    assert set(table["best_class"].to_pylist()) <= {"circle", "square", "bar"}
+    assert all(-1.001 <= each <= 1.001 for each in table["similarity"].to_pylist())
+    held = champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
+    assert held is not None
+    assert held.digest == report["scores"]["model_digest"]
+
+
+def test_training_is_in_mlflow_as_one_finished_run_a_stage(recipe: Recipe, report: dict[str, Any]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri(recipe.workspace))
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["distill", "pretrain"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    teacher = next(run for run in runs if run.info.run_name == "pretrain")
+    logged = [(point.step, point.value) for point in client.get_metric_history(teacher.info.run_id, "loss")]
+    assert sorted(logged) == [tuple(point) for point in report["training"]["teacher"]["curves"]["loss"]]
+
+
+def test_a_second_run_builds_nothing(recipe: Recipe, report: dict[str, Any]) -> None:
+    run_pipeline(recipe)
+    again = read_report(recipe)
+    assert statuses(again) == dict.fromkeys(STAGES, "reused")
+    assert fingerprints(again) == fingerprints(report)
+
+
+def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
+    recipe: Recipe, report: dict[str, Any], tmp_path: Path
+) -> None:
+    before = champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
+    fields = recipe.model_dump(mode="json")
+    fields["distill"]["training"] |= {"epochs": 1, "optimizer": {"learning_rate": 1e-9}}
+    fields["promote"]["min_gain"] = 0.01
+    run_pipeline(load_recipe(write_recipe(tmp_path / "worse.yaml", fields)))
+    worse = read_report(recipe)
+    assert statuses(worse) == {
+        "shard": "reused",
+        "pretrain": "reused",
+        "distill": "built",
+        "evaluate": "built",
+        "promote": "built",
+        "score": "reused",
+    }
+    assert worse["promotion"]["decision"] == "refused"
+    assert "held_out/text_to_image/R@5" in worse["promotion"]["reasons"][0]
+    assert champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace)) == before
+    by_alias = {alias: each.version for each in list_versions("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
+                for alias in each.aliases}
+    assert by_alias == {"champion": 1, "challenger": 2}
+
+
+def test_a_worker_killed_in_pretraining_costs_no_step_and_changes_no_weight(
+    recipe: Recipe, report: dict[str, Any], records: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mmflow.stages import Loop
+
+    again = load_recipe(write_recipe(tmp_path / "tiny.yaml", tiny_fields(tmp_path / "workspace", records)))
+    loop = Loop(again)
+    loop.run("shard")
+    journal = Path(loop.plan("pretrain").directory(again.workspace)) / "journal.jsonl"
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(loop.run, "pretrain")
+        wait_for(lambda: any(line.get("event") == "checkpoint" for line in read_journal(journal)), training.done)
+        victims = [each for each in psutil.process_iter() if worker_of(each, os.getpid())]
+        assert len(victims) == 2
+        victims[0].kill()
+        artifact = training.result(timeout=300)
+    starts = [line["step"] for line in read_journal(journal) if line.get("event") == "started"]
+    assert len(starts) == 2
+    assert starts[1] > 0
+    steps = {line["step"] for line in read_journal(journal) if "metrics" in line}
+    assert steps == set(range(1, artifact.manifest["steps"] + 1))
+    assert f"training {artifact.fingerprint[:12]}" in fingerprints(report)
+
+
+def worker_of(process: psutil.Process, driver: int) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline()) and driver in [each.pid for each in process.parents()]
+    except psutil.Error:
+        return False
+
+
+def wait_for(happened: Callable[[], bool], ended: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert not ended(), "it ended before what was waited for"
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
+    report: dict[str, Any], records: str, tmp_path: Path
+) -> None:
+    fields = tiny_fields(tmp_path / "workspace", records)
+    path = write_recipe(tmp_path / "tiny.yaml", fields)
+    recipe = load_recipe(path)
+    workspace = tmp_path / "workspace"
+    # What is seen once each stage has begun, and before it can be committed.
+    begun = {
+        "shard": "shard/*/.lock",
+        "pretrain": "pretrain/*/checkpoints/checkpoints/checkpoint_*",
+        "distill": "distill/*/journal.jsonl",
+        "evaluate": "evaluate/*/.lock",
+        "promote": "promote/*/.lock",
+        "score": "score/*/.lock",
+    }
+    killed = []
+    for stage, sign in begun.items():
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "mmflow.cli", "run", path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        wait_for(lambda sign=sign: any(workspace.glob(sign)), lambda: driver.poll() is not None)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        if not list(workspace.glob(f"{stage}/*/{MANIFEST}")):
+            killed.append(stage)
+    assert killed == list(begun)
+    done = subprocess.run([sys.executable, "-m", "mmflow.cli", "run", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(workspace / "report.html")
+    finished = read_report(recipe)
+    assert fingerprints(finished) == fingerprints(report)
+    assert not list(workspace.rglob(".staging-*"))

@@ -1,0 +1,118 @@
+"""The command line as its user meets it: exit codes, one line an error, an untouched workspace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmflow.cli import PURPOSES
+from mmflow.recipe import load_recipe
+from tests.tiny import tiny_fields, write_recipe, write_shapes
+
+HEAVY = ("ray", "torch", "mlflow", "dagster", "transformers", "deepspeed", "pandas")
+
+
+def mmflow(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    command = [sys.executable, "-m", "mmflow.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    records = write_shapes(tmp_path / "corpus")
+    return write_recipe(tmp_path / "tiny.yaml", tiny_fields(tmp_path / "workspace", records))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("pretrain.training.epoch=3", "did you mean 'epochs'?"),
+        ("pretrian={}", "did you mean 'pretrain'?"),
+        ("pretrain.training.epochs=many", "pretrain.training.epochs"),
+        ("pretrain.training.zero_stage=4", "pretrain.training.zero_stage"),
+        ("pretrain.model.image.type=resnot", "did you mean 'resnet'?"),
+        ("pretrain.model.text.options.hiden_size=8", "did you mean 'hidden_size'?"),
+        ("evaluate.splits=[nowhere]", "no split 'nowhere'"),
+        ("pretrain.training.epochs", "an override is key=value"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_the_key_and_the_workspace_is_untouched(
+    recipe: str, tmp_path: Path, override: str, told: str
+) -> None:
+    done = mmflow("run", recipe, override)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert told in done.stderr
+    assert not (tmp_path / "workspace").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("run", "nowhere.yaml"), 2, "nowhere.yaml: cannot be read"),
+        (("verify", "nowhere"), 1, "no manifest.json"),
+        (("frobnicate",), 2, "No such command"),
+        (("cluster", "check", "nowhere.yaml"), 2, "nowhere.yaml"),
+    ],
+)
+def test_what_is_missing_is_named(arguments: tuple[str, ...], code: int, told: str) -> None:
+    done = mmflow(*arguments)
+    assert done.returncode == code
+    assert told in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_records_are_named_before_anything_is_made(recipe: str, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "corpus")
+    done = mmflow("run", recipe)
+    assert done.returncode in (1, 2)
+    assert "records.jsonl" in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("workspace/*/*/manifest.json"))
+
+
+def test_a_stage_whose_input_is_not_committed_says_what_to_run(recipe: str, tmp_path: Path) -> None:
+    done = mmflow("pretrain", recipe)
+    assert done.returncode == 1
+    assert "`mmflow shard" in done.stderr
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_an_unreachable_cluster_is_named(recipe: str, tmp_path: Path) -> None:
+    done = mmflow("shard", recipe, "--submit", "http://127.0.0.1:9")
+    assert done.returncode in (1, 2)
+    assert "127.0.0.1:9" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_debug_shows_the_traceback_that_is_hidden_otherwise() -> None:
+    assert "Traceback" in mmflow("--debug", "run", "nowhere.yaml").stderr
+    assert "Traceback" not in mmflow("run", "nowhere.yaml").stderr
+
+
+@pytest.mark.parametrize("stage", PURPOSES)
+def test_every_stage_has_a_help_with_an_example_that_parses(stage: str) -> None:
+    told = mmflow(stage, "--help")
+    assert told.returncode == 0
+    example = next(line for line in told.stdout.splitlines() if line.strip().startswith("Example:"))
+    recipe = example.split()[-1]
+    assert example.split()[1:3] == ["mmflow", stage]
+    assert load_recipe(str(Path(__file__).parent.parent / recipe)).name == "quickstart"
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    script = (
+        "import sys, json, mmflow, mmflow.cli, mmflow.recipe\n"
+        "try: mmflow.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert loaded.isdisjoint(HEAVY)
