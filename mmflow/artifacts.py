@@ -154,9 +154,12 @@ def file_sha256(uri: str) -> str:
     """sha256 (hex) of a file's bytes."""
     system, path = filesystem(uri)
     digest = hashlib.sha256()
-    with system.open_input_stream(path) as stream:
-        while block := stream.read(COPY_BYTES):
-            digest.update(block)
+    try:
+        with system.open_input_stream(path) as stream:
+            while block := stream.read(COPY_BYTES):
+                digest.update(block)
+    except FileNotFoundError as error:
+        raise MissingArtifactError(f"{uri}: no such file") from error
     return digest.hexdigest()
 
 

@@ -98,9 +98,10 @@ class _StrictLoader(yaml.SafeLoader):
     It also reads 1e-3 as the number that everybody means by it, where YAML 1.1 asks for a point and takes it for text.
     """
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Before merge keys (<<) are flattened, after which a key that overrides a merged one stands twice by right.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        node = super().compose_mapping_node(anchor)
+        assert isinstance(node, yaml.MappingNode)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -141,7 +142,7 @@ def _override(fields: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first mistake in words, and how many more there are; a misspelt key before the missing one that it stands for."""
+    """The first mistake in words, and how many more there are; a misspelt key before the missing one it stands for."""
     first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     key = ".".join(map(str, location))

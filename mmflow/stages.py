@@ -46,6 +46,21 @@ class Loop:
         self.stages = tuple(name for name in DEFINITIONS if name not in absent)
         self._artifacts: dict[str, Artifact] = {}
 
+    def check(self) -> None:
+        """Find what is wrong with the recipe before anything is made. Raises RecipeError naming the key.
+
+        What only the data can tell, such as a split that no record has, is found by the stage that reads it.
+        """
+        from mmflow.models.encoders import encoder_config
+
+        for number, source in enumerate(self.recipe.shard.sources):
+            if not exists(source.uri):
+                raise RecipeError(f"shard.sources.{number}.uri: {source.uri}: no such file; give its path or URI")
+        for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
+            if section is not None:
+                for side, encoder in (("image", section.model.image), ("text", section.model.text)):
+                    encoder_config(f"{name}.model.{side}", encoder.type, encoder.options)
+
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """The stages that `name` takes artifacts from."""
         return tuple(each for each in DEFINITIONS[name].inputs if each in self.stages)

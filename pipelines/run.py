@@ -36,9 +36,11 @@ def run_pipeline(recipe: Recipe) -> None:
     """
     from dagster import DagsterInstance
 
+    from mmflow.stages import Loop
     from pipelines.assets import JOB, build_definitions, cause_of
     from pipelines.memory import watch_memory
 
+    Loop(recipe).check()
     watch_memory()
     dagster_home(recipe)
     print(f"{recipe.name}: {recipe.workspace}", file=sys.stderr, flush=True)

@@ -39,7 +39,6 @@ def recipe(tmp_path: Path) -> str:
         ("pretrain.training.zero_stage=4", "pretrain.training.zero_stage"),
         ("pretrain.model.image.type=resnot", "did you mean 'resnet'?"),
         ("pretrain.model.text.options.hiden_size=8", "did you mean 'hidden_size'?"),
-        ("evaluate.splits=[nowhere]", "no split 'nowhere'"),
         ("pretrain.training.epochs", "an override is key=value"),
     ],
 )

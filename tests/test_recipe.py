@@ -181,7 +181,9 @@ def test_override_values_are_yaml(path: Path) -> None:
     assert recipe.pretrain.training.epochs == load_recipe(str(path)).pretrain.training.epochs
 
 
-@given(number=st.floats(allow_nan=False, allow_infinity=False), form=st.sampled_from(["{!r}", "{:e}", "{:.3E}", "{:g}"]))
+@given(
+    number=st.floats(allow_nan=False, allow_infinity=False), form=st.sampled_from(["{!r}", "{:e}", "{:.3E}", "{:g}"])
+)
 def test_every_way_to_write_a_number_is_a_number(number: float, form: str) -> None:
     text = form.format(number)
     assert _parse(text, "here") == float(text)

@@ -35,7 +35,7 @@ def soft_label_loss(
 
 
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], rows: GlobalRows) -> Tensor:
-    """Squared distance between the unit-length embeddings of student (its `projected_…`) and teacher, both sides' mean."""
+    """Squared distance between the unit embeddings of student (its `projected_…`) and teacher, both sides' mean, ()."""
     total_B = torch.zeros_like(rows.real_B, dtype=torch.float32)
     for side in SIDES:
         total_B = total_B + (student[f"projected_{side}"].float() - teacher[side].float()).square().sum(-1)

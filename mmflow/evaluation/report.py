@@ -162,10 +162,22 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(figure, label) for figure, label in strip if figure != MISSING]
 
 
+def rank_of_model(model: str) -> int:
+    """Teacher, student, untrained, chance; then whatever else there is, in the order given."""
+    known = list(MODEL_COLORS)
+    return known.index(model) if model in known else len(known)
+
+
+def natural_order(metric: str) -> tuple[float, str]:
+    """Sorts R@1, R@5, R@10 as people count, before what has no number in its name."""
+    number = re.search(r"\d+", metric)
+    return (float(number[0]) if number else float("inf"), metric)
+
+
 def metric_tables(models: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One table a measurement (each direction, zero-shot, each language): title, metric names, and values by model."""
     tables: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for model, measured in models.items():
+    for model, measured in sorted(models.items(), key=lambda each: rank_of_model(each[0])):
         parts = {words(key): value for key, value in measured.items() if key != "languages"}
         for language, directions in (measured.get("languages") or {}).items():
             parts |= {f"{language}, {words(direction)}": value for direction, value in directions.items()}
@@ -173,7 +185,7 @@ def metric_tables(models: Mapping[str, Any]) -> list[dict[str, Any]]:
             # A bare number beside the groups (say, a model's latency) is a table of one figure.
             tables.setdefault(title, {})[model] = values if isinstance(values, Mapping) else {title: values}
     return [{"title": title, "rows": rows,
-             "metrics": list(dict.fromkeys(name for row in rows.values() for name in row))}
+             "metrics": sorted({name for row in rows.values() for name in row}, key=natural_order)}
             for title, rows in tables.items()]
 
 

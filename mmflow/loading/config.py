@@ -8,7 +8,7 @@ from mmflow.config import Config
 
 
 class AugmentConfig(Config):
-    """Random views for training, a pure function of (seed, epoch, sample), so that any batch can be rebuilt anywhere."""
+    """Random views for training, a pure function of (seed, epoch, sample): any batch can be rebuilt anywhere."""
 
     max_zoom: float = Field(1.0, ge=1)
     """A view is enlarged or shrunk by a factor of up to this; what lies outside the picture is white."""

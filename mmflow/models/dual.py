@@ -37,11 +37,16 @@ class DualEncoder(nn.Module):
 
     def embed_images(self, pixels_B3HS: Tensor) -> Tensor:
         """(B, E) of unit length, from normalised pictures."""
-        return nn.functional.normalize(self.image_projection(self.image(pixels_B3HS).pooled_BW), dim=-1)
+        return _unit(self.image_projection(self.image(pixels_B3HS).pooled_BW))
 
     def embed_captions(self, token_ids_BT: Tensor, token_mask_BT: Tensor) -> Tensor:
         """(B, E) of unit length, from token ids and their mask."""
-        return nn.functional.normalize(self.text_projection(self.text(token_ids_BT, token_mask_BT).pooled_BW), dim=-1)
+        return _unit(self.text_projection(self.text(token_ids_BT, token_mask_BT).pooled_BW))
+
+
+def _unit(rows_BE: Tensor) -> Tensor:
+    # fp32 from here on, losses included: in bf16 a cosine has three digits, and the logit scale multiplies its error.
+    return nn.functional.normalize(rows_BE.float(), dim=-1)
 
 
 def build_dual_encoder(key: str, config: ModelConfig, vocabulary_size: int, seed: int) -> DualEncoder:

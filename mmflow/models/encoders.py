@@ -51,22 +51,16 @@ class Encoder(nn.Module):
         return (sequence_BTW * weights_BT1).sum(1) / weights_BT1.sum(1).clamp(min=1)
 
 
-def build_encoder(
-    key: str,
-    model_type: str,
-    options: Mapping[str, Any],
-    pooling: str,
-    *,
-    image_pixels: int = 0,
-    vocabulary_size: int = 0,
-) -> Encoder:
-    """A randomly initialised encoder of a `transformers` type.
+def encoder_config(
+    key: str, model_type: str, options: Mapping[str, Any], *, image_pixels: int = 0, vocabulary_size: int = 0
+) -> Any:
+    """The `transformers` configuration of an encoder, checked, before any weight is made.
 
     `key` is the recipe's key, for errors. Raises RecipeError for an unknown type or an option that the type lacks:
     `transformers` itself would take any word and use the default without a sound.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
     from transformers.models.auto import configuration_auto
 
     known_types = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")
@@ -79,11 +73,29 @@ def build_encoder(
             raise RecipeError(f"{key}.options.{option}: {model_type} has no such option{_nearest(option, known)}")
     settings = {name: value for name, value in derived.items() if value and name in known} | dict(options)
     try:
-        config = AutoConfig.for_model(model_type, **settings)
-        # A pooler that nothing reads has parameters without gradients, which weigh on every all-reduce and checkpoint.
-        extra = {"add_pooling_layer": False} if pooling != "pooler" and model_type in _POOLER_IS_OPTIONAL else {}
-        backbone = AutoModel.from_config(config, **extra)  # type: ignore[no-untyped-call]
+        return AutoConfig.for_model(model_type, **settings)
     except (ValueError, TypeError, StrictDataclassError) as error:
+        raise RecipeError(f"{key}: {model_type} does not take these options ({_one_line(error)})") from error
+
+
+def build_encoder(
+    key: str,
+    model_type: str,
+    options: Mapping[str, Any],
+    pooling: str,
+    *,
+    image_pixels: int = 0,
+    vocabulary_size: int = 0,
+) -> Encoder:
+    """A randomly initialised encoder of a `transformers` type. Raises RecipeError as `encoder_config` does."""
+    from transformers import AutoModel
+
+    config = encoder_config(key, model_type, options, image_pixels=image_pixels, vocabulary_size=vocabulary_size)
+    # A pooler that nothing reads has parameters without gradients, which weigh on every all-reduce and checkpoint.
+    extra = {"add_pooling_layer": False} if pooling != "pooler" and model_type in _POOLER_IS_OPTIONAL else {}
+    try:
+        backbone = AutoModel.from_config(config, **extra)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError) as error:
         raise RecipeError(f"{key}: {model_type} cannot be built from these options ({_one_line(error)})") from error
     return Encoder(backbone, _width(key, model_type, config), pooling)
 

@@ -1,7 +1,7 @@
 """The model package: a plain directory that anyone can read and nothing in it can run code.
 
-`model.safetensors`, `config.json`, `tokenizer.json`, `preprocessor_config.json`, and `mmflow.json`, published last, with
-the sha256 of each file and where the model came from.
+`model.safetensors`, `config.json`, `tokenizer.json`, `preprocessor_config.json`, and `mmflow.json`, published last,
+with the sha256 of each file and where the model came from.
 """
 
 from __future__ import annotations

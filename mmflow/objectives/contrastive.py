@@ -1,9 +1,9 @@
-"""InfoNCE between images and captions of a global batch (CLIP, arXiv 2103.00020, figure 3; CPC, arXiv 1807.03748, eq. 4).
+"""InfoNCE between images and captions of a global batch (CLIP, arXiv 2103.00020, fig. 3; CPC, arXiv 1807.03748, eq. 4).
 
     loss = −½ · mean_i [ log softmax_j(s·⟨x_i, y_j⟩)_i + log softmax_j(s·⟨y_i, x_j⟩)_i ]
 
-Each rank scores its own rows against the columns of all ranks. With gathered gradients, the mean over ranks of this loss
-has the gradient of the one-process loss over the whole batch.
+Each rank scores its own rows against the columns of all ranks. With gathered gradients, the mean over ranks of this
+loss has the gradient of the one-process loss over the whole batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GlobalRows:
         return torch.arange(self.first, self.first + len(self.real_B), device=self.real_B.device)
 
     def mean(self, values_B: Tensor) -> Tensor:
-        """This rank's part of the mean over all real rows: the mean of it over ranks is that mean. Padding counts nowhere."""
+        """This rank's part of the mean over all real rows: its mean over ranks is that mean. Padding counts nowhere."""
         num_ranks = len(self.real_N) // len(self.real_B)
         return values_B.masked_fill(~self.real_B, 0.0).sum() * (num_ranks / self.real_N.sum())
 

@@ -39,7 +39,7 @@ def read_checkpoint(engine: Any, directory: Path) -> tuple[int, LoaderState]:
     try:
         found, client_state = engine.load_checkpoint(str(directory), tag=TAG)
         random_state = torch.load(directory / f"random-{dist.get_rank()}.pt", weights_only=True)
-    except Exception as error:  # a file gone, cut short or of another world size: DeepSpeed raises whatever it trips over
+    except Exception as error:  # a file gone, cut short, of another world size: DeepSpeed raises what it trips over
         raise CorruptArtifactError(f"{not_whole} ({' '.join(str(error).split())[:300]})") from error
     if found is None or "step" not in client_state or engine.global_steps != client_state["step"]:
         raise CorruptArtifactError(not_whole)

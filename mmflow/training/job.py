@@ -34,7 +34,7 @@ from mmflow.shards.dataset import open_dataset
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.collectives import average_buffers, gather_rows
 from mmflow.training.config import TrainingConfig
-from mmflow.training.engine import build_engine, whole_state
+from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from mmflow.training.loop import Losses, train
 from mmflow.training.telemetry import Journal
 
@@ -75,6 +75,7 @@ def total_steps(num_samples: int, training: TrainingConfig) -> int:
 
 def run_rank(job: TrainingJob, host: Host) -> None:
     """Train to the last step, from the last checkpoint where there is one, and write the package. Collective."""
+    prepare_deepspeed()
     reader = Reader(open_dataset(job.dataset), job.loader.split)
     tokenizer = Tokenizer.from_str(job.tokenizer_json)
     steps = total_steps(len(reader), job.training)

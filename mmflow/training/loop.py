@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmflow.errors import TrainingError
 from mmflow.loading.batches import Batch, LoaderState
@@ -31,11 +31,11 @@ def train(
     save: Callable[[int, LoaderState], None],
     journal: Journal | None,
 ) -> None:
-    """Run steps `first_step` … `total_steps`, saving every `checkpoint_every`. Every rank calls it; rank 0 has a journal.
+    """Run the steps after `first_step` to `total_steps`, saving every `checkpoint_every`.
 
-    An interval of the journal also ends at each checkpoint: so a resumed run writes the same lines as one that was never
-    stopped, and no checkpoint is saved that was not looked at. Raises TrainingError when the mean loss of an interval,
-    or its last gradient, is not finite.
+    Every rank calls it; rank 0 has a journal. An interval of the journal also ends at each checkpoint, so that a resumed
+    run writes the same lines as one that was never stopped. Raises TrainingError when the mean loss of an interval is
+    not finite, or a weight that would be saved.
     """
     engine.train()
     interval = _Interval()
@@ -51,22 +51,35 @@ def train(
         if step % log_every == 0 or step == total_steps or checkpoint_due:
             metrics = interval.close()
             metrics["learning_rate"] = engine.get_lr()[0]
-            metrics["gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
+            norm = engine.get_global_grad_norm()
+            if norm is not None:  # ZeRO 0 keeps it to itself
+                metrics["gradient_norm"] = float(norm)
             metrics["skipped_steps"] = float(engine.skipped_steps)
             if journal:
                 journal.metrics(step, metrics)
-            # Both are of all ranks, so every rank raises. DeepSpeed tells a norm that is not finite as -1.
-            if not math.isfinite(metrics["loss"]) or not 0 <= metrics["gradient_norm"] < math.inf:
-                raise TrainingError(
-                    f"step {step}: the loss is {metrics['loss']}, the gradient's norm {metrics['gradient_norm']}; lower "
-                    f"learning_rate, or look at the samples of epoch {batch.state.epoch} before position "
-                    f"{batch.state.position}"
-                )
+            if not math.isfinite(metrics["loss"]):  # a mean over ranks, so every rank raises
+                raise TrainingError(f"step {step}: the loss is {metrics['loss']}; {_advice(batch.state)}")
             interval = _Interval()
         if checkpoint_due:
+            # A gradient that is not finite spoils the weights after a sound loss, and every restart from them.
+            if not _weights_are_finite(engine.module):
+                raise TrainingError(f"step {step}: a weight is not finite, so none is saved; {_advice(batch.state)}")
             save(step, batch.state)
             if journal:
                 journal.event(step, "checkpoint", epoch=batch.state.epoch, position=batch.state.position)
+
+
+def _advice(state: LoaderState) -> str:
+    return f"lower learning_rate, or look at the samples of epoch {state.epoch} before position {state.position}"
+
+
+@torch.no_grad()
+def _weights_are_finite(module: nn.Module) -> bool:
+    """Whether every rank's weights are; ZeRO 3 leaves a rank its own part of each, in `ds_tensor`."""
+    held = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
+    finite = torch.stack([each.isfinite().all() for each in held]).all().to(torch.uint8)
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 class _Interval:

@@ -50,9 +50,7 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         name = shard_name(ordinal)
         written = write_shard(str(uri), name, rows, ImageConfig(side=32), CaptionConfig())
         split = "train" if ordinal < len(SHARD_SAMPLES) else "dev"
-        infos.append(
-            ShardInfo(name=name, split=split, samples=samples, bytes=written.bytes, checksum=written.checksum)
-        )
+        infos.append(ShardInfo(name=name, split=split, samples=samples, bytes=written.bytes, checksum=written.checksum))
     manifest = {"fingerprint": fingerprint_of(infos), "shards": [asdict(info) for info in infos]}
     commit(str(uri), "dataset", manifest)
     return open_dataset(str(uri))

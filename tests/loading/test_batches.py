@@ -44,6 +44,9 @@ SETTINGS = BatchSettings(
 STEPS = 5  # of an epoch: 31 samples in batches of 7, the last of them with 4 rows of padding
 
 
+START = LoaderState()
+
+
 @pytest.fixture(scope="module")
 def reader(small_dataset: Dataset) -> Reader:
     return Reader(small_dataset, "train")
@@ -58,7 +61,7 @@ def take(
     reader: Reader,
     tokenizer: Tokenizer,
     number: int,
-    state: LoaderState = LoaderState(),
+    state: LoaderState = START,
     rank: int = 0,
     world_size: int = 1,
     settings: BatchSettings = SETTINGS,
@@ -98,7 +101,9 @@ def test_states_say_where_the_next_batch_begins(reader: Reader, tokenizer: Token
 def test_resume_from_any_state_gives_the_batches_of_an_uninterrupted_run(reader: Reader, tokenizer: Tokenizer) -> None:
     straight = take(reader, tokenizer, 2 * STEPS + 1)
     for done in range(len(straight) - 1):
-        for found, expected in zip(take(reader, tokenizer, 2, straight[done].state), straight[done + 1 :], strict=False):
+        for found, expected in zip(
+            take(reader, tokenizer, 2, straight[done].state), straight[done + 1 :], strict=False
+        ):
             assert_same(found, expected)
 
 
@@ -121,11 +126,7 @@ def test_resume_on_other_world_size_repeats_nothing(reader: Reader, tokenizer: T
     state = first[0][-1].state
     rest = [take(reader, tokenizer, STEPS - 2, state, rank=rank, world_size=2) for rank in range(2)]
     keys = [
-        key
-        for rank in first + rest
-        for batch in rank
-        for key, real in zip(batch.keys, batch.real, strict=True)
-        if real
+        key for rank in first + rest for batch in rank for key, real in zip(batch.keys, batch.real, strict=True) if real
     ]
     assert sorted(keys) == sorted(sample.key for sample in reader)
 

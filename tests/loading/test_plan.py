@@ -113,7 +113,17 @@ def test_windows_of_an_epoch_are_shuffled_independently() -> None:
 
 def test_order_is_a_fixed_function_that_no_release_may_change() -> None:
     """A checkpoint holds only (epoch, position): another order after an upgrade would repeat and lose samples."""
-    assert order(EpochPlan((3, 2, 4), 7, 1, 5)) == [(2, 1), (2, 0), (0, 0), (0, 1), (0, 2), (1, 0), (2, 3), (2, 2), (1, 1)]
+    assert order(EpochPlan((3, 2, 4), 7, 1, 5)) == [
+        (2, 1),
+        (2, 0),
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (2, 3),
+        (2, 2),
+        (1, 1),
+    ]
 
 
 def test_a_billion_samples_plan_in_the_memory_of_their_shards() -> None:
@@ -126,5 +136,5 @@ def test_a_billion_samples_plan_in_the_memory_of_their_shards() -> None:
     finally:
         tracemalloc.stop()
     assert plan.num_samples == 10**9
-    assert ((0 <= shards) & (shards < num_shards) & (0 <= rows) & (rows < samples)).all()
+    assert ((shards >= 0) & (shards < num_shards) & (rows >= 0) & (rows < samples)).all()
     assert peak < 100 * num_shards  # bytes; one array of a byte a sample would take a hundred times as much

@@ -83,7 +83,9 @@ def test_tokenizer_survives_its_file(tokenizer: Tokenizer) -> None:
 
 
 def test_vocabulary_is_no_larger_than_asked() -> None:
-    captions = [f"{first}{second} word{number}" for number, (first, second) in enumerate(zip("abcdef", "ghijkl", strict=True))]
+    captions = [
+        f"{first}{second} word{number}" for number, (first, second) in enumerate(zip("abcdef", "ghijkl", strict=True))
+    ]
     assert train_tokenizer(captions, 64).get_vocab_size() <= 64
 
 

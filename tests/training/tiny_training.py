@@ -1,0 +1,225 @@
+"""A process that trains the smallest dual encoder with DeepSpeed: `python -m tests.training.tiny_training ACT … PATH`.
+
+DeepSpeed's import and set-up cost seconds, so each act goes through all its cases and leaves results to assert on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmflow.errors import CorruptArtifactError, TrainingError
+from mmflow.loading.batches import Batch, LoaderState
+from mmflow.models.config import ModelConfig
+from mmflow.models.dual import DualEncoder, build_dual_encoder
+from mmflow.objectives.config import ContrastiveConfig
+from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
+from mmflow.training.config import OptimizerConfig
+from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
+from mmflow.training.job import _pretraining_losses
+from mmflow.training.loop import train
+from mmflow.training.telemetry import Journal
+
+ZERO_STAGES = (0, 1, 2, 3)
+TOTAL_STEPS, CHECKPOINT_EVERY, LOG_EVERY = 8, 4, 3
+BATCH, STEPS_PER_EPOCH, VOCABULARY = 6, 5, 40
+START = LoaderState()
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "nothing in it": lambda path: None,
+    "weights gone": lambda path: next(path.rglob("mp_rank_00_model_states.pt")).unlink(),
+    "weights cut short": lambda path: cut(next(path.rglob("mp_rank_00_model_states.pt"))),
+    "optimizer gone": lambda path: next(path.rglob("*optim_states.pt")).unlink(),
+    "optimizer cut short": lambda path: cut(next(path.rglob("*optim_states.pt"))),
+    "random state gone": lambda path: (path / "random-0.pt").unlink(),
+    "random state cut short": lambda path: cut(path / "random-0.pt"),
+}
+
+# Dropout, so that the random state matters; batch norm, so that buffers do.
+MODEL = ModelConfig.model_validate(
+    {
+        "image": {
+            "type": "resnet",
+            "options": {"embedding_size": 4, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
+            "pooling": "pooler",
+        },
+        "text": {
+            "type": "bert",
+            "options": {
+                "hidden_size": 8,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "max_position_embeddings": 16,
+                "hidden_dropout_prob": 0.3,
+            },
+        },
+        "embedding_width": 6,
+        "image_pixels": 16,
+    }
+)
+
+
+def model() -> DualEncoder:
+    return build_dual_encoder("pretrain.model", MODEL, VOCABULARY, seed=1)
+
+
+def engine_of(zero_stage: int, precision: str = "fp32") -> Any:
+    engine = build_engine(
+        model(),
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3),
+        zero_stage=zero_stage,
+        precision=precision,
+        global_batch_size=BATCH,
+        total_steps=TOTAL_STEPS,
+    )
+    torch.manual_seed(5)
+    return engine
+
+
+def source(state: LoaderState, seen: list[LoaderState]) -> Iterator[Batch]:
+    """Endless batches that follow from their position alone; the last of an epoch is half padding."""
+    while True:
+        random = torch.Generator().manual_seed(1000 * state.epoch + state.position)
+        step = state.position // BATCH + 1
+        last = step == STEPS_PER_EPOCH
+        state = LoaderState(state.epoch + 1) if last else LoaderState(state.epoch, step * BATCH)
+        seen.append(state)
+        yield Batch(
+            keys=tuple(map(str, range(BATCH))),
+            pixels=torch.randint(0, 256, (BATCH, 3, 16, 16), generator=random, dtype=torch.uint8),
+            token_ids=torch.randint(0, VOCABULARY, (BATCH, 7), generator=random),
+            token_mask=torch.ones(BATCH, 7, dtype=torch.int64),
+            real=torch.arange(BATCH) < (BATCH // 2 if last else BATCH),
+            state=state,
+        )
+
+
+def run(engine: Any, directory: Path, *, step: int = 0, state: LoaderState = START, **changes: Any) -> list[Any]:
+    """Train to the last step; the loader's states that were passed."""
+    seen: list[LoaderState] = []
+    journal = Journal(directory / "journal.jsonl")
+    settings: dict[str, Any] = {
+        "losses": partial(_pretraining_losses, ContrastiveConfig()),
+        "first_step": step,
+        "total_steps": TOTAL_STEPS,
+        "log_every": LOG_EVERY,
+        "checkpoint_every": CHECKPOINT_EVERY,
+        "save": lambda step, state: write_checkpoint(engine, directory / f"step-{step}", step, state),
+        "journal": journal,
+    }
+    try:
+        train(engine, source(state, seen), **(settings | changes))
+    finally:
+        journal.close()
+    return [(each.epoch, each.position) for each in seen]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# --- the acts -------------------------------------------------------------------------------------------------------
+
+
+def straight(directory: Path) -> None:
+    """Eight steps at each ZeRO stage, a checkpoint on the way."""
+    for zero_stage in ZERO_STAGES:
+        here = directory / f"straight-{zero_stage}"
+        engine = engine_of(zero_stage)
+        before = whole_state(engine.module)
+        seen = run(engine, here)
+        torch.save({"before": before, "after": whole_state(engine.module), "seen": seen}, here / "result.pt")
+
+
+def resumed(directory: Path) -> None:
+    """From the fourth step's checkpoint on, in a process that knows nothing else."""
+    for zero_stage in ZERO_STAGES:
+        here = directory / f"resumed-{zero_stage}"
+        engine = engine_of(zero_stage)
+        torch.manual_seed(99)  # what the checkpoint says must win over what the process happens to hold
+        step, state = read_checkpoint(engine, directory / f"straight-{zero_stage}" / f"step-{CHECKPOINT_EVERY}")
+        seen = run(engine, here, step=step, state=state)
+        result = {
+            "after": whole_state(engine.module),
+            "seen": seen,
+            "step": step,
+            "state": (state.epoch, state.position),
+        }
+        torch.save(result, here / "result.pt")
+
+
+def damaged(directory: Path) -> None:
+    """What `read_checkpoint` says of each damaged directory, the type of what it raises before it."""
+    said = {}
+    for name in DAMAGES:
+        engine = engine_of(2)
+        try:
+            read_checkpoint(engine, directory / name)
+        except CorruptArtifactError as error:
+            said[name] = str(error)
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+        else:
+            said[name] = "taken for whole"
+    torch.save(said, directory / "said.pt")
+
+
+def poisoned(directory: Path) -> None:
+    """Losses and gradients that are not numbers, from the second step on: what is raised, and what was saved."""
+    found = {}
+    for zero_stage in ZERO_STAGES:
+        for kind in ("loss", "gradient"):
+            here = directory / f"{kind}-{zero_stage}"
+            engine = engine_of(zero_stage)
+            try:
+                run(engine, here, losses=poison(kind), log_every=100, checkpoint_every=3)
+                said = "trained to the end"
+            except TrainingError as error:
+                said = str(error)
+            found[kind, zero_stage] = (said, [path.name for path in here.glob("step-*")])
+    torch.save(found, directory / "found.pt")
+
+
+def poison(kind: str) -> Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]:
+    steps = []
+
+    def losses(engine: Any, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        steps.append(batch)
+        loss, parts = _pretraining_losses(ContrastiveConfig(), engine, batch)
+        if len(steps) == (2 if kind == "loss" else 3):
+            loss = loss * float("nan") if kind == "loss" else loss + (loss - loss).sqrt()  # value 0, slope infinite
+        return loss, parts
+
+    return losses
+
+
+def bf16(directory: Path) -> None:
+    """Half precision at each ZeRO stage."""
+    for zero_stage in ZERO_STAGES:
+        here = directory / f"bf16-{zero_stage}"
+        engine = engine_of(zero_stage, "bf16")
+        run(engine, here)
+        torch.save({"after": whole_state(engine.module)}, here / "result.pt")
+
+
+def main() -> None:
+    *acts, directory = sys.argv[1:]
+    torch.set_num_threads(1)
+    prepare_deepspeed()
+    os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for act in acts:
+        {each.__name__: each for each in (straight, resumed, damaged, poisoned, bf16)}[act](Path(directory))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
