@@ -6,11 +6,16 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # Read by Ray when it is imported, so set before any test module is.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+# A time limit for each example fails on a loaded machine, not on a broken program.
+settings.register_profile("mmflow", deadline=None)
+settings.load_profile("mmflow")
 
 
 @pytest.fixture(scope="session")

@@ -111,8 +111,8 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
     Collective: every rank must call it. The result is complete on every rank, so only rank 0 should keep it.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     keep = dist.get_rank() == 0
     state = {}

@@ -33,9 +33,9 @@ def train(
 ) -> None:
     """Run the steps after `first_step` to `total_steps`, saving every `checkpoint_every`.
 
-    Every rank calls it; rank 0 has a journal. An interval of the journal also ends at each checkpoint, so that a resumed
-    run writes the same lines as one that was never stopped. Raises TrainingError when the mean loss of an interval is
-    not finite, or a weight that would be saved.
+    Every rank calls it; rank 0 has a journal. An interval of the journal also ends at each checkpoint, so that a run
+    that was resumed writes the same lines as one that was never stopped. Raises TrainingError when the mean loss of an
+    interval is not finite, or a weight that would be saved.
     """
     engine.train()
     interval = _Interval()

@@ -52,7 +52,7 @@ def plain_soft_label_loss(student: Outputs, teacher: Outputs, temperature: float
             logits = []
             for side in (student, teacher):
                 cosines = [(side[here][row].double() @ column.double()).item() for column in side[there]]
-                logits.append([float(side["logit_scale"]) * cosine for cosine in cosines])
+                logits.append([side["logit_scale"].item() * cosine for cosine in cosines])
             ours, taught = (softened(each, temperature) for each in logits)
             total += sum(p * math.log(p / q) for p, q in zip(taught, ours, strict=True))
     return temperature**2 * total / (2 * rows)

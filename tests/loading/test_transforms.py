@@ -82,6 +82,17 @@ def test_centre_view_keeps_each_place_of_the_picture(length: int) -> None:
     assert error[4:-4, 4:-4].max() < 9  # a shift by one pixel would be 5 a pixel of the view
 
 
+def test_thin_lines_survive_shrinking() -> None:
+    """Every source pixel has its part in the view, and no more are mixed than must be."""
+    for column in range(128):
+        pixels = np.full((128, 128, 3), 255, np.uint8)
+        pixels[:, column] = 0
+        assert centre_view(pixels, 32)[16].min() < 225, column
+    stripes = np.repeat(np.tile(np.array([0, 255], np.uint8), 16), 4)
+    view_of_stripes = centre_view(np.broadcast_to(stripes[None, :, None], (128, 128, 3)).copy(), 32)
+    assert view_of_stripes[16, :, 0].tolist() == [0, 255] * 16
+
+
 @pytest.mark.parametrize("length", [3, 17, 32, 90])
 def test_plain_view_has_no_white_border(length: int) -> None:
     assert (centre_view(np.zeros((length, length, 3), np.uint8), 32) == 0).all()
