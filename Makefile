@@ -38,8 +38,9 @@ lint: $(STAMP) ## formatting, lint and types
 bench: $(STAMP) ## speed beside peers, written to tests/benchmarks/RESULTS.md
 	@$(BIN)/python -m tests.benchmarks
 
-ui: $(STAMP) ## Dagster's and MLflow's pages on the quickstart's workspace
-	@$(BIN)/mmflow ui
+ui: $(STAMP) ## Dagster's pages on the quickstart's runs
+	@mkdir -p workspace/quickstart/dagster
+	@DAGSTER_HOME=$(CURDIR)/workspace/quickstart/dagster $(BIN)/dagster-webserver -m pipelines.definitions
 
 clean: ## the environment and the workspace
 	rm -rf $(VENV) workspace

@@ -44,9 +44,10 @@ def _plain(title: str) -> Report:
     shown = -1
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last, first, shown
-        first = done if first is None else first
+        nonlocal began, last, first, shown
         now = time.monotonic()
+        if first is None:
+            first, began = done, now
         if now - last < LINE_SECONDS or done == shown:
             return
         last, shown = now, done

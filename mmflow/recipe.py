@@ -60,6 +60,10 @@ class Recipe(Config):
             raise ValueError("name either corpus or shard.sources, whichever the records come from")
         if self.distill is None and self.promote.candidate == "student":
             raise ValueError("promote.candidate is student, and there is no distill section; set it to teacher")
+        for metric in (self.promote.metric, *self.promote.floors, *self.promote.max_drop):
+            if metric.split("/")[0] not in self.evaluate.splits:
+                known = ", ".join(self.evaluate.splits)
+                raise ValueError(f"promote: {metric} is of no split that evaluate.splits names ({known})")
         return self
 
 

@@ -78,8 +78,8 @@ class Loop:
             uri = stage.directory(self.recipe.workspace)
             if not exists(join(uri, MANIFEST)):
                 raise MissingArtifactError(
-                    f"{uri}: stage {name} is not committed for this recipe; run `mmflow {name} …` first, or the whole loop"
-                    " with `mmflow run …`"
+                    f"{uri}: stage {name} is not committed for this recipe; run `mmflow {name} …` first, or the whole "
+                    "loop with `mmflow run …`"
                 )
             self._artifacts[name] = read_artifact(uri, stage.kind)
         return self._artifacts[name]

@@ -50,7 +50,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> str:
 
 def test_readme_shows_commands_of_every_kind() -> None:
     shown = " ".join(COMMANDS)
-    for each in ("make quickstart", "make test", "mmflow run", "mmflow score", "mmflow models rollback", "mmflow verify"):
+    for each in (
+        "make quickstart",
+        "make test",
+        "mmflow run",
+        "mmflow score",
+        "mmflow models rollback",
+        "mmflow verify",
+    ):
         assert each in shown
 
 

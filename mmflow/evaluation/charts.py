@@ -65,16 +65,19 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """One label a tick, all with the same number of decimals or the same suffix (k, M, B), or as powers of ten."""
     largest = max(map(abs, values), default=0.0)
     step = min((abs(b - a) for a, b in pairwise(values)), default=largest) or 1.0
-    scale, suffix = next(((s, x) for at, s, x in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")) if largest >= at),
-                         (1.0, ""))
+    scale, suffix = next(
+        ((s, x) for at, s, x in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")) if largest >= at), (1.0, "")
+    )
     # 2.5 and 0.25 need one digit more than their power of ten shows, hence the search over decimals, not a logarithm.
     decimals = next((d for d in range(5) if abs(round(step / scale, d) - step / scale) < step / scale * 1e-3), 5)
     if decimals < 5 and largest < 1e13:
         return [f"{value / scale:,.{decimals}f}{suffix}" if round(value / step) else "0" for value in values]
     digits = max(1, math.ceil(math.log10(largest / step)) + 1)
     parts = [f"{value:.{digits}e}".split("e") for value in values]
-    return [f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if round(value / step) else "0"
-            for value, (mantissa, exponent) in zip(values, parts, strict=True)]
+    return [
+        f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if round(value / step) else "0"
+        for value, (mantissa, exponent) in zip(values, parts, strict=True)
+    ]
 
 
 def decimate(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -109,8 +112,15 @@ def runs(points: Sequence[Point]) -> Iterator[list[tuple[float, float]]]:
         yield run
 
 
-def line_chart(series: Sequence[Series], *, title: str, x_label: str, x_range: tuple[float, float] | None = None,
-               width: int = 250, height: int = 142) -> str:
+def line_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    x_range: tuple[float, float] | None = None,
+    width: int = 250,
+    height: int = 142,
+) -> str:
     """An SVG line chart of all series over shared axes; each line carries its points in `data-points` for a read-out.
 
     The x axis spans `x_range`, which has to enclose the points; without it, the points' own range.
@@ -143,16 +153,27 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, x_range: t
         parts.append(f'<text class="x" x="{x:.1f}" y="{height - 5}" text-anchor="{anchor}">{escape(label)}</text>')
     for line, line_runs in drawn:
         # "h0" gives a point between two gaps a length, so that its round cap draws it as a dot.
-        path = "".join("M" + "L".join(place(*point) for point in run) + ("h0" if len(run) == 1 else "")
-                       for run in line_runs)
+        path = "".join(
+            "M" + "L".join(place(*point) for point in run) + ("h0" if len(run) == 1 else "") for run in line_runs
+        )
         values = ";".join(f"{x:g},{y:.6g}" for run in line_runs for x, y in run)
-        parts.append(f'<path class="series" style="stroke:{escape(line.color)}" d="{path}" '
-                     f'data-name="{escape(line.name)}" data-points="{values}"/>')
+        parts.append(
+            f'<path class="series" style="stroke:{escape(line.color)}" d="{path}" '
+            f'data-name="{escape(line.name)}" data-points="{values}"/>'
+        )
     return "".join(parts) + "</svg>"
 
 
-def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, x_label: str, color: str = "var(--ink)",
-              width: int = 400, height: int = 170) -> str:
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[float],
+    *,
+    title: str,
+    x_label: str,
+    color: str = "var(--ink)",
+    width: int = 400,
+    height: int = 170,
+) -> str:
     """An SVG histogram; `edges` has one entry more than `counts`, else ValueError."""
     if len(edges) != len(counts) + 1:
         raise ValueError(f"a histogram of {len(counts)} counts needs {len(counts) + 1} edges, got {len(edges)}")
@@ -166,9 +187,11 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, x_
             continue
         x, bar_width = left + (start - low) / span * (right - left), (stop - start) / span * (right - left)
         bar_height = count / y_ticks[-1] * (bottom - top)
-        parts.append(f'<rect x="{x + 0.5:.1f}" y="{bottom - bar_height:.1f}" width="{max(bar_width - 1, 0.5):.1f}" '
-                     f'height="{bar_height:.1f}" style="fill:{escape(color)}">'
-                     f"<title>{start:.3g} to {stop:.3g}: {count:,}</title></rect>")
+        parts.append(
+            f'<rect x="{x + 0.5:.1f}" y="{bottom - bar_height:.1f}" width="{max(bar_width - 1, 0.5):.1f}" '
+            f'height="{bar_height:.1f}" style="fill:{escape(color)}">'
+            f"<title>{start:.3g} to {stop:.3g}: {count:,}</title></rect>"
+        )
     x_ticks = [tick for tick in ticks(low, low + span, 8) if low <= tick <= low + span]
     for tick, name in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x = left + (tick - low) / span * (right - left)
@@ -181,9 +204,11 @@ def histogram(edges: Sequence[float], counts: Sequence[float], *, title: str, x_
 def stacked_bar(segments: Sequence[Segment], *, title: str, height: int = 34) -> str:
     """A bar of shares, as wide as its container: positions are percentages, so that a phone does not shrink labels."""
     total = sum(segment.value for segment in segments if is_finite(segment.value))
-    parts = [f'<svg class="chart stacked" role="img" width="100%" height="{height}"><title>{escape(title)}</title>'
-             '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
-             'patternTransform="rotate(45)"><path d="M0,0V5" class="hatch"/></pattern></defs>']
+    parts = [
+        f'<svg class="chart stacked" role="img" width="100%" height="{height}"><title>{escape(title)}</title>'
+        '<defs><pattern id="hatch" width="5" height="5" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)"><path d="M0,0V5" class="hatch"/></pattern></defs>'
+    ]
     begin = 0.0
     for segment in segments:
         share = segment.value / total if total > 0 and is_finite(segment.value) else 0.0
@@ -191,11 +216,13 @@ def stacked_bar(segments: Sequence[Segment], *, title: str, height: int = 34) ->
             continue
         # A nested svg clips its label; below a fifth of the bar the label is dropped on narrow screens by CSS.
         size = "wide" if share >= 0.2 else "slim" if share >= 0.075 else "none"
-        parts.append(f'<svg x="{begin * 100:.3f}%" width="{share * 100:.3f}%" height="{height}">'
-                     f"<title>{escape(segment.tooltip or segment.label)}</title>"
-                     f'<rect class="segment" width="100%" height="100%" style="fill:{escape(segment.color)}"/>'
-                     + ('<rect width="100%" height="100%" fill="url(#hatch)"/>' if segment.hatched else "")
-                     + f'<text class="{size}" x="8" y="{height / 2 + 4:g}">{escape(segment.label)}</text></svg>')
+        parts.append(
+            f'<svg x="{begin * 100:.3f}%" width="{share * 100:.3f}%" height="{height}">'
+            f"<title>{escape(segment.tooltip or segment.label)}</title>"
+            f'<rect class="segment" width="100%" height="100%" style="fill:{escape(segment.color)}"/>'
+            + ('<rect width="100%" height="100%" fill="url(#hatch)"/>' if segment.hatched else "")
+            + f'<text class="{size}" x="8" y="{height / 2 + 4:g}">{escape(segment.label)}</text></svg>'
+        )
         begin += share
     return "".join(parts) + "</svg>"
 
@@ -205,23 +232,29 @@ def meter(value: float, *, maximum: float = 1.0, color: str = "var(--ink)", mark
 
     Decorative: the figure stands beside it as text. SVG and not a CSS background, since printers drop backgrounds.
     """
+
     def share(number: float) -> float:
         return min(max(number / maximum, 0.0), 1.0) * 100 if is_finite(number) and maximum > 0 else 0.0
 
     upright = f'<rect class="mark" x="{share(mark):.2f}%" y="-2" width="2" height="9"/>' if mark is not None else ""
-    return ('<svg class="meter" aria-hidden="true" width="100%" height="5">'
-            '<rect class="track" width="100%" height="5"/>'
-            f'<rect width="{share(value):.2f}%" height="5" style="fill:{escape(color)}"/>{upright}</svg>')
+    return (
+        '<svg class="meter" aria-hidden="true" width="100%" height="5">'
+        '<rect class="track" width="100%" height="5"/>'
+        f'<rect width="{share(value):.2f}%" height="5" style="fill:{escape(color)}"/>{upright}</svg>'
+    )
 
 
 def _open(kind: str, width: int, height: int, title: str, more: str = "") -> str:
     return f'<svg class="chart {kind}" role="img" viewBox="0 0 {width} {height}"{more}><title>{escape(title)}</title>'
 
 
-def _y_axis(values: Sequence[float], names: Sequence[str], left: float, right: float, top: float,
-            bottom: float) -> list[str]:
+def _y_axis(
+    values: Sequence[float], names: Sequence[str], left: float, right: float, top: float, bottom: float
+) -> list[str]:
     span = values[-1] - values[0]
     heights = [bottom - (value - values[0]) / span * (bottom - top) for value in values]
-    return [f'<path class="{"base" if index == 0 else "grid"}" d="M{left:g},{y:.1f}H{right:g}"/>'
-            f'<text class="y" x="{left - 5:g}" y="{y + 3.5:.1f}" text-anchor="end">{name}</text>'
-            for index, (y, name) in enumerate(zip(heights, names, strict=True))]
+    return [
+        f'<path class="{"base" if index == 0 else "grid"}" d="M{left:g},{y:.1f}H{right:g}"/>'
+        f'<text class="y" x="{left - 5:g}" y="{y + 3.5:.1f}" text-anchor="end">{name}</text>'
+        for index, (y, name) in enumerate(zip(heights, names, strict=True))
+    ]

@@ -118,7 +118,7 @@ def model_color(name: str) -> str:
 def data_uri(image: bytes) -> str:
     """The picture as a data URI, its type read off the bytes; "" for bytes that are no picture a browser shows."""
     kinds = ((b"\xff\xd8\xff", 0, "jpeg"), (b"\x89PNG", 0, "png"), (b"GIF8", 0, "gif"), (b"WEBP", 8, "webp"))
-    kind = next((kind for magic, at, kind in kinds if image[at:at + len(magic)] == magic), None)
+    kind = next((kind for magic, at, kind in kinds if image[at : at + len(magic)] == magic), None)
     return f"data:image/{kind};base64,{b64encode(image).decode()}" if kind else ""
 
 
@@ -149,16 +149,22 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(figure, label) pairs for the strip under the headline; only those that the run has."""
     comparison, training = report.get("comparison") or {}, report.get("training") or {}
     teacher, student = comparison.get("teacher_parameters"), comparison.get("student_parameters")
-    strip = [(format_seconds(report.get("seconds")), "wall time of the loop"),
-             (format_bytes(report.get("peak_memory_bytes")), "peak memory"),
-             (format_count((report.get("dataset") or {}).get("samples")), "samples in the dataset")]
+    strip = [
+        (format_seconds(report.get("seconds")), "wall time of the loop"),
+        (format_bytes(report.get("peak_memory_bytes")), "peak memory"),
+        (format_count((report.get("dataset") or {}).get("samples")), "samples in the dataset"),
+    ]
     if is_finite(teacher) and is_finite(student) and student:
         strip.append((f"{format_count(teacher)} → {format_count(student)}", "parameters, teacher → student"))
-    strip += [(format_percent(value), f"of the teacher’s {metric}, {words(split)}")
-              for split, shares in list((comparison.get("share_of_teacher") or {}).items())[:1]
-              for metric, value in list(shares.items())[:1]]
-    strip += [(format_number(training[role].get("samples_per_second")), f"samples/s, {role} training")
-              for role in list(training)[-1:]]
+    strip += [
+        (format_percent(value), f"of the teacher’s {metric}, {words(split)}")
+        for split, shares in list((comparison.get("share_of_teacher") or {}).items())[:1]
+        for metric, value in list(shares.items())[:1]
+    ]
+    strip += [
+        (format_number(training[role].get("samples_per_second")), f"samples/s, {role} training")
+        for role in list(training)[-1:]
+    ]
     return [(figure, label) for figure, label in strip if figure != MISSING]
 
 
@@ -184,9 +190,14 @@ def metric_tables(models: Mapping[str, Any]) -> list[dict[str, Any]]:
         for title, values in parts.items():
             # A bare number beside the groups (say, a model's latency) is a table of one figure.
             tables.setdefault(title, {})[model] = values if isinstance(values, Mapping) else {title: values}
-    return [{"title": title, "rows": rows,
-             "metrics": sorted({name for row in rows.values() for name in row}, key=natural_order)}
-            for title, rows in tables.items()]
+    return [
+        {
+            "title": title,
+            "rows": rows,
+            "metrics": sorted({name for row in rows.values() for name in row}, key=natural_order),
+        }
+        for title, rows in tables.items()
+    ]
 
 
 def curve_charts(training: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -198,17 +209,27 @@ def curve_charts(training: Mapping[str, Any]) -> list[dict[str, Any]]:
     x_range = (min(steps), max(steps)) if steps else None
     drawn = []
     for name in names:
-        curves = {role: entry["curves"][name] for role, entry in training.items()
-                  if (entry.get("curves") or {}).get(name)}
-        series = [Series(name=role, color=model_color(role), points=[(x, y) for x, y in points])
-                  for role, points in curves.items()]
+        curves = {
+            role: entry["curves"][name] for role, entry in training.items() if (entry.get("curves") or {}).get(name)
+        }
+        series = [
+            Series(name=role, color=model_color(role), points=[(x, y) for x, y in points])
+            for role, points in curves.items()
+        ]
         if series:
-            drawn.append({"name": words(name),
-                          "svg": Markup(charts.line_chart(series, title=f"{words(name)} by step", x_label="step",
-                                                   x_range=x_range)),
-                          # A run that ended in NaN must say so here, not show its last healthy value.
-                          "latest": [(line.name, format_number(line.points[-1][1]) if is_finite(line.points[-1][1])
-                                      else "NaN") for line in series]})
+            drawn.append(
+                {
+                    "name": words(name),
+                    "svg": Markup(
+                        charts.line_chart(series, title=f"{words(name)} by step", x_label="step", x_range=x_range)
+                    ),
+                    # A run that ended in NaN must say so here, not show its last healthy value.
+                    "latest": [
+                        (line.name, format_number(line.points[-1][1]) if is_finite(line.points[-1][1]) else "NaN")
+                        for line in series
+                    ],
+                }
+            )
     return drawn
 
 
@@ -222,8 +243,15 @@ def stage_view(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows.append({**stage, "color": color, "share": stage["seconds"] / total if known else None})
         if known:
             text = f"{stage['stage']}, {format_seconds(stage['seconds'])}, {format_percent(stage['seconds'] / total)}"
-            segments.append(Segment(label=str(stage["stage"]), value=stage["seconds"], color=color,
-                                    tooltip=text, hatched=stage.get("status") == "reused"))
+            segments.append(
+                Segment(
+                    label=str(stage["stage"]),
+                    value=stage["seconds"],
+                    color=color,
+                    tooltip=text,
+                    hatched=stage.get("status") == "reused",
+                )
+            )
     title = "Share of building time: " + "; ".join(segment.tooltip for segment in segments)
     return {"rows": rows, "bar": Markup(charts.stacked_bar(segments, title=title)) if segments else ""}
 
@@ -233,8 +261,15 @@ def similarity_chart(scores: Mapping[str, Any]) -> Markup | str:
     similarity = scores.get("similarity") or {}
     if not similarity.get("counts"):
         return ""
-    return Markup(charts.histogram(similarity["edges"], similarity["counts"], color="var(--bar)",
-                                   title="Samples by similarity of image and caption", x_label="similarity"))
+    return Markup(
+        charts.histogram(
+            similarity["edges"],
+            similarity["counts"],
+            color="var(--bar)",
+            title="Samples by similarity of image and caption",
+            x_label="similarity",
+        )
+    )
 
 
 def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
@@ -250,8 +285,10 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
         headline=headline(evaluation),
         facts=facts(report),
         stages=stage_view(report.get("stages") or []),
-        splits={name: {**splits[name], "tables": metric_tables(splits[name].get("models") or {})}
-                for name in sorted(splits, key=lambda name: name != first)},
+        splits={
+            name: {**splits[name], "tables": metric_tables(splits[name].get("models") or {})}
+            for name in sorted(splits, key=lambda name: name != first)
+        },
         curves=curve_charts(report.get("training") or {}),
         similarity=similarity_chart(report.get("scores") or {}),
         picture=lambda key: data_uri(images[key]) if key in images else "",
@@ -261,8 +298,9 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
 
 def meter(value: object, model: str, maximum: object = 1.0, mark: object = None) -> Markup:
     """The bar under a figure; empty where the figure, or what it is a part of, was not recorded."""
-    number, whole, threshold = (float(x) if isinstance(x, int | float) and is_finite(x) else None
-                                for x in (value, maximum, mark))
+    number, whole, threshold = (
+        float(x) if isinstance(x, int | float) and is_finite(x) else None for x in (value, maximum, mark)
+    )
     return Markup(charts.meter(number or 0.0, maximum=whole or 0.0, color=model_color(model), mark=threshold))
 
 
@@ -270,11 +308,23 @@ def meter(value: object, model: str, maximum: object = 1.0, mark: object = None)
 def page_template() -> Template:
     """The page's template with its filters."""
     # Chainable: a figure that a stage did not record prints as a dash, and never costs the morning's report.
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=ChainableUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=ChainableUndefined,
+    )
     environment.filters |= {
-        "count": format_count, "number": format_number, "percent": format_percent, "seconds": format_seconds,
-        "bytes": format_bytes, "metric": format_metric, "date": format_date, "words": words, "is_share": is_share,
+        "count": format_count,
+        "number": format_number,
+        "percent": format_percent,
+        "seconds": format_seconds,
+        "bytes": format_bytes,
+        "metric": format_metric,
+        "date": format_date,
+        "words": words,
+        "is_share": is_share,
         "color": model_color,
     }
     return environment.get_template("report.html.jinja")

@@ -32,8 +32,14 @@ class DualEncoder(nn.Module):
         return {
             "image_embedding": self.embed_images(pixels_B3HS),
             "text_embedding": self.embed_captions(token_ids_BT, token_mask_BT),
-            "logit_scale": self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
+            "logit_scale": self._scale().exp(),
         }
+
+    def _scale(self) -> Tensor:
+        # The clamped value with the raw one's gradient: a plain clamp has none past its bound, and would never let the
+        # scale come back.
+        over = (self.logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
+        return self.logit_scale - over
 
     def embed_images(self, pixels_B3HS: Tensor) -> Tensor:
         """(B, E) of unit length, from normalised pictures."""

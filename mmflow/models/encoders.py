@@ -63,7 +63,7 @@ def encoder_config(
     from transformers import AutoConfig
     from transformers.models.auto import configuration_auto
 
-    known_types = getattr(configuration_auto, "CONFIG_MAPPING_NAMES")
+    known_types = configuration_auto.CONFIG_MAPPING_NAMES
     if model_type not in known_types:
         raise RecipeError(f"{key}.type: transformers has no {model_type!r}{_nearest(model_type, known_types)}")
     known = AutoConfig.for_model(model_type).to_dict()

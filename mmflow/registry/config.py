@@ -17,7 +17,7 @@ class PromoteConfig(Config):
     """Registered model whose `champion` alias may move."""
     candidate: Literal["student", "teacher"] = "student"
     """Which of the night's two models stands as challenger."""
-    metric: str = Field(min_length=1)
+    metric: str = Field(pattern=r"^[^/]+/[^/]+/.+$")
     """The deciding metric, such as `unseen_variants/text_to_image/R@1`. More is better, unless it ends in mean_rank or
     loss."""
     min_gain: FiniteFloat = 0.0

@@ -6,7 +6,6 @@ Both are judged on the same rows: a champion's own figures may come from another
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from mmflow.artifacts import content_hash, exists, join, read_json, write_json
@@ -86,12 +85,12 @@ def _decide(
         floors=settings.floors,
         max_drop=settings.max_drop,
     )
-    checks = [asdict(check) for check in decision.checks]
     return {
         **outcome,
         "decision": "promoted" if decision.promoted else "refused",
         "reasons": list(decision.reasons),
         "checks": [
-            {"challenger" if name == "value" else name: value for name, value in each.items()} for each in checks
+            {"name": check.name, "challenger": check.value, "threshold": check.threshold, "passed": check.passed}
+            for check in decision.checks
         ],
     }

@@ -8,7 +8,7 @@ from mmflow.config import Config
 
 
 class ScoreConfig(Config):
-    """Stage `score`: the champion's embeddings, best class and image–caption similarity for every row of the dataset."""
+    """Stage `score`: the champion's embeddings, best class and image–caption similarity for every row."""
 
     num_workers: int = Field(1, ge=1)
     """Actors that hold the model."""

@@ -35,8 +35,8 @@ def prepare_deepspeed() -> None:
 def _keep_freed_memory() -> None:
     """Have glibc keep the buffers that a step frees for the next one, instead of giving them back to the kernel.
 
-    Activations are megabytes each, which glibc maps anew and has zeroed page by page at every use; on two cores that
-    took more than a quarter of a small convolutional net's step.
+    Activations are megabytes each, which glibc maps anew and has zeroed page by page at every use: a tenth of the
+    quickstart's step.
     """
     import ctypes
 

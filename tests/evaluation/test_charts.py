@@ -23,7 +23,7 @@ from mmflow.evaluation.charts import (
 
 numbers = st.floats(-1e12, 1e12, allow_subnormal=False).filter(lambda number: number == 0 or abs(number) > 1e-12)
 values = st.one_of(numbers, st.none(), st.just(math.nan), st.just(math.inf))
-HOSTILE = '<script>alert(1)</script>"\'&'
+HOSTILE = "<script>alert(1)</script>\"'&"
 
 
 def drawn_paths(svg: str) -> list[str]:
@@ -65,13 +65,16 @@ def test_tick_labels_differ_and_are_short(low: float, high: float) -> None:
     assert max(map(len, labels)) <= 16
 
 
-@pytest.mark.parametrize(("low", "high", "expected"), [
-    (0, 9, ["0", "2.5", "5.0", "7.5", "10.0"]),
-    (0, 0.001, ["0", "2.5e-4", "5e-4", "7.5e-4", "1e-3"]),
-    (0, 2_000_000, ["0", "0.5M", "1.0M", "1.5M", "2.0M"]),
-    (0, 700, ["0", "200", "400", "600", "800"]),
-    (-0.2, 0.2, ["-0.2", "-0.1", "0", "0.1", "0.2"]),
-])
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 9, ["0", "2.5", "5.0", "7.5", "10.0"]),
+        (0, 0.001, ["0", "2.5e-4", "5e-4", "7.5e-4", "1e-3"]),
+        (0, 2_000_000, ["0", "0.5M", "1.0M", "1.5M", "2.0M"]),
+        (0, 700, ["0", "200", "400", "600", "800"]),
+        (-0.2, 0.2, ["-0.2", "-0.1", "0", "0.1", "0.2"]),
+    ],
+)
 def test_ticks_read_as_people_write_them(low: float, high: float, expected: list[str]) -> None:
     assert tick_labels(ticks(low, high)) == expected
 
@@ -119,7 +122,9 @@ def test_decimation_keeps_order_ends_extremes_and_gaps(column: list[float | None
         return [y for _, y in some if y is not None and math.isfinite(y)]
 
     assert (min(finite(points), default=0), max(finite(points), default=0)) == (
-        min(finite(kept), default=0), max(finite(kept), default=0))
+        min(finite(kept), default=0),
+        max(finite(kept), default=0),
+    )
     assert (len(finite(kept)) < len(kept)) == (len(finite(points)) < len(points))
 
 
@@ -155,23 +160,28 @@ def test_stacked_shares_fill_the_bar_exactly(parts: list[float]) -> None:
 
 
 def test_reused_stage_is_hatched_and_not_only_coloured() -> None:
-    plain, hatched = (stacked_bar([Segment(label="shard", value=1, color="red", hatched=hatched)], title="time")
-                      for hatched in (False, True))
+    plain, hatched = (
+        stacked_bar([Segment(label="shard", value=1, color="red", hatched=hatched)], title="time")
+        for hatched in (False, True)
+    )
     assert "url(#hatch)" in hatched
     assert "url(#hatch)" not in plain
 
 
-@pytest.mark.parametrize(("value", "width"), [(0.612, "61.20%"), (-1.0, "0.00%"), (7.0, "100.00%"),
-                                              (math.nan, "0.00%")])
+@pytest.mark.parametrize(
+    ("value", "width"), [(0.612, "61.20%"), (-1.0, "0.00%"), (7.0, "100.00%"), (math.nan, "0.00%")]
+)
 def test_meter_is_the_share_within_its_track(value: float, width: str) -> None:
     assert f'<rect width="{width}"' in meter(value)
 
 
 def test_every_chart_names_itself_and_escapes_its_labels() -> None:
     line = Series(name=HOSTILE, color=HOSTILE, points=[(0, 1.0)])
-    for svg in (line_chart([line], title=HOSTILE, x_label=HOSTILE),
-                histogram([0.0, 1.0], [1], title=HOSTILE, x_label=HOSTILE, color=HOSTILE),
-                stacked_bar([Segment(label=HOSTILE, value=1, color=HOSTILE, tooltip=HOSTILE)], title=HOSTILE)):
+    for svg in (
+        line_chart([line], title=HOSTILE, x_label=HOSTILE),
+        histogram([0.0, 1.0], [1], title=HOSTILE, x_label=HOSTILE, color=HOSTILE),
+        stacked_bar([Segment(label=HOSTILE, value=1, color=HOSTILE, tooltip=HOSTILE)], title=HOSTILE),
+    ):
         assert "<script" not in svg
         root = ElementTree.fromstring(svg)
         assert root[0].tag == "title"

@@ -15,8 +15,15 @@ from tests.evaluation.sample_report import sample_images, sample_report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>'
 VOID = {"meta", "img", "br"}
-SECTIONS = {"stages": "loop", "retrieval": "retrieval", "training": "training", "dataset": "dataset",
-            "promotion": "promotion", "scores": "scores", "lineage": "lineage"}
+SECTIONS = {
+    "stages": "loop",
+    "retrieval": "retrieval",
+    "training": "training",
+    "dataset": "dataset",
+    "promotion": "promotion",
+    "scores": "scores",
+    "lineage": "lineage",
+}
 
 
 class Page(HTMLParser):
@@ -119,8 +126,9 @@ def test_report_of_a_name_alone_is_a_page_without_sections() -> None:
     assert "quickstart · Sunday 22 November 2026, 03:00 UTC" in parsed.text
 
 
-@pytest.mark.parametrize("section", ["dataset", "training", "evaluation", "retrieval", "comparison", "promotion",
-                                     "scores", "machine"])
+@pytest.mark.parametrize(
+    "section", ["dataset", "training", "evaluation", "retrieval", "comparison", "promotion", "scores", "machine"]
+)
 def test_empty_section_costs_nobody_the_report(section: str) -> None:
     report = sample_report()
     for key in list(report[section]):
@@ -183,9 +191,9 @@ def test_right_pictures_are_marked_by_a_sign_and_not_only_by_colour() -> None:
     report = sample_report()
     report["retrieval"]["queries"] = report["retrieval"]["queries"][5:7]  # rank 17, then rank 1
     text = Page(render_report(report, sample_images())).text
-    missed, found = text[text.index("✗ right one at rank 17"):].split("✓ first", 1)
+    missed, found = text[text.index("✗ right one at rank 17") :].split("✓ first", 1)
     assert "✓" not in missed
-    assert found.count("✓") == 1 + text[text.index("Teacher, student, floor"):].count("✓")
+    assert found.count("✓") == 1 + text[text.index("Teacher, student, floor") :].count("✓")
 
 
 def test_pictures_are_inlined_with_their_own_type_and_unknown_ones_show_their_key() -> None:
@@ -214,18 +222,32 @@ def test_missing_figure_prints_as_a_dash() -> None:
     assert page.MISSING in html
 
 
-@pytest.mark.parametrize(("shown", "expected"), [
-    (page.format_count(3953), "3,953"), (page.format_count(1_300_000), "1.3M"), (page.format_count(999_960), "1.0M"),
-    (page.format_count(True), "—"), (page.format_percent(0.612), "61.2%"), (page.format_percent(0.0025), "0.25%"),
-    (page.format_percent(1), "100%"), (page.format_percent(None), "—"), (page.format_seconds(12.4), "12.4 s"),
-    (page.format_seconds(0.042), "42 ms"), (page.format_seconds(287.3), "4 min 47 s"), (page.format_seconds(3599.6),
-    "1 h 00 min"), (page.format_seconds(9000), "2 h 30 min"), (page.format_seconds(99.97), "1 min 40 s"),
-    (page.format_bytes(900), "900 B"), (page.format_bytes(1_300_000_000), "1.2 GiB"),
-    (page.format_number(5.238), "5.24"),
-    (page.format_number(3e-7), "3e-7"), (page.format_metric(5.23, "mean_rank"), "5.2"),
-    (page.format_metric(0.66, "unseen_variants R@1 >= champion"), "66.0%"),
-    (page.format_date("not a date"), "not a date"),
-    (page.format_date("2026-11-22T04:00:00+01:00"), "Sunday 22 November 2026, 03:00 UTC"),
-])
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (page.format_count(3953), "3,953"),
+        (page.format_count(1_300_000), "1.3M"),
+        (page.format_count(999_960), "1.0M"),
+        (page.format_count(True), "—"),
+        (page.format_percent(0.612), "61.2%"),
+        (page.format_percent(0.0025), "0.25%"),
+        (page.format_percent(1), "100%"),
+        (page.format_percent(None), "—"),
+        (page.format_seconds(12.4), "12.4 s"),
+        (page.format_seconds(0.042), "42 ms"),
+        (page.format_seconds(287.3), "4 min 47 s"),
+        (page.format_seconds(3599.6), "1 h 00 min"),
+        (page.format_seconds(9000), "2 h 30 min"),
+        (page.format_seconds(99.97), "1 min 40 s"),
+        (page.format_bytes(900), "900 B"),
+        (page.format_bytes(1_300_000_000), "1.2 GiB"),
+        (page.format_number(5.238), "5.24"),
+        (page.format_number(3e-7), "3e-7"),
+        (page.format_metric(5.23, "mean_rank"), "5.2"),
+        (page.format_metric(0.66, "unseen_variants R@1 >= champion"), "66.0%"),
+        (page.format_date("not a date"), "not a date"),
+        (page.format_date("2026-11-22T04:00:00+01:00"), "Sunday 22 November 2026, 03:00 UTC"),
+    ],
+)
 def test_figures_read_as_people_write_them(shown: str, expected: str) -> None:
     assert shown.replace("\u00a0", " ") == expected

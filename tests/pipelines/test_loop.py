@@ -130,8 +130,11 @@ def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
     assert worse["promotion"]["decision"] == "refused"
     assert "held_out/text_to_image/R@5" in worse["promotion"]["reasons"][0]
     assert champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace)) == before
-    by_alias = {alias: each.version for each in list_versions("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
-                for alias in each.aliases}
+    by_alias = {
+        alias: each.version
+        for each in list_versions("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
+        for alias in each.aliases
+    }
     assert by_alias == {"champion": 1, "challenger": 2}
 
 
@@ -200,7 +203,7 @@ def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        wait_for(lambda sign=sign: any(workspace.glob(sign)), lambda: driver.poll() is not None)
+        wait_for(lambda sign=sign: any(workspace.glob(sign)), lambda driver=driver: driver.poll() is not None)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         if not list(workspace.glob(f"{stage}/*/{MANIFEST}")):
