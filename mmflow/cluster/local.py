@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from mmflow.errors import ClusterError
@@ -45,7 +47,8 @@ def _start(num_cpus: int) -> None:
         settings = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(**settings, log_to_driver=False, logging_level=logging.WARNING)
+            with _native_stderr_closed():
+                ray.init(**settings, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, TimeoutError) as error:
             ray.shutdown()
             if address or attempt == STARTS:
@@ -54,6 +57,20 @@ def _start(num_cpus: int) -> None:
             time.sleep(2)
         else:
             return
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Keep Ray's C++ side from announcing on a user's terminal that it was asked to be quiet. Errors are raised."""
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def cluster_resources(kind: str) -> float:

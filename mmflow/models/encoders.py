@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -60,10 +60,9 @@ def encoder_config(
     `transformers` itself would take any word and use the default without a sound.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto import configuration_auto
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    known_types = configuration_auto.CONFIG_MAPPING_NAMES
+    known_types = CONFIG_MAPPING.keys()
     if model_type not in known_types:
         raise RecipeError(f"{key}.type: transformers has no {model_type!r}{_nearest(model_type, known_types)}")
     known = AutoConfig.for_model(model_type).to_dict()
@@ -111,7 +110,7 @@ def _width(key: str, model_type: str, config: Any) -> int:
     return int(width)
 
 
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 

@@ -29,7 +29,7 @@ from mmflow.models.dual import build_dual_encoder
 from mmflow.models.encoders import parameter_count
 from mmflow.models.package import LoadedModel, load_package, read_package, write_package
 from mmflow.objectives.config import ContrastiveConfig
-from mmflow.objectives.contrastive import contrastive_loss, global_rows
+from mmflow.objectives.contrastive import GlobalRows, contrastive_loss, global_rows
 from mmflow.shards.dataset import open_dataset
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.collectives import average_buffers, gather_rows
@@ -171,7 +171,10 @@ def _lesson(job: TrainingJob, vocabulary_size: int) -> tuple[nn.Module, Losses, 
     teacher.model.requires_grad_(False)
     losses = partial(_distillation_losses, job.objective, job.lessons, teacher, job.model.image_pixels)
     pixels = max(job.model.image_pixels, teacher.config.image_pixels)
-    return Student(model, teacher.config.embedding_width), losses, pixels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)  # its projections are drawn here: a restart from the first step must draw the same
+        student = Student(model, teacher.config.embedding_width)
+    return student, losses, pixels
 
 
 def _inputs(batch: Batch, device: torch.device, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,17 +184,15 @@ def _inputs(batch: Batch, device: torch.device, side: int) -> tuple[Tensor, Tens
     return pixels, batch.token_ids.to(device), batch.token_mask.to(device)
 
 
+def _contrast(objective: ContrastiveConfig, outputs: dict[str, Tensor], rows: GlobalRows) -> Tensor:
+    image, text, scale = outputs["image_embedding"], outputs["text_embedding"], outputs["logit_scale"]
+    return contrastive_loss(image, text, scale, rows, gather_rows, objective.label_smoothing)
+
+
 def _pretraining_losses(objective: ContrastiveConfig, engine: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     outputs = engine(*_inputs(batch, engine.device, batch.pixels.shape[-1]))
     rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
-    loss = contrastive_loss(
-        outputs["image_embedding"],
-        outputs["text_embedding"],
-        outputs["logit_scale"],
-        rows,
-        gather_rows,
-        objective.label_smoothing,
-    )
+    loss = _contrast(objective, outputs, rows)
     return loss, {"contrastive": loss, "logit_scale": outputs["logit_scale"]}
 
 
@@ -204,14 +205,7 @@ def _distillation_losses(
     outputs = engine(*_inputs(batch, engine.device, side))
     rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
     parts = {
-        "contrastive": contrastive_loss(
-            outputs["image_embedding"],
-            outputs["text_embedding"],
-            outputs["logit_scale"],
-            rows,
-            gather_rows,
-            objective.label_smoothing,
-        ),
+        "contrastive": _contrast(objective, outputs, rows),
         "soft_labels": soft_label_loss(outputs, taught, rows, gather_rows, lessons.temperature),
         "features": feature_loss(outputs, taught, rows),
     }

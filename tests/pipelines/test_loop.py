@@ -76,7 +76,7 @@ def test_the_report_page_stands_alone(recipe: Recipe, report: dict[str, Any]) ->
     page = (Path(recipe.workspace) / "report.html").read_text()
     assert "red circle" in page
     assert 'src="http' not in page
-    assert "caption_missing" in page
+    assert "caption missing" in page
 
 
 def test_every_sample_is_scored_once_by_the_champion(recipe: Recipe, report: dict[str, Any]) -> None:
@@ -113,7 +113,6 @@ def test_a_second_run_builds_nothing(recipe: Recipe, report: dict[str, Any]) -> 
 def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
     recipe: Recipe, report: dict[str, Any], tmp_path: Path
 ) -> None:
-    before = champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
     fields = recipe.model_dump(mode="json")
     fields["distill"]["training"] |= {"epochs": 1, "optimizer": {"learning_rate": 1e-9}}
     fields["promote"]["min_gain"] = 0.01
@@ -129,7 +128,6 @@ def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
     }
     assert worse["promotion"]["decision"] == "refused"
     assert "held_out/text_to_image/R@5" in worse["promotion"]["reasons"][0]
-    assert champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace)) == before
     by_alias = {
         alias: each.version
         for each in list_versions("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
@@ -151,17 +149,22 @@ def test_a_worker_killed_in_pretraining_costs_no_step_and_changes_no_weight(
     journal = Path(loop.plan("pretrain").directory(again.workspace)) / "journal.jsonl"
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(loop.run, "pretrain")
-        wait_for(lambda: any(line.get("event") == "checkpoint" for line in read_journal(journal)), training.done)
+        # Ray Train takes note of a checkpoint when the next one comes: at the second, the first is safe.
+        wait_for(lambda: len(events(journal, "checkpoint")) >= 2, training.done)
         victims = [each for each in psutil.process_iter() if worker_of(each, os.getpid())]
         assert len(victims) == 2
         victims[0].kill()
         artifact = training.result(timeout=300)
-    starts = [line["step"] for line in read_journal(journal) if line.get("event") == "started"]
+    starts = [line["step"] for line in events(journal, "started")]
     assert len(starts) == 2
     assert starts[1] > 0
     steps = {line["step"] for line in read_journal(journal) if "metrics" in line}
     assert steps == set(range(1, artifact.manifest["steps"] + 1))
     assert f"training {artifact.fingerprint[:12]}" in fingerprints(report)
+
+
+def events(journal: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_journal(journal) if line.get("event") == kind]
 
 
 def worker_of(process: psutil.Process, driver: int) -> bool:
@@ -171,10 +174,11 @@ def worker_of(process: psutil.Process, driver: int) -> bool:
         return False
 
 
-def wait_for(happened: Callable[[], bool], ended: Callable[[], bool], seconds: float = 240) -> None:
+def wait_for(happened: Callable[[], bool], ended: Callable[[], bool], log: str = os.devnull) -> None:
+    seconds = 240.0
     deadline = time.monotonic() + seconds
     while not happened():
-        assert not ended(), "it ended before what was waited for"
+        assert not ended() or happened(), Path(log).read_text()
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
 
@@ -197,13 +201,11 @@ def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
     }
     killed = []
     for stage, sign in begun.items():
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "mmflow.cli", "run", path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        wait_for(lambda sign=sign: any(workspace.glob(sign)), lambda driver=driver: driver.poll() is not None)
+        with (tmp_path / "log").open("ab") as log:
+            driver = subprocess.Popen(
+                [sys.executable, "-m", "mmflow.cli", "run", path], stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(lambda sign=sign: any(workspace.glob(sign)), lambda driver=driver: driver.poll() is not None, log.name)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         if not list(workspace.glob(f"{stage}/*/{MANIFEST}")):
