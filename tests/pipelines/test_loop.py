@@ -183,6 +183,7 @@ def wait_for(happened: Callable[[], bool], ended: Callable[[], bool], log: str =
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)  # seven drivers, each with a Ray of its own
 def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
     report: dict[str, Any], records: str, tmp_path: Path
