@@ -163,7 +163,7 @@ def test_override_values_are_yaml(path: Path) -> None:
             "pretrain.training.optimizer.learning_rate=1e-3",
             "pretrain.model.text.options.layer_norm_eps=1e-6",
             "pretrain.loader.language_weights={en: 1, fr: .5}",
-            "evaluate.splits=[a, b]",
+            "evaluate.splits=[unseen_concepts, unseen_variants]",
             "schedule.cron=0 3 * * *",
             "distill.model.image.options.depths=[1, 2]",
             "workspace=s3://bucket/a=b",
@@ -172,7 +172,7 @@ def test_override_values_are_yaml(path: Path) -> None:
     assert recipe.pretrain.training.optimizer.learning_rate == 0.001
     assert recipe.pretrain.model.text.options["layer_norm_eps"] == 1e-6  # a number, though nothing says its type
     assert recipe.pretrain.loader.language_weights == {"en": 1, "fr": 0.5}
-    assert recipe.evaluate.splits == ["a", "b"]
+    assert recipe.evaluate.splits == ["unseen_concepts", "unseen_variants"]
     assert recipe.schedule is not None
     assert recipe.schedule.cron == "0 3 * * *"
     assert recipe.distill is not None
