@@ -8,31 +8,91 @@ from pydantic import Field
 
 from mmflow.config import Config
 
+SourceKind = Literal["auto", "jsonl", "csv", "parquet", "folder", "webdataset", "img2dataset", "huggingface", "html"]
+
+
+class FieldsConfig(Config):
+    """Which columns or keys of a source hold what; those left out are found under their usual names."""
+
+    key: str | None = None
+    """The sample's key. Without one, the record's place in its source makes it."""
+    image: str | None = None
+    """A path relative to the source, a URI, a URL, or the bytes of an image file."""
+    captions: dict[str, str] = Field(default_factory=dict)
+    """Column → language (BCP 47, or "und"), in the order of preference: {title: en, title_zh: zh}."""
+    split: str | None = None
+    """The split's name, where the source has one."""
+
 
 class SourceConfig(Config):
     """One place that records come from."""
 
-    kind: Literal["jsonl"] = "jsonl"
-    """jsonl: a line a record, {"key", "image", "captions": [{"language", "text"}], "split"}; the rest is metadata."""
+    kind: SourceKind = "auto"
+    """What lies there. auto: by the name's ending, and for a directory by what it holds."""
     uri: str
-    """A path, s3:// or gs://. Image paths within are relative to it."""
+    """A path, s3:// or gs://, with globs and brace ranges: s3://b/{000..127}.tar. Image paths are relative to it."""
+    fields: FieldsConfig = FieldsConfig()
+    """Columns of tables, keys of JSON."""
+    language: str = "und"
+    """Language of the captions that carry no tag of their own."""
+    license: str | None = None
+    """Licence of the records that name none; it goes into each sample's metadata."""
+    weight: float = Field(1.0, gt=0, le=1)
+    """Share of the source's records that is used, chosen by a hash of the key."""
+    keys: Literal["normalize", "strict"] = "normalize"
+    """normalize: a key that tars cannot carry is respelled with a hash behind it; strict: its record is rejected."""
+    frames: bool = False
+    """In a folder: each directory of images is one record, its images the frames in the order of their names."""
+
+
+class FetchConfig(Config):
+    """How images are fetched over HTTP, politely and with bounds."""
+
+    user_agent: str = "mmflow/0 (image-text dataset builder; +https://pypi.org/project/mmflow)"
+    """Who asks and why. Put a page or an address here where somebody answers."""
+    concurrency: int = Field(64, ge=1)
+    """Requests under way at once, per task."""
+    per_host: int = Field(2, ge=1)
+    """Requests under way at once to one host."""
+    num_tasks: int = Field(4, ge=1)
+    """Ray tasks that fetch; each host belongs to one of them, so that its limit holds."""
+    timeout: float = Field(30.0, gt=0)
+    """Seconds for one request, from the first byte sent to the last received."""
+    max_bytes: int = Field(20_000_000, ge=1)
+    """Most bytes of one body; a longer one is cut off and rejected."""
+    max_redirects: int = Field(5, ge=0)
+    """Most redirects followed; each target is checked like a first address."""
+    retries: int = Field(2, ge=0)
+    """Tries after the first, with growing pauses, where the failure may pass."""
+    robots: bool = True
+    """Whether robots.txt is honoured. Opt-outs in the headers (noai, noml, TDM) always are."""
+    loopback: bool = Field(False, exclude=True)
+    """Admit addresses of this machine, for a server of one's own beside the job."""
 
 
 class ImageConfig(Config):
     """The bounds that a source image must meet, and how it is stored."""
 
     side: int = Field(256, ge=8, le=4096)
-    """Shortest side in pixels after resizing; a smaller image is never enlarged."""
+    """Pixels that `resize` aims at; a smaller image is never enlarged."""
+    resize: Literal["none", "shortest", "longest", "crop"] = "shortest"
+    """shortest, longest: that side becomes `side`; crop: the middle square of `side`; none: as it is."""
     max_pixels: int = Field(80_000_000, ge=1, le=178_956_970)
     """Most pixels of a source image, read from its header before any is decoded. Pillow refuses more than the bound."""
     min_side: int = Field(16, ge=1)
     """Least shortest side of a source image, in pixels."""
     max_aspect: float = Field(8.0, ge=1)
     """Most that the longer side may be of the shorter."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """What shows through transparent pixels, RGB."""
     format: Literal["jpeg", "webp"] = "jpeg"
     """What images are stored as."""
     quality: int = Field(90, ge=1, le=100)
     """The encoder's quality; a JPEG of 90 and above keeps colour at full resolution."""
+    keep_conforming: bool = True
+    """Store a file's own bytes where they are of the format already, upright, in RGB and of the size asked."""
+    max_frames: int = Field(16, ge=1)
+    """Most frames kept of an animated image or a frame folder, evenly spaced; 1 keeps the first alone."""
 
 
 class CaptionConfig(Config):
@@ -42,6 +102,33 @@ class CaptionConfig(Config):
     """Shorter captions are dropped."""
     max_characters: int = Field(20_000, ge=1)
     """Longer captions are dropped."""
+    min_tokens: int = Field(0, ge=0)
+    """Captions of fewer tokens, by estimate, are dropped."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Captions of more tokens, by estimate, are dropped."""
+    mask: list[Literal["email", "phone"]] = Field(default_factory=list)
+    """What is replaced by [email] and [phone]."""
+    drop_boilerplate: bool = True
+    """Drop captions that are file names, or say no more than "image of"."""
+    detect_language: bool = False
+    """Tag captions of unknown language by py3langid."""
+    languages: list[str] = Field(default_factory=list)
+    """Languages kept; others are dropped. Empty: all."""
+    max_images: int | None = Field(None, ge=1)
+    """A caption of more images than this says nothing of any; it is dropped from all of them."""
+
+
+class DuplicatesConfig(Config):
+    """Which records are too alike; of each group one stays, held-out splits before train, then the first."""
+
+    exact: bool = True
+    """Images of the same pixels, once resized."""
+    radius: int | None = Field(None, ge=0, le=12)
+    """Images whose 64-bit perceptual hashes differ in at most so many bits. 3 is careful, 8 is bold."""
+    caption_similarity: float | None = Field(None, gt=0, le=1)
+    """Records whose first captions have at least this Jaccard similarity of words' 3-grams, by MinHash."""
+    against: list[str] = Field(default_factory=list)
+    """Datasets that are evaluated on: what is like a sample of theirs is not trained on."""
 
 
 class CorpusConfig(Config):

@@ -19,16 +19,19 @@ from mmflow.ingest.reasons import Reason, Rejected
 ROWS_PER_BLOCK = 16_384
 LINE_BITS = 40  # a record's place: the source's number above, the line's number in the lowest 40 bits
 CAPTION = pa.struct([("language", pa.string()), ("text", pa.string())])
-# `place` orders all records of all sources. `image` is as written, relative to the URI `root`. `reason` and `detail`
-# are null in a good record; in a rejected one everything but `place` and `source` may be null.
+# `place` orders all records of all sources. `images` are paths or URIs as written, relative to the URI `root`, or else
+# `bodies` are the files' own bytes; more than one are the frames of a clip. `split` is null where the source names none.
+# `reason` and `detail` are null in a good record; in a rejected one all but `place`, `source` and `chunk` may be null.
 RECORDS = pa.schema(
     [
         ("place", pa.int64()),
+        ("chunk", pa.int64()),
         ("source", pa.string()),
         ("key", pa.string()),
         ("split", pa.string()),
         ("root", pa.string()),
-        ("image", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("bodies", pa.list_(pa.large_binary())),
         ("captions", pa.list_(CAPTION)),
         ("metadata", pa.string()),
         ("reason", pa.string()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from mmflow.config import Config
-from mmflow.ingest.config import CaptionConfig, ImageConfig, SourceConfig
+from mmflow.ingest.config import CaptionConfig, DuplicatesConfig, FetchConfig, ImageConfig, SourceConfig
 
 
 class ShardConfig(Config):
@@ -13,11 +13,23 @@ class ShardConfig(Config):
 
     sources: list[SourceConfig] = Field(default_factory=list)
     """Where records come from; the first of two records with one key is the one kept."""
+    fetch: FetchConfig = FetchConfig()
+    """How images that are URLs are fetched."""
     image: ImageConfig = ImageConfig()
     """Bounds and storage of images."""
     captions: CaptionConfig = CaptionConfig()
     """Bounds of captions."""
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    """Which records are too alike."""
+    splits: dict[str, float] = Field(default_factory=dict)
+    """Split → share of the records that name none, chosen by a hash: {validation: 0.01}. The rest is `train`."""
+    group_by: str | None = None
+    """Key of the metadata whose equals stay in one split, such as a page or a product. None: each record by itself."""
     samples_per_shard: int = Field(10_000, ge=1)
-    """Records a shard on average: a shard is an equal range of the keys' hashes, so its size varies by its root."""
+    """Samples a shard on average: a shard is an equal range of the keys' hashes, so its size varies by its root."""
+    bytes_per_shard: int = Field(1 << 30, ge=1)
+    """Bytes a shard on average, where that is less than its samples would have."""
+    grow: bool = True
+    """Keep the shards of this recipe's last dataset where its sources are all still there, and add those of new ones."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the global shuffle."""

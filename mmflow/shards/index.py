@@ -18,7 +18,10 @@ from mmflow.errors import CorruptArtifactError
 
 MEMBERS = ("image", "txt", "json")
 # Offsets count from the start of the tar, in bytes, and point at the body, behind the member's header. `width` and
-# `height` are the stored image's, in pixels. `caption_tokens` estimates the longest caption of the sample.
+# `height` are the stored image's, in pixels. `caption_tokens` estimates the longest caption of the sample. `frames` are a
+# clip's members after the first, which is its image. The hashes of the pixels and the captions find duplicates of the
+# sample later; they are null where nobody computed them (adopted tars).
+FRAME = pa.struct([("offset", pa.int64()), ("bytes", pa.int64()), ("xxh3", pa.uint64())])
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -30,6 +33,13 @@ SCHEMA = pa.schema(
         *((f"{member}_offset", pa.int64()) for member in MEMBERS),
         *((f"{member}_bytes", pa.int64()) for member in MEMBERS),
         *((f"{member}_xxh3", pa.uint64()) for member in MEMBERS),
+        ("frames", pa.list_(FRAME)),
+        ("pixel_hash", pa.uint64()),
+        ("perceptual_hash", pa.uint64()),
+        ("caption_hashes", pa.list_(pa.uint64())),
+        ("caption_characters", pa.int32()),
+        ("languages", pa.list_(pa.string())),
+        ("license", pa.string()),
     ]
 )
 COMMIT = b"mmflow.shard"
