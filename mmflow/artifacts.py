@@ -144,10 +144,14 @@ def read_json(uri: str) -> Any:
 # --- hashes ---------------------------------------------------------------------------------------------------------
 
 
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: keys sorted, no white space, no escapes that UTF-8 does without."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def content_hash(value: Any) -> str:
     """sha256 (hex) of a JSON value in canonical form: key order and white space do not matter."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_sha256(uri: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 
-from mmflow.artifacts import filesystem
+from mmflow.artifacts import canonical_json, filesystem
 from mmflow.ingest.reasons import Reason, Rejected
 
 ROWS_PER_BLOCK = 16_384
@@ -89,11 +89,6 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise Rejected(Reason.key_invalid, f"{key[:100]!r}: lower-case letters, digits, - and _ are needed, at most 80")
     metadata = {name: field for name, field in value.items() if name not in ("key", "image", "split", "captions")}
     return {"key": key, "image": image, "split": split, "captions": captions, "metadata": canonical_json(metadata)}
-
-
-def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: keys sorted, no white space, no escapes that UTF-8 does without."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def _captions(value: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -19,13 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from mmflow.artifacts import filesystem, join, local_path, publish, read_bytes
+from mmflow.artifacts import canonical_json, filesystem, join, local_path, publish, read_bytes
 from mmflow.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.ingest.captions import clean_captions, estimate_tokens
 from mmflow.ingest.config import CaptionConfig, ImageConfig
 from mmflow.ingest.images import EncodedImage, prepare_image
 from mmflow.ingest.reasons import Reason, Rejected
-from mmflow.ingest.records import canonical_json
 from mmflow.shards.dataset import index_uri, quarantine_uri, tar_uri
 from mmflow.shards.index import MEMBERS, SCHEMA, ShardCommit, read_commit, write_index, write_parquet
 from mmflow.shards.tar import TarWriter
