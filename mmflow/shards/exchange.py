@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,22 +17,55 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-# Rows of a block, split's ranges known: `RECORDS` and where each goes. A claim stands for a record of another split.
-ASSIGNED = (("shard", pa.int64()), ("hash", pa.uint64()), ("claim", pa.bool_()))
+# What a sample takes beside its images: three headers, a caption and JSON of at most a block, in bytes.
+OTHER_BYTES = 5 * 512
+# Rows of `PIECE` with the pack of their images, and where each goes.
+ASSIGNED = (("shard", pa.int64()), ("hash", pa.uint64()))
 
 
-def count_splits(records: pa.Table) -> dict[str | None, int]:
-    """How many good records each split has; under None, how many were rejected when they were read."""
-    split = pc.if_else(pc.is_null(records["reason"]), records["split"], pa.scalar(None, pa.string()))
-    return {entry["values"]: entry["counts"] for entry in pc.value_counts(split).to_pylist()}
+class Extent(NamedTuple):
+    """How much of something there is."""
+
+    samples: int
+    bytes: int
 
 
-def shards_of_splits(num_records: Mapping[str, int], samples_per_shard: int) -> dict[str, range]:
-    """Each split's shards by number: counted on over the splits in the order of their names."""
+def with_verdicts(rows: pa.Table, rejected: pa.Table) -> pa.Table:
+    """The rows, those of them rejected that `rejected` (place, reason, detail; sorted by place) names."""
+    places = rejected["place"].to_numpy()
+    found = np.searchsorted(places, rows["place"].to_numpy())
+    hit = np.zeros(rows.num_rows, bool)
+    inside = found < len(places)
+    hit[inside] = places[found[inside]] == rows["place"].to_numpy()[inside]
+    take = pa.array(found, mask=~hit)
+    for name in ("reason", "detail"):
+        verdict = rejected[name].combine_chunks().take(take)
+        position = rows.schema.get_field_index(name)
+        rows = rows.set_column(position, rows.schema.field(position), pc.coalesce(rows[name], verdict))
+    return rows
+
+
+def extents_of_splits(rows: pa.Table) -> dict[str, Extent]:
+    """What the good rows of each split come to."""
+    good = rows.filter(pc.is_null(rows["reason"]))
+    frames = good["frames"].combine_chunks()
+    parents = frames.value_parent_indices().to_numpy()
+    size = good["image_bytes"].to_numpy().astype(np.int64) + OTHER_BYTES
+    np.add.at(size, parents, frames.flatten().field("bytes").to_numpy(zero_copy_only=False) + 512)
+    split = np.array(good["split"].to_pylist(), dtype=str)
+    return {
+        str(name): Extent(int((split == name).sum()), int(size[split == name].sum())) for name in np.unique(split)
+    }
+
+
+def shards_of_splits(
+    extents: Mapping[str, Extent], samples_per_shard: int, bytes_per_shard: int, first: int = 0
+) -> dict[str, range]:
+    """Each split's shards by number, from `first` on, counted over the splits in the order of their names."""
     shards = {}
-    first = 0
-    for split in sorted(num_records):
-        num_shards = -(-num_records[split] // samples_per_shard)
+    for split in sorted(extents):
+        extent = extents[split]
+        num_shards = max(-(-extent.samples // samples_per_shard), -(-extent.bytes // bytes_per_shard))
         shards[split] = range(first, first + num_shards)
         first += num_shards
     return shards
@@ -42,55 +76,37 @@ def hash_keys(keys: list[str], seed: int) -> npt.NDArray[np.uint64]:
     return np.array([xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys], np.uint64)
 
 
-def assign(records: pa.Table, shards: Mapping[str, range], seed: int) -> pa.Table:
-    """The records with the columns of `ASSIGNED`, and claims.
-
-    One key may stand in two splits, whose shards never meet. So each record also sends a claim (key and place, nothing
-    else) to the shard that would hold its key in every other split: each shard then knows all records of its keys, and
-    every shard names the same survivor.
-    """
-    rejected = records.filter(pc.is_valid(records["reason"]))
-    good = records.filter(pc.is_null(records["reason"]))
-    hashes = hash_keys(good["key"].to_pylist(), seed)
-    num_shards = max(numbers.stop for numbers in shards.values())
-    sources = hash_keys(rejected["source"].to_pylist(), seed)
-    parts = [_with_columns(rejected, (sources % np.uint64(num_shards)).astype(np.int64), sources, claim=False)]
+def assign(rows: pa.Table, shards: Mapping[str, range], seed: int) -> pa.Table:
+    """The rows with the columns of `ASSIGNED`. Rejected ones are spread over all shards by the hash of their source."""
+    rejected = rows.filter(pc.is_valid(rows["reason"]))
+    first, stop = min(numbers.start for numbers in shards.values()), max(numbers.stop for numbers in shards.values())
+    hashes = hash_keys(rejected["source"].to_pylist(), seed)
+    parts = [_with_columns(rejected, (hashes % np.uint64(stop - first)).astype(np.int64) + first, hashes)]
     for split, numbers in shards.items():
+        own = rows.filter(pc.and_(pc.is_null(rows["reason"]), pc.equal(rows["split"], split)))
+        hashes = hash_keys(own["key"].to_pylist(), seed)
         # The upper half of the hash times the number of ranges, by 2^32: the range it falls into, in whole numbers.
         within = (hashes >> np.uint64(32)) * np.uint64(len(numbers)) >> np.uint64(32)
-        shard = within.astype(np.int64) + numbers.start
-        own = pc.equal(good["split"], split).to_numpy(zero_copy_only=False).astype(bool)
-        parts.append(_with_columns(good.filter(pa.array(own)), shard[own], hashes[own], claim=False))
-        claims = good.select(["place", "key"]).filter(pa.array(~own))
-        parts.append(_with_columns(claims, shard[~own], hashes[~own], claim=True))
-    return pa.concat_tables(parts, promote_options="default")
+        parts.append(_with_columns(own, within.astype(np.int64) + numbers.start, hashes))
+    return pa.concat_tables(parts)
 
 
-def deal(
-    records: pa.Table, shards: Mapping[str, range], seed: int, num_buckets: int
-) -> pa.Table | tuple[pa.Table, ...]:
-    """The assigned records, split into buckets of neighbouring shards.
-
-    A single bucket comes bare, as Ray wants it of a task of one result.
-    """
-    assigned = assign(records, shards, seed)
-    num_shards = max(numbers.stop for numbers in shards.values())
-    bucket = bucket_of(assigned["shard"].to_numpy(), num_shards, num_buckets)
+def deal(rows: pa.Table, shards: Mapping[str, range], seed: int, num_buckets: int) -> tuple[pa.Table, ...]:
+    """The assigned rows, split into buckets of neighbouring shards."""
+    assigned = assign(rows, shards, seed)
+    first, stop = min(numbers.start for numbers in shards.values()), max(numbers.stop for numbers in shards.values())
+    bucket = bucket_of(assigned["shard"].to_numpy() - first, stop - first, num_buckets)
     order = np.argsort(bucket, kind="stable")
     ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
-    parts = tuple(assigned.take(order[start:end]) for start, end in pairwise(ends))
-    return parts[0] if num_buckets == 1 else parts
+    return tuple(assigned.take(order[start:end]) for start, end in pairwise(ends))
 
 
 def bucket_of(shard: npt.NDArray[np.int64], num_shards: int, num_buckets: int) -> npt.NDArray[np.int64]:
-    """The bucket of each shard, (shards,): equal runs of shard numbers."""
+    """The bucket of each shard, (shards,), counted from 0: equal runs of shards."""
     return shard * num_buckets // num_shards
 
 
-def _with_columns(
-    records: pa.Table, shard: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64], *, claim: bool
-) -> pa.Table:
-    values = (shard, hashes, np.full(len(shard), claim))
-    for (name, kind), column in zip(ASSIGNED, values, strict=True):
-        records = records.append_column(name, pa.array(column, kind))
-    return records
+def _with_columns(rows: pa.Table, shard: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint64]) -> pa.Table:
+    for (name, kind), column in zip(ASSIGNED, (shard, hashes), strict=True):
+        rows = rows.append_column(name, pa.array(column, kind))
+    return rows

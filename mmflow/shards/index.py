@@ -18,8 +18,8 @@ from mmflow.errors import CorruptArtifactError
 
 MEMBERS = ("image", "txt", "json")
 # Offsets count from the start of the tar, in bytes, and point at the body, behind the member's header. `width` and
-# `height` are the stored image's, in pixels. `caption_tokens` estimates the longest caption of the sample. `frames` are a
-# clip's members after the first, which is its image. The hashes of the pixels and the captions find duplicates of the
+# `height` are the stored image's, in pixels. `caption_tokens` estimates the longest caption of the sample. `frames` are
+# a clip's members after the first, which is its image. The hashes of the pixels and the captions find duplicates of the
 # sample later; they are null where nobody computed them (adopted tars).
 FRAME = pa.struct([("offset", pa.int64()), ("bytes", pa.int64()), ("xxh3", pa.uint64())])
 SCHEMA = pa.schema(
