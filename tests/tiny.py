@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from PIL import Image, ImageDraw
@@ -11,6 +12,30 @@ from PIL import Image, ImageDraw
 COLOURS = {"red": "红", "green": "绿", "blue": "蓝", "yellow": "黄", "black": "黑", "purple": "紫"}
 SHAPES = {"circle": "圆", "square": "方", "bar": "条"}
 PLACES = {"left": "左", "middle": "中", "right": "右"}
+
+# The smallest dual encoder that is one: two convolutions, one layer of BERT.
+SMALLEST_MODEL: dict[str, Any] = {
+    "image": {
+        "type": "resnet",
+        "options": {"embedding_size": 4, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
+        "pooling": "pooler",
+    },
+    "text": {
+        "type": "bert",
+        "options": {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "max_position_embeddings": 16,
+        },
+        "pooling": "mean",
+    },
+    "embedding_width": 6,
+    "image_pixels": 16,
+    "max_tokens": 8,
+    "vocabulary_size": 64,
+}
 
 
 def write_shapes(directory: Path) -> str:

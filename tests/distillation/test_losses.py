@@ -15,6 +15,7 @@ from mmflow.distillation.student import SIDES, Student
 from mmflow.models.config import ModelConfig
 from mmflow.models.dual import build_dual_encoder
 from mmflow.objectives.contrastive import GlobalRows, global_rows
+from tests.tiny import SMALLEST_MODEL
 
 Outputs = dict[str, Tensor]
 
@@ -70,7 +71,7 @@ def test_features_equal_a_plain_loop() -> None:
     student, teacher = outputs(6, 4, 0), outputs(6, 4, 1)
     projected = {f"projected_{side}": student[side] for side in SIDES}
     distances = [
-        sum((float(one) - float(other)) ** 2 for one, other in zip(student[side][row], teacher[side][row], strict=True))
+        sum((one.item() - other.item()) ** 2 for one, other in zip(student[side][row], teacher[side][row], strict=True))
         for side in SIDES
         for row in range(6)
     ]
@@ -154,20 +155,7 @@ def test_a_rank_whose_rows_are_all_padding_adds_zero_and_no_nan() -> None:
 
 # --- the student ----------------------------------------------------------------------------------------------------
 
-CONFIG = ModelConfig.model_validate(
-    {
-        "image": {
-            "type": "resnet",
-            "options": {"embedding_size": 4, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
-            "pooling": "pooler",
-        },
-        "text": {
-            "type": "bert",
-            "options": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
-        },
-        "embedding_width": 6,
-    }
-)
+CONFIG = ModelConfig.model_validate(SMALLEST_MODEL)
 
 
 @pytest.mark.parametrize(("teacher_width", "num_projections"), [(6, 0), (10, 2), (3, 2)])

@@ -27,6 +27,7 @@ from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from mmflow.training.job import _pretraining_losses
 from mmflow.training.loop import train
 from mmflow.training.telemetry import Journal
+from tests.tiny import SMALLEST_MODEL
 
 ZERO_STAGES = (0, 1, 2, 3)
 TOTAL_STEPS, CHECKPOINT_EVERY, LOG_EVERY = 8, 4, 3
@@ -43,27 +44,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 # Dropout, so that the random state matters; batch norm, so that buffers do.
+TEXT = SMALLEST_MODEL["text"]
 MODEL = ModelConfig.model_validate(
-    {
-        "image": {
-            "type": "resnet",
-            "options": {"embedding_size": 4, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
-            "pooling": "pooler",
-        },
-        "text": {
-            "type": "bert",
-            "options": {
-                "hidden_size": 8,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 16,
-                "max_position_embeddings": 16,
-                "hidden_dropout_prob": 0.3,
-            },
-        },
-        "embedding_width": 6,
-        "image_pixels": 16,
-    }
+    {**SMALLEST_MODEL, "text": {**TEXT, "options": {**TEXT["options"], "hidden_dropout_prob": 0.3}}}
 )
 
 
