@@ -81,6 +81,23 @@ def read_bytes(uri: str) -> bytes:
         raise MissingArtifactError(f"{uri}: no such file") from error
 
 
+def positioned_reader(uri: str) -> Callable[[int, int], bytes]:
+    """(size, offset) → bytes of a file that stays open for as long as the function lives; safe between threads.
+
+    Raises MissingArtifactError where there is no such file.
+    """
+    path = local_path(uri)
+    try:
+        if path is None:
+            system, remote = filesystem(uri)
+            stream = system.open_input_file(remote)
+            return lambda size, offset: bytes(stream.read_at(size, offset))
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 — the closure keeps it
+    except FileNotFoundError as error:
+        raise MissingArtifactError(f"{uri}: no such file") from error
+    return lambda size, offset: os.pread(file.fileno(), size, offset)
+
+
 @contextlib.contextmanager
 def publish(uri: str) -> Iterator[IO[bytes]]:
     """A binary file to write; `uri` appears whole when the block ends, and not at all when it raises.
@@ -252,6 +269,7 @@ class Stage:
     settings: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict)  # name → fingerprint, never a path
     build: Callable[[str], Mapping[str, Any]] = field(compare=False)
+    tidy: Callable[[str], None] | None = field(default=None, compare=False)  # removes what only the build needed
 
     @cached_property
     def identity(self) -> str:
@@ -266,12 +284,19 @@ class Stage:
     def run(self, workspace: str) -> Artifact:
         """The committed artifact, built now if it was not there."""
         uri = self.directory(workspace)
-        if exists(join(uri, MANIFEST)):
-            return read_artifact(uri, self.kind)
-        with exclusive(uri):
-            if exists(join(uri, MANIFEST)):  # committed between the look and the lock
-                return read_artifact(uri, self.kind)
-            started = time.time()
-            fields = {"identity": self.identity, "inputs": dict(self.inputs), **self.build(uri)}
-            write_json(join(uri, BUILD), {"started": started, "seconds": round(time.time() - started, 3)})
-            return commit(uri, self.kind, fields)
+        artifact = self._found(uri)
+        if artifact is None:
+            with exclusive(uri):
+                artifact = self._found(uri) or self._build(uri)  # committed between the look and the lock
+        if self.tidy is not None:  # after the commit, and again where a kill came between the two
+            self.tidy(uri)
+        return artifact
+
+    def _found(self, uri: str) -> Artifact | None:
+        return read_artifact(uri, self.kind) if exists(join(uri, MANIFEST)) else None
+
+    def _build(self, uri: str) -> Artifact:
+        started = time.time()
+        fields = {"identity": self.identity, "inputs": dict(self.inputs), **self.build(uri)}
+        write_json(join(uri, BUILD), {"started": started, "seconds": round(time.time() - started, 3)})
+        return commit(uri, self.kind, fields)

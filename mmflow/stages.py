@@ -16,7 +16,7 @@ from typing import Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, file_sha256, join, local_path, read_artifact
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
-from mmflow.ingest.config import CorpusConfig, SourceConfig
+from mmflow.ingest.config import OpenclipartConfig, SourceConfig
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -94,26 +94,38 @@ class Loop:
 
 
 def _corpus(recipe: Recipe, inputs: Inputs) -> Stage:
-    settings = recipe.corpus or CorpusConfig()
+    settings = recipe.corpus
+    assert settings is not None
 
     def build(uri: str) -> Mapping[str, Any]:
+        from mmflow.ingest.openclipart import write_openclipart
         from mmflow.ingest.openmoji import write_openmoji
 
         directory = local_path(uri)
         if directory is None:
             raise MisuseError(f"{uri}: a demonstration corpus is drawn on a local disk; use a local workspace")
         with progress("corpus") as report:
-            records = write_openmoji(
-                directory,
-                image_pixels=settings.image_pixels,
-                unseen_concept_share=settings.unseen_concept_share,
-                unseen_variant_share=settings.unseen_variant_share,
-                seed=settings.seed,
-                progress=lambda done, total: report(done, total, ""),
-            )
+            if isinstance(settings, OpenclipartConfig):
+                packages = settings.package_directory
+                records = write_openclipart(
+                    directory,
+                    package_directory=None if packages is None else Path(packages),
+                    progress=lambda done, total: report(done, total, ""),
+                )
+            else:
+                records = write_openmoji(
+                    directory,
+                    image_pixels=settings.image_pixels,
+                    unseen_concept_share=settings.unseen_concept_share,
+                    unseen_variant_share=settings.unseen_variant_share,
+                    seed=settings.seed,
+                    progress=lambda done, total: report(done, total, ""),
+                )
         return {"records": records, "fingerprint": _directory_hash(directory)}
 
-    return Stage(name="corpus", kind="corpus", version=1, settings=settings_of(settings), build=build)
+    # Where the packages lie is left out: the same packages are the same corpus.
+    identity = {name: value for name, value in settings_of(settings).items() if name != "package_directory"}
+    return Stage(name="corpus", kind="corpus", version=1, settings=identity, build=build)
 
 
 def _directory_hash(directory: Path) -> str:
@@ -129,34 +141,65 @@ def _directory_hash(directory: Path) -> str:
 
 
 def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
+    from mmflow.shards.dataset import open_dataset
+    from mmflow.shards.grow import settings_of_build
+
     settings = recipe.shard
-    sources = settings.sources
+    evaluation = {f"evaluation {number}": uri for number, uri in enumerate(settings.duplicates.against)}
+    fingerprints = {name: open_dataset(uri).fingerprint for name, uri in evaluation.items()}
     if "corpus" in inputs:
-        sources = [SourceConfig(kind="jsonl", uri=inputs["corpus"].file("records.jsonl"))]
-        fingerprints = {"corpus": inputs["corpus"].fingerprint}
+        fingerprints["corpus"] = inputs["corpus"].fingerprint
     else:
-        # The list of records alone: a picture changed behind an unchanged list is found by `mmflow verify`, not here.
-        fingerprints = {f"source {number}": file_sha256(source.uri) for number, source in enumerate(sources)}
+        fingerprints["sources"] = fingerprint_of_sources(settings.sources)
+        fingerprints |= fetched_fingerprint(recipe.workspace, fingerprints["sources"])
 
     def build(uri: str) -> Mapping[str, Any]:
         from mmflow.cluster.local import ensure_ray
+        from mmflow.ingest.sources import list_units
         from mmflow.shards.build import build_dataset
+        from mmflow.shards.grow import UNITS, find_base, read_units, unit_identities, write_units
 
+        sources = _sources(recipe, inputs)
+        units = list_units(sources)
+        identities = unit_identities(units, sources)
+        base = None
+        if settings.grow and "corpus" not in inputs:
+            base = find_base(_siblings(uri), settings, set(identities))
+        known = read_units(join(base.uri, UNITS)) if base else set()
         ensure_ray(num_cpus=1)
         with progress("shard") as report:
-            return build_dataset(
+            fields = build_dataset(
                 uri,
                 sources=sources,
-                image=settings.image,
-                captions=settings.captions,
-                samples_per_shard=settings.samples_per_shard,
-                seed=settings.seed,
-                progress=lambda done, total: report(done, total, "shards"),
+                units=[unit for unit, identity in zip(units, identities, strict=True) if identity not in known],
+                settings=settings,
+                fetched=join(recipe.workspace, FETCHED) if "fetched" in fingerprints else None,
+                base=base,
+                progress=report,
             )
+        write_units(join(uri, UNITS), identities)
+        return fields
 
-    # Where the sources lie is left out: moved records are the same records.
-    identity = {name: value for name, value in settings_of(settings).items() if name != "sources"}
-    return Stage(name="shard", kind="dataset", version=1, settings=identity, inputs=fingerprints, build=build)
+    def tidy(uri: str) -> None:
+        from mmflow.shards.pieces import remove_pieces
+
+        remove_pieces(uri)
+
+    return Stage(
+        name="shard",
+        kind="dataset",
+        version=2,
+        settings=settings_of_build(settings),
+        inputs=fingerprints,
+        build=build,
+        tidy=tidy,
+    )
+
+
+def _sources(recipe: Recipe, inputs: Inputs) -> list[SourceConfig]:
+    if "corpus" in inputs:
+        return [SourceConfig(kind="jsonl", uri=inputs["corpus"].file("records.jsonl"))]
+    return recipe.shard.sources
 
 
 # --- pretrain and distill -------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
-"""Records to a committed dataset, on Ray: read once, deal the rows out by hash, write each shard as a task of its own.
+"""Records to a committed dataset, on Ray: prepare every record once, select, deal the rows out by hash, write shards.
 
-Rows are exchanged by plain Ray tasks and not by `groupby().map_groups()`: on two CPUs that took 9 to 20 s for 4,500
-rows where this takes under one; it reports nothing until a block of several shards is through; and a task retried here
-is exactly one bucket of shards, of which those that were finished are recognised by their plan.
+    sources ─▶ records ─▶ pieces ─▶ verdicts ─▶ shards, index, quarantine
+
+Reading and preparing is one streaming Ray Data job. Rows are exchanged by plain Ray tasks and not by
+`groupby().map_groups()`: on two CPUs that took 9 to 20 s for 4,500 rows where this takes under one; it reports nothing
+until a block of several shards is through; and a task retried here is exactly one bucket of shards, of which those that
+were finished are recognised by their plan.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,54 +19,92 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
-import ray.data
 import ray.exceptions
 from pyarrow import fs
 
-from mmflow.artifacts import file_sha256, filesystem, join
+from mmflow.artifacts import canonical_json, filesystem, join
 from mmflow.errors import MmflowError
-from mmflow.ingest.config import CaptionConfig, ImageConfig, SourceConfig
-from mmflow.ingest.sources import read_records, source_names
-from mmflow.shards.dataset import ShardInfo, fingerprint_of, shard_name
-from mmflow.shards.exchange import bucket_of, count_splits, deal, shards_of_splits
-from mmflow.shards.index import ShardCommit
+from mmflow.ingest.config import SourceConfig
+from mmflow.ingest.sources import Unit, read_records
+from mmflow.shards.config import ShardConfig
+from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
+from mmflow.shards.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, with_verdicts
+from mmflow.shards.grow import bring_over, settings_of_build
+from mmflow.shards.index import ShardCommit, read_commit
+from mmflow.shards.pieces import pack_uri, read_piece
+from mmflow.shards.prepare import TRAIN, Preparation, prepare_block
+from mmflow.shards.select import select_records
 from mmflow.shards.write import write_shards
 
-# A bucket is one task. The exchange makes an object for each block in each bucket, so their number is bounded; it is
-# also the bound on how much of the metadata one worker holds: a 512th.
+# A bucket is one task. The exchange makes an object for each group of pieces in each bucket, so their number is
+# bounded; it is also the bound on how much of the metadata one worker holds: a 512th.
 MAX_BUCKETS = 512
+RECORDS_PER_GROUP = 100_000  # rows of pieces that one task of the exchange reads
+
+Progress = Callable[[int, int, str], None]
+"""(done, total, what of)."""
 
 
 def build_dataset(
     uri: str,
     *,
     sources: Sequence[SourceConfig],
-    image: ImageConfig,
-    captions: CaptionConfig,
-    samples_per_shard: int,
-    seed: int,
-    progress: Callable[[int, int], None],
+    units: Sequence[Unit],
+    settings: ShardConfig,
+    fetched: str | None = None,
+    base: Dataset | None = None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Build the shards, indexes and quarantine of the dataset at `uri`; return the manifest's fields, uncommitted.
 
-    The same records and settings give the same bytes, however many workers, and however often a killed build is rerun
-    in the same place. `progress(done, total)` counts shards. Raises MmflowError where a shard cannot be written, where
-    no sample is left, or where the totals do not balance.
+    `units` are those of the sources that `base`, the dataset to grow, has not seen. The same records, settings and base
+    give the same bytes, however many workers, and however often a killed build is rerun in the same place. Raises
+    MmflowError where a shard cannot be written, where no sample is left, or where the totals do not balance.
     """
-    blocks = read_blocks(sources)
-    num_records = count_records(blocks)
-    num_rejected = num_records.pop(None, 0)
-    shards = shards_of_splits({split: number for split, number in num_records.items() if split}, samples_per_shard)
-    if not shards:
-        raise MmflowError(f"{uri}: none of {num_rejected} records can be read; is this JSONL of records?")
+    preparation = Preparation(
+        dataset=uri,
+        image=settings.image,
+        captions=settings.captions,
+        splits=settings.splits,
+        group_by=settings.group_by,
+        fetched=fetched,
+    )
+    kept = bring_over(base, uri) if base else []
+    pieces = prepare_all(units, sources, preparation, progress)
+    num_records = sum(pieces.values())
+    if not num_records and not kept:
+        raise MmflowError(f"{uri}: the sources hold no record")
+    selection = select_records(
+        sorted(pieces),
+        duplicates=settings.duplicates,
+        max_images=settings.captions.max_images,
+        known=[index_uri(base.uri, shard.name) for shard in kept] if base else [],
+        evaluation=[
+            index_uri(each.uri, shard.name)
+            for each in map(open_dataset, settings.duplicates.against)
+            for split in each.splits
+            for shard in each.shards(split)
+        ],
+    )
+    groups = group_pieces(pieces)
+    rejected = ray.put(selection.rejected)
+    first = max((int(shard.name) + 1 for shard in kept), default=0)
+    shards = plan_shards(groups, rejected, settings, first) if num_records else {}
     commits: dict[int, ShardCommit] = {}
-    for number, commit in write_all(uri, blocks, shards, seed, image, captions):
-        commits[number] = commit
-        progress(len(commits), max(numbers.stop for numbers in shards.values()))
-    remove_strays(uri, commits)
-    infos = [shard_info(number, split, commits[number]) for split, numbers in shards.items() for number in numbers]
-    totals = total(infos, commits.values(), records=sum(num_records.values()) + num_rejected)
+    if shards:
+        num_shards = max(numbers.stop for numbers in shards.values()) - first
+        made_with = canonical_json(preparation.settings)
+        for number, commit in write_all(
+            uri, groups, rejected, shards, settings.seed, made_with, selection.common_captions
+        ):
+            commits[number] = commit
+            progress(len(commits), num_shards, "shards")
+    infos = kept + [shard_info(number, split, commits[number]) for split, numbers in shards.items() for number in numbers]
+    old = {int(shard.name): read_commit(index_uri(uri, shard.name)) for shard in kept}
+    remove_strays(uri, {**old, **commits})
+    totals = total(infos, [*old.values(), *commits.values()], num_records + _num_records(base))
     if not totals["samples"]:
         raise MmflowError(
             f"{uri}: none of {totals['records']} records gave a sample: {totals['reasons']}; see quarantine/"
@@ -73,87 +113,133 @@ def build_dataset(
         "fingerprint": fingerprint_of(infos),
         "shards": [asdict(info) for info in infos],
         "totals": totals,
-        "sources": fingerprint_sources(sources),
-        "settings": {
-            "image": image.model_dump(),
-            "captions": captions.model_dump(),
-            "samples_per_shard": samples_per_shard,
-            "seed": seed,
-        },
+        "settings": settings_of_build(settings),
+        **({"grown_from": base.fingerprint} if base else {}),
     }
 
 
-def fingerprint_sources(sources: Sequence[SourceConfig]) -> list[dict[str, Any]]:
-    """Name and sha256 of each source, without a path of this machine. The images are in the shards' checksums."""
-    names = source_names([source.uri for source in sources])
-    return [{"name": name, "sha256": file_sha256(source.uri)} for name, source in zip(names, sources, strict=True)]
+def _num_records(base: Dataset | None) -> int:
+    return int(base.manifest["totals"]["records"]) if base else 0
 
 
-def read_blocks(sources: Sequence[SourceConfig]) -> list[Any]:
-    """References to the blocks of records, read once and kept in Ray's object store, which spills to disk."""
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # its plan, its bars and why there are none: `progress` is all that callers show
+def prepare_all(
+    units: Sequence[Unit], sources: Sequence[SourceConfig], preparation: Preparation, progress: Progress
+) -> dict[str, int]:
+    """Prepare every record; return the pieces' URIs and how many records each has."""
+    pieces: dict[str, int] = {}
+    if not units:
+        return pieces
+    expected = sum(unit.records or 0 for unit in units)
+    prepared = read_records(units, sources).map_batches(
+        prepare_block,
+        fn_kwargs={"preparation": preparation},
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=1,
+    )
     try:
-        records = read_records(sources)
-        records.context.enable_progress_bars = False
-        return list(records.to_arrow_refs())
-    finally:
-        logger.setLevel(level)
+        for batch in prepared.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            pieces.update(zip(batch["piece"].to_pylist(), batch["records"].to_pylist(), strict=True))
+            done = sum(pieces.values())
+            progress(done, max(expected, done), "records")
+    except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:
+        raise failure(error, f"{preparation.dataset}: preparing records", "what is prepared is kept") from error
+    return pieces
 
 
-def count_records(blocks: Sequence[Any]) -> Counter[str | None]:
-    """The number of good records of each split, and of those rejected when read under None."""
-    count = ray.remote(count_splits)
-    counts: Counter[str | None] = Counter()
-    for found in ray.get([count.remote(block) for block in blocks]):
-        counts.update(found)
-    return counts
+def group_pieces(pieces: Mapping[str, int]) -> list[list[str]]:
+    """The pieces, sorted, in groups of about equal numbers of records: a group is read by one task."""
+    cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+    num_groups = min(len(pieces), max(cpus, -(-sum(pieces.values()) // RECORDS_PER_GROUP)))
+    return [part.tolist() for part in np.array_split(np.array(sorted(pieces), dtype=object), num_groups)] if pieces else []
+
+
+def read_group(pieces: Sequence[str], rejected: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a group of pieces with their verdicts, and `pack`: the URI of each row's images."""
+    tables = []
+    for piece in pieces:
+        rows = read_piece(piece, columns)
+        pack = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows.num_rows, np.int32)), [pack_uri(piece)])
+        tables.append(rows.append_column("pack", pack.cast(pa.string())))
+    return with_verdicts(pa.concat_tables(tables), rejected)
+
+
+def measure_group(pieces: Sequence[str], rejected: pa.Table) -> dict[str, Extent]:
+    """What the rows that stay come to, by split."""
+    columns = ("place", "split", "image_bytes", "frames", "reason", "detail")
+    return extents_of_splits(read_group(pieces, rejected, columns))
+
+
+def deal_group(
+    pieces: Sequence[str], rejected: pa.Table, shards: Mapping[str, range], seed: int, num_buckets: int
+) -> pa.Table | tuple[pa.Table, ...]:
+    """The rows of a group, by bucket; a single one comes bare, as Ray wants it of a task of one result."""
+    dealt = deal(read_group(pieces, rejected), shards, seed, num_buckets)
+    return dealt[0] if num_buckets == 1 else dealt
+
+
+def plan_shards(
+    groups: Sequence[Sequence[str]], rejected: Any, settings: ShardConfig, first: int
+) -> dict[str, range]:
+    """Each split's shards; where every record is rejected, one empty shard that their quarantine goes with."""
+    measure = ray.remote(measure_group)
+    extents: dict[str, Extent] = {}
+    for found in ray.get([measure.remote(group, rejected) for group in groups]):
+        for split, extent in found.items():
+            so_far = extents.get(split, Extent(0, 0))
+            extents[split] = Extent(so_far.samples + extent.samples, so_far.bytes + extent.bytes)
+    shards = shards_of_splits(extents, settings.samples_per_shard, settings.bytes_per_shard, first)
+    return shards or {TRAIN: range(first, first + 1)}
 
 
 def write_all(
     uri: str,
-    blocks: Sequence[Any],
+    groups: Sequence[Sequence[str]],
+    rejected: Any,
     shards: Mapping[str, range],
     seed: int,
-    image: ImageConfig,
-    captions: CaptionConfig,
+    settings: str,
+    common_captions: Any,
 ) -> Iterator[tuple[int, ShardCommit]]:
     """Every shard's number and commit, as they complete."""
-    num_shards = max(numbers.stop for numbers in shards.values())
+    first = min(numbers.start for numbers in shards.values())
+    num_shards = max(numbers.stop for numbers in shards.values()) - first
     num_buckets = min(num_shards, MAX_BUCKETS)
-    deal_block = ray.remote(deal).options(num_returns=num_buckets)
-    dealt = [deal_block.remote(block, shards, seed, num_buckets) for block in blocks]
+    deal_rows = ray.remote(deal_group).options(num_returns=num_buckets)
+    dealt = [deal_rows.remote(group, rejected, shards, seed, num_buckets) for group in groups]
     buckets = list(zip(*dealt, strict=True)) if num_buckets > 1 else [tuple(dealt)]
     bucket_of_shard = bucket_of(np.arange(num_shards), num_shards, num_buckets).tolist()
-    numbers_of_bucket = [[number for number, _ in run] for _, run in groupby(enumerate(bucket_of_shard), itemgetter(1))]
+    numbers_of_bucket = [
+        [first + shard for shard, _ in run] for _, run in groupby(enumerate(bucket_of_shard), itemgetter(1))
+    ]
     # A worker that dies is retried by itself; an OSError may be a passing one of the storage.
     write = ray.remote(write_shards).options(retry_exceptions=[OSError], scheduling_strategy="SPREAD")
     waiting = {}
     for numbers, parts in zip(numbers_of_bucket, buckets, strict=True):
         names = [shard_name(number) for number in numbers]
-        waiting[write.remote(uri, names, numbers, image, captions, *parts)] = numbers
+        waiting[write.remote(uri, names, numbers, settings, common_captions, *parts)] = numbers
     while waiting:
         done, _ = ray.wait(list(waiting))
         for reference in done:
             numbers = waiting.pop(reference)
-            yield from zip(numbers, result(uri, numbers, reference), strict=True)
+            names = ", ".join(shard_name(number) for number in numbers)
+            try:
+                commits = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise failure(error, f"{uri}: shard {names}", "finished shards are kept") from error
+            yield from zip(numbers, commits, strict=True)
 
 
-def result(uri: str, numbers: Sequence[int], reference: Any) -> list[ShardCommit]:
-    """What a task returned, or its failure as one line that names its shards."""
-    names = ", ".join(shard_name(number) for number in numbers)
-    try:
-        commits: list[ShardCommit] = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MmflowError):
-            raise error.cause from None
-        what = f"{type(error.cause).__name__}: {error.cause}"
-        raise MmflowError(f"{uri}: shard {names}: {what}; mend it and rerun: finished shards are kept") from error
-    except ray.exceptions.RayError as error:
-        what = " ".join(str(error).split())[:300]
-        raise MmflowError(f"{uri}: shard {names}: {what}; rerun: finished shards are kept") from error
-    return commits
+def failure(error: Exception, where: str, kept: str) -> MmflowError:
+    """A task's failure as one line."""
+    cause = getattr(error, "cause", None)
+    while getattr(cause, "cause", None) is not None:  # Ray Data wraps a worker's error once more
+        cause = cause.cause
+    if isinstance(cause, MmflowError):
+        return cause
+    what = f"{type(cause).__name__}: {cause}" if cause is not None else " ".join(str(error).split())[:300]
+    return MmflowError(f"{where}: {what}; mend it and rerun: {kept}")
 
 
 def shard_info(number: int, split: str, commit: ShardCommit) -> ShardInfo:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
-from mmflow.artifacts import filesystem, publish, read_bytes
+from mmflow.artifacts import filesystem, join, publish, read_bytes
 from mmflow.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.ingest.records import CAPTION
 
@@ -80,3 +81,10 @@ def finished_rows(uri: str, plan: str) -> int | None:
     system, path = filesystem(pack_uri(uri))
     whole = commit["plan"] == plan and system.get_file_info(path).size == commit["pack_bytes"]
     return int(table.metadata.num_rows) if whole else None
+
+
+def remove_pieces(uri: str) -> None:
+    """Delete the pieces of a committed dataset: they served to resume its build."""
+    system, path = filesystem(join(uri, PREPARED))
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        system.delete_dir(path)
