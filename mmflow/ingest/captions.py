@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TypedDict
 
+import xxhash
+
 from mmflow.ingest.reasons import Reason, Rejected
 
 
@@ -68,3 +70,8 @@ def estimate_tokens(text: str) -> int:
     """About how many tokens a text has, without a tokenizer: enough to sort and bound by."""
     unspaced = len(UNSPACED.findall(text))
     return unspaced + round((len(text) - unspaced) / CHARACTERS_PER_TOKEN + 0.5)
+
+
+def caption_hash(text: str) -> int:
+    """xxh3_64 of the case-folded text: the same for captions that differ in case alone."""
+    return xxhash.xxh3_64_intdigest(text.casefold().encode())
