@@ -149,14 +149,19 @@ def _explain(error: ValidationError) -> str:
     """The first mistake in words, and how many more there are; a misspelt key before the missing one it stands for."""
     first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(map(str, location))
+    written, section = _as_written(location)
+    key = ".".join(map(str, written))
     if first["type"] == "extra_forbidden":
-        known = _keys_at(Recipe, location[:-1])
+        known = list(section.model_fields)
         nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"the keys here are {', '.join(known)}"
         told = f"{key}: unknown key; {hint}"
     elif first["type"] == "missing":
         told = f"{key}: missing; it is required"
+    elif first["type"] == "union_tag_not_found":
+        told = f"{key}.name: missing; it is required"
+    elif first["type"] == "union_tag_invalid":
+        told = f"{key}.name: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"
     elif first["type"] == "value_error":
         told = f"{key}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     else:
@@ -164,24 +169,32 @@ def _explain(error: ValidationError) -> str:
     return told + (f" (and {len(others)} more)" if others else "")
 
 
-def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys that the section at `location` knows."""
+def _as_written(location: Sequence[int | str]) -> tuple[list[int | str], type[BaseModel]]:
+    """The keys of a location as the file has them, and the section that the last of them stands in.
+
+    Where a section is of several kinds, pydantic's location names the kind behind the key (`corpus.openmoji.seed`).
+    """
+    written: list[int | str] = []
+    section: type[BaseModel] = Recipe
+    kinds: list[type[BaseModel]] = [Recipe]
     for part in location:
-        if isinstance(part, int):  # an item of a list of sections
+        if len(kinds) > 1:
+            kinds = [kind for kind in kinds if part in typing.get_args(kind.model_fields["name"].annotation)]
             continue
-        field = model.model_fields.get(part)
-        inner = _section_of(field.annotation) if field else None
-        if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
+        written.append(part)
+        if isinstance(part, int) or not kinds:  # an item of a list of sections; a key of a plain mapping
+            continue
+        section = kinds[0]
+        field = section.model_fields.get(part)
+        kinds = _sections_of(field.annotation) if field else []
+    return written, section
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The Config within an annotation such as `DistillConfig | None` or `list[SourceConfig]`."""
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The Configs within an annotation such as `DistillConfig | None` or `list[SourceConfig]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for each in typing.get_args(annotation) if (found := _section_of(each))), None)
+        return [annotation]
+    return [found for each in typing.get_args(annotation) for found in _sections_of(each)]
 
 
 def settings_of(section: Config | None) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -131,10 +131,10 @@ class DuplicatesConfig(Config):
     """Datasets that are evaluated on: what is like a sample of theirs is not trained on."""
 
 
-class CorpusConfig(Config):
-    """A demonstration corpus, drawn from installed packages."""
+class OpenmojiConfig(Config):
+    """A small clean demonstration corpus in two languages, drawn from packages that pip installs."""
 
-    name: Literal["openmoji"] = "openmoji"
+    name: Literal["openmoji"]
     """openmoji: 4,495 drawings, 3,953 of them with an English and a Chinese name."""
     image_pixels: int = Field(128, ge=16, le=1024)
     """Side of the drawings."""
@@ -144,3 +144,16 @@ class CorpusConfig(Config):
     """Share of the other drawings held out while a variant of them stays: split `unseen_variants`."""
     seed: int = 0
     """Which ones are held out."""
+
+
+class OpenclipartConfig(Config):
+    """A larger dirty one, of two Debian packages: 156 MB that the package client downloads."""
+
+    name: Literal["openclipart"]
+    """openclipart: 6,900 drawings and 1,221 links to them, with titles, descriptions, keywords and many defects."""
+    package_directory: str | None = None
+    """Folder with the packages' trees (/usr/share/openclipart) or .deb files, where apt-get cannot download them."""
+
+
+CorpusConfig = Annotated[OpenmojiConfig | OpenclipartConfig, Field(discriminator="name")]
+"""A demonstration corpus; each has its own options."""
