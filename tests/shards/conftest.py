@@ -17,15 +17,19 @@ from PIL import Image
 
 from mmflow.artifacts import commit
 from mmflow.ingest.config import CaptionConfig, ImageConfig, SourceConfig
+from mmflow.ingest.sources import list_units
+from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, open_dataset
+from mmflow.shards.grow import UNITS, unit_identities, write_units
+from mmflow.shards.pieces import remove_pieces
 
 NUM_GOOD = 120
-SETTINGS: dict[str, Any] = {
-    "image": ImageConfig(side=48, max_pixels=1_000_000),
-    "captions": CaptionConfig(max_characters=1000),
-    "samples_per_shard": 16,
-    "seed": 7,
-}
+SETTINGS = ShardConfig(
+    image=ImageConfig(side=48, max_pixels=1_000_000),
+    captions=CaptionConfig(max_characters=1000),
+    samples_per_shard=16,
+    seed=7,
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes,
             ({"key": f"bad-image-{number}", "image": f"images/{name}"}, reason)
             for number, (name, reason) in enumerate(images.items())
         ),
-        ({"key": "bad-scheme", "image": "http://example.com/a.png"}, "image_unsupported"),
+        ({"key": "never-fetched", "image": "http://example.com/a.png"}, "fetch_pending"),
+        ({"key": "bad-scheme", "image": "gopher://example.com/a.png"}, "image_unsupported"),
         ({"key": "no-captions", "captions": []}, "caption_missing"),
         ({"key": "blank-caption", "captions": [{"language": "en", "text": " \u200b\n"}]}, "caption_missing"),
         ({"key": "short-caption", "captions": [{"language": "en", "text": "x"}]}, "caption_too_short"),
@@ -150,22 +155,33 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "dirty")
 
 
-Build = Callable[[Path, str], Dataset]
+def build_and_commit(directory: Path | str, *uris: str, settings: ShardConfig = SETTINGS, **more: Any) -> Dataset:
+    """The dataset of JSONL files or folders, as the shard stage builds it. Ray must run."""
+    from mmflow.shards.build import build_dataset
+
+    uri = str(directory)
+    sources = [SourceConfig(uri=each, keys="strict") for each in uris]
+    fields = build_dataset(
+        uri,
+        sources=sources,
+        units=more.pop("units", list_units(sources)),
+        settings=settings,
+        progress=more.pop("progress", lambda done, total, note: None),
+        **more,
+    )
+    write_units(f"{uri}/{UNITS}", unit_identities(list_units(sources), sources))
+    commit(uri, "dataset", fields)
+    remove_pieces(uri)
+    return open_dataset(uri)
+
+
+Build = Callable[..., Dataset]
 
 
 @pytest.fixture(scope="session")
 def build(ray_cluster: None) -> Build:
-    """Builds and commits the dataset of a JSONL file with `SETTINGS`."""
-
-    def build(directory: Path, source: str) -> Dataset:
-        from mmflow.shards.build import build_dataset
-
-        uri = str(directory)
-        sources = [SourceConfig(uri=source)]
-        commit(uri, "dataset", build_dataset(uri, sources=sources, progress=lambda done, total: None, **SETTINGS))
-        return open_dataset(uri)
-
-    return build
+    """Builds and commits the dataset of sources, with `SETTINGS` unless others are given."""
+    return build_and_commit
 
 
 @pytest.fixture(scope="session")

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmflow.artifacts import commit
+from mmflow.artifacts import canonical_json
 from mmflow.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.ingest.config import SourceConfig
-from mmflow.ingest.records import read_jsonl
-from mmflow.shards.dataset import Dataset, fingerprint_of, index_uri, open_dataset, read_sample, shard_name
-from mmflow.shards.exchange import assign, count_splits, shards_of_splits
-from mmflow.shards.index import read_commit
-from mmflow.shards.write import write_shards
+from mmflow.ingest.sources import list_units, read_unit
+from mmflow.shards.build import read_group
+from mmflow.shards.dataset import Dataset, fingerprint_of, open_dataset, read_sample, shard_name
+from mmflow.shards.exchange import deal, extents_of_splits, shards_of_splits
+from mmflow.shards.pieces import remove_pieces
+from mmflow.shards.prepare import Preparation, prepare_piece
+from mmflow.shards.select import select_records
+from mmflow.shards.write import plan_of, write_shards
 from tests.shards.conftest import NUM_GOOD, SETTINGS, Build, Corpus, contents, write_corpus
 
 
@@ -68,18 +77,36 @@ def test_index_describes_the_stored_image(dataset: Dataset) -> None:
     assert entry["caption_tokens"] in range(2, 6)
 
 
-def test_a_serial_build_without_ray_gives_the_same_bytes(dataset: Dataset, corpus: Corpus, tmp_path: Path) -> None:
-    records = pa.concat_tables(read_jsonl(corpus.uri, "records.jsonl", 0))
-    records = records.take(np.random.default_rng(1).permutation(records.num_rows))  # nor does their order matter
-    counts = {split: number for split, number in count_splits(records).items() if split}
-    shards = shards_of_splits(counts, SETTINGS["samples_per_shard"])
-    assigned = assign(records, shards, SETTINGS["seed"])
+def test_bytes_do_not_depend_on_how_records_fall_into_pieces(
+    dataset: Dataset, corpus: Corpus, tmp_path: Path, ray_cluster: None
+) -> None:
+    sources = [SourceConfig(uri=corpus.uri, keys="strict")]
+    records = pa.concat_tables(read_unit(list_units(sources)[0], sources[0])).sort_by("source")
+    preparation = Preparation(
+        dataset=str(tmp_path),
+        image=SETTINGS.image,
+        captions=SETTINGS.captions,
+        splits={},
+        group_by=None,
+        fetched=None,
+    )
+    cuts = [0, 1, 40, 41, 100, records.num_rows]
+    pieces = [prepare_piece(records.slice(start, stop - start), preparation)["piece"] for start, stop in pairwise(cuts)]
+    selection = select_records(pieces, duplicates=SETTINGS.duplicates, max_images=None)
+    rows = read_group(pieces, selection.rejected)
+    shards = shards_of_splits(extents_of_splits(rows), SETTINGS.samples_per_shard, SETTINGS.bytes_per_shard)
     numbers = range(max(each.stop for each in shards.values()))
-    names = [shard_name(number) for number in numbers]
-    write_shards(str(tmp_path), names, list(numbers), SETTINGS["image"], SETTINGS["captions"], assigned)
+    write_shards(
+        str(tmp_path),
+        [shard_name(number) for number in numbers],
+        list(numbers),
+        canonical_json(preparation.settings),
+        selection.common_captions,
+        *deal(rows, shards, SETTINGS.seed, 1),
+    )
+    remove_pieces(str(tmp_path))
     built = contents(dataset.uri)
-    built.pop("manifest.json")
-    assert contents(tmp_path) == built
+    assert contents(tmp_path) == {name: built[name] for name in built if "/" in name}
 
 
 def test_the_same_corpus_elsewhere_gives_the_same_bytes(
@@ -92,38 +119,68 @@ def test_the_same_corpus_elsewhere_gives_the_same_bytes(
 KILLED = """
 import sys
 import ray
-from mmflow.ingest.config import SourceConfig
-from mmflow.shards.build import build_dataset
-from tests.shards.conftest import SETTINGS
+from tests.shards.conftest import build_and_commit
 
 ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
-build_dataset(
-    sys.argv[1],
-    sources=[SourceConfig(uri=sys.argv[2])],
-    progress=lambda done, total: print("shard", done, total, flush=True),
-    **SETTINGS,
-)
+build_and_commit(*sys.argv[1:], progress=lambda done, total, note: print(note, done, total, flush=True))
 """
 
 
+@pytest.mark.parametrize("moment", ["records 1", "shards 2 "])
 def test_killed_driver_then_rerun_gives_the_bytes_of_an_unbroken_build(
-    dataset: Dataset, build: Build, corpus: Corpus, tmp_path: Path
+    moment: str, dataset: Dataset, build: Build, corpus: Corpus, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path), corpus.uri]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as driver:
         assert driver.stdout is not None
         for line in driver.stdout:
-            if line.startswith("shard 2 "):
+            if line.startswith(moment):
                 os.kill(driver.pid, signal.SIGKILL)
                 break
     assert driver.returncode == -signal.SIGKILL
     assert not (tmp_path / "manifest.json").exists()
-    left = set((tmp_path / "index").glob("*.parquet"))
-    assert 2 <= len(left) <= len(shards_of(dataset))
-    (tmp_path / "shards" / ".staging-x").write_bytes(b"what a kill amid a write leaves")
+    left = set((tmp_path / "index").glob("*.parquet")) | set((tmp_path / "prepared").glob("*.parquet"))
+    assert left
+    (tmp_path / "prepared" / ".staging-x").write_bytes(b"what a kill amid a write leaves")
     before = {path: path.stat().st_mtime_ns for path in left}
-    assert contents(build(tmp_path, corpus.uri).uri) == contents(dataset.uri)
-    assert {path: path.stat().st_mtime_ns for path in left} == before, "finished shards were written again"
+    written: dict[Path, int] = {}
+
+    def watch(done: int, total: int, note: str) -> None:
+        written.update({path: path.stat().st_mtime_ns for path in left})
+
+    assert contents(build(tmp_path, corpus.uri, progress=watch).uri) == contents(dataset.uri)
+    assert written == before, "what was finished was written again"
+
+
+def kill_workers(stop: threading.Event, seed: int) -> list[int]:
+    """Kill a task's worker now and then, at seeded moments, until told to stop; the pids."""
+    random, killed = np.random.default_rng(seed), []
+    while not stop.wait(random.uniform(0.05, 0.4)):
+        workers = [
+            process.pid
+            for process in psutil.Process().children(recursive=True)
+            if process.name().startswith("ray::") and "IDLE" not in process.name() and len(killed) < 4
+        ]
+        if workers:
+            killed.append(int(random.choice(workers)))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(killed[-1], signal.SIGKILL)
+    return killed
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_workers_change_no_byte(
+    seed: int, dataset: Dataset, build: Build, corpus: Corpus, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill_workers, stop, seed)
+        try:
+            built = build(tmp_path, corpus.uri)
+        finally:
+            stop.set()
+    assert killer.result(), "nobody was killed"
+    assert contents(built.uri) == contents(dataset.uri)
 
 
 def test_a_shard_that_lost_its_tar_or_index_is_written_again(
@@ -138,21 +195,12 @@ def test_a_shard_that_lost_its_tar_or_index_is_written_again(
     assert contents(build(tmp_path, corpus.uri).uri) == contents(dataset.uri)
 
 
-def test_changed_settings_or_records_are_another_plan(dataset: Dataset, corpus: Corpus, tmp_path: Path) -> None:
-    rows = pa.concat_tables(read_jsonl(corpus.uri, "records.jsonl", 0)).slice(0, 1)
-    assigned = assign(rows, {"train": range(1)}, 0)
-    image, captions = SETTINGS["image"], SETTINGS["captions"]
-
-    def plan(table: pa.Table, image: object = image) -> str:
-        write_shards(str(tmp_path), ["00000"], [0], image, captions, table)  # type: ignore[arg-type]
-        return read_commit(index_uri(str(tmp_path), "00000")).plan
-
-    first = plan(assigned)
-    assert plan(assigned) == first
-    assert plan(assigned, image.model_copy(update={"quality": 50})) != first
-    position = assigned.schema.get_field_index("captions")
-    other = pa.array([[{"language": "en", "text": "another"}]], assigned.schema.field("captions").type)
-    assert plan(assigned.set_column(position, assigned.schema.field(position), other)) != first
+def test_changed_settings_or_rows_are_another_plan() -> None:
+    row: dict[str, Any] = {"place": 1, "key": "a", "captions": [{"language": "en", "text": "one"}], "frames": []}
+    row |= {"image_bytes": 10, "pixel_hash": 7, "pack": "here", "image_offset": 0, "shard": 0}
+    assert plan_of([row], "s") == plan_of([{**row, "place": 2, "pack": "there", "image_offset": 99}], "s")
+    others = [{**row, "pixel_hash": 8}, {**row, "captions": []}, {**row, "frames": [{"offset": 0, "bytes": 1}]}]
+    assert len({plan_of([row], "s"), plan_of([row], "t"), *(plan_of([other], "s") for other in others)}) == 5
 
 
 def test_flipped_byte_is_refused_when_read(dataset: Dataset, tmp_path: Path) -> None:
@@ -181,44 +229,78 @@ def test_splits_fingerprint_and_misuse(dataset: Dataset) -> None:
         read_sample(dataset, shards[0], 9999)
 
 
-def test_nothing_usable_is_an_error_that_says_so(ray_cluster: None, tmp_path: Path) -> None:
-    from mmflow.shards.build import build_dataset
-
+def test_nothing_usable_is_an_error_that_says_so(build: Build, tmp_path: Path) -> None:
     def attempt(text: str) -> None:
         (tmp_path / "records.jsonl").write_text(text)
-        source = SourceConfig(uri=str(tmp_path / "records.jsonl"))
-        build_dataset(str(tmp_path / "d"), sources=[source], progress=lambda done, total: None, **SETTINGS)
+        build(tmp_path / "d", str(tmp_path / "records.jsonl"))
 
-    with pytest.raises(MmflowError, match="none of 2 records can be read"):
+    with pytest.raises(MmflowError, match=r"none of 2 records gave a sample: {'record_malformed': 2}; see quarantine/"):
         attempt("not\njson\n")
+    assert len(list((tmp_path / "d/quarantine").iterdir())) == 1
     with pytest.raises(MmflowError, match=r"none of 1 records gave a sample: {'image_missing': 1}"):
         attempt(json.dumps({"key": "a", "image": "a.png", "captions": [{"text": "a fox"}]}))
-    with pytest.raises(MisuseError, match=r"elsewhere\.jsonl: no such file"):
-        build_dataset(
-            str(tmp_path / "d"),
-            sources=[SourceConfig(uri=str(tmp_path / "elsewhere.jsonl"))],
-            progress=lambda done, total: None,
-            **SETTINGS,
-        )
+    with pytest.raises(MmflowError, match="the sources hold no record"):
+        attempt("\n\n")
 
 
-def test_a_split_without_a_good_record_is_an_empty_shard(ray_cluster: None, tmp_path: Path) -> None:
-    from mmflow.shards.build import build_dataset
-    from mmflow.shards.verify import verify_dataset
+def test_splits_are_drawn_by_group_and_survive_another_seed(build: Build, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    records = []
+    for number in range(200):
+        pixels = np.kron(random.integers(0, 256, (4, 4, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        captions = [{"text": f"picture {number}"}]
+        records.append({"key": f"k{number}", "image": f"{number}.png", "captions": captions, "page": number // 4})
+    source = tmp_path / "records.jsonl"
+    source.write_text("\n".join(map(json.dumps, records)))
 
-    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    records = [
-        {"key": "a", "image": "a.png", "captions": [{"text": "a fox"}]},
-        {"key": "b", "image": "gone.png", "captions": [{"text": "a fox"}], "split": "dev"},
-    ]
+    def held_out(seed: int) -> set[int]:
+        settings = SETTINGS.model_copy(update={"splits": {"validation": 0.2}, "group_by": "page", "seed": seed})
+        dataset = build(tmp_path / f"d{seed}", str(source), settings=settings)
+        keys = {
+            split: {key for shard in dataset.shards(split) for key in dataset.index(shard)["key"].to_pylist()}
+            for split in dataset.splits
+        }
+        pages = {split: {int(key[1:]) // 4 for key in keys[split]} for split in keys}
+        assert not pages["train"] & pages["validation"], "a page was parted"
+        assert 4 <= len(pages["validation"]) <= 18  # of 50, a fifth expected
+        return pages["validation"]
+
+    assert held_out(1) == held_out(2)
+
+
+def test_shards_are_bounded_by_bytes_too(build: Build, corpus: Corpus, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"samples_per_shard": 1000, "bytes_per_shard": 64 << 10})
+    dataset = build(tmp_path, corpus.uri, settings=settings)
+    shards = dataset.shards("train")
+    assert len(shards) > 1
+    assert np.mean([shard.bytes for shard in shards]) < 80 << 10
+    assert dataset.samples("train") == 72
+
+
+def test_a_common_caption_is_dropped_from_all_and_rejects_who_has_no_other(build: Build, tmp_path: Path) -> None:
+    records = []
+    for number in range(6):
+        Image.effect_noise((32, 32), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        captions = [{"text": "clip art"}, *([{"text": f"drawing {number}"}] if number else [])]
+        records.append({"key": f"k{number}", "image": f"{number}.png", "captions": captions})
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
-    uri, source = str(tmp_path / "d"), SourceConfig(uri=str(tmp_path / "records.jsonl"))
-    done: list[tuple[int, int]] = []
-    commit(
-        uri,
-        "dataset",
-        build_dataset(uri, sources=[source], progress=lambda *counts: done.append(counts), **SETTINGS),
-    )
-    assert shards_of(open_dataset(uri)) == [("dev", 0), ("train", 1)]
-    assert done == [(1, 2), (2, 2)]
-    assert verify_dataset(uri) == []
+    captions = SETTINGS.captions.model_copy(update={"max_images": 5})
+    settings = SETTINGS.model_copy(update={"captions": captions})
+    dataset = build(tmp_path / "d", str(tmp_path / "records.jsonl"), settings=settings)
+    samples = [read_sample(dataset, dataset.shards("train")[0], row) for row in range(5)]
+    assert sorted(sample["txt"] for sample in samples) == [f"drawing {number}" for number in range(1, 6)]
+    assert all(len(sample["json"]["captions"]) == 1 for sample in samples)
+    assert dataset.manifest["totals"]["reasons"] == {"caption_too_common": 1}
+
+
+def test_what_is_evaluated_on_is_not_trained_on(build: Build, corpus: Corpus, tmp_path: Path) -> None:
+    first = json.loads(Path(corpus.uri).read_text().splitlines()[0])
+    examination = tmp_path / "examination.jsonl"
+    image = str(Path(corpus.uri).parent / first["image"])
+    examination.write_text(json.dumps({"key": "exam", "image": image, "captions": [{"text": "what is it"}]}))
+    held = build(tmp_path / "held", str(examination))
+    duplicates = SETTINGS.duplicates.model_copy(update={"against": [held.uri]})
+    dataset = build(tmp_path / "d", corpus.uri, settings=SETTINGS.model_copy(update={"duplicates": duplicates}))
+    assert dataset.manifest["totals"]["reasons"]["duplicate_of_evaluation"] == 1
+    assert dataset.manifest["totals"]["samples"] == NUM_GOOD - 1

@@ -3,13 +3,15 @@
 import io
 import tarfile
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.errors import CorruptArtifactError, MisuseError
-from mmflow.shards.tar import BLOCK_BYTES, Member, TarWriter, header, scan
+from mmflow.shards.tar import BLOCK_BYTES, Member, TarWriter, header, headers, scan
 
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=100).filter(
     lambda name: len(name.encode()) <= 100
@@ -89,3 +91,16 @@ def test_what_ustar_cannot_hold_is_refused() -> None:
             header(name, 0)
     with pytest.raises(MisuseError):
         header("a.txt", 8**11)
+
+
+@given(st.lists(st.tuples(NAME, st.integers(0, 8**11 - 1)), max_size=20))
+def test_headers_made_together_are_those_made_one_by_one(members: list[tuple[str, int]]) -> None:
+    names, sizes = pa.array([name for name, _ in members], pa.string()), np.array([s for _, s in members], np.int64)
+    assert [bytes(row) for row in headers(names, sizes)] == [header(name, size) for name, size in members]
+    assert headers(names.slice(1), sizes[1:]).tolist() == headers(names, sizes)[1:].tolist()
+
+
+def test_headers_that_ustar_cannot_hold_are_refused() -> None:
+    for name, size in (("", 0), ("x" * 101, 0), ("a.txt", 8**11)):
+        with pytest.raises(MisuseError):
+            headers(pa.array([name, "b.txt"]), np.array([size, 0]))
