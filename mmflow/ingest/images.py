@@ -1,4 +1,4 @@
-"""Any image file to a small RGB one: bytes → array → bytes, and a reason wherever that cannot be.
+"""Any image file to small RGB ones: bytes → array → bytes, and a reason wherever that cannot be.
 
 The header is read first, so that a decompression bomb costs microseconds and never its pixels. JPEG goes through
 simplejpeg, which shrinks while it decodes (1600×1200 → 256 px: 156 images/s a core; Pillow in full: 26).
@@ -9,23 +9,28 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from mmflow.ingest.colour import RGB, Colour, is_supported, to_rgb
+from mmflow.ingest.config import ImageConfig
+from mmflow.ingest.frames import animation_frames, count_frames, evenly_spaced
+from mmflow.ingest.hashes import clip_pixel_hash, pixel_hash, thumbnail, thumbnail_hash
 from mmflow.ingest.reasons import Reason, Rejected
-
-RGB = npt.NDArray[np.uint8]  # (height, width, 3)
 
 # Named, because Pillow would otherwise try every format that it knows, Ghostscript for EPS among them.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, which Pillow finds by itself
+CLIPS = ("GIF", "WEBP", "PNG", "AVIF")  # the further images of TIFF and MPO are pages and views: the first is the image
 EXTENSIONS = {"jpeg": "jpg", "webp": "webp"}
-BACKGROUND = (255, 255, 255)
+STORED_FORMATS = {"jpeg": "JPEG", "webp": "WEBP"}  # ours → Pillow's
+WHITE = (255, 255, 255)
 FULL_COLOUR_QUALITY = 90  # from here on colour is kept at full resolution, as ImageMagick does
+REDUCING_GAP = 3  # whole pixels are averaged down to so many times the size asked: quicker, and no eye sees it
 # EXIF orientation → quarter turns against the clock, then a left-right flip.
 TURNS = {
     1: (0, False),
@@ -37,6 +42,8 @@ TURNS = {
     7: (1, True),
     8: (1, False),
 }
+
+Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,29 +58,48 @@ class Header:
     orientation: int  # EXIF, 1 to 8
     animated: bool
 
+    @property
+    def upright_size(self) -> Size:
+        """Width and height once the orientation is applied."""
+        return (self.height, self.width) if TURNS[self.orientation][0] % 2 else (self.width, self.height)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedImage:
-    """An image file as it goes into a tar."""
+class PreparedImage:
+    """An image or a clip as it goes into a tar: files of one format and one size."""
 
     data: bytes
     extension: str
     width: int
     height: int
+    frames: tuple[bytes, ...]  # those of a clip that come after `data`
+    pixel_hash: int
+    perceptual_hash: int
 
 
-def prepare_image(
-    data: bytes, *, side: int, max_pixels: int, min_side: int, max_aspect: float, format: str, quality: int
-) -> EncodedImage:
-    """A file of any supported format as a JPEG or WebP whose shortest side is at most `side` pixels.
+def prepare_images(bodies: Sequence[bytes], settings: ImageConfig) -> PreparedImage:
+    """The file of an image or an animation, or the files of a clip's frames, as they are to be stored.
 
-    Raises Rejected for what is no image, is damaged, or is out of bounds; bounds are checked before decoding.
+    A clip keeps at most `max_frames` frames, evenly spaced, all of the first one's size; its pixel hash covers them all
+    and its perceptual hash is that of their mean. Raises Rejected for what is no image, is damaged, or is out of
+    bounds; bounds are checked before a pixel is decoded.
     """
-    header = probe(data)
-    check_bounds(header, max_pixels=max_pixels, min_side=min_side, max_aspect=max_aspect)
-    image = resize(decode(data, header, side), side)
-    encoded = encode(image, format, quality)
-    return EncodedImage(data=encoded, extension=EXTENSIONS[format], width=image.shape[1], height=image.shape[0])
+    files, pixel_hashes, thumbnails = [], [], []
+    size = (0, 0)
+    for file, image in _prepared(bodies, settings):
+        files.append(file)
+        pixel_hashes.append(pixel_hash(image))
+        thumbnails.append(thumbnail(image))
+        size = (image.shape[1], image.shape[0])
+    return PreparedImage(
+        data=files[0],
+        extension=EXTENSIONS[settings.format],
+        width=size[0],
+        height=size[1],
+        frames=tuple(files[1:]),
+        pixel_hash=clip_pixel_hash(pixel_hashes),
+        perceptual_hash=thumbnail_hash(sum(thumbnails[1:], thumbnails[0]) // len(thumbnails)),
+    )
 
 
 def probe(data: bytes) -> Header:
@@ -84,7 +110,7 @@ def probe(data: bytes) -> Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_bounds` decides, not Pillow
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            animated = image.format not in JPEGS and bool(getattr(image, "is_animated", False))
+            animated = image.format in CLIPS and bool(getattr(image, "is_animated", False))
             # Without this look, a PNG's `getexif` decodes the pixels in search of a chunk behind them.
             searchable = image.format != "PNG" or "exif" in image.info
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if searchable else 1
@@ -105,44 +131,56 @@ def probe(data: bytes) -> Header:
     )
 
 
-def check_bounds(header: Header, *, max_pixels: int, min_side: int, max_aspect: float) -> None:
-    """Raises Rejected for an image outside the bounds, or of several frames."""
+def check_bounds(header: Header, settings: ImageConfig) -> None:
+    """Raises Rejected for an image outside the bounds, or of pixels that nobody can read."""
     size = f"{header.width}×{header.height}"
-    if header.width * header.height > max_pixels:
-        raise Rejected(Reason.image_too_large, f"{size} pixels, at most {max_pixels} are asked")
-    if min(header.width, header.height) < min_side:
-        raise Rejected(Reason.image_too_small, f"{size} pixels, a side of at least {min_side} is asked")
-    if max(header.width, header.height) > max_aspect * min(header.width, header.height):
-        raise Rejected(Reason.image_too_narrow, f"{size} pixels, sides of at most 1:{max_aspect:g} are asked")
-    if header.animated:
-        raise Rejected(Reason.image_animated, f"{header.format} of several frames")
+    if header.width * header.height > settings.max_pixels:
+        raise Rejected(Reason.image_too_large, f"{size} pixels, at most {settings.max_pixels} are asked")
+    if min(header.width, header.height) < settings.min_side:
+        raise Rejected(Reason.image_too_small, f"{size} pixels, a side of at least {settings.min_side} is asked")
+    if max(header.width, header.height) > settings.max_aspect * min(header.width, header.height):
+        raise Rejected(Reason.image_too_narrow, f"{size} pixels, sides of at most 1:{settings.max_aspect:g} are asked")
+    if not is_supported(header.image):
+        raise Rejected(Reason.image_unsupported, f"{header.format} of mode {header.mode}, values without agreed range")
 
 
-def decode(data: bytes, header: Header, side: int) -> RGB:
-    """The upright image over white, (height, width, 3) uint8; of a JPEG a reduced one, neither side below `side`.
+def stored_size(size: Size, resize: str, side: int) -> Size:
+    """The size that a resize policy gives an upright image; never a larger one."""
+    width, height = size
+    shortest, longest = min(size), max(size)
+    if resize == "crop":
+        return (min(shortest, side), min(shortest, side))
+    aim = {"none": longest, "shortest": shortest, "longest": longest}[resize]
+    if resize == "none" or aim <= side:
+        return size
+    return (max(1, round(width * side / aim)), max(1, round(height * side / aim)))
 
-    Raises Rejected where the file ends early or its pixels cannot be decoded.
+
+def decode(data: bytes, header: Header, side: int, background: Colour = WHITE) -> RGB:
+    """The upright image over the background, (height, width, 3) uint8; a large one reduced, no side below `side`.
+
+    The header's image is used up. Raises Rejected where the file ends early or its pixels cannot be decoded.
     """
-    image = None
-    if header.format in JPEGS and header.mode in ("RGB", "L"):
-        with contextlib.suppress(ValueError):  # strict about stray bytes too; Pillow tells them from a file cut short
-            image = simplejpeg.decode_jpeg(data, min_height=side, min_width=side)
-    if image is None:
-        image = _decode_with_pillow(header.image)
-    turns, flip = TURNS[header.orientation]
-    upright = np.rot90(image, turns) if turns else image
-    return np.ascontiguousarray(upright[:, ::-1] if flip else upright)
+    image = _decode_jpeg(data, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
+    if image is None:  # strict about stray bytes too; Pillow tells them from a file cut short
+        with _damage_named():
+            image = _decode_with_pillow(header.image, side, background)
+    return _upright(image, header.orientation)
 
 
-def resize(image: RGB, side: int) -> RGB:
-    """The image with its shortest side at `side` pixels; unchanged where it is that small already."""
+def fit(image: RGB, size: Size) -> RGB:
+    """The image at that size, (height, width, 3): what its shape has too much is cut off on both sides alike."""
     height, width = image.shape[:2]
-    shortest = min(height, width)
-    if shortest <= side:
+    if (width, height) == size:
         return image
-    size = (max(side, round(width * side / shortest)), max(side, round(height * side / shortest)))
-    # The gap of 3 first averages whole pixels: three times quicker on large images, and no eye sees it.
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0))
+    scale = max(size[0] / width, size[1] / height)
+    across, down = min(width, size[0] / scale), min(height, size[1] / scale)
+    left, top = (width - across) / 2, (height - down) / 2
+    if scale == 1:
+        return np.ascontiguousarray(image[int(top) : int(top) + size[1], int(left) : int(left) + size[0]])
+    box = (left, top, left + across, top + down)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=REDUCING_GAP)
+    return np.asarray(resized)
 
 
 def encode(image: RGB, format: str, quality: int) -> bytes:
@@ -155,29 +193,91 @@ def encode(image: RGB, format: str, quality: int) -> bytes:
     return target.getvalue()
 
 
-def _decode_with_pillow(image: Image.Image) -> RGB:
+def _prepared(bodies: Sequence[bytes], settings: ImageConfig) -> Iterator[tuple[bytes, RGB]]:
+    """The files to be stored, each with its pixels, one after another: a clip's frames are never all in memory."""
+    chosen = evenly_spaced(len(bodies), settings.max_frames)
+    size = None
+    for number in chosen:
+        try:
+            header = probe(bodies[number])
+            check_bounds(header, settings)
+            size = size or stored_size(header.upright_size, settings.resize, settings.side)
+            if len(bodies) == 1 and header.animated and settings.max_frames > 1:
+                yield from _animation(bodies[0], header, size, settings)
+            else:
+                yield _still(bodies[number], header, size, settings)
+        except Rejected as rejected:
+            if len(bodies) == 1:
+                raise
+            detail = f"frame {number + 1} of {len(bodies)}: {rejected.detail}"
+            raise Rejected(rejected.reason, detail) from rejected
+
+
+def _still(data: bytes, header: Header, size: Size, settings: ImageConfig) -> tuple[bytes, RGB]:
+    if settings.keep_conforming and _conforms(header, size, settings.format):
+        image = _decode_jpeg(data) if header.format == "JPEG" else decode(data, header, max(size))
+        if image is not None:
+            return data, image
+    image = fit(decode(data, header, _needed_side(header.upright_size, size), settings.background), size)
+    return encode(image, settings.format, settings.quality), image
+
+
+def _animation(data: bytes, header: Header, size: Size, settings: ImageConfig) -> Iterator[tuple[bytes, RGB]]:
+    factor = _factor(header.image, _needed_side(header.upright_size, size))
+    with _damage_named():
+        numbers = evenly_spaced(count_frames(header.image, data), settings.max_frames)
+        for frame in animation_frames(header.image, numbers):
+            image = fit(_upright(to_rgb(frame, settings.background, factor), header.orientation), size)
+            yield encode(image, settings.format, settings.quality), image
+
+
+def _conforms(header: Header, size: Size, format: str) -> bool:
+    fits = header.upright_size == size and header.orientation == 1
+    return fits and header.format == STORED_FORMATS[format] and header.mode == "RGB" and not header.animated
+
+
+def _needed_side(source: Size, size: Size) -> int:
+    """The least shorter side from which `fit` need not enlarge."""
+    scale = max(size[0] / source[0], size[1] / source[1])
+    return min(min(source), round(min(source) * scale))
+
+
+def _factor(image: Image.Image, side: int) -> int:
+    return max(1, min(image.size) // (REDUCING_GAP * side))
+
+
+def _decode_jpeg(data: bytes, side: int = 0) -> RGB | None:
+    """None for a file that is not JPEG to the letter."""
     try:
-        image.load()
-        return np.asarray(_to_rgb(image))
+        return np.asarray(simplejpeg.decode_jpeg(data, min_height=side, min_width=side))
+    except ValueError:
+        return None
+
+
+def _decode_with_pillow(image: Image.Image, side: int, background: Colour) -> RGB:
+    image.draft(None, (side, side))  # a JPEG then shrinks while it is decoded
+    image.load()
+    rgb = to_rgb(image, background, _factor(image, side))
+    image.close()
+    return rgb
+
+
+def _upright(image: RGB, orientation: int) -> RGB:
+    turns, flip = TURNS[orientation]
+    upright = np.rot90(image, turns) if turns else image
+    return np.ascontiguousarray(upright[:, ::-1] if flip else upright)
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
     except (Rejected, MemoryError):  # short of memory is this machine's trouble; the verdict must not depend on it
         raise
+    except Image.DecompressionBombError as error:
+        raise Rejected(Reason.image_too_large, str(error)) from error
     except Exception as error:  # as in `probe`
         raise Rejected(Reason.image_truncated, _one_line(error)) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes over the background, in RGB."""
-    if image.mode.startswith("I"):  # 16 bits and more: Pillow's own conversion cuts at 255 instead of scaling
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Rejected(Reason.image_unsupported, "floating-point pixels have no agreed range")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        if layer.getchannel("A").getextrema() == (255, 255):
-            return layer.convert("RGB")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*BACKGROUND, 255)), layer).convert("RGB")
-    return image.convert("RGB")
 
 
 def _one_line(error: Exception) -> str:
