@@ -48,8 +48,10 @@ class SourceConfig(Config):
 class FetchConfig(Config):
     """How images are fetched over HTTP, politely and with bounds."""
 
-    user_agent: str = "mmflow/0 (image-text dataset builder; +https://pypi.org/project/mmflow)"
-    """Who asks and why. Put a page or an address here where somebody answers."""
+    user_agent: str = Field(
+        "mmflow/0 (image-text dataset builder; +https://pypi.org/project/mmflow)", pattern=r"^[A-Za-z0-9_-]+[ -~]*$"
+    )
+    """Who asks and why; robots.txt knows us by its first word. Put a page or an address here where somebody answers."""
     concurrency: int = Field(64, ge=1)
     """Requests under way at once, per task."""
     per_host: int = Field(2, ge=1)
