@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, file_sha256, join, local_path, read_artifact
+from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
 from mmflow.ingest.config import OpenclipartConfig, SourceConfig
 from mmflow.progress import progress
@@ -34,6 +34,7 @@ class Definition:
     inputs: tuple[str, ...]  # the stages whose artifacts it takes, where the recipe has them
     make: Callable[[Recipe, Inputs], Stage]
     purpose: str
+    before: Callable[[Recipe, Inputs], None] | None = None  # what is to be done before the stage can tell its inputs
 
 
 class Loop:
@@ -51,11 +52,14 @@ class Loop:
 
         What only the data can tell, such as a split that no record has, is found by the stage that reads it.
         """
+        from mmflow.ingest.listing import find
         from mmflow.models.encoders import encoder_config
 
         for number, source in enumerate(self.recipe.shard.sources):
-            if not exists(source.uri):
-                raise RecipeError(f"shard.sources.{number}.uri: {source.uri}: no such file; give its path or URI")
+            try:
+                find(source.uri)
+            except MisuseError as error:
+                raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
         for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
             if section is not None:
                 for side, encoder in (("image", section.model.image), ("text", section.model.text)):
@@ -86,6 +90,9 @@ class Loop:
 
     def run(self, name: str) -> Artifact:
         """The stage's artifact, built now if it was not there."""
+        before = DEFINITIONS[name].before if name in self.stages else None
+        if before is not None:
+            before(self.recipe, {each: self.committed(each) for each in self.inputs_of(name)})
         self._artifacts[name] = self.plan(name).run(self.recipe.workspace)
         return self._artifacts[name]
 
@@ -141,65 +148,50 @@ def _directory_hash(directory: Path) -> str:
 
 
 def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.shards.dataset import open_dataset
     from mmflow.shards.grow import settings_of_build
+    from mmflow.shards.stage import FETCHED, inputs_of_evaluation, inputs_of_sources
 
     settings = recipe.shard
-    evaluation = {f"evaluation {number}": uri for number, uri in enumerate(settings.duplicates.against)}
-    fingerprints = {name: open_dataset(uri).fingerprint for name, uri in evaluation.items()}
+    sources = settings.sources
     if "corpus" in inputs:
-        fingerprints["corpus"] = inputs["corpus"].fingerprint
+        sources = [SourceConfig(kind="jsonl", uri=inputs["corpus"].file("records.jsonl"))]
+        fingerprints = {"corpus": inputs["corpus"].fingerprint}
     else:
-        fingerprints["sources"] = fingerprint_of_sources(settings.sources)
-        fingerprints |= fetched_fingerprint(recipe.workspace, fingerprints["sources"])
+        fingerprints = inputs_of_sources(sources, recipe.workspace)
+    fingerprints |= inputs_of_evaluation(settings)
 
     def build(uri: str) -> Mapping[str, Any]:
         from mmflow.cluster.local import ensure_ray
-        from mmflow.ingest.sources import list_units
-        from mmflow.shards.build import build_dataset
-        from mmflow.shards.grow import UNITS, find_base, read_units, unit_identities, write_units
+        from mmflow.shards import stage
 
-        sources = _sources(recipe, inputs)
-        units = list_units(sources)
-        identities = unit_identities(units, sources)
-        base = None
-        if settings.grow and "corpus" not in inputs:
-            base = find_base(_siblings(uri), settings, set(identities))
-        known = read_units(join(base.uri, UNITS)) if base else set()
         ensure_ray(num_cpus=1)
         with progress("shard") as report:
-            fields = build_dataset(
+            return stage.build(
                 uri,
                 sources=sources,
-                units=[unit for unit, identity in zip(units, identities, strict=True) if identity not in known],
                 settings=settings,
                 fetched=join(recipe.workspace, FETCHED) if "fetched" in fingerprints else None,
-                base=base,
+                may_grow="corpus" not in inputs,
                 progress=report,
             )
-        write_units(join(uri, UNITS), identities)
-        return fields
 
     def tidy(uri: str) -> None:
         from mmflow.shards.pieces import remove_pieces
 
         remove_pieces(uri)
 
+    settings_json = settings_of_build(settings)
     return Stage(
-        name="shard",
-        kind="dataset",
-        version=2,
-        settings=settings_of_build(settings),
-        inputs=fingerprints,
-        build=build,
-        tidy=tidy,
+        name="shard", kind="dataset", version=2, settings=settings_json, inputs=fingerprints, build=build, tidy=tidy
     )
 
 
-def _sources(recipe: Recipe, inputs: Inputs) -> list[SourceConfig]:
-    if "corpus" in inputs:
-        return [SourceConfig(kind="jsonl", uri=inputs["corpus"].file("records.jsonl"))]
-    return recipe.shard.sources
+def _fetch(recipe: Recipe, inputs: Inputs) -> None:
+    from mmflow.shards.stage import fetch
+
+    if "corpus" not in inputs:
+        with progress("fetch") as report:
+            fetch(recipe.shard.sources, recipe.workspace, recipe.shard, report)
 
 
 # --- pretrain and distill -------------------------------------------------------------------------------------------
@@ -406,7 +398,7 @@ def _score(recipe: Recipe, inputs: Inputs) -> Stage:
 
 DEFINITIONS: Mapping[str, Definition] = {
     "corpus": Definition((), _corpus, "Draw the demonstration corpus that the recipe names."),
-    "shard": Definition(("corpus",), _shard, "Clean a corpus and shard it into a dataset of WebDataset tars."),
+    "shard": Definition(("corpus",), _shard, "Clean a corpus and shard it into a dataset of WebDataset tars.", _fetch),
     "pretrain": Definition(("shard",), _pretrain, "Train the teacher on the dataset."),
     "distill": Definition(("shard", "pretrain"), _distill, "Train the smaller student, with the teacher's help."),
     "evaluate": Definition(

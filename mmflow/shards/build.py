@@ -27,7 +27,8 @@ from pyarrow import fs
 from mmflow.artifacts import canonical_json, filesystem, join
 from mmflow.errors import MmflowError
 from mmflow.ingest.config import SourceConfig
-from mmflow.ingest.sources import Unit, read_records
+from mmflow.ingest.sources import read_records
+from mmflow.ingest.units import Unit
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
 from mmflow.shards.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, with_verdicts
@@ -101,7 +102,9 @@ def build_dataset(
         ):
             commits[number] = commit
             progress(len(commits), num_shards, "shards")
-    infos = kept + [shard_info(number, split, commits[number]) for split, numbers in shards.items() for number in numbers]
+    infos = kept + [
+        shard_info(number, split, commits[number]) for split, numbers in shards.items() for number in numbers
+    ]
     old = {int(shard.name): read_commit(index_uri(uri, shard.name)) for shard in kept}
     remove_strays(uri, {**old, **commits})
     totals = total(infos, [*old.values(), *commits.values()], num_records + _num_records(base))
@@ -152,7 +155,9 @@ def group_pieces(pieces: Mapping[str, int]) -> list[list[str]]:
     """The pieces, sorted, in groups of about equal numbers of records: a group is read by one task."""
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     num_groups = min(len(pieces), max(cpus, -(-sum(pieces.values()) // RECORDS_PER_GROUP)))
-    return [part.tolist() for part in np.array_split(np.array(sorted(pieces), dtype=object), num_groups)] if pieces else []
+    return (
+        [part.tolist() for part in np.array_split(np.array(sorted(pieces), dtype=object), num_groups)] if pieces else []
+    )
 
 
 def read_group(pieces: Sequence[str], rejected: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
@@ -179,9 +184,7 @@ def deal_group(
     return dealt[0] if num_buckets == 1 else dealt
 
 
-def plan_shards(
-    groups: Sequence[Sequence[str]], rejected: Any, settings: ShardConfig, first: int
-) -> dict[str, range]:
+def plan_shards(groups: Sequence[Sequence[str]], rejected: Any, settings: ShardConfig, first: int) -> dict[str, range]:
     """Each split's shards; where every record is rejected, one empty shard that their quarantine goes with."""
     measure = ray.remote(measure_group)
     extents: dict[str, Extent] = {}
@@ -223,17 +226,17 @@ def write_all(
         done, _ = ray.wait(list(waiting))
         for reference in done:
             numbers = waiting.pop(reference)
-            names = ", ".join(shard_name(number) for number in numbers)
             try:
                 commits = ray.get(reference)
             except ray.exceptions.RayError as error:
-                raise failure(error, f"{uri}: shard {names}", "finished shards are kept") from error
+                which = ", ".join(shard_name(number) for number in numbers)
+                raise failure(error, f"{uri}: shard {which}", "finished shards are kept") from error
             yield from zip(numbers, commits, strict=True)
 
 
 def failure(error: Exception, where: str, kept: str) -> MmflowError:
     """A task's failure as one line."""
-    cause = getattr(error, "cause", None)
+    cause: Any = getattr(error, "cause", None)
     while getattr(cause, "cause", None) is not None:  # Ray Data wraps a worker's error once more
         cause = cause.cause
     if isinstance(cause, MmflowError):

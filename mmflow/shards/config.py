@@ -30,6 +30,6 @@ class ShardConfig(Config):
     bytes_per_shard: int = Field(1 << 30, ge=1)
     """Bytes a shard on average, where that is less than its samples would have."""
     grow: bool = True
-    """Keep the shards of the last dataset of these settings whose sources are all still there; add those of new ones."""
+    """Keep the shards of a dataset of these settings whose sources are all still there, and add those of new ones."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the global shuffle."""

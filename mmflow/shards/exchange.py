@@ -53,9 +53,7 @@ def extents_of_splits(rows: pa.Table) -> dict[str, Extent]:
     size = good["image_bytes"].to_numpy().astype(np.int64) + OTHER_BYTES
     np.add.at(size, parents, frames.flatten().field("bytes").to_numpy(zero_copy_only=False) + 512)
     split = np.array(good["split"].to_pylist(), dtype=str)
-    return {
-        str(name): Extent(int((split == name).sum()), int(size[split == name].sum())) for name in np.unique(split)
-    }
+    return {str(name): Extent(int((split == name).sum()), int(size[split == name].sum())) for name in np.unique(split)}
 
 
 def shards_of_splits(

@@ -10,21 +10,22 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmflow.artifacts import content_hash, filesystem, local_path, publish, read_bytes
+from mmflow.artifacts import content_hash, filesystem, join, local_path, publish, read_bytes
 from mmflow.errors import MmflowError
 from mmflow.ingest.config import SourceConfig
-from mmflow.ingest.sources import Unit, source_names
+from mmflow.ingest.sources import source_names
+from mmflow.ingest.units import Unit
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, index_uri, open_dataset, quarantine_uri, tar_uri
 from mmflow.shards.index import write_parquet
 
-UNITS = "units.parquet"  # beside the manifest: which parts of which sources a dataset was made from
+PARTS = "sources.parquet"  # beside the manifest: which parts of its sources a dataset was made from
 COPY_BYTES = 8 << 20
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)  # another file system, or one without links
 
@@ -36,8 +37,8 @@ def settings_of_build(settings: ShardConfig) -> dict[str, Any]:
     return fields
 
 
-def unit_identities(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
-    """What tells each unit from another: content, name and how it is read, wherever it lies."""
+def parts_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
+    """What tells each unit from any other, (units,): its name, its content and how it is read, wherever it lies."""
     names = source_names([source.uri for source in sources])
     options = [source.model_dump(mode="json", exclude={"uri"}) for source in sources]
     return [
@@ -45,25 +46,25 @@ def unit_identities(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> l
     ]
 
 
-def write_units(uri: str, identities: Iterable[str]) -> None:
-    """Publish which units the dataset at `uri` is made from."""
-    write_parquet(uri, pa.table({"unit": sorted(identities)}))
+def write_parts(uri: str, parts: Iterable[str]) -> None:
+    """Publish which parts the dataset at `uri` is made from."""
+    write_parquet(join(uri, PARTS), pa.table({"part": sorted(parts)}))
 
 
-def read_units(uri: str) -> set[str]:
-    """Which units a dataset was made from."""
-    return set(pq.ParquetFile(pa.BufferReader(read_bytes(uri))).read()["unit"].to_pylist())
+def read_parts(uri: str) -> frozenset[str]:
+    """Which parts a dataset was made from."""
+    return frozenset(pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, PARTS)))).read()["part"].to_pylist())
 
 
-def find_base(candidates: Iterable[str], settings: ShardConfig, identities: set[str]) -> Dataset | None:
-    """Of the committed datasets at the URIs, the one to grow: of these settings, every unit still there, the most."""
+def find_base(candidates: Iterable[str], settings: ShardConfig, parts: Set[str]) -> Dataset | None:
+    """Of the committed datasets at the URIs, the one to grow: of these settings, every part still there, the most."""
     best, most = None, 0
     for uri in sorted(candidates):
         with contextlib.suppress(MmflowError):  # not a dataset, or not committed: nothing to grow
             dataset = open_dataset(uri)
-            units = read_units(f"{uri}/{UNITS}")
-            if dataset.manifest["settings"] == settings_of_build(settings) and units <= identities and len(units) > most:
-                best, most = dataset, len(units)
+            found = read_parts(uri)
+            if dataset.manifest["settings"] == settings_of_build(settings) and found <= parts and len(found) > most:
+                best, most = dataset, len(found)
     return best
 
 

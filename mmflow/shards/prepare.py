@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -203,5 +204,5 @@ def _runs(block: pa.Table) -> Iterator[pa.Table]:
         return
     chunk = block["chunk"].to_numpy()
     starts = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in pairwise(starts):
         yield block.slice(start, stop - start)

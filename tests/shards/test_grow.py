@@ -14,7 +14,7 @@ from mmflow.ingest.config import SourceConfig
 from mmflow.ingest.sources import list_units
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset
-from mmflow.shards.grow import find_base, read_units, unit_identities
+from mmflow.shards.grow import find_base, parts_of, read_parts
 from mmflow.shards.verify import verify_dataset
 from tests.shards.conftest import SETTINGS, Build, contents
 
@@ -32,11 +32,9 @@ def grow(build: Build, base: Dataset, directory: Path, folder: Path, settings: S
     """As the shard stage does it."""
     sources = [SourceConfig(uri=str(folder), keys="strict")]
     units = list_units(sources)
-    identities = unit_identities(units, sources)
-    found = find_base([base.uri], settings, set(identities))
-    assert found == base
-    known = read_units(f"{base.uri}/units.parquet")
-    new = [unit for unit, identity in zip(units, identities, strict=True) if identity not in known]
+    parts = parts_of(units, sources)
+    assert find_base([base.uri], settings, set(parts)) == base
+    new = [unit for unit, part in zip(units, parts, strict=True) if part not in read_parts(base.uri)]
     return build(directory, str(folder), units=new, base=base, settings=settings)
 
 
@@ -82,7 +80,7 @@ def test_a_changed_or_missing_file_or_other_settings_are_no_ground_to_grow_on(bu
     sources = [SourceConfig(uri=str(tmp_path / "photos"), keys="strict")]
 
     def base_for(settings: ShardConfig = SETTINGS) -> Dataset | None:
-        return find_base([base.uri, str(tmp_path)], settings, set(unit_identities(list_units(sources), sources)))
+        return find_base([base.uri, str(tmp_path)], settings, set(parts_of(list_units(sources), sources)))
 
     assert base_for() == base
     assert base_for(SETTINGS.model_copy(update={"seed": 8})) is None

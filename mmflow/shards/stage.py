@@ -1,0 +1,105 @@
+"""The shard stage: what tells one dataset from another before it is built, what is fetched first, and what it grows on.
+
+Sources are listed each time, because what they hold decides about the dataset; a corpus that an artifact holds is
+known by its fingerprint and listed only when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pyarrow import fs
+
+from mmflow.artifacts import content_hash, filesystem, join
+from mmflow.errors import RecipeError
+from mmflow.ingest.config import SourceConfig
+from mmflow.ingest.sources import list_units
+from mmflow.progress import Report
+from mmflow.shards.build import build_dataset
+from mmflow.shards.config import ShardConfig
+from mmflow.shards.dataset import Dataset, open_dataset
+from mmflow.shards.grow import find_base, parts_of, read_parts, write_parts
+
+FETCHED = "fetched"  # the workspace's store of images that are URLs, which all its recipes share
+
+
+def inputs_of_sources(sources: Sequence[SourceConfig], workspace: str) -> dict[str, str]:
+    """Fingerprints of the sources' content and of what was fetched for them."""
+    from mmflow.ingest.remote_images import known_images
+
+    identity = content_hash(sorted(parts_of(list_units(sources), sources)))
+    known = known_images(join(workspace, FETCHED), identity)
+    return {"sources": identity} | ({"fetched": known} if known else {})
+
+
+def inputs_of_evaluation(settings: ShardConfig) -> dict[str, str]:
+    """Fingerprints of the datasets that nothing may be like. Raises RecipeError where pixels could not be compared."""
+    fingerprints = {}
+    for number, uri in enumerate(settings.duplicates.against):
+        dataset = open_dataset(uri)
+        if settings.duplicates.radius is None and not same_pixels(dataset, settings):
+            raise RecipeError(
+                f"shard.duplicates.against.{number}: {uri} was built with other settings of images, so equal pictures "
+                "have other pixels there; set shard.duplicates.radius, or build it with the same ones"
+            )
+        fingerprints[f"evaluation {number}"] = dataset.fingerprint
+    return fingerprints
+
+
+def same_pixels(dataset: Dataset, settings: ShardConfig) -> bool:
+    """Whether the images of a dataset were made as these settings make them."""
+    made = dataset.manifest.get("settings", {}).get("image", {})
+    ours = settings.image.model_dump(mode="json")
+    return all(made.get(name) == ours[name] for name in ("side", "resize", "background"))
+
+
+def fetch(sources: Sequence[SourceConfig], workspace: str, settings: ShardConfig, report: Report) -> None:
+    """Fetch the images of the sources that are URLs, where any are not settled."""
+    from mmflow.cluster.local import ensure_ray
+    from mmflow.ingest.remote_images import fetch_images, may_have_urls
+
+    units = list_units(sources)
+    if may_have_urls(units):
+        ensure_ray(num_cpus=1)
+        identity = content_hash(sorted(parts_of(units, sources)))
+        fetch_images(join(workspace, FETCHED), sources, units, identity, settings.fetch, report)
+
+
+def build(
+    uri: str,
+    *,
+    sources: Sequence[SourceConfig],
+    settings: ShardConfig,
+    fetched: str | None,
+    may_grow: bool,
+    progress: Callable[[int, int, str], None],
+) -> Mapping[str, Any]:
+    """Build the dataset at `uri`, from the shards of a sibling where that has some of the same sources' parts.
+
+    Returns the manifest's fields. Ray must be initialised.
+    """
+    units = list_units(sources)
+    parts = parts_of(units, sources)
+    base = find_base(_siblings(uri), settings, set(parts)) if may_grow and settings.grow else None
+    known = read_parts(base.uri) if base else frozenset()
+    fields = build_dataset(
+        uri,
+        sources=sources,
+        units=[unit for unit, part in zip(units, parts, strict=True) if part not in known],
+        settings=settings,
+        fetched=fetched,
+        base=base,
+        progress=progress,
+    )
+    write_parts(uri, parts)
+    return fields
+
+
+def _siblings(uri: str) -> list[str]:
+    above, _, own = uri.rstrip("/").rpartition("/")
+    system, path = filesystem(above)
+    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [
+        join(above, info.base_name) for info in found if info.type == fs.FileType.Directory and info.base_name != own
+    ]
