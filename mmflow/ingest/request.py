@@ -107,6 +107,8 @@ class Client:
     async def ask(self, host: Host, url: URL, headers: Mapping[str, str], *, is_robots: bool = False) -> Answer:
         """The answer, redirects not followed. Raises Failure for everything else, within the timeout.
 
+        Where the server closes the connection in place of an answer, aiohttp itself asks once more at once (RFC 9112
+        9.3.1: an idle connection may close just as it is used again).
         For robots.txt a body that is too long is cut, and an opt-out does not count.
         """
         async with host.slots:

@@ -74,7 +74,9 @@ def parse_robots(body: bytes, robot: str) -> Robots:
     is_named = False
     robots: set[str] = set()  # of the group being read
     in_rules = False
-    text = body[:MAX_ROBOTS_BYTES].decode("utf-8-sig", "replace")
+    if len(body) >= MAX_ROBOTS_BYTES:  # cut within a line, "Disallow: /private" would become "Disallow: /"
+        body = body[: max(body.rfind(b"\n", 0, MAX_ROBOTS_BYTES), 0)]
+    text = body.decode("utf-8-sig", "replace")
     for line in re.split(r"[\r\n]+", text):
         field, colon, value = line.partition("#")[0].partition(":")
         field, value = field.strip().lower(), value.strip()

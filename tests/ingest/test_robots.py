@@ -77,11 +77,12 @@ def test_line_ends_a_byte_order_mark_and_bytes_that_are_no_text_do_no_harm() -> 
     assert not parse_robots(b"\xef\xbb\xbfUser-agent: *\r\rDisallow: /a\r\n\xff\xfe: \x00\n", "mmflow").allows("/a")
 
 
-def test_what_lies_past_the_bound_is_not_read() -> None:
-    body = b"User-agent: *\nDisallow: /a\n" + b"#" * MAX_ROBOTS_BYTES + b"\nDisallow: /b\n"
+@pytest.mark.parametrize("comment", range(12, 20))
+def test_what_lies_past_the_bound_is_not_read_and_no_line_is_cut(comment: int) -> None:
+    head = b"User-agent: *\nDisallow: /a\n"
+    body = head + b"#" * (MAX_ROBOTS_BYTES - len(head) - comment) + b"\nDisallow: /b\n"
     robots = parse_robots(body, "mmflow")
-    assert not robots.allows("/a")
-    assert robots.allows("/b")
+    assert [robots.allows(path) for path in ("/a", "/b", "/c")] == [False, len(body) > MAX_ROBOTS_BYTES, True]
 
 
 def test_a_hostile_pattern_costs_no_time() -> None:
