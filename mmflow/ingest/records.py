@@ -1,27 +1,33 @@
-"""Records as rows, read from JSONL: what cannot be read is a row too, with the reason, so that nothing gets lost.
+"""Records as rows, the same from every kind of source: what cannot be read is a row too, so that nothing gets lost.
 
-Images stay where they are until a shard is written: only these rows, a few hundred bytes each, travel in the shuffle.
+Images stay where they are until a record is prepared, unless its source holds their bytes. Rows travel in chunks that
+are the same at every reading of a unit: a piece made of one is recognised by a rerun.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
+import xxhash
 
-from mmflow.artifacts import canonical_json, filesystem
+from mmflow.artifacts import canonical_json
+from mmflow.ingest.config import SourceConfig
+from mmflow.ingest.fields import Fields
 from mmflow.ingest.reasons import Reason, Rejected
 
-ROWS_PER_BLOCK = 16_384
-LINE_BITS = 40  # a record's place: the source's number above, the line's number in the lowest 40 bits
+# A record's place: the source's number (11 bits), the unit's in it (24 bits), the row's in that (28 bits).
+SOURCE_BITS, UNIT_BITS, ROW_BITS = 11, 24, 28
+ROWS_PER_CHUNK = 256  # what one task decodes: a second or two of work, so that small corpora spread out as well
+BYTES_PER_CHUNK = 16 << 20
 CAPTION = pa.struct([("language", pa.string()), ("text", pa.string())])
-# `place` orders all records of all sources. `images` are paths or URIs as written, relative to the URI `root`, or else
-# `bodies` are the files' own bytes; more than one are the frames of a clip. `split` is null where the source names none.
-# `reason` and `detail` are null in a good record; in a rejected one all but `place`, `source` and `chunk` may be null.
+# `place` orders all records of all sources; `chunk` is the reader's batch. `images` are paths or URIs as written,
+# relative to the URI `root`, or else `bodies` are the files' own bytes; more than one are the frames of a clip. `split`
+# is null where the source names none. `reason` and `detail` are null in a good record; in a rejected one all but
+# `place`, `source` and `chunk` may be null.
 RECORDS = pa.schema(
     [
         ("place", pa.int64()),
@@ -41,79 +47,130 @@ RECORDS = pa.schema(
 # A dot would end webdataset's key early, a slash is a folder, and upper case collides on some file systems.
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")
 SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+NOT_OF_A_KEY = re.compile(r"[^a-z0-9_-]+")
+RESPELLED_CHARACTERS = 60
+
+Row = dict[str, Any]
 
 
-def read_jsonl(uri: str, name: str, number: int) -> Iterator[pa.Table]:
-    """Tables of `RECORDS` of a JSONL file, the source of this number; blank lines are no records."""
-    root = uri.rpartition("/")[0] or "."
-    system, path = filesystem(uri)
-    rows: list[dict[str, Any]] = []
-    with io.BufferedReader(system.open_input_stream(path), 1 << 20) as lines:
-        for line_number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            row = {"place": number << LINE_BITS | line_number, "source": f"{name}:{line_number}", "root": root}
-            try:
-                row |= parse_record(line)
-            except Rejected as rejected:
-                row |= {"reason": str(rejected.reason), "detail": rejected.detail}
-            rows.append(row)
-            if len(rows) == ROWS_PER_BLOCK:
-                yield pa.Table.from_pylist(rows, RECORDS)
-                rows = []
-    yield pa.Table.from_pylist(rows, RECORDS)
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a reader found: a record's fields, or why there are none.
 
-
-def parse_record(line: bytes) -> dict[str, Any]:
-    """The fields of a record from its line of JSON; what is not a field of ours is its metadata, as canonical JSON.
-
-    Raises Rejected with record_malformed, or with key_invalid for a key that tars could not carry.
+    `name` is its place in words, without a path of this machine: it is the row's `source`, and makes the key of a
+    record that has none. `row` counts within the unit.
     """
+
+    row: int
+    name: str
+    what: Fields | Rejected
+
+
+def tables_of(found: Iterable[Found], source: SourceConfig, number: int, unit: int, root: str) -> Iterator[pa.Table]:
+    """The rows of a unit as tables of `RECORDS`, a table a chunk. Raises ValueError past the bits of `place`."""
+    rows: list[Row] = []
+    num_bytes = num_chunks = 0
+    for each in found:
+        row = row_of(each, source, root)
+        row["place"] = place_of(number, unit, each.row)
+        size = sum(map(len, row.get("bodies") or ()))
+        size += sum(len(caption["text"]) for caption in row.get("captions") or ()) + len(row.get("metadata") or "")
+        if rows and (len(rows) == ROWS_PER_CHUNK or num_bytes + size > BYTES_PER_CHUNK):
+            yield _table(rows, place_of(number, unit, num_chunks))
+            rows, num_bytes, num_chunks = [], 0, num_chunks + 1
+        rows.append(row)
+        num_bytes += size
+    if rows:
+        yield _table(rows, place_of(number, unit, num_chunks))
+
+
+def place_of(source: int, unit: int, row: int) -> int:
+    """The place of a row. Raises ValueError where a number has more bits than it is given."""
+    for name, value, bits in (("sources", source, SOURCE_BITS), ("units", unit, UNIT_BITS), ("rows", row, ROW_BITS)):
+        if value >> bits:
+            raise ValueError(f"{value:,} {name}, at most {(1 << bits) - 1:,} can be counted; split the source")
+    return source << UNIT_BITS + ROW_BITS | unit << ROW_BITS | row
+
+
+def row_of(found: Found, source: SourceConfig, root: str) -> Row:
+    """The row of `RECORDS`, but for its place and chunk."""
+    row: Row = {"source": printable(found.name), "root": root}
     try:
-        value = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
-        canonical_json(value).encode()
-    # Invalid UTF-8, or half of a surrogate pair, which no file can hold.
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise _malformed(f"not text: {error.reason}") from error
-    except (ValueError, RecursionError) as error:
-        raise _malformed(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise _malformed(f"a JSON object is needed, not {type(value).__name__}")
-    key = _string(value, "key")
-    image = _string(value, "image")
-    split = _string(value, "split") if "split" in value else "train"
-    captions = _captions(value)
-    if not SPLIT.fullmatch(split):
-        raise _malformed(f"split {split[:80]!r}: lower-case letters, digits, - and _ are needed, at most 40")
-    if not KEY.fullmatch(key):
+        if isinstance(found.what, Rejected):
+            raise found.what
+        fields = found.what
+        metadata = dict(fields.metadata)
+        if source.license is not None and not metadata.get("license"):
+            metadata["license"] = source.license
+        key = key_of(fields.key, found.name, source.keys)
+        if fields.key is not None and key != fields.key:
+            metadata["source_key"] = fields.key
+        row["key"] = key
+        if source.weight < 1 and xxhash.xxh3_64_intdigest(f"weight/{key}".encode()) / 2**64 >= source.weight:
+            raise Rejected(Reason.not_sampled, f"the source's weight is {source.weight}")
+        row |= _checked(fields, metadata, source.language)
+        if not row["images"] and not row["bodies"]:
+            raise Rejected(Reason.image_missing, fields.no_image)
+    except Rejected as rejected:
+        row |= {"reason": str(rejected.reason), "detail": printable(rejected.detail)}
+    return row
+
+
+def key_of(key: str | None, name: str, policy: str) -> str:
+    """The record's key: its own where tars can carry it, or respelled, or made from its place.
+
+    Raises Rejected with key_invalid where the policy is strict, and the key is one that tars could not carry.
+    """
+    if key is None:
+        return respell(name)
+    if KEY.fullmatch(key):
+        return key
+    if policy == "strict":
         raise Rejected(Reason.key_invalid, f"{key[:100]!r}: lower-case letters, digits, - and _ are needed, at most 80")
-    metadata = {name: field for name, field in value.items() if name not in ("key", "image", "split", "captions")}
-    return {"key": key, "image": image, "split": split, "captions": captions, "metadata": canonical_json(metadata)}
+    return respell(key)
 
 
-def _captions(value: Mapping[str, Any]) -> list[dict[str, str]]:
-    captions = value.get("captions")
-    if not isinstance(captions, list):
-        raise _malformed(f"`captions` must be a list, not {type(captions).__name__}")
-    cleaned = []
-    for caption in captions:
-        if not isinstance(caption, dict):
-            raise _malformed(f"a caption must be an object, not {type(caption).__name__}")
-        language = _string(caption, "language") if "language" in caption else "und"
-        cleaned.append({"language": language, "text": _string(caption, "text")})
-    return cleaned
+def respell(key: str) -> str:
+    """A key that tars can carry, with a hash of the original behind it, so that no two originals fall together.
+
+    16 digits of it: names in a script that respells to nothing, or that differ behind the 60th letter, have no more
+    than the hash to tell them apart, and 8 digits fall together once in about 65,000 of them.
+    """
+    spelled = NOT_OF_A_KEY.sub("-", key.lower())[:RESPELLED_CHARACTERS].strip("-_")
+    digest = xxhash.xxh3_64_hexdigest(key.encode("utf-8", "surrogatepass"))
+    return f"{spelled}-{digest}" if spelled else digest
 
 
-def _string(value: Mapping[str, Any], name: str) -> str:
-    field = value.get(name)
-    if not isinstance(field, str):
-        raise _malformed(f"`{name}` must be a string, not {type(field).__name__}")
-    return field
+def printable(text: str, limit: int = 300) -> str:
+    """A detail on one line, of text that every file can hold."""
+    return " ".join(text[:limit].encode("utf-8", "backslashreplace").decode().split())
 
 
-def _malformed(detail: str) -> Rejected:
-    return Rejected(Reason.record_malformed, detail[:300])
+def _checked(fields: Fields, metadata: Mapping[str, Any], language: str) -> Row:
+    captions = [{"language": tag or language, "text": text} for tag, text in fields.captions]
+    if fields.split is not None and not SPLIT.fullmatch(fields.split):
+        raise malformed(f"split {fields.split[:80]!r}: lower-case letters, digits, - and _ are needed, at most 40")
+    try:
+        text = canonical_json(metadata)
+        # Half of a surrogate pair, or bytes that are no text: no file can hold either.
+        for each in (text, *(value for caption in captions for value in caption.values()), *fields.images):
+            each.encode()
+    except (UnicodeEncodeError, ValueError, RecursionError) as error:
+        what = f"not text: {error.reason}" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise malformed(what) from error
+    return {
+        "split": fields.split,
+        "images": None if fields.bodies else list(fields.images),
+        "bodies": list(fields.bodies) or None,
+        "captions": captions,
+        "metadata": text,
+    }
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def malformed(detail: str) -> Rejected:
+    """A verdict of record_malformed."""
+    return Rejected(Reason.record_malformed, printable(detail))
+
+
+def _table(rows: Sequence[Row], chunk: int) -> pa.Table:
+    return pa.Table.from_pylist([{**row, "chunk": chunk} for row in rows], RECORDS)
