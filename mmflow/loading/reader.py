@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,10 +12,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mmflow.artifacts import filesystem, local_path
-from mmflow.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.artifacts import positioned_reader
+from mmflow.errors import CorruptArtifactError
 from mmflow.shards.dataset import Dataset, ShardInfo
 from mmflow.shards.index import MEMBERS
+from mmflow.shards.samples import read_texts
 
 OPEN_SHARDS = 64  # file descriptors and indexes that one reader keeps
 
@@ -83,9 +83,13 @@ class Reader:
                     f"run `mmflow verify {self.dataset.uri}`"
                 )
             bodies[member] = body
-        fields = json.loads(bodies["json"])
-        captions = tuple(Caption(each["text"], each["language"]) for each in fields["captions"])
-        return Sample(opened.keys[row], bodies["image"], opened.extensions[row], captions, fields["metadata"])
+        if self.dataset.adopted:
+            found, metadata = read_texts(bodies["txt"], bodies["json"])
+        else:
+            fields = json.loads(bodies["json"])
+            found, metadata = fields["captions"], fields["metadata"]
+        captions = tuple(Caption(each["text"], each["language"]) for each in found)
+        return Sample(opened.keys[row], bodies["image"], opened.extensions[row], captions, metadata)
 
     def _open_shard(self, ordinal: int) -> _OpenShard:
         shard: ShardInfo = self.shards[ordinal]
@@ -107,18 +111,5 @@ class Reader:
             offsets=columns("offset"),
             sizes=columns("bytes"),
             hashes=columns("xxh3"),
-            read=_positioned_reader(uri),
+            read=positioned_reader(uri),
         )
-
-
-def _positioned_reader(uri: str) -> Callable[[int, int], bytes]:
-    path = local_path(uri)
-    if path is None:
-        system, remote = filesystem(uri)
-        stream = system.open_input_file(remote)
-        return lambda size, offset: bytes(stream.read_at(size, offset))
-    try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 — open for as long as the closure lives
-    except FileNotFoundError as error:
-        raise MissingArtifactError(f"{path}: this shard is gone; restore it or rebuild the dataset") from error
-    return lambda size, offset: os.pread(file.fileno(), size, offset)

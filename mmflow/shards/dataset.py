@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,8 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import xxhash
+from pyarrow import fs
 
-from mmflow.artifacts import content_hash, filesystem, join, local_path, read_artifact
+from mmflow.artifacts import content_hash, filesystem, join, positioned_reader, read_artifact
 from mmflow.errors import CorruptArtifactError, MisuseError
 from mmflow.shards.index import MEMBERS, read_index
 
@@ -41,6 +41,11 @@ class Dataset:
     def fingerprint(self) -> str:
         """Hash of the shards' checksums: what caches, scores and lineage refer to."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def adopted(self) -> bool:
+        """Whether others wrote the tars: keys and JSON are as they are, and not every member is in the index."""
+        return bool(self.manifest.get("adopted", False))
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -80,6 +85,8 @@ def open_dataset(uri: str) -> Dataset:
 def read_sample(dataset: Dataset, shard: ShardInfo, row: int) -> dict[str, Any]:
     """{"key", "image": bytes, "image_extension", "txt": str, "json": dict} of one sample.
 
+    An adopted sample may lack its text or its JSON: "" and {}.
+
     Reads the index anew for each sample: for looking at samples, not for training. Raises CorruptArtifactError where a
     body no longer has the hash that the index remembers.
     """
@@ -88,8 +95,9 @@ def read_sample(dataset: Dataset, shard: ShardInfo, row: int) -> dict[str, Any]:
         raise MisuseError(f"{dataset.tar_uri(shard)}: no row {row}; it has {index.num_rows}")
     entry = index.slice(row, 1).to_pylist()[0]
     bodies = {}
+    read = positioned_reader(dataset.tar_uri(shard))
     for member in MEMBERS:
-        body = _read_range(dataset.tar_uri(shard), entry[f"{member}_offset"], entry[f"{member}_bytes"])
+        body = read(entry[f"{member}_bytes"], entry[f"{member}_offset"])
         if xxhash.xxh3_64_intdigest(body) != entry[f"{member}_xxh3"]:
             raise CorruptArtifactError(
                 f"{dataset.tar_uri(shard)}: {member} of row {row} ({entry['key']}) is not what was written; "
@@ -101,7 +109,7 @@ def read_sample(dataset: Dataset, shard: ShardInfo, row: int) -> dict[str, Any]:
         "image": bodies["image"],
         "image_extension": entry["image_extension"],
         "txt": bodies["txt"].decode(),
-        "json": json.loads(bodies["json"]),
+        "json": json.loads(bodies["json"] or b"{}"),
     }
 
 
@@ -128,19 +136,14 @@ def quarantine_uri(uri: str, name: str) -> str:
     return join(uri, "quarantine", f"{name}.parquet")
 
 
+def quarantine_files(uri: str) -> list[str]:
+    """The URIs of the tables of rejected records, in the order of their names."""
+    system, path = filesystem(join(uri, "quarantine"))
+    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    names = sorted(info.base_name for info in found if info.is_file and not info.base_name.startswith("."))
+    return [join(uri, "quarantine", name) for name in names]
+
+
 def fingerprint_of(shards: list[ShardInfo]) -> str:
     """sha256 (hex) over each shard's split and checksum, in order: the same bytes in another split are other data."""
     return content_hash([[shard.split, shard.checksum] for shard in shards])
-
-
-def _read_range(uri: str, offset: int, size: int) -> bytes:
-    path = local_path(uri)
-    if path is not None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(descriptor, size, offset)
-        finally:
-            os.close(descriptor)
-    system, remote = filesystem(uri)
-    with system.open_input_file(remote) as stream:
-        return bytes(stream.read_at(size, offset))

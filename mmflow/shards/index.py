@@ -20,7 +20,8 @@ MEMBERS = ("image", "txt", "json")
 # Offsets count from the start of the tar, in bytes, and point at the body, behind the member's header. `width` and
 # `height` are the stored image's, in pixels. `caption_tokens` estimates the longest caption of the sample. `frames` are
 # a clip's members after the first, which is its image. The hashes of the pixels and the captions find duplicates of the
-# sample later; they are null where nobody computed them (adopted tars).
+# sample later; they are null where nobody computed them (adopted tars). A text that an adopted tar lacks has 0 bytes,
+# lies where the image lies, so that one read still spans the sample, and has the hash of nothing.
 FRAME = pa.struct([("offset", pa.int64()), ("bytes", pa.int64()), ("xxh3", pa.uint64())])
 SCHEMA = pa.schema(
     [
@@ -93,6 +94,15 @@ def read_index(uri: str) -> pa.Table:
 def read_commit(uri: str) -> ShardCommit:
     """What the index says of its shard. Raises as `read_index`."""
     return read_index_and_commit(uri)[1]
+
+
+def read_column(uri: str, name: str) -> pa.Array:
+    """One column of the index. Raises as `read_index`."""
+    try:
+        column = pq.ParquetFile(pa.BufferReader(read_bytes(uri))).read(columns=[name], use_threads=False)[name]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise CorruptArtifactError(f"{uri}: not a shard's index ({error}); delete it and rebuild") from error
+    return column.combine_chunks()
 
 
 def read_index_and_commit(uri: str) -> tuple[pa.Table, ShardCommit]:

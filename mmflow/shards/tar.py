@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from mmap import mmap
 from typing import IO, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import xxhash
+from numpy.typing import NDArray
 
 from mmflow.errors import CorruptArtifactError, MisuseError
 
@@ -30,6 +33,7 @@ TAIL = KIND_AND_MAGIC + bytes(BLOCK_BYTES - 156 - len(KIND_AND_MAGIC))
 BLANK_SUM = sum(BLANK_CHECKSUM)
 TAIL_SUM = sum(TAIL)
 CONSTANT_SUM = sum(MODE_AND_OWNERS) + sum(MTIME) + BLANK_SUM + TAIL_SUM
+HEADER_OF_NOTHING = bytes(100) + MODE_AND_OWNERS + bytes(12) + MTIME + bytes(7) + b" " + TAIL
 
 
 class Member(NamedTuple):
@@ -50,6 +54,29 @@ def header(name: str, size: int) -> bytes:
     octal = b"%011o\0" % size
     checksum = CONSTANT_SUM + sum(encoded) + sum(octal)
     return b"%b%b%b%b%06o\0 %b" % (encoded.ljust(100, b"\0"), MODE_AND_OWNERS, octal, MTIME, checksum, TAIL)
+
+
+def headers(names: pa.Array, sizes: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """`header` of many members at once, (members, 512). Raises MisuseError where a name or a size is too long."""
+    encoded = names.cast(pa.binary())
+    lengths = np.diff(ends := np.frombuffer(encoded.buffers()[1], np.int32)[encoded.offset :][: len(encoded) + 1])
+    if len(lengths) and (not 0 < lengths.min() <= lengths.max() <= MAX_NAME_BYTES):
+        raise MisuseError(f"a member name of {lengths.max()} bytes: 1 to {MAX_NAME_BYTES} are needed")
+    if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= MAX_BODY_BYTES:
+        raise MisuseError(f"a member of {sizes.max()} bytes, but a ustar member has 0 to {MAX_BODY_BYTES}")
+    made = np.tile(np.frombuffer(HEADER_OF_NOTHING, np.uint8), (len(lengths), 1))
+    # (members, 100): true where the member's name has a letter; in row order these are the letters of all names.
+    is_letter = np.arange(MAX_NAME_BYTES) < lengths[:, None]
+    made[:, :MAX_NAME_BYTES][is_letter] = np.frombuffer(encoded.buffers()[2] or b"", np.uint8)[ends[0] : ends[-1]]
+    made[:, 124:135] = octal_digits(sizes, 11)
+    totals = CONSTANT_SUM + made[:, :MAX_NAME_BYTES].sum(1, dtype=np.int64) + made[:, 124:135].sum(1, dtype=np.int64)
+    made[:, 148:154] = octal_digits(totals, 6)
+    return made
+
+
+def octal_digits(values: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
+    """The ASCII octal digits of each value, (values, width)."""
+    return (values[:, None] >> np.arange(3 * width - 3, -1, -3) & 7).astype(np.uint8) + ord("0")
 
 
 def padding(size: int) -> int:

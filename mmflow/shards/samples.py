@@ -1,0 +1,203 @@
+"""What is a sample in a tar that others wrote, and what its .txt and .json say of the image.
+
+The rules are webdataset's: neighbours with one key are a sample, and a key ends at the first dot of the base name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+import xxhash
+
+from mmflow.artifacts import canonical_json
+from mmflow.errors import CorruptArtifactError
+from mmflow.ingest.captions import Caption, clean_text, estimate_tokens
+from mmflow.ingest.images import probe
+from mmflow.ingest.listing import IMAGE_EXTENSIONS
+from mmflow.ingest.reasons import Reason, Rejected
+from mmflow.ingest.sidecars import SIDECARS, TEXTS
+from mmflow.ingest.tarstream import Damage, Member, read_members
+from mmflow.shards.index import MEMBERS
+
+TEXT_KEYS = ("captions", "caption", "text", "TEXT")
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # others by their name in lower case
+MAX_KEY_BYTES = 1000
+
+Row = dict[str, Any]
+Group = list[tuple[str, Member]]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, suffix) of a member as webdataset has it: the path up to the first dot of its base name; "" without one."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def index_tar(stream: IO[bytes], source: str, license: str | None) -> tuple[list[Row], list[Row], str, int]:
+    """(index rows, rejected records, xxh3_128 of the tar, its bytes), from one read to the end of the stream.
+
+    Raises CorruptArtifactError for a damaged tar, naming the byte.
+    """
+    entries: list[Row] = []
+    rejected: list[Row] = []
+    hashed = _Hashed(stream)
+    for key, members in read_groups(hashed):
+        try:
+            entries.append({"row": len(entries), **index_sample(key, members, license)})
+        except Rejected as rejection:
+            rejected.append(
+                {
+                    "source": _writable(f"{source}:{members[0][1].name}"),
+                    "key": _writable(key),
+                    "reason": str(rejection.reason),
+                    "detail": _writable(rejection.detail),
+                }
+            )
+    return entries, rejected, hashed.digest.hexdigest(), hashed.bytes
+
+
+class _Hashed(io.RawIOBase):
+    """A stream that hashes what is read of it: the bytes of a tar are gone through once."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.digest = xxhash.xxh3_128()
+        self.bytes = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.digest.update(data)
+        self.bytes += len(data)
+        return data
+
+
+def read_groups(stream: Any) -> Iterator[tuple[str, Group]]:
+    """(key, [(suffix, member)]) of neighbours that share a key, as webdataset groups them.
+
+    A suffix that comes again begins a sample anew: what follows is another record of the same key.
+    """
+    key: str | None = None
+    group: Group = []
+    for member in read_members(stream, lambda name: split_name(name)[1] in (*IMAGE_EXTENSIONS, *SIDECARS)):
+        if isinstance(member, Damage):
+            raise CorruptArtifactError(f"byte {member.offset}: {member.what}")
+        stem, suffix = split_name(member.name)
+        if not suffix:
+            continue  # a README or a checksum file between the samples
+        if group and (stem != key or any(suffix == other for other, _ in group)):
+            yield str(key), group
+            group = []
+        key = stem
+        group.append((suffix, member))
+    if group:
+        yield str(key), group
+
+
+def index_sample(key: str, members: Group, license: str | None) -> Row:
+    """A sample's row of the index, but for its number. Raises Rejected."""
+    check_key(key)
+    suffixes = dict(members)
+    there = f"has {', '.join(suffixes)}"[:200]
+    image = next((member for suffix, member in members if suffix in IMAGE_EXTENSIONS), None)
+    if image is None:
+        if any(suffix.rpartition(".")[2] in IMAGE_EXTENSIONS for suffix in suffixes):
+            raise Rejected(Reason.key_invalid, f"{there}: a key with a dot in it, which fuses with its neighbours")
+        raise Rejected(Reason.image_missing, there)
+    txt = next((suffixes[suffix] for suffix in TEXTS if suffix in suffixes), None)
+    fields = suffixes.get("json")
+    for member in (image, txt, fields):
+        if member is not None and member.body is None:
+            raise Rejected(Reason.image_too_large, f"{member.name}: {member.size} bytes")
+    bodies = [member.body or b"" if member is not None else b"" for member in (image, txt, fields)]
+    if not is_json(bodies[2]):
+        fields, bodies[2] = None, b""
+    header = probe(bodies[0])
+    try:
+        captions, metadata = read_texts(bodies[1], bodies[2])
+    except UnicodeDecodeError as error:
+        raise Rejected(Reason.record_malformed, f"{txt.name if txt else ''}: not UTF-8: {error.reason}") from error
+    if not captions:
+        raise Rejected(Reason.caption_missing, there)
+    named = metadata.get("license")
+    entry: Row = {
+        "key": key,
+        "image_extension": EXTENSIONS.get(header.format, header.format.lower()),
+        "width": header.width,
+        "height": header.height,
+        "caption_tokens": max(estimate_tokens(caption["text"]) for caption in captions),
+        "caption_characters": max(len(caption["text"]) for caption in captions),
+        "languages": [caption["language"] for caption in captions],
+        "license": named if isinstance(named, str) else license,
+        "frames": [],
+    }
+    for column, member, body in zip(MEMBERS, (image, txt, fields), bodies, strict=True):
+        entry[f"{column}_offset"] = (member or image).offset
+        entry[f"{column}_bytes"] = len(body)
+        entry[f"{column}_xxh3"] = xxhash.xxh3_64_intdigest(body)
+    return entry
+
+
+def check_key(key: str) -> None:
+    """Raises Rejected for a key that is nobody's name: none, of control characters, or out of its folder."""
+    base = key.rpartition("/")[2]
+    if not base:
+        raise Rejected(Reason.key_invalid, f"{key[:100]!r}: nothing before the first dot")
+    if not key.isprintable() or len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES:
+        raise Rejected(Reason.key_invalid, f"{key[:100]!a}: not printable, or over {MAX_KEY_BYTES} bytes")
+    if key.startswith("/") or ".." in key.split("/"):
+        raise Rejected(Reason.key_invalid, f"{key[:100]!r}: leads out of its folder")
+
+
+def read_texts(txt: bytes, body: bytes) -> tuple[tuple[Caption, ...], dict[str, Any]]:
+    """(captions, metadata) of a sample, from the bodies of its .txt and .json, either of which may be empty.
+
+    A JSON of ours says both. Of another's, the .txt is the caption if it holds text, else what the JSON has under
+    captions, caption, text or TEXT; all of the JSON is metadata. Raises ValueError for what is no text or no JSON.
+    """
+    value = json.loads(body) if body else {}
+    if isinstance(value, dict) and isinstance(value.get("metadata"), dict) and (ours := _ours(value.get("captions"))):
+        return ours, value["metadata"]
+    metadata = value if isinstance(value, dict) else {"json": value}
+    if text := clean_text(txt.decode()):
+        return (Caption(language="und", text=text),), metadata
+    for key in TEXT_KEYS:
+        if found := _captions(metadata.get(key)):
+            return found, metadata
+    return (), metadata
+
+
+def is_json(body: bytes) -> bool:
+    """Whether a body is JSON that can be written again: half of a surrogate pair cannot."""
+    with contextlib.suppress(ValueError, RecursionError):
+        canonical_json(json.loads(body)).encode()
+        return True
+    return False
+
+
+def _ours(value: Any) -> tuple[Caption, ...]:
+    if not isinstance(value, list):
+        return ()
+    if not all(isinstance(each, dict) and each.keys() == {"language", "text"} for each in value):
+        return ()
+    return tuple(Caption(language=each["language"], text=each["text"]) for each in value)
+
+
+def _captions(value: Any) -> tuple[Caption, ...]:
+    """What a foreign JSON has for captions: a string, an object with a text, or a list of these."""
+    found = []
+    for each in value if isinstance(value, list) else [value]:
+        fields = each if isinstance(each, dict) else {"text": each}
+        text, language = fields.get("text", fields.get("caption")), fields.get("language")
+        if isinstance(text, str) and (text := clean_text(text)):
+            found.append(Caption(language=language if isinstance(language, str) and language else "und", text=text))
+    return tuple(found)
+
+
+def _writable(text: str) -> str:
+    """Names may hold bytes that are no UTF-8, which no table can."""
+    return text.encode(errors="replace").decode()
