@@ -10,6 +10,7 @@ table, which a later run clears away.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import time
 from collections.abc import Iterable
@@ -52,6 +53,7 @@ KNOWN = pa.schema(
         ("time", pa.int64()),
     ]
 )
+NAME = re.compile(r"(\d{6,})-\d{4,}-[0-9a-f]{8}\.(pack|parquet)")
 NO_HASH = bytes(16)
 
 Keys = npt.NDArray[np.bytes_]  # (n,) of S16: equal lengths, so that numpy's blindness to trailing zeros is harmless
@@ -167,7 +169,7 @@ def list_tables(uri: str) -> tuple[Any, list[str]]:
 
     system, path = filesystem(join(uri, "known"))
     infos = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return system, sorted(i.path for i in infos if i.base_name.endswith(".parquet") and not i.base_name.startswith("."))
+    return system, sorted(info.path for info in infos if NAME.fullmatch(info.base_name))
 
 
 def next_run(store: str) -> int:
@@ -192,6 +194,8 @@ def remove_strays(store: str) -> None:
     for folder in ("packs", "known"):
         _, path = filesystem(join(store, folder))
         for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-            stray = info.base_name.startswith(".") or info.base_name.rpartition(".")[0] not in named
+            stray = info.base_name.startswith(".staging-") or (
+                NAME.fullmatch(info.base_name) and info.base_name.partition(".")[0] not in named
+            )
             if stray and info.is_file and time.time_ns() - (info.mtime_ns or 0) > STRAY_SECONDS * 1e9:
                 system.delete_file(info.path)
