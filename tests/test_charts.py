@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.charts import (
+from mmflow.charts import (
     Segment,
     Series,
     decimate,
