@@ -101,8 +101,9 @@ async def fetch_into(
     before = FetchedStore(store, validators=refresh)
     published = published_by(store, run, task)
     if published:  # this task was lost once, with its machine
-        yield sum(1 for key in url_hashes(urls).tolist() if key in published)
-        urls = [url for url, key in zip(urls, url_hashes(urls).tolist(), strict=True) if key not in published]
+        new = [url for url in urls if url_hashes([url]).tobytes() not in published]
+        yield len(urls) - len(new)
+        urls = new
     validators = {url: known for url in urls if (known := before.validators(url))} if refresh else {}
     results = fetch_batch(urls, settings, validators=validators)
     with KnownWriter(store, run, task) as writer:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from mmflow.artifacts import filesystem, join
 from mmflow.errors import CorruptArtifactError
 from mmflow.ingest.fetch import Validators
-from mmflow.ingest.known import KNOWN, NO_HASH, Keys, list_tables, url_hashes, xxh3
+from mmflow.ingest.known import KNOWN, Keys, list_tables, url_hashes, xxh3
 from mmflow.ingest.reasons import Reason, Rejected
 
 OK = "ok"
@@ -42,8 +42,8 @@ class FetchedStore:
         self._with_validators = validators
         self._packs: OrderedDict[str, Any] = OrderedDict()
         table = _newest(read_known(uri, validators=validators))
-        self._keys = _bytes16(table["url_hash"])
-        self._xxh3 = _bytes16(table["xxh3"])
+        self._keys = _keys_of(table["url_hash"])
+        self._xxh3 = _keys_of(table["xxh3"])
         self._offset: Rows = table["offset"].to_numpy()
         self._bytes: Rows = table["bytes"].to_numpy()
         self._pack = table["pack"].combine_chunks().dictionary_encode()
@@ -88,7 +88,7 @@ class FetchedStore:
         if verdict != OK:
             raise Rejected(Reason(verdict), self._detail[row].as_py() or "")
         offset, size = int(self._offset[row]), int(self._bytes[row])
-        return Entry(self._pack[row].as_py(), offset, size, self._xxh3[row].ljust(16, b"\0"))
+        return Entry(self._pack[row].as_py(), offset, size, self._xxh3[row].tobytes())
 
     def verdict(self, url: str) -> str:
         """`ok`, or the reason why there are no bytes; fetch_pending for an unknown URL."""
@@ -103,7 +103,7 @@ class FetchedStore:
 
     def counts(self, urls: Sequence[str]) -> dict[str, int]:
         """How many distinct URLs have each verdict, `ok` among them."""
-        found = self._verdict[self._find(np.unique(url_hashes(urls)))]
+        found = self._verdict[self._find(_unique(url_hashes(urls)))]
         counts = Counter({self._verdicts[code]: int(number) for code, number in enumerate(np.bincount(found))})
         return {verdict: number for verdict, number in sorted(counts.items()) if number}
 
@@ -117,12 +117,12 @@ class FetchedStore:
 
     def fingerprint(self, urls: Iterable[str]) -> str:
         """sha256 (hex) over (URL, verdict, xxh3 of the body), whatever their order: what a dataset of them rests on."""
-        keys = np.unique(url_hashes(urls))
+        keys = _unique(url_hashes(urls))
         rows = self._find(keys)
-        verdicts = np.array([xxh3(verdict.encode()) for verdict in self._verdicts], dtype="S16")
+        verdicts = url_hashes(self._verdicts)
         digest = sha256(keys.tobytes())
         digest.update(verdicts[self._verdict[rows]].tobytes())
-        digest.update(np.append(self._xxh3, np.array([NO_HASH], "S16"))[rows].tobytes())
+        digest.update(np.append(self._xxh3, np.zeros((1, 2), np.uint64), axis=0)[rows].tobytes())
         return digest.hexdigest()
 
     def _codes(self, *verdicts: str) -> list[int]:
@@ -130,11 +130,17 @@ class FetchedStore:
 
     def _find(self, keys: Keys) -> Rows:
         """The row of each key, -1 where there is none, (keys,)."""
-        if not len(self._keys):
-            return np.full(len(keys), -1, dtype=np.int64)
-        rows = np.searchsorted(self._keys, keys).astype(np.int64)
-        rows[rows == len(self._keys)] = 0
-        return np.where(self._keys[rows] == keys, rows, -1)
+        rows = np.full(len(keys), -1, dtype=np.int64)
+        at = np.searchsorted(self._keys[:, 0], keys[:, 0]).astype(np.int64)
+        left = np.arange(len(keys))
+        while len(left):  # once, but for keys whose first halves are the same
+            left = left[at[left] < len(self._keys)]
+            left = left[self._keys[at[left], 0] == keys[left, 0]]
+            found = self._keys[at[left], 1] == keys[left, 1]
+            rows[left[found]] = at[left[found]]
+            left = left[~found]
+            at[left] += 1
+        return rows
 
     def _open(self, name: str) -> Any:
         handle = self._packs.get(name)
@@ -160,19 +166,27 @@ def read_known(uri: str, *, validators: bool = False) -> pa.Table:
 
 
 def _newest(table: pa.Table) -> pa.Table:
-    """One row a URL, in the order of their hashes."""
-    keys = _bytes16(table["url_hash"])
-    order = np.lexsort((table["time"].to_numpy(), table["run"].to_numpy(), keys))
-    ordered = keys[order]
-    last = np.append(ordered[1:] != ordered[:-1], True)[: len(ordered)]
-    return table.take(pa.array(order[last]))
+    """One row a URL, in the order of their keys."""
+    keys = _keys_of(table["url_hash"])
+    order = np.lexsort((table["time"].to_numpy(), table["run"].to_numpy(), keys[:, 1], keys[:, 0]))
+    return table.take(pa.array(order[_last_of_each(keys[order])]))
 
 
-def _bytes16(column: pa.ChunkedArray) -> Keys:
+def _unique(keys: Keys) -> Keys:
+    ordered: Keys = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
+    return ordered[_last_of_each(ordered)]
+
+
+def _last_of_each(ordered: Keys) -> npt.NDArray[np.bool_]:
+    return np.append((ordered[1:] != ordered[:-1]).any(axis=1), True)[: len(ordered)]
+
+
+def _keys_of(column: pa.ChunkedArray) -> Keys:
+    """A column of hashes as integers, (rows, 2)."""
     array = column.combine_chunks()
     if not len(array):
-        return np.empty(0, dtype="S16")
-    return np.frombuffer(array.buffers()[1], dtype="S16", count=len(array), offset=16 * array.offset)
+        return np.empty((0, 2), dtype=np.uint64)
+    return np.frombuffer(array.buffers()[1], "<u8", 2 * len(array), 16 * array.offset).reshape(-1, 2)
 
 
 def _reopen(uri: str, validators: bool) -> FetchedStore:

@@ -23,7 +23,7 @@ from mmflow.ingest.config import FetchConfig
 from mmflow.ingest.fetch import Result, Validators
 from mmflow.ingest.fetch_job import deal_hosts, fetch_into, fetch_urls
 from mmflow.ingest.fetched import FetchedStore
-from mmflow.ingest.known import KnownWriter, next_run, remove_strays
+from mmflow.ingest.known import KnownWriter, next_run, remove_strays, xxh3
 from mmflow.ingest.reasons import Reason, Rejected
 from tests.ingest.webserver import Handler, Server, head, in_turn, respond, running
 
@@ -94,6 +94,19 @@ def test_nothing_is_known_in_an_empty_store(tmp_path: Path) -> None:
     assert opened.pending(["a"], max_bytes=1) == ["a"]
     assert verdict(store, "a")[0] is Reason.fetch_pending
     assert opened.fingerprint([]) == FetchedStore(str(tmp_path / "other")).fingerprint([])
+
+
+def test_keys_whose_first_halves_are_the_same_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(data: bytes) -> bytes:
+        return bytes(8) + xxh3(data)[8:]
+
+    monkeypatch.setattr(known, "xxh3", half)
+    urls = [f"u{n}" for n in range(50)]
+    write(str(tmp_path), [ok(url, url.encode()) for url in urls])
+    monkeypatch.setattr("mmflow.ingest.fetched.xxh3", half)
+    opened = FetchedStore(str(tmp_path))
+    assert [opened.load(url) for url in urls] == [url.encode() for url in urls]
+    assert opened.counts([*urls, "other"]) == {"fetch_pending": 1, "ok": 50}
 
 
 def test_strange_urls_and_headers_are_kept(tmp_path: Path) -> None:
