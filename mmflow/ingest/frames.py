@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from mmflow.ingest import png
 from mmflow.ingest.reasons import Reason, Rejected
 
 # An animation's frames × its canvas: some ten seconds of decoding. A frame costs no less than `FRAME_PIXELS` would.
@@ -33,7 +34,7 @@ def count_frames(image: Image.Image, data: bytes) -> int:
     claimed = int(getattr(image, "n_frames", 1)) - first_frame(image)
     if image.format != "PNG":
         return claimed  # the others are counted by Pillow or by their decoder, from the frames themselves
-    found = sum(kind == b"fcTL" for kind in _png_chunks(data))
+    found = png.count_frames(data)
     if found < claimed:
         raise Rejected(Reason.image_truncated, f"{found} frames of the {claimed} that its header promises")
     return claimed
@@ -57,10 +58,3 @@ def animation_frames(image: Image.Image, numbers: Sequence[int]) -> Iterator[Ima
             raise Rejected(Reason.image_unsupported, grown)
         image.load()
         yield image
-
-
-def _png_chunks(data: bytes) -> Iterator[bytes]:
-    position = 8
-    while position + 8 <= len(data):
-        yield data[position + 4 : position + 8]
-        position += 12 + int.from_bytes(data[position : position + 4], "big")

@@ -1,67 +1,34 @@
 """Any image file to small RGB ones: bytes → array → bytes, and a reason wherever that cannot be.
 
-The header is read first, so that a decompression bomb costs microseconds and never its pixels. JPEG goes through
-simplejpeg, which shrinks while it decodes (1600×1200 → 256 px: 156 images/s a core; Pillow in full: 26).
+JPEG goes through simplejpeg, which shrinks while it decodes (1600×1200 → 256 px: 156 images/s a core; Pillow in full:
+26). Everything else goes through Pillow, held once and shrunk in strips.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from mmflow.ingest.colour import RGB, Colour, is_supported, to_rgb
+from mmflow.ingest.colour import RGB, Colour, to_rgb
 from mmflow.ingest.config import ImageConfig
 from mmflow.ingest.frames import animation_frames, count_frames, evenly_spaced
 from mmflow.ingest.hashes import clip_pixel_hash, pixel_hash, thumbnail, thumbnail_hash
+from mmflow.ingest.header import JPEGS, TURNS, Header, Size, check_bounds, one_line, probe
 from mmflow.ingest.reasons import Reason, Rejected
 
-# Named, because Pillow would otherwise try every format that it knows, Ghostscript for EPS among them.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, which Pillow finds by itself
-CLIPS = ("GIF", "WEBP", "PNG", "AVIF")  # the further images of TIFF and MPO are pages and views: the first is the image
 EXTENSIONS = {"jpeg": "jpg", "webp": "webp"}
 STORED_FORMATS = {"jpeg": "JPEG", "webp": "WEBP"}  # ours → Pillow's
 WHITE = (255, 255, 255)
 FULL_COLOUR_QUALITY = 90  # from here on colour is kept at full resolution, as ImageMagick does
+# Most pixels of a side that an encoder takes: libjpeg's JPEG_MAX_DIMENSION, the 14 bits of WebP.
+ENCODER_SIDES = {"jpeg": 65_500, "webp": 16_383}
 REDUCING_GAP = 3  # whole pixels are averaged down to so many times the size asked: quicker, and no eye sees it
-# EXIF orientation → quarter turns against the clock, then a left-right flip.
-TURNS = {
-    1: (0, False),
-    2: (0, True),
-    3: (2, False),
-    4: (2, True),
-    5: (3, True),
-    6: (3, False),
-    7: (1, True),
-    8: (1, False),
-}
-
-Size = tuple[int, int]  # width and height in pixels
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
-    """What an image file says of itself; `width` and `height` are pixels as stored, before its orientation."""
-
-    image: Image.Image = field(repr=False, compare=False)  # opened, not a pixel decoded
-    format: str
-    mode: str  # Pillow's
-    width: int
-    height: int
-    orientation: int  # EXIF, 1 to 8
-    animated: bool
-
-    @property
-    def upright_size(self) -> Size:
-        """Width and height once the orientation is applied."""
-        return (self.height, self.width) if TURNS[self.orientation][0] % 2 else (self.width, self.height)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,48 +69,6 @@ def prepare_images(bodies: Sequence[bytes], settings: ImageConfig) -> PreparedIm
     )
 
 
-def probe(data: bytes) -> Header:
-    """The header, without decoding a pixel. Raises Rejected where there is none or it lies past Pillow's own bound."""
-    if not data:
-        raise Rejected(Reason.image_truncated, "0 bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_bounds` decides, not Pillow
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            animated = image.format in CLIPS and bool(getattr(image, "is_animated", False))
-            # Without this look, a PNG's `getexif` decodes the pixels in search of a chunk behind them.
-            searchable = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if searchable else 1
-    except Image.DecompressionBombError as error:
-        raise Rejected(Reason.image_too_large, str(error)) from error
-    except UnidentifiedImageError as error:
-        raise Rejected(Reason.image_not_an_image, f"begins with {data[:12].hex(' ')}") from error
-    except Exception as error:  # Pillow's parsers raise whatever they trip over: struct.error, KeyError, SyntaxError …
-        raise Rejected(Reason.image_truncated, f"damaged header: {_one_line(error)}") from error
-    return Header(
-        image=image,
-        format=image.format or "",
-        mode=image.mode,
-        width=image.width,
-        height=image.height,
-        orientation=orientation if orientation in TURNS else 1,
-        animated=animated,
-    )
-
-
-def check_bounds(header: Header, settings: ImageConfig) -> None:
-    """Raises Rejected for an image outside the bounds, or of pixels that nobody can read."""
-    size = f"{header.width}×{header.height}"
-    if header.width * header.height > settings.max_pixels:
-        raise Rejected(Reason.image_too_large, f"{size} pixels, at most {settings.max_pixels} are asked")
-    if min(header.width, header.height) < settings.min_side:
-        raise Rejected(Reason.image_too_small, f"{size} pixels, a side of at least {settings.min_side} is asked")
-    if max(header.width, header.height) > settings.max_aspect * min(header.width, header.height):
-        raise Rejected(Reason.image_too_narrow, f"{size} pixels, sides of at most 1:{settings.max_aspect:g} are asked")
-    if not is_supported(header.image):
-        raise Rejected(Reason.image_unsupported, f"{header.format} of mode {header.mode}, values without agreed range")
-
-
 def stored_size(size: Size, resize: str, side: int) -> Size:
     """The size that a resize policy gives an upright image; never a larger one."""
     width, height = size
@@ -161,7 +86,7 @@ def decode(data: bytes, header: Header, side: int, background: Colour = WHITE) -
 
     The header's image is used up. Raises Rejected where the file ends early or its pixels cannot be decoded.
     """
-    image = _decode_jpeg(data, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
+    image = _decode_jpeg(data, header, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
     if image is None:  # strict about stray bytes too; Pillow tells them from a file cut short
         with _damage_named():
             image = _decode_with_pillow(header.image, side, background)
@@ -201,7 +126,7 @@ def _prepared(bodies: Sequence[bytes], settings: ImageConfig) -> Iterator[tuple[
         try:
             header = probe(bodies[number])
             check_bounds(header, settings)
-            size = size or stored_size(header.upright_size, settings.resize, settings.side)
+            size = size or _stored_size(header, settings)
             if len(bodies) == 1 and header.animated and settings.max_frames > 1:
                 yield from _animation(bodies[0], header, size, settings)
             else:
@@ -213,9 +138,17 @@ def _prepared(bodies: Sequence[bytes], settings: ImageConfig) -> Iterator[tuple[
             raise Rejected(rejected.reason, detail) from rejected
 
 
+def _stored_size(header: Header, settings: ImageConfig) -> Size:
+    size = stored_size(header.upright_size, settings.resize, settings.side)
+    if max(size) > ENCODER_SIDES[settings.format]:
+        most = f"{settings.format} has sides of at most {ENCODER_SIDES[settings.format]}"
+        raise Rejected(Reason.image_too_large, f"{size[0]}×{size[1]} pixels once resized; {most}")
+    return size
+
+
 def _still(data: bytes, header: Header, size: Size, settings: ImageConfig) -> tuple[bytes, RGB]:
     if settings.keep_conforming and _conforms(header, size, settings.format):
-        image = _decode_jpeg(data) if header.format == "JPEG" else decode(data, header, max(size))
+        image = _decode_jpeg(data, header) if header.format == "JPEG" else decode(data, header, max(size))
         if image is not None:
             return data, image
     image = fit(decode(data, header, _needed_side(header.upright_size, size), settings.background), size)
@@ -246,9 +179,11 @@ def _factor(image: Image.Image, side: int) -> int:
     return max(1, min(image.size) // (REDUCING_GAP * side))
 
 
-def _decode_jpeg(data: bytes, side: int = 0) -> RGB | None:
+def _decode_jpeg(data: bytes, header: Header, side: int = 0) -> RGB | None:
     """None for a file that is not JPEG to the letter."""
     try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (header.height, header.width):
+            return None  # the bounds were checked on Pillow's reading of the header
         return np.asarray(simplejpeg.decode_jpeg(data, min_height=side, min_width=side))
     except ValueError:
         return None
@@ -277,8 +212,4 @@ def _damage_named() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.image_too_large, str(error)) from error
     except Exception as error:  # as in `probe`
-        raise Rejected(Reason.image_truncated, _one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise Rejected(Reason.image_truncated, one_line(error)) from error

@@ -16,7 +16,7 @@ import xxhash
 from mmflow.artifacts import canonical_json
 from mmflow.errors import CorruptArtifactError
 from mmflow.ingest.captions import Caption, clean_text, estimate_tokens
-from mmflow.ingest.images import probe
+from mmflow.ingest.header import probe
 from mmflow.ingest.listing import IMAGE_EXTENSIONS
 from mmflow.ingest.reasons import Reason, Rejected
 from mmflow.ingest.sidecars import SIDECARS, TEXTS

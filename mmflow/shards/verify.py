@@ -21,7 +21,8 @@ from pyarrow import fs
 
 from mmflow.artifacts import MANIFEST, filesystem, join, positioned_reader
 from mmflow.errors import CorruptArtifactError, MmflowError
-from mmflow.ingest.images import decode, probe
+from mmflow.ingest.header import probe
+from mmflow.ingest.images import decode
 from mmflow.ingest.reasons import Rejected
 from mmflow.ingest.records import KEY
 from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, quarantine_files
