@@ -21,8 +21,8 @@ from mmflow.ingest.units import Unit
 PAGES = ("html", "htm", "xhtml")
 PAGES_PER_UNIT = 200
 MAX_PAGE_BYTES = 20 << 20
-SECTION_WORDS = 150
-MAX_DEPTH = 2000  # of elements within another; deeper ones count as their ancestor's
+SECTION_WORDS = range(150, 20_000)  # more are a page, and each of its images would carry it
+MAX_DEPTH = 500  # of elements within another; deeper ones count as their ancestor's
 VOID = frozenset(
     ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr")
 )
@@ -171,9 +171,10 @@ def _record(page: Page, picture: Picture, words: list[int], name: str, label: st
     figure = _ancestor(picture.within, "figure")
     caption = _text(page, figure.caption) if figure is not None and figure.caption is not None else ""
     section: Element | None = picture.within
-    while section is not None and words[section.end] - words[section.start] < SECTION_WORDS:
+    while section is not None and words[section.end] - words[section.start] < SECTION_WORDS.start:
         section = section.above
-    texts = [caption or " ".join(picture.alt.split()), _text(page, section) if section is not None else ""]
+    fits = section is not None and words[section.end] - words[section.start] in SECTION_WORDS
+    texts = [caption or " ".join(picture.alt.split()), _text(page, section) if section is not None and fits else ""]
     fields = Fields(captions=[(None, text) for text in dict.fromkeys(texts) if text], metadata={"page": label})
     try:
         if picture.address.startswith("data:"):

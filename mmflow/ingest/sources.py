@@ -64,15 +64,16 @@ def list_units(sources: Sequence[SourceConfig]) -> list[Unit]:
         raise MisuseError(f"{len(sources)} sources, at most {(1 << SOURCE_BITS) - 1} can be told apart; use globs")
     source_names([source.uri for source in sources])
     units: list[Unit] = []
-    owner: dict[tuple[str, str], str] = {}
+    owner: dict[str, int] = {}  # file → source
     labels: set[str] = set()
     for number, source in enumerate(sources):
         found = _units_of_source(source, labels)
         if len(found) >> UNIT_BITS:
             raise MisuseError(f"{source.uri}: {len(found)} units, at most {(1 << UNIT_BITS) - 1} can be told apart")
         for unit in found:
-            if owner.setdefault((unit.uri, unit.name), source.uri) != source.uri:
-                raise MisuseError(f"{unit.uri}: {unit.name} is named twice in `sources`; its records would be repeated")
+            for file in unit.files:
+                if owner.setdefault(f"{unit.uri}/{file}", number) != number:
+                    raise MisuseError(f"{unit.uri}: {file} is named twice in `sources`; its records would be repeated")
         labels.update(unit.name for unit in found)
         units += [replace(unit, source=number, number=place) for place, unit in enumerate(found)]
     files: dict[tuple[str, tuple[str, ...]], str] = {
@@ -145,16 +146,15 @@ def _units_of_source(source: SourceConfig, taken: set[str]) -> list[Unit]:
 
 def _units_of_place(place: listing.Place, base: str, source: SourceConfig) -> Iterator[Unit]:
     if not place.is_directory:
-        kind = source.kind if source.kind != "auto" else KINDS.get(listing.extension(place.uri.partition("?")[0]))
+        folder = listing.parent(place.uri)
+        name = listing.name_below(place.uri, folder)
+        kind = source.kind if source.kind != "auto" else KINDS.get(listing.extension(name))
         if kind is None or kind in FOLDERS:
             what = "a folder is needed" if kind else "its ending tells no kind"
             raise MisuseError(
                 f"{place.uri}: a file, and {what}; set `kind` to one of {', '.join(sorted(set(KINDS.values())))}"
             )
-        folder = listing.parent(place.uri)
-        yield from _units_of_files(
-            kind, folder, listing.name_below(folder, base), [listing.name_below(place.uri, folder)]
-        )
+        yield from _units_of_files(kind, folder, listing.name_below(folder, base), [name])
         return
     kind = source.kind if source.kind != "auto" else _kind_of_folder(place.uri)
     whole = _unit(kind, place.uri, listing.name_below(place.uri, base), ())

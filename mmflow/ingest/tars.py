@@ -16,6 +16,7 @@ from mmflow.ingest.sidecars import SIDECARS, fields_of_sidecars
 from mmflow.ingest.tarstream import MAX_MEMBER_BYTES, Damage, read_members
 from mmflow.ingest.units import Unit
 
+HELD_SAMPLES = 4
 FRAME = re.compile(r"(?:.*\.)?(\d+)\.\w+")  # 001.jpg, frame.001.jpg
 
 
@@ -46,18 +47,34 @@ def read_samples(stream: IO[bytes], names: FieldsConfig) -> Iterator[tuple[str |
     whole: frozenset[str] | None = None  # extensions of the last sample that no damage touches
     damages: list[Damage] = []
     lost: list[str] = []
+    held: list[Sample] = []  # at the beginning, until there is a whole one to compare with
     for sample in _samples(stream):
         if isinstance(sample, Damage):
             damages.append(sample)
-            continue
-        if sample.hurt and not _is_whole(sample, whole):
-            lost.append(sample.key)
-            continue
-        if not sample.hurt:
+        elif not sample.hurt:
+            whole = frozenset(sample.sizes)
+            yield from _whole_ones(held, whole, names, lost)
             yield from _verdicts(damages, lost)
-            whole, damages, lost = frozenset(sample.sizes), [], []
-        yield sample.key, _record(sample, names)
+            damages, lost, held = [], [], []
+            yield sample.key, _record(sample, names)
+        elif whole is not None:
+            yield from _whole_ones([sample], whole, names, lost)
+        elif len(held) < HELD_SAMPLES:
+            held.append(sample)
+        else:
+            lost.append(sample.key)
+    lost[:0] = [sample.key for sample in held]
     yield from _verdicts(damages, lost)
+
+
+def _whole_ones(
+    samples: list[Sample], whole: frozenset[str], names: FieldsConfig, lost: list[str]
+) -> Iterator[tuple[str, Fields | Rejected]]:
+    for sample in samples:
+        if whole <= sample.sizes.keys():
+            yield sample.key, _record(sample, names)
+        else:
+            lost.append(sample.key)
 
 
 def _samples(stream: IO[bytes]) -> Iterator[Sample | Damage]:
@@ -84,12 +101,6 @@ def _samples(stream: IO[bytes]) -> Iterator[Sample | Damage]:
             sample.bodies[extension] = member.body
     if sample is not None:
         yield sample
-
-
-def _is_whole(sample: Sample, whole: frozenset[str] | None) -> bool:
-    if whole is not None:
-        return whole <= sample.sizes.keys()
-    return any(_is_image(extension) for extension in sample.sizes) and any(each in sample.sizes for each in SIDECARS)
 
 
 def _key_and_extension(name: str) -> tuple[str, str] | None:

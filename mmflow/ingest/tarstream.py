@@ -108,16 +108,15 @@ class _Reader:
         return block
 
     def body(self, size: int, keep: bool) -> bytes | None:
-        """A body with its padding; None where it is not kept. Raises _CutShort."""
+        """A body, going on behind its padding; None where it is not kept. Raises _CutShort."""
+        body = None
         if keep:
             body = self._stream.read(size)
             self.offset += len(body)
-            if len(body) < size:
-                raise _CutShort
-            self._skip(-size % BLOCK_BYTES)
-            return body
-        self._skip(size + -size % BLOCK_BYTES)
-        return None
+        if (body is not None and len(body) < size) or (body is None and self._skip(size) < size):
+            raise _CutShort
+        self._skip(-size % BLOCK_BYTES)  # where this is cut off, the body is whole, and the end is met next
+        return body
 
     def find_header(self) -> bool:
         """Go to the next block that is a header beyond doubt: one with a mark, and a checksum that is right."""
@@ -132,13 +131,13 @@ class _Reader:
                 return True
         return False
 
-    def _skip(self, size: int) -> None:
-        while size:
-            skipped = len(self._stream.read(min(size, SKIP_BYTES)))
-            if not skipped:
-                raise _CutShort
+    def _skip(self, size: int) -> int:
+        """Read past so many bytes, or to the end; how many there were."""
+        left = size
+        while left and (skipped := len(self._stream.read(min(left, SKIP_BYTES)))):
             self.offset += skipped
-            size -= skipped
+            left -= skipped
+        return size - left
 
 
 def _extensions(kind: bytes, body: bytes | None) -> dict[str, str]:
