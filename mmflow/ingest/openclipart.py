@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -41,10 +40,12 @@ def write_openclipart(
 
     Raises MisuseError where neither a package client nor a usable directory is there.
     """
-    shutil.rmtree(directory / "png", ignore_errors=True)  # of a run that was killed: a link cannot be made twice
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".openclipart-", dir=directory) as scratch:
-        tree = _tree(Path(scratch), package_directory)
+    scratch = directory / ".unpacked"
+    for left in (directory / "png", scratch):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        tree = _tree(scratch, package_directory)
         if tree == package_directory:
             shutil.copytree(tree / "png", directory / "png", symlinks=True)
         else:
@@ -56,6 +57,8 @@ def write_openclipart(
                 lines.write(json.dumps(_record(image, tree / "svg"), ensure_ascii=False, sort_keys=True) + "\n")
                 if progress is not None:
                     progress(done, len(images))
+    finally:
+        shutil.rmtree(scratch)
     staged.replace(directory / "records.jsonl")
     return len(images)
 

@@ -144,6 +144,8 @@ def test_a_run_after_a_killed_one_completes(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / "link.png").symlink_to("nowhere")
     (left / "stray.png").write_bytes(b"of another version")
+    (tmp_path / "corpus" / ".unpacked").mkdir()
+    (tmp_path / "corpus" / ".unpacked" / "half.deb").write_bytes(b"")
     check_corpus(tmp_path / "corpus", write_openclipart(tmp_path / "corpus", package_directory=packages))
 
 

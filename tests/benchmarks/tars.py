@@ -1,0 +1,182 @@
+"""Tars: written with index and checksum, verified, and read without decoding, beside webdataset and Ray Data."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import data
+from tests.benchmarks.build import shard
+from tests.benchmarks.measure import CORES, SCRATCH, SHARE, call, rounds
+from tests.benchmarks.table import Row, faster
+
+SAMPLES_PER_SHARD = 2_500
+MEMORY = Path("/dev/shm")
+PEERS = ()
+VERSIONS = ("webdataset", "ray", "pyarrow", "xxhash", "numpy")
+
+
+def run() -> list[Row]:
+    """Each pair over the same dataset: the JPEGs, sharded by mmflow, which webdataset and Ray Data read too."""
+    records = data.share_of(data.jpegs(), round(SHARE * data.NUM_JPEGS))
+    keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
+    _, built = shard(records, [*keep_all, f"shard.samples_per_shard={SAMPLES_PER_SHARD}"])
+    dataset = SCRATCH / "tars"
+    shutil.rmtree(dataset, ignore_errors=True)
+    built.rename(dataset)
+    count = sum(1 for _ in data.read(records))
+    contestants = ("write_ours", "write_webdataset", "verify_ours", "read_ours", "read_webdataset", "read_ray")
+    found = rounds({name: partial(_rate, name, dataset, count) for name in contestants})
+    in_memory = "on a memory file system, not to measure the disk"
+    return [
+        faster("write tar, index, hashes, checksum", found["write_ours"], "webdataset.TarWriter",
+               found["write_webdataset"], goal=5, note=in_memory),
+        faster("verify every byte and header", found["verify_ours"], "webdataset, iterating", found["read_webdataset"],
+               goal=5, note="nothing decoded; one thread a shard"),
+        faster("read, hashes checked, nothing decoded", found["read_ours"], "webdataset", found["read_webdataset"],
+               goal=10),
+        faster("read, hashes checked, nothing decoded", found["read_ours"], "ray.data.read_webdataset",
+               found["read_ray"], goal=10, note="Ray's start not counted"),
+    ]  # fmt: skip
+
+
+def _rate(name: str, dataset: Path, count: int) -> float:
+    return count / call(f"tests.benchmarks.tars:{name}", uri=str(dataset))
+
+
+# --- contestants, each called in a process of its own: seconds for the dataset at `uri` -------------------------------
+
+
+def write_ours(uri: str) -> float:
+    """Images copied out of a pack into tars, with index, hashes and checksums; all of it published and synced."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from mmflow.shards.pieces import PIECE
+    from mmflow.shards.write import write_shards
+
+    with _memory() as directory:
+        samples = list(_samples(uri))
+        pack = directory / "piece.pack"
+        pack.write_bytes(b"".join(sample["image"] for sample in samples))
+        offset, rows = 0, []
+        for sample in samples:
+            size = len(sample["image"])
+            row = {name: sample[name] for name in PIECE.names if name in sample}
+            rows.append({**row, "place": len(rows), "source": "records.jsonl", "split": "train", "frames": [],
+                         "image_offset": offset, "image_bytes": size})  # fmt: skip
+            offset += size
+        table = pa.Table.from_pylist(rows, PIECE).append_column("pack", pa.array([str(pack)] * len(rows)))
+        places = pc.cast(table["place"], pa.uint64())
+        shards = pc.cast(pc.divide(table["place"], SAMPLES_PER_SHARD), pa.int64())
+        table = table.append_column("shard", shards).append_column("hash", places)
+        numbers = range(max(shards.to_pylist()) + 1)
+        names = [f"{number:05d}" for number in numbers]
+        began = time.perf_counter()
+        commits = write_shards(str(directory / "out"), names, numbers, "settings", np.array([], np.uint64), table)
+        seconds = time.perf_counter() - began
+        assert sum(commit.samples for commit in commits) == len(samples)
+        return seconds
+
+
+def write_webdataset(uri: str) -> float:
+    """The same bodies, from memory, into tars alone."""
+    import webdataset
+
+    with _memory() as directory:
+        samples = [
+            {"__key__": sample["key"], sample["image_extension"]: sample["image"], "txt": sample["txt"],
+             "json": sample["json"]}
+            for sample in _samples(uri)
+        ]  # fmt: skip
+        began = time.perf_counter()
+        for first in range(0, len(samples), SAMPLES_PER_SHARD):
+            with webdataset.TarWriter(str(directory / f"{first}.tar")) as writer:
+                for sample in samples[first : first + SAMPLES_PER_SHARD]:
+                    writer.write(sample)
+        return time.perf_counter() - began
+
+
+def verify_ours(uri: str) -> float:
+    """Every byte against the checksums, every header and key."""
+    from mmflow.shards.verify import verify_dataset
+
+    began = time.perf_counter()
+    wrong = verify_dataset(uri, decoded_samples=0)
+    seconds = time.perf_counter() - began
+    assert wrong == [], wrong
+    return seconds
+
+
+def read_ours(uri: str) -> float:
+    """Every sample of the dataset, each body checked against its hash."""
+    from mmflow.loading.reader import Reader
+    from mmflow.shards.dataset import open_dataset
+
+    dataset = open_dataset(uri)
+    began = time.perf_counter()
+    count = sum(1 for split in dataset.splits for _ in Reader(dataset, split))
+    seconds = time.perf_counter() - began
+    assert count == sum(dataset.samples(split) for split in dataset.splits)
+    return seconds
+
+
+def read_webdataset(uri: str) -> float:
+    """Every sample of the tars, as bytes."""
+    import webdataset
+
+    tars = _tars(uri)
+    began = time.perf_counter()
+    count = sum(1 for _ in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+    seconds = time.perf_counter() - began
+    assert count
+    return seconds
+
+
+def read_ray(uri: str) -> float:
+    """Every sample of the tars, as bytes, on a running Ray."""
+    import ray
+
+    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    began = time.perf_counter()
+    count = sum(1 for _ in ray.data.read_webdataset(_tars(uri), decoder=False).iter_rows())
+    seconds = time.perf_counter() - began
+    ray.shutdown()
+    assert count
+    return seconds
+
+
+def _tars(uri: str) -> list[str]:
+    return [str(path) for path in sorted((Path(uri) / "shards").glob("*.tar"))]
+
+
+def _samples(uri: str) -> Iterator[dict[str, Any]]:
+    """The dataset's samples with all that a piece's row needs."""
+    import json
+
+    from mmflow.shards.dataset import open_dataset
+
+    dataset = open_dataset(uri)
+    for split in dataset.splits:
+        for each in dataset.shards(split):
+            tar = Path(dataset.tar_uri(each)).read_bytes()
+            for row in dataset.index(each).to_pylist():
+                for member in ("image", "txt", "json"):
+                    row[member] = tar[row[f"{member}_offset"] :][: row[f"{member}_bytes"]]
+                fields = json.loads(row["json"])
+                metadata = json.dumps(fields["metadata"])
+                yield {**row, "captions": fields["captions"], "metadata": metadata}
+
+
+@contextmanager
+def _memory() -> Iterator[Path]:
+    """A folder that lies in memory where the machine has such a file system."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
+        yield Path(directory)
