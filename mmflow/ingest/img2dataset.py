@@ -17,8 +17,8 @@ from mmflow.ingest.config import FieldsConfig
 from mmflow.ingest.fields import IMAGES, Fields, fields_of
 from mmflow.ingest.listing import extension, is_image, open_file, open_stream, walk
 from mmflow.ingest.reasons import Reason, Rejected
-from mmflow.ingest.records import Found, malformed
-from mmflow.ingest.tables import damaged
+from mmflow.ingest.records import Found
+from mmflow.ingest.tables import damaged, rows_of_batch
 from mmflow.ingest.tars import read_samples
 from mmflow.ingest.units import Unit
 
@@ -63,8 +63,11 @@ def read_img2dataset(unit: Unit, names: FieldsConfig) -> Iterator[Found]:
         with open_file(unit.uri, table) as raw:
             number = 0
             for batch in pq.ParquetFile(raw).iter_batches(ROWS_PER_READ, use_threads=False):
-                for record in batch.to_pylist():
+                for record in rows_of_batch(batch):
                     row, number = row + 1, number + 1
+                    if isinstance(record, Rejected):
+                        yield Found(row, f"{label}:{number}", record)
+                        continue
                     key = str(record.get("key"))
                     if key in seen and record.get("status") == SUCCESS:
                         continue
@@ -72,8 +75,6 @@ def read_img2dataset(unit: Unit, names: FieldsConfig) -> Iterator[Found]:
                     yield Found(row, f"{label}:{number}", what)
     except (pa.ArrowException, OSError) as error:
         yield Found(row + 1, label, damaged(f"the list of inputs ends early: {error}"))
-    except UnicodeDecodeError as error:
-        yield Found(row + 1, label, malformed(f"not text: {error.reason}"))
 
 
 def _record(record: Mapping[str, Any], names: FieldsConfig, image: str | None, *, in_tar: bool) -> Fields | Rejected:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,22 +80,25 @@ def read_parquet(unit: Unit, names: FieldsConfig) -> Iterator[Found]:
 
 def fields_of_batch(batch: pa.RecordBatch, names: FieldsConfig) -> Iterator[Fields | Rejected]:
     """What each row says; a row whose strings are no UTF-8 is rejected alone."""
-    rows: list[dict[str, object] | None]
-    try:
-        rows = batch.to_pylist()
-    except UnicodeDecodeError:
-        rows = []
-        for number in range(batch.num_rows):
-            rows.append(None)
-            with contextlib.suppress(UnicodeDecodeError):
-                rows[-1] = batch.slice(number, 1).to_pylist()[0]
-    for values in rows:
+    for values in rows_of_batch(batch):
         try:
-            if values is None:
-                raise malformed("not text: a string that is not UTF-8")
-            yield fields_of(values, names)
+            yield values if isinstance(values, Rejected) else fields_of(values, names)
         except Rejected as rejected:
             yield rejected
+
+
+def rows_of_batch(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Rejected]:
+    """The rows as Python values, and a verdict in place of one whose strings are no UTF-8."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield malformed(f"not text: {error.reason}")
 
 
 def damaged(detail: str) -> Rejected:

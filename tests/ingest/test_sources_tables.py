@@ -207,6 +207,17 @@ def test_img2dataset_tables_with_bodies(tmp_path: Path) -> None:
     assert rows[0]["metadata"]["url"] == "http://h/0"
 
 
+def test_a_message_that_is_no_text_costs_img2datasets_list_one_row(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    parquet(folder / "00000.parquet", inputs())
+    table = pq.read_table(folder / "00000.parquet")
+    messages = pa.array([b"x", b"\xff", b"x", b"gone"], pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(2, "error_message", messages), folder / "00000.parquet")
+    rows = read(folder, kind="img2dataset")
+    expected = ["image_missing", "record_malformed", "image_missing", "image_unreadable"]
+    assert [row["reason"] for row in rows] == expected
+
+
 def test_json_in_a_state_file_that_is_none_is_misuse(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(MisuseError, match="not JSON"):
