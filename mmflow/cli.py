@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmflow import __version__
-from mmflow.errors import MmflowError
+from mmflow.errors import MisuseError, MmflowError
 
 if TYPE_CHECKING:
     from mmflow.recipe import Recipe
@@ -175,20 +175,67 @@ for _name, _purpose in {"corpus": "Draw the demonstration corpus that a recipe n
 # --- looking --------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog="Example: mmflow verify workspace/quickstart/shard/9d7638393f30a6f4")
+DatasetUri = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's directory or URI.")]
+
+
+@app.command(epilog="Example: mmflow verify workspace/quickstart/shard/9d7638393f30a6f4 --decode all")
 def verify(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's directory or URI.")],
-    all_images: Annotated[bool, typer.Option("--all-images", help="Decode every image, not a sample.")] = False,
+    dataset: DatasetUri,
+    decode: Annotated[
+        str, typer.Option("--decode", metavar="all|N", help="How many samples to decode, spread over the dataset.")
+    ] = "256",
 ) -> None:
     """Check a dataset: manifest, counts, checksums, keys, images. Exit code 1 and the list of what is wrong."""
-    from mmflow.shards.verify import DECODED_SAMPLES, verify_dataset
+    from mmflow.shards.verify import verify_dataset
 
-    wrong = verify_dataset(dataset, decoded_samples=None if all_images else DECODED_SAMPLES)
+    if decode != "all" and not decode.isdecimal():
+        raise MisuseError(f"--decode {decode}: `all` or a number of samples is needed; 0 decodes none")
+    wrong = verify_dataset(dataset, decoded_samples=None if decode == "all" else int(decode))
     for line in wrong:
         print(line)
     if wrong:
         raise MmflowError(f"{dataset}: {len(wrong)} things are wrong; restore the shards named above, or rebuild them")
     print(f"{dataset}: whole")
+
+
+@app.command(epilog="Example: mmflow adopt workspace/theirs 's3://bucket/{00000..00041}.tar' --license CC-BY-4.0")
+def adopt(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The new dataset's directory or URI.")],
+    tars: Annotated[list[str], typer.Argument(metavar="TARS…", help="Paths or URIs, globs and brace ranges.")],
+    split: Annotated[str, typer.Option("--split", metavar="NAME", help="The split that the samples are in.")] = "train",
+    license: Annotated[
+        str | None, typer.Option("--license", metavar="NAME", help="Licence of the records that name none.")
+    ] = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave damaged tars out, and say so in quarantine.")
+    ] = False,
+) -> None:
+    """Index tars that others wrote, as a dataset. The tars are linked, or copied, and not changed."""
+    from mmflow.progress import progress
+    from mmflow.shards.adopt import adopt as adopt_tars
+
+    with progress("adopt") as report:
+        artifact = adopt_tars(
+            dataset,
+            tars,
+            split=split,
+            license=license,
+            skip_damaged=skip_damaged,
+            progress=lambda done, total: report(done, total, "tars"),
+        )
+    print(f"adopt: {'built' if artifact.built else 'already committed'}: {artifact.uri}")
+    totals = artifact.manifest["totals"]
+    print(f"  {totals['samples']:,} samples in {len(artifact.manifest['shards'])} shards")
+    for reason, count in totals["reasons"].items():
+        print(f"  {count:,} records quarantined: {reason}")
+
+
+@app.command("describe", epilog="Example: mmflow describe workspace/quickstart/shard/9d7638393f30a6f4")
+def describe_dataset(dataset: DatasetUri) -> None:
+    """Write a page about a dataset beside its manifest, and print where: counts, sizes, captions, what was rejected."""
+    from mmflow.shards.describe import write_description
+
+    print(write_description(dataset))
 
 
 @models.command("list", epilog="Example: mmflow models list --recipe pipelines/quickstart.yaml")

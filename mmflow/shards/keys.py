@@ -70,6 +70,20 @@ def repeated_values(parts: Iterable[Hashes]) -> Hashes:
     return np.unique(values[1:][values[1:] == values[:-1]])
 
 
+def count_repeats(hashes_of: Callable[[int], Hashes], num_shards: int, *, num_passes: int = 1) -> int:
+    """How many values of all shards came before."""
+    repeats = 0
+    for number in range(num_passes):
+        parts = [np.empty(0, np.uint64)]
+        for shard in range(num_shards):
+            hashes = hashes_of(shard)
+            parts.append(hashes[(hashes >> np.uint64(32)) % np.uint64(num_passes) == number])
+        values = np.concatenate(parts)
+        values.sort()
+        repeats += int((values[1:] == values[:-1]).sum())
+    return repeats
+
+
 def hash_texts(texts: pa.Array) -> Hashes:
     """xxh3_64 of each text's UTF-8; of nothing where it is null."""
     encoded = texts.cast(pa.binary()).to_pylist()
