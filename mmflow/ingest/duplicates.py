@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from math import comb
 from typing import Any
@@ -23,13 +24,13 @@ Runner = Callable[..., list[Any]]
 
 HASH_BITS = 64
 MAX_ADDRESS_BITS = 20
-# Comparisons at a time: their exclusive-ors, 2 MiB, stay in a core's cache.
-BLOCK = 1 << 18
-# Pairs that one band may give before the set is halved: 128 MiB of them. More than 4,096 hashes have among themselves,
-# so that halving ends.
-MAX_PAIRS = 1 << 23
-# Measured, in nanoseconds: a comparison, looking up a neighbouring address, and a bucket's fixed cost.
-COMPARISON_COST, NEIGHBOUR_COST, BUCKET_COST = 2.0, 30.0, 15_000.0
+# Comparisons at a time: their exclusive-ors, 512 KiB, stay in a core's cache.
+BLOCK, MAX_COLUMNS = 1 << 16, 1 << 12
+# Hits of one band, what other bands find too among them, at which a set is cut up instead: at most 64 MiB of pairs.
+# 2,048 hashes have no more among themselves, so that cutting ends.
+MAX_HITS = 1 << 22
+# Measured, in nanoseconds: a comparison, a candidate's gathering, a neighbouring address, and a bucket's fixed cost.
+COMPARISON_COST, CANDIDATE_COST, NEIGHBOUR_COST, BUCKET_COST = 2.5, 12.0, 65.0, 40_000.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Band:
         return np.array([sum(1 << bit for bit in bits) for some in flipped for bits in some], np.int64)
 
 
+@lru_cache(256)
 def plan_bands(num_hashes: int, radius: int) -> list[Band]:
     """The bands that find every pair within the radius, chosen by the cost that they have on evenly spread hashes.
 
@@ -70,16 +72,18 @@ def plan_bands(num_hashes: int, radius: int) -> list[Band]:
 
 
 def _cost(num_hashes: int, band: Band) -> float:
-    num_buckets = min(num_hashes, 1 << band.bits)
+    num_buckets = min(max(1, num_hashes), 1 << band.bits)
+    members = num_hashes / num_buckets
     neighbours = sum(comb(band.bits, flips) for flips in range(band.flips + 1))
-    comparisons = num_hashes * (num_hashes / (1 << band.bits)) * neighbours / 2
-    return num_buckets * (BUCKET_COST + neighbours * NEIGHBOUR_COST) + comparisons * COMPARISON_COST
+    candidates = members * (neighbours + 1) / 2  # each pair of neighbours once, a bucket with itself in full
+    comparisons = candidates * (members * COMPARISON_COST + CANDIDATE_COST)
+    return num_buckets * (BUCKET_COST + neighbours * NEIGHBOUR_COST + comparisons)
 
 
 def near_pairs(hashes: Hashes, radius: int) -> Places:
     """All pairs within the radius, (pairs, 2), the lesser index first, sorted: up to the hashes' number squared."""
     count = len(plan_bands(len(hashes), radius))
-    found = [pair for number in range(count) for pair in _search(number, hashes, hashes, radius)]
+    found = [pairs for number in range(count) for _, pairs in _search(number, hashes, hashes, radius)]
     return _sorted_pairs(found)
 
 
@@ -91,24 +95,38 @@ def near_owners(hashes: Hashes, radius: int, num_fixed: int = 0, run: Runner | N
     """
     run = run or run_here
     owners = np.arange(len(hashes), dtype=np.int64)
-    fixed, rest = owners[:num_fixed].copy(), owners[num_fixed:].copy()
-    # Sets still to be settled, each once all before it are: (survivors that first claim theirs of it, its members).
-    pending: list[tuple[Places, Places]] = [(fixed, rest)]
-    while pending:
-        survivors, members = pending.pop()
-        claimed = _claims(hashes[survivors], hashes[members], radius, run)
-        taken = claimed < len(survivors)
-        owners[members[taken]] = survivors[claimed[taken]]
-        members = members[~taken]
-        pairs = _bounded_pairs(hashes[members], radius, run)
-        if pairs is not None:
-            owners[members] = members[greedy_owners(pairs, len(members))]
-            continue
-        first = near_owners(hashes[members[: len(members) // 2]], radius, 0, run)
-        half = members[: len(members) // 2]
-        owners[half] = half[first]
-        pending.append((half[first == np.arange(len(half))], members[len(half) :]))
+    rest = _claim(hashes, owners[:num_fixed].copy(), owners[num_fixed:].copy(), owners, radius, run)
+    _settle(hashes, rest, owners, radius, run)
     return owners
+
+
+def _settle(hashes: Hashes, members: Places, owners: Places, radius: int, run: Runner) -> None:
+    """Set the owners of the members, to whom no survivor before them is near.
+
+    Where they have more pairs than memory, the first quarter is settled by itself: what its survivors claim of the
+    rest, nearly all of a dense crowd, needs no pairs any more.
+    """
+    pairs = _bounded_pairs(hashes[members], radius, run)
+    if pairs is not None:
+        owners[members] = members[greedy_owners(pairs, len(members))]
+        return
+    first, second = members[: len(members) // 4], members[len(members) // 4 :]
+    _settle(hashes, first, owners, radius, run)
+    rest = _claim(hashes, first[owners[first] == first], second, owners, radius, run)
+    _settle(hashes, rest, owners, radius, run)
+
+
+def _claim(hashes: Hashes, survivors: Places, others: Places, owners: Places, radius: int, run: Runner) -> Places:
+    """Give each of the others that is near a survivor to the first such; return the rest of them."""
+    if not len(survivors) or not len(others):
+        return others
+    count = len(plan_bands(max(len(survivors), len(others)), radius))
+    found = run(_claims_of_band, count, hashes[survivors], hashes[others], radius)
+    claims = np.minimum.reduce(found)
+    taken = claims < len(survivors)
+    owners[others[taken]] = survivors[claims[taken]]
+    rest: Places = others[~taken]
+    return rest
 
 
 def greedy_owners(pairs: Places, number: int) -> Places:
@@ -118,7 +136,7 @@ def greedy_owners(pairs: Places, number: int) -> Places:
     """
     owners = np.arange(number, dtype=np.int64)
     firsts, starts = np.unique(pairs[:, 0], return_index=True)
-    ends = np.append(starts[1:], len(pairs))
+    ends = np.append(starts, len(pairs))[1:]
     seconds = pairs[:, 1]
     for first, start, end in zip(firsts.tolist(), starts.tolist(), ends.tolist(), strict=True):
         if owners[first] == first:
@@ -132,18 +150,10 @@ def run_here(function: Callable[..., Any], count: int, *arrays: Any) -> list[Any
     return [function(number, *arrays) for number in range(count)]
 
 
-def _claims(survivors: Hashes, others: Hashes, radius: int, run: Runner) -> Places:
-    """The first survivor near each of the others, (others,); the number of survivors where there is none."""
-    if not len(survivors) or not len(others):
-        return np.full(len(others), len(survivors), np.int64)
-    count = len(plan_bands(max(len(survivors), len(others)), radius))
-    claims: Places = np.minimum.reduce(run(_claims_of_band, count, survivors, others, radius))
-    return claims
-
-
 def _claims_of_band(number: int, survivors: Hashes, others: Hashes, radius: int) -> Places:
+    """The first survivor near each of the others, (others,); the number of survivors where there is none."""
     claims = np.full(len(others), len(survivors), np.int64)
-    for pairs in _search(number, survivors, others, radius):
+    for _, pairs in _search(number, survivors, others, radius):
         np.minimum.at(claims, pairs[:, 1], pairs[:, 0])
     return claims
 
@@ -152,15 +162,17 @@ def _bounded_pairs(hashes: Hashes, radius: int, run: Runner) -> Places | None:
     """`near_pairs`, or None where a band has too many."""
     count = len(plan_bands(len(hashes), radius))
     found = run(_pairs_of_band, count, hashes, radius)
-    return None if any(pairs is None for pairs in found) else _sorted_pairs(found)
+    if any(pairs is None for pairs in found):
+        return None
+    return _sorted_pairs(found)
 
 
 def _pairs_of_band(number: int, hashes: Hashes, radius: int) -> Places | None:
     found, total = [], 0
-    for pairs in _search(number, hashes, hashes, radius):
+    for hits, pairs in _search(number, hashes, hashes, radius):
         found.append(pairs)
-        total += len(pairs)
-        if total > MAX_PAIRS:
+        total += hits
+        if total > MAX_HITS:
             return None
     return np.concatenate(found) if found else np.empty((0, 2), np.int64)
 
@@ -170,8 +182,8 @@ def _sorted_pairs(found: list[Places]) -> Places:
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
 
-def _search(number: int, left: Hashes, right: Hashes, radius: int) -> Iterator[Places]:
-    """Pairs (left, right) within the radius that this band finds and no band before it, in blocks of (pairs, 2).
+def _search(number: int, left: Hashes, right: Hashes, radius: int) -> Iterator[tuple[int, Places]]:
+    """Pairs (left, right) within the radius that this band finds and no band before it: blocks of (hits, (pairs, 2)).
 
     With one array for both, each pair of two different places once, the lesser first.
     """
@@ -181,24 +193,48 @@ def _search(number: int, left: Hashes, right: Hashes, radius: int) -> Iterator[P
     left_order, left_sorted, left_starts = _bucket(left, band)
     right_order, right_sorted, right_starts = (left_order, left_sorted, left_starts) if same else _bucket(right, band)
     masks = band.masks()
+    positions = np.arange(max(len(left), len(right)))
+    # Reused: blocks of fresh memory each time would cost more than the comparisons.
+    differing_buffer, count_buffer = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.uint8)
+    starts = left_starts.tolist()
     for address in np.flatnonzero(np.diff(left_starts)).tolist():
         neighbours = address ^ masks
         if same:  # the other direction is the neighbour's turn
             neighbours = neighbours[neighbours >= address]
-        candidates = _ranges(right_starts[neighbours], right_starts[neighbours + 1])
-        rows = np.arange(left_starts[address], left_starts[address + 1])
-        for lefts, rights in _blocks(rows, candidates):
-            differing = left_sorted[lefts, None] ^ right_sorted[rights]
-            hits = np.flatnonzero(np.bitwise_count(differing) <= radius)
-            if not len(hits):
+        candidates = _ranges(positions, right_starts[neighbours], right_starts[neighbours + 1])
+        for first, start, rows, some in _blocks(candidates, positions[starts[address] : starts[address + 1]]):
+            if same and first + len(some) <= start:  # of a bucket with itself the upper triangle is enough
                 continue
-            row, column = np.divmod(hits, len(rights))
-            i, j = lefts[row], rights[column]
-            wanted = ~_found_by(before, differing.ravel()[hits])
+            shape, size = (len(rows), len(some)), len(rows) * len(some)
+            differing, count = differing_buffer[:size].reshape(shape), count_buffer[:size].reshape(shape)
+            np.bitwise_xor(left_sorted[rows, None], right_sorted[some], out=differing)
+            np.bitwise_count(differing, out=count)
+            if same:  # or each hash would be a hit of its own
+                own = positions[max(0, first - start) : max(0, min(len(rows), first + len(some) - start))]
+                count[own, own + (start - first)] = HASH_BITS
+            if count.min() > radius:
+                continue
+            row, column = np.nonzero(count <= radius)
+            hits = len(row)
             if same:
-                wanted &= i < j
-            pairs = np.stack([left_order[i[wanted]], right_order[j[wanted]]], axis=1)
-            yield np.sort(pairs, axis=1) if same else pairs
+                forward = rows[row] < some[column]
+                row, column = row[forward], column[forward]
+            if before:
+                new = ~_found_by(before, differing[row, column])
+                row, column = row[new], column[new]
+            one, other = left_order[rows[row]], right_order[some[column]]
+            if same:
+                one, other = np.minimum(one, other), np.maximum(one, other)
+            yield hits, np.stack([one, other], axis=1)
+
+
+def _blocks(columns: Places, rows: Places) -> Iterator[tuple[int, int, Places, Places]]:
+    """All rows against all columns: (first column's number, first row's number, rows, columns)."""
+    for first in range(0, len(columns), MAX_COLUMNS):
+        some = columns[first : first + MAX_COLUMNS]
+        step = BLOCK // len(some)
+        for start in range(0, len(rows), step):
+            yield first, start, rows[start : start + step], some
 
 
 def _bucket(hashes: Hashes, band: Band) -> tuple[Places, Hashes, Places]:
@@ -210,22 +246,14 @@ def _bucket(hashes: Hashes, band: Band) -> tuple[Places, Hashes, Places]:
     return order, hashes[order], starts
 
 
-def _ranges(starts: Places, ends: Places) -> Places:
-    """All of start … end - 1 of each, one after another."""
+def _ranges(positions: Places, starts: Places, ends: Places) -> Places:
+    """Of the positions 0, 1, … those from start to end - 1 of each, one after another."""
     if len(starts) == 1:
-        return np.arange(starts[0], ends[0])
+        return positions[starts[0] : ends[0]]
     counts = ends - starts
     shifts = starts - (np.cumsum(counts) - counts)
-    ranges: Places = np.arange(counts.sum()) + np.repeat(shifts, counts)
+    ranges: Places = positions[: counts.sum()] + np.repeat(shifts, counts)
     return ranges
-
-
-def _blocks(rows: Places, columns: Places) -> Iterator[tuple[Places, Places]]:
-    for first in range(0, len(columns), BLOCK):
-        some = columns[first : first + BLOCK]
-        step = max(1, BLOCK // len(some))
-        for start in range(0, len(rows), step):
-            yield rows[start : start + step], some
 
 
 def _found_by(bands: list[Band], differing: Hashes) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,7 @@ A caption is the set of its words' 3-grams; two are alike by the Jaccard similar
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from math import ceil, log
 
@@ -86,17 +86,17 @@ def _bands_of_batch(texts: Sequence[str], rows: int, bands: int) -> npt.NDArray[
 
 def alike_owners(
     sets: Sequence[Shingles], buckets: Sequence[Sequence[int]], threshold: float, num_fixed: int
-) -> tuple[list[int], list[float]]:
-    """Of each the index of the survivor that it is too like, its own where it survives, and how like.
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Of each the index of the survivor that it is too like, its own where it survives, and how like, (sets,) each.
 
-    Greedy in the order given, over those that share a bucket; the first `num_fixed` survive whatever they are like.
-    Only survivors are remembered, so that thousands of like captions take no memory for their pairs.
+    Greedy in the order given, over those that share a bucket: who goes names the first survivor that is alike. The
+    first `num_fixed` survive whatever they are like. Only survivors are remembered, so that thousands of like captions
+    take no memory for their pairs.
     """
     survivors: dict[int, list[int]] = {}
-    owners, degrees = list(range(len(sets))), [1.0] * len(sets)
+    owners, degrees = np.arange(len(sets)), np.ones(len(sets))
     for place, (own, some) in enumerate(zip(sets, buckets, strict=True)):
         if place >= num_fixed:
-            # In their order, so that the first of those near enough is named.
             for other in sorted({other for bucket in some for other in survivors.get(bucket, ())}):
                 degree = similarity(own, sets[other])
                 if degree >= threshold:
@@ -109,10 +109,11 @@ def alike_owners(
 
 
 def group_buckets(
-    places: Mapping[int, int], members: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64], members: npt.NDArray[np.int64], buckets: npt.NDArray[np.int64]
 ) -> list[list[int]]:
-    """The groups that each place is a member of, (places,); `places` maps a place to its index."""
-    buckets: list[list[int]] = [[] for _ in places]
-    for member, group in zip(members.tolist(), groups.tolist(), strict=True):
-        buckets[places[member]].append(group)
-    return buckets
+    """The buckets that each of the places is a member of, (places,)."""
+    index = {place: number for number, place in enumerate(places.tolist())}
+    grouped: list[list[int]] = [[] for _ in index]
+    for member, bucket in zip(members.tolist(), buckets.tolist(), strict=True):
+        grouped[index[member]].append(bucket)
+    return grouped

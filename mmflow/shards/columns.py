@@ -115,6 +115,7 @@ def read_texts(
             counts = pc.list_value_length(table["captions"]).to_numpy().astype(np.int64)
             text = texts.take(pa.array(np.cumsum(counts) - counts + first[first >= 0]))
         else:
+            table = table.filter(pc.greater(table["txt_bytes"], 0))  # adopted tars may lack texts
             text = pa.array(_read_bodies(file, table), pa.string())
         parts.append(pa.table([table["place"], table["rank"], text], schema=TEXTS))
     return pa.concat_tables(parts)

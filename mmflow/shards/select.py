@@ -19,7 +19,7 @@ import ray.exceptions
 from mmflow.errors import MisuseError, MmflowError
 from mmflow.ingest.config import DuplicatesConfig
 from mmflow.ingest.duplicates import near_owners, run_here
-from mmflow.ingest.likeness import alike_owners, bands_of_texts, group_buckets, shingles
+from mmflow.ingest.likeness import alike_owners, group_buckets, shingles
 from mmflow.ingest.reasons import Reason
 from mmflow.shards.columns import (
     EVALUATION,
@@ -31,22 +31,27 @@ from mmflow.shards.columns import (
     File,
     Hashes,
     Places,
-    first_kept,
-    is_among,
-    list_values,
     read_hashes,
     read_names,
     read_texts,
+)
+from mmflow.shards.repeats import (
+    add_counts,
+    count_captions,
+    deal_bands,
+    deal_hashes,
+    find_common,
+    find_groups,
+    find_repeats,
+    split_repeats,
 )
 
 REJECTED = pa.schema([("place", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
 # A task reads so many files, some 20,000 records, until there would be more tasks than this; the exchange makes an
 # object for each task in each part, so that both are bounded.
 FILES_PER_TASK, MAX_TASKS, MAX_PARTS = 64, 512, 128
-# Below so many hashes the search takes less than starting a task for each band.
-MIN_SEARCH = 20_000
-# What travels: (hash, check, rank, place) of each record, numpy arrays of one length.
-Dealt = tuple[Hashes, Hashes, npt.NDArray[np.int8], Places]
+# Up to so many hashes the search, a second or two, takes no tasks of its own.
+MAX_SEARCHED_HERE = 100_000
 
 
 @dataclass(frozen=True)
@@ -92,42 +97,47 @@ def select_records(
         raise MisuseError("duplicates.against compares nothing: set duplicates.exact, radius or caption_similarity")
     committed = [*((uri, EVALUATION) for uri in evaluation), *((uri, KNOWN) for uri in known)]
     files = [File(uri, rank, number) for number, (uri, rank) in enumerate(committed)] + [File(uri) for uri in pieces]
+    if not files:
+        return Selection(REJECTED.empty_table(), np.empty(0, np.uint64))
     step = max(FILES_PER_TASK, -(-len(files) // MAX_TASKS))
     groups = [files[start : start + step] for start in range(0, len(files), step)]
-    tables = [ray.remote(read_hashes).remote(group, required) for group in groups]
+    tables = _read(read_hashes, [(group, required) for group in groups])
 
     verdicts = Verdicts()
     common: Hashes = np.empty(0, np.uint64)
-    rounds: list[Callable[[], None]] = [lambda: _reject_repeats(tables, verdicts, Reason.key_repeated, common)]
-    if max_images is not None:
+    threshold = duplicates.caption_similarity
+    settings = (max_images is not None, duplicates.exact, duplicates.radius is not None, threshold is not None)
+    rounds = iter(range(1, 3 + sum(settings)))
 
-        def reject_common() -> None:
-            nonlocal common
-            common = _reject_common(tables, verdicts, max_images)
-
-        rounds.append(reject_common)
-    if duplicates.exact:
-        rounds.append(lambda: _reject_repeats(tables, verdicts, Reason.duplicate_exact, common))
-    if (radius := duplicates.radius) is not None:
-        rounds.append(lambda: _reject_near(tables, verdicts, radius))
-    if (threshold := duplicates.caption_similarity) is not None:
-        rounds.append(lambda: _reject_alike(groups, tables, verdicts, threshold, common))
-    for done, run_round in enumerate(rounds):
+    def report() -> None:
         if progress is not None:
-            progress(done, len(rounds) + 1)
-        run_round()
+            progress(next(rounds), 2 + sum(settings))
+
+    _reject_repeats(tables, verdicts, Reason.key_repeated)
+    report()
+    if max_images is not None:
+        common = _reject_common(tables, verdicts, max_images)
+        report()
+    if duplicates.exact:
+        _reject_repeats(tables, verdicts, Reason.duplicate_exact)
+        report()
+    if duplicates.radius is not None:
+        _reject_near(tables, verdicts, duplicates.radius)
+        report()
+    if threshold is not None:
+        _reject_alike(groups, tables, verdicts, threshold, common)
+        report()
     rejected = _describe(groups, verdicts, num_evaluation=len(evaluation))
-    if progress is not None:
-        progress(len(rounds) + 1, len(rounds) + 1)
+    report()
     return Selection(rejected, common)
 
 
 # --- the rounds -----------------------------------------------------------------------------------------------------
 
 
-def _reject_repeats(tables: Sequence[Any], verdicts: Verdicts, reason: Reason, common: Hashes) -> None:
-    """Of records with the same key, pixels or first caption all go but the first."""
-    for places, owners in _exchange(tables, verdicts, find_repeats, reason, common):
+def _reject_repeats(tables: Sequence[Any], verdicts: Verdicts, reason: Reason) -> None:
+    """Of records with the same key or pixels all go but the first."""
+    for places, owners in _exchange(tables, verdicts, find_repeats, reason, np.empty(0, np.uint64)):
         verdicts.add(reason, places, owners, np.ones(len(places)))
 
 
@@ -154,7 +164,7 @@ def _reject_near(tables: Sequence[Any], verdicts: Verdicts, radius: int) -> None
     order = np.lexsort((firsts, ranks))
     hashes, firsts = hashes[order], firsts[order]
     num_fixed = int(np.count_nonzero(ranks < HELD_OUT))
-    index = near_owners(hashes, radius, num_fixed, _run if len(hashes) > MIN_SEARCH else run_here)
+    index = near_owners(hashes, radius, num_fixed, _run if len(hashes) > MAX_SEARCHED_HERE else run_here)
     bits = np.bitwise_count(hashes ^ hashes[index])
     gone = index != np.arange(len(index))
     by_place = np.argsort(firsts)
@@ -170,37 +180,36 @@ def _reject_near(tables: Sequence[Any], verdicts: Verdicts, radius: int) -> None
 def _reject_alike(
     groups: Sequence[Sequence[File]], tables: Sequence[Any], verdicts: Verdicts, threshold: float, common: Hashes
 ) -> None:
-    """Equal captions are collapsed first; of the others those that share a band of MinHash are read and compared."""
-    _reject_repeats(tables, verdicts, Reason.duplicate_caption, common)
-    gone, shared = ray.put(verdicts.rejected), ray.put(common)
+    """Equal captions are collapsed where they meet; of the rest those that share a band of MinHash are compared."""
+    found = _exchange(tables, verdicts, find_repeats, Reason.duplicate_caption, common)
+    repeats, firsts = (np.concatenate(values) for values in zip(*found, strict=True))
+    gone, shared = ray.put(np.sort(np.concatenate([verdicts.rejected, repeats]))), ray.put(common)
     parts = _num_parts(tables)
     dealt = _deal(deal_bands, parts, [(group, shared, gone, threshold) for group in groups])
-    found = _results([ray.remote(find_groups).remote(*part) for part in dealt])
-    members = np.concatenate([members for members, _ in found])
-    buckets = np.concatenate([numbers * parts + part for part, (_, numbers) in enumerate(found)])
+    met = _results([ray.remote(find_groups).remote(*part) for part in dealt])
+    members = np.concatenate([members for members, _ in met])
+    buckets = np.concatenate([numbers * parts + part for part, (_, numbers) in enumerate(met)])
     candidates = ray.put(np.unique(members))
-    read = ray.remote(read_texts)
-    texts = _results([read.remote(group, shared, candidates) for group in groups])
+    texts = _results(_read(read_texts, [(group, shared, candidates) for group in groups]))
     table = pa.concat_tables([TEXTS.empty_table(), *texts]).sort_by([("rank", "ascending"), ("place", "ascending")])
     places = table["place"].to_numpy()
-    index_of_place = {place: index for index, place in enumerate(places.tolist())}
     owners, degrees = alike_owners(
         [shingles(text) for text in table["text"].to_pylist()],
-        group_buckets(index_of_place, members, buckets),
+        group_buckets(places, members, buckets),
         threshold,
         int(np.count_nonzero(table["rank"].to_numpy() < HELD_OUT)),
     )
-    index = np.array(owners, np.int64)
-    gone_now = index != np.arange(len(index))
+    gone_now = owners != np.arange(len(owners))
+    places, owners, degrees = places[gone_now], places[owners[gone_now]], degrees[gone_now]
     # Who was collapsed into one that goes now, goes for the same survivor.
-    survivor = dict(zip(places[gone_now].tolist(), places[index[gone_now]].tolist(), strict=True))
-    degree = dict(zip(places[gone_now].tolist(), np.array(degrees)[gone_now].tolist(), strict=True))
-    for number, (reason, repeats, firsts, amounts) in enumerate(verdicts.rounds):
-        if reason is Reason.duplicate_caption:
-            moved = np.array([survivor.get(first, first) for first in firsts.tolist()], np.int64)
-            lowered = [degree.get(first, 1.0) for first in firsts.tolist()]
-            verdicts.rounds[number] = (reason, repeats, moved, np.minimum(amounts, lowered))
-    verdicts.add(Reason.duplicate_caption, places[gone_now], places[index[gone_now]], np.array(degrees)[gone_now])
+    fate = dict(zip(places.tolist(), zip(owners.tolist(), degrees.tolist(), strict=True), strict=True))
+    moved = [fate.get(first, (first, 1.0)) for first in firsts.tolist()]
+    verdicts.add(
+        Reason.duplicate_caption,
+        np.concatenate([places, repeats]),
+        np.concatenate([owners, np.array([owner for owner, _ in moved], np.int64)]),
+        np.concatenate([degrees, np.array([degree for _, degree in moved], np.float64)]),
+    )
 
 
 def _describe(groups: Sequence[Sequence[File]], verdicts: Verdicts, num_evaluation: int) -> pa.Table:
@@ -210,23 +219,17 @@ def _describe(groups: Sequence[Sequence[File]], verdicts: Verdicts, num_evaluati
     names: dict[int, tuple[str, str | None]] = {}
     if len(wanted):
         shared = ray.put(wanted)
-        read = ray.remote(read_names)
-        for table in _results([read.remote(group, shared) for group in groups]):
-            columns = (table[name].to_pylist() for name in NAMES.names)
-            names.update({place: (key, source) for place, key, source in zip(*columns, strict=True)})
-    rows = []
+        for table in _results(_read(read_names, [(group, shared) for group in groups])):
+            fields = (table[name].to_pylist() for name in NAMES.names)
+            names.update({place: (key, source) for place, key, source in zip(*fields, strict=True)})
+    rows: list[tuple[int, str, str]] = []
     for reason, places, survivors, amounts in verdicts.rounds:
         for place, owner, amount in zip(places.tolist(), survivors.tolist(), amounts.tolist(), strict=True):
-            key, source = names.get(owner, ("", None))
-            against = owner < 0 and -1 - owner >> ROW_BITS < num_evaluation
-            rows.append(
-                {
-                    "place": place,
-                    "reason": str(Reason.duplicate_of_evaluation if against else reason),
-                    "detail": _detail(reason, amount, key, source),
-                }
-            )
-    return pa.Table.from_pylist(rows, REJECTED).sort_by("place")
+            evaluated = owner < 0 and (-1 - owner) >> ROW_BITS < num_evaluation
+            verdict = str(Reason.duplicate_of_evaluation if evaluated else reason)
+            rows.append((place, verdict, _detail(reason, amount, *names.get(owner, ("", None)))))
+    columns = zip(*sorted(rows), strict=True) if rows else ((), (), ())
+    return pa.table([list(column) for column in columns], schema=REJECTED)
 
 
 def _detail(reason: Reason, amount: float, key: str, source: str | None) -> str:
@@ -239,107 +242,6 @@ def _detail(reason: Reason, amount: float, key: str, source: str | None) -> str:
     if reason is Reason.duplicate_near:
         return f"{amount:.0f} bits from {key}"
     return f"caption {amount:.0%} like that of {key}"
-
-
-# --- tasks ----------------------------------------------------------------------------------------------------------
-
-
-def deal_hashes(num_parts: int, table: pa.Table, rejected: Places, reason: Reason, common: Hashes) -> list[Dealt]:
-    """The records of `HASHES` that are left, dealt by the hash that the round is about; those without it stay out."""
-    place, rank = table["place"].to_numpy(), table["rank"].to_numpy()
-    wanted = ~is_among(place, rejected)
-    check = np.zeros(len(place), np.uint64)
-    if reason is Reason.key_repeated:
-        hashes, check = table["key_low"].to_numpy(), table["key_high"].to_numpy()
-        wanted &= rank != EVALUATION
-        rank = np.minimum(rank, HELD_OUT)  # of two new records the first stays, whatever their splits
-    elif reason is Reason.duplicate_caption:
-        lists = table["caption_hashes"].combine_chunks()
-        first = first_kept(lists, common)
-        values, starts = list_values(lists)
-        wanted &= first >= 0
-        hashes = np.append(values, np.uint64(0))[np.where(first >= 0, starts[:-1] + first, len(values))]
-    else:
-        column = table["pixel_hash" if reason is Reason.duplicate_exact else "perceptual_hash"]
-        wanted &= ~column.is_null().to_numpy()
-        hashes = column.fill_null(0).to_numpy()
-    return _split(num_parts, hashes[wanted], check[wanted], rank[wanted], place[wanted])
-
-
-def find_repeats(*parts: Dealt) -> tuple[Places, Places]:
-    """The places of the records whose hash an earlier one has, and of the first such, (repeats,) each."""
-    return split_repeats(*parts)[:2]
-
-
-def split_repeats(*parts: Dealt) -> tuple[Places, Places, Hashes, npt.NDArray[np.int8], Places]:
-    """`find_repeats`, and the hash, rank and place of each hash's first, (hashes,) each."""
-    hashes, check, rank, place = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    order = np.lexsort((place, rank, check, hashes))
-    hashes, check, rank, place = hashes[order], check[order], rank[order], place[order]
-    new = np.ones(len(hashes), np.bool_)
-    new[1:] = (hashes[1:] != hashes[:-1]) | (check[1:] != check[:-1])
-    firsts = np.flatnonzero(new)
-    owners = place[firsts[np.cumsum(new) - 1]]
-    repeats = ~new & (rank >= HELD_OUT)
-    return place[repeats], owners[repeats], hashes[firsts], rank[firsts], place[firsts]
-
-
-def count_captions(num_parts: int, table: pa.Table, rejected: Places) -> list[tuple[Any, ...]]:
-    """(hashes, counts) of the records' captions; a caption twice in one record counts once."""
-    rank = table["rank"].to_numpy()
-    wanted = (rank != EVALUATION) & ~is_among(table["place"].to_numpy(), rejected)
-    values, starts = list_values(table["caption_hashes"].combine_chunks().filter(pa.array(wanted)))
-    records = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-    order = np.lexsort((records, values))
-    values, records = values[order], records[order]
-    once = np.ones(len(values), np.bool_)
-    once[1:] = (values[1:] != values[:-1]) | (records[1:] != records[:-1])
-    hashes, counts = np.unique(values[once], return_counts=True)
-    return _split(num_parts, hashes, counts)
-
-
-def add_counts(max_images: int, *parts: tuple[Any, ...]) -> tuple[Hashes, Places]:
-    """The hashes of more than so many images, and of how many."""
-    hashes, counts = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    unique, inverse = np.unique(hashes, return_inverse=True)
-    totals = np.bincount(inverse, counts, len(unique)).astype(np.int64)
-    return unique[totals > max_images], totals[totals > max_images]
-
-
-def find_common(table: pa.Table, rejected: Places, common: Hashes, counts: Places) -> tuple[Places, Places]:
-    """The places of the records that have common captions only, and of how many images the first is."""
-    place = table["place"].to_numpy()
-    lists = table["caption_hashes"].combine_chunks()
-    values, starts = list_values(lists)
-    gone = (first_kept(lists, common) < 0) & (np.diff(starts) > 0) & (table["rank"].to_numpy() >= HELD_OUT)
-    gone &= ~is_among(place, rejected)
-    return place[gone], counts[np.searchsorted(common, values[starts[:-1][gone]])]
-
-
-def deal_bands(
-    num_parts: int, files: Sequence[File], common: Hashes, rejected: Places, threshold: float
-) -> list[tuple[Any, ...]]:
-    """(hashes, places) of the bands of the records' captions."""
-    table = read_texts(files, common, None, rejected)
-    bands = bands_of_texts(table["text"].to_pylist(), threshold)
-    return _split(num_parts, bands.ravel(), np.repeat(table["place"].to_numpy(), bands.shape[1]))
-
-
-def find_groups(*parts: tuple[Any, ...]) -> tuple[Places, Places]:
-    """(members, groups): the places of records that share a band's hash, and a number for that hash."""
-    hashes, places = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    _, numbers, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    shared = counts[numbers] > 1
-    return places[shared], numbers[shared].astype(np.int64)
-
-
-def _split(num_parts: int, hashes: Hashes, *columns: npt.NDArray[Any]) -> list[Any]:
-    """The columns dealt by hash. Perceptual hashes are far from evenly spread, so they are mixed first."""
-    part = (hashes * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)) % np.uint64(num_parts)
-    order = np.argsort(part, kind="stable")
-    ends = np.searchsorted(part[order], np.arange(num_parts + 1))
-    whole = [column[order] for column in (hashes, *columns)]
-    return [tuple(column[ends[n] : ends[n + 1]] for column in whole) for n in range(num_parts)]
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------
@@ -373,6 +275,12 @@ def _run(function: Callable[..., Any], count: int, *arrays: Any) -> list[Any]:
     return _results([ray.remote(function).remote(number, *shared) for number in range(count)])
 
 
+def _read(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """References to what each call reads; an OSError may be a passing one of the storage."""
+    task = ray.remote(function).options(retry_exceptions=[OSError])
+    return [task.remote(*call) for call in calls]
+
+
 def _results(references: Sequence[Any]) -> list[Any]:
     """What the tasks returned, or the typed error of the first that failed."""
     try:
@@ -381,3 +289,5 @@ def _results(references: Sequence[Any]) -> list[Any]:
         if isinstance(error.cause, MmflowError):
             raise error.cause from None
         raise MmflowError(f"selecting records: {type(error.cause).__name__}: {error.cause}; rerun") from error
+    except ray.exceptions.RayError as error:
+        raise MmflowError(f"selecting records: {' '.join(str(error).split())[:300]}; rerun") from error
