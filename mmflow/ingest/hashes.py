@@ -19,11 +19,13 @@ FREQUENCIES = 8  # of each of its axes, from the lowest
 # Rec. 601 in 128ths. 255 · 128 · 32² · Pillow's 179 megapixels are below 2⁵³, as are 32² · 4096² · 65280 further down.
 LUMA = np.array([38, 75, 15], np.float64)
 COSINE_ONE = 4096
-# Grey levels, in an orthonormal DCT, by which a frequency must pass the median. Drawings are symmetric: half of their
-# frequencies are 0, and so is the median. Of 150 of OpenMoji's, JPEG of quality 75 turned up to 18 bits without this
-# gap, 6 with it; it takes 1 of the 30 bits that two of them differ in.
+# Grey levels, in an orthonormal DCT, within which a frequency counts as no different from the median. Drawings are
+# symmetric: half of their frequencies are 0, and so is the median. Without this gap JPEG of quality 75 turned up to 18
+# bits of 150 of OpenMoji's drawings.
 GAP = 4.0
 GAP_SCALED = GAP * 256 * COSINE_ONE**2 * CELLS / 2
+# The bit that says so, (8, 8): a 1 for half of them, and of every row's signs, so that more shows as much as less.
+NO_DIFFERENCE = np.add.outer(np.arange(FREQUENCIES), np.arange(FREQUENCIES)) // 2 % 2 == 1
 
 
 def pixel_hash(rgb: npt.NDArray[np.uint8]) -> int:
@@ -39,7 +41,7 @@ def clip_pixel_hash(frames: Sequence[int]) -> int:
 
 
 def perceptual_hash(rgb: npt.NDArray[np.uint8]) -> int:
-    """The 64-bit DCT hash of an image (height, width, 3) uint8; 0 for a uniform one, whatever its colour."""
+    """The 64-bit DCT hash of an image (height, width, 3) uint8; `UNIFORM` for one without structure, of any colour."""
     return thumbnail_hash(thumbnail(rgb))
 
 
@@ -72,7 +74,7 @@ def thumbnail_hash(cells: npt.NDArray[np.int64]) -> int:
     basis = _cosines()
     spectrum = (basis @ cells.astype(np.float64) @ basis.T).ravel()
     median = np.partition(spectrum[1:], 31)[31]
-    bits = spectrum > median + GAP_SCALED
+    bits = spectrum > median + np.where(NO_DIFFERENCE.ravel(), -GAP_SCALED, GAP_SCALED)
     bits[0] = False
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
@@ -98,3 +100,6 @@ def _cosines() -> npt.NDArray[np.float64]:
     waves = np.cos((2 * cell + 1) * frequency * np.pi / (2 * CELLS))
     waves[0] = np.sqrt(0.5)
     return np.asarray(np.rint(COSINE_ONE * waves), np.float64)
+
+
+UNIFORM = thumbnail_hash(np.zeros((CELLS, CELLS), np.int64))

@@ -17,6 +17,17 @@ from mmflow.ingest.reasons import Reason, Rejected
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, which Pillow finds by itself
 CLIPS = ("GIF", "WEBP", "PNG", "AVIF")  # the further images of TIFF and MPO are pages and views: the first is the image
+# What tells a damaged image from none: the file's start, and a mark at a place. Two letters, as of BMP, tell nothing.
+SIGNATURES = (
+    (b"\xff\xd8\xff", 0, b""),
+    (b"\x89PNG\r\n\x1a\n", 0, b""),
+    (b"GIF8", 0, b""),
+    (b"RIFF", 8, b"WEBP"),
+    (b"II*\0", 0, b""),
+    (b"MM\0*", 0, b""),
+    (b"", 4, b"ftypavi"),
+    (b"", 4, b"jP  \r\n\x87\n"),
+)
 # What a decoder takes at its peak, in bytes a pixel, where that is more than the pixels once and a strip: measured as
 # the growth of a process. The most is what leaves a Ray worker of 250 MiB under 1.5 GiB.
 DECODER_BYTES = {"WEBP": 17, "AVIF": 16, "JPEG2000": 25}
@@ -39,14 +50,14 @@ Size = tuple[int, int]  # width and height in pixels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What an image file says of itself; `width` and `height` are pixels as stored, before its orientation."""
+    """What an image file says of itself; `width` and `height` are pixels as decoded, before `orientation` is applied."""
 
     image: Image.Image = field(repr=False, compare=False)  # opened, not a pixel decoded
     format: str
     mode: str  # Pillow's
     width: int
     height: int
-    orientation: int  # EXIF, 1 to 8
+    orientation: int  # EXIF, 1 to 8: what is still to be done about it
     animated: bool
 
     @property
@@ -64,13 +75,15 @@ def probe(data: bytes) -> Header:
             warnings.simplefilter("ignore")  # of a bomb, on which `check_bounds` decides, or of tags that nobody reads
             image = Image.open(io.BytesIO(without_notes(data)), formats=FORMATS)
             animated = image.format in CLIPS and bool(getattr(image, "is_animated", False))
-            # Without this look, a PNG's `getexif` decodes the pixels in search of a chunk behind them.
-            searchable = image.format != "PNG" or "exif" in image.info
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if searchable else 1
+            # Pillow turns a TIFF by itself, and would decode a PNG's pixels in search of a chunk behind them.
+            asked = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if asked else 1
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.image_too_large, str(error)) from error
     except UnidentifiedImageError as error:
-        raise Rejected(Reason.image_not_an_image, f"begins with {data[:12].hex(' ')}") from error
+        cut = any(data.startswith(start) and data[at : at + len(mark)] == mark for start, at, mark in SIGNATURES)
+        reason = Reason.image_truncated if cut else Reason.image_not_an_image
+        raise Rejected(reason, f"no header of an image, begins with {data[:12].hex(' ')}") from error
     except Exception as error:  # Pillow's parsers raise whatever they trip over: struct.error, KeyError, SyntaxError …
         raise Rejected(Reason.image_truncated, f"damaged header: {one_line(error)}") from error
     return Header(
