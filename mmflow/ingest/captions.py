@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import xxhash
 
+from mmflow.ingest.config import CaptionConfig
 from mmflow.ingest.reasons import Reason, Rejected
 
 
@@ -29,11 +30,12 @@ UNSPACED = re.compile(
 CHARACTERS_PER_TOKEN = 4.4  # BERT's word pieces on English captions, white space counted
 
 
-def clean_captions(captions: Sequence[Caption], *, min_characters: int, max_characters: int) -> list[Caption]:
+def clean_captions(captions: Sequence[Caption], settings: CaptionConfig) -> list[Caption]:
     """The captions cleaned, in order, without repeats; those out of bounds are dropped.
 
     Raises Rejected where none is left, with the fate of the first that had any text.
     """
+    min_characters, max_characters = settings.min_characters, settings.max_characters
     kept: list[Caption] = []
     fate = Rejected(Reason.caption_missing, f"{len(captions)} captions, none with text")
     for caption in captions:

@@ -52,6 +52,8 @@ HASH_THREADS = 8
 # Listing is over before these begin, and a reader mostly waits: a quarter of a CPU keeps Ray Data from making one task
 # of reading and what comes next, which would tie all records of a unit to one CPU.
 READER_CPUS = 0.25
+# With a reader at work two such tasks still fit on two CPUs; at one CPU each, one would stand idle.
+PREPARE_CPUS = 0.85
 CHUNK = pa.schema([("chunk", pa.large_list(pa.struct(list(RECORDS))))])
 
 
@@ -108,7 +110,7 @@ def read_records(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> ray.
     )
     chunks.context.target_max_block_size = 2 * BYTES_PER_CHUNK  # so that decoding begins before a tar is read
     return chunks.repartition(target_num_rows_per_block=1).map_batches(
-        _rows_of_chunks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=1
+        _rows_of_chunks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=PREPARE_CPUS
     )
 
 

@@ -27,7 +27,7 @@ from pyarrow import fs
 from mmflow.artifacts import canonical_json, filesystem, join
 from mmflow.errors import MmflowError
 from mmflow.ingest.config import SourceConfig
-from mmflow.ingest.sources import read_records
+from mmflow.ingest.sources import PREPARE_CPUS, read_records
 from mmflow.ingest.units import Unit
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
@@ -139,7 +139,7 @@ def prepare_all(
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        num_cpus=1,
+        num_cpus=PREPARE_CPUS,  # the same as the step before, with which it is fused
     )
     try:
         for batch in prepared.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

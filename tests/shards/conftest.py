@@ -20,7 +20,7 @@ from mmflow.ingest.config import CaptionConfig, ImageConfig, SourceConfig
 from mmflow.ingest.sources import list_units
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, open_dataset
-from mmflow.shards.grow import UNITS, unit_identities, write_units
+from mmflow.shards.grow import parts_of, write_parts
 from mmflow.shards.pieces import remove_pieces
 
 NUM_GOOD = 120
@@ -116,7 +116,7 @@ def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes,
         ({"key": "a.b.c"}, "key_invalid"),
         ({"key": "../x"}, "key_invalid"),
         ({"key": "UPPER"}, "key_invalid"),
-        ({"captions": "not a list"}, "record_malformed"),
+        ({"captions": 5}, "record_malformed"),
     ]
     records = [(json.dumps({**template, **change}).encode(), reason) for change, reason in changes]
     raw = [(b"{not json", "record_malformed"), (b'{"key": "\xff"}', "record_malformed")]
@@ -169,7 +169,7 @@ def build_and_commit(directory: Path | str, *uris: str, settings: ShardConfig = 
         progress=more.pop("progress", lambda done, total, note: None),
         **more,
     )
-    write_units(f"{uri}/{UNITS}", unit_identities(list_units(sources), sources))
+    write_parts(uri, parts_of(list_units(sources), sources))
     commit(uri, "dataset", fields)
     remove_pieces(uri)
     return open_dataset(uri)
