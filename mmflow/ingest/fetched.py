@@ -42,7 +42,8 @@ class FetchedStore:
         self._with_validators = validators
         self._packs: OrderedDict[str, Any] = OrderedDict()
         table = _newest(read_known(uri, validators=validators))
-        self._keys = _keys_of(table["url_hash"])
+        # Apart, because searching a column of a wider array copies all of it each time.
+        self._high, self._low = (np.ascontiguousarray(half) for half in _keys_of(table["url_hash"]).T)
         self._xxh3 = _keys_of(table["xxh3"])
         self._offset: Rows = table["offset"].to_numpy()
         self._bytes: Rows = table["bytes"].to_numpy()
@@ -59,7 +60,7 @@ class FetchedStore:
         return _reopen, (self.uri, self._with_validators)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._high)
 
     def load(self, url: str) -> bytes:
         """The bytes of a URL. Raises Rejected with fetch_pending for an unknown URL, else with what is known of it.
@@ -131,12 +132,12 @@ class FetchedStore:
     def _find(self, keys: Keys) -> Rows:
         """The row of each key, -1 where there is none, (keys,)."""
         rows = np.full(len(keys), -1, dtype=np.int64)
-        at = np.searchsorted(self._keys[:, 0], keys[:, 0]).astype(np.int64)
+        at = np.searchsorted(self._high, keys[:, 0]).astype(np.int64)
         left = np.arange(len(keys))
         while len(left):  # once, but for keys whose first halves are the same
-            left = left[at[left] < len(self._keys)]
-            left = left[self._keys[at[left], 0] == keys[left, 0]]
-            found = self._keys[at[left], 1] == keys[left, 1]
+            left = left[at[left] < len(self._high)]
+            left = left[self._high[at[left]] == keys[left, 0]]
+            found = self._low[at[left]] == keys[left, 1]
             rows[left[found]] = at[left[found]]
             left = left[~found]
             at[left] += 1

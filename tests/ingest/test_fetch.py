@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -236,6 +237,7 @@ def test_without_the_switch_this_machine_is_not_asked(server: Server) -> None:
     urls = [server.url("/a"), server.url("/a", "localhost"), server.url("/a", "[::1]")]
     results = fetch_all(urls, loopback=False)
     assert [result.reason for result in results] == [Reason.fetch_refused] * 3
+    assert any("localhost resolves to" in result.detail for result in results)  # by its name, before any socket
     assert server.hits == []
 
 
@@ -299,12 +301,23 @@ def test_a_connection_closed_in_place_of_an_answer_is_tried_again_and_again_boun
 
 
 def test_retry_after_is_waited_for_by_all_requests_to_the_host(server: Server) -> None:
+    asked: list[float] = []
+
+    async def timed(request: Any, writer: asyncio.StreamWriter) -> bool | None:
+        asked.append(time.monotonic())
+        await asyncio.sleep(0.02)
+        return await respond(200, IMAGE)(request, writer)
+
     server.routes["/a"] = in_turn(respond(429, b"", Retry_After="1"), respond(200, IMAGE))
-    server.routes["/b"] = respond(200, IMAGE)
+    server.routes["/b"] = timed
+    urls = [server.url("/a"), *(server.url(f"/b?{n}") for n in range(8))]
     began = time.monotonic()
-    urls = [server.url("/a"), server.url("/b?1"), server.url("/b?2")]
-    assert [result.body for result in fetch_all(urls, per_host=1, retries=1)] == [IMAGE] * 3
-    assert 1 <= time.monotonic() - began < 3
+    results = fetch_all(urls, per_host=2, retries=1)
+    assert [result.body for result in results] == [IMAGE] * 9
+    assert 1 <= time.monotonic() - began < 4
+    pauses = [later - earlier for earlier, later in itertools.pairwise(sorted(asked))]
+    assert max(pauses, default=0) > 0.8 or asked[0] - began > 0.8  # nobody asked meanwhile
+    assert len([pause for pause in pauses if pause < 0.5]) >= len(pauses) - 1
 
 
 def test_a_host_that_asks_for_hours_is_left_alone(server: Server) -> None:
@@ -454,6 +467,27 @@ def test_every_url_has_one_result_and_a_host_its_limit(server: Server) -> None:
     assert all(bodies[url] == f"/a?{n}".encode() for n, url in enumerate(urls))
     assert all(result.reason is Reason.fetch_refused for result in results if result.url in strange)
     assert server.most_under_way == 3
+
+
+def test_a_host_that_many_redirect_to_keeps_its_limit(server: Server) -> None:
+    under_way: list[int] = [0, 0]
+
+    async def lookup(host: str, port: int) -> list[Address]:
+        return [(*each[:4], (each[4][0], port)) for each in answers("127.0.0.1")]
+
+    async def target(request: Any, writer: asyncio.StreamWriter) -> bool | None:
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        await asyncio.sleep(0.02)
+        under_way[0] -= 1
+        return await respond(200, IMAGE)(request, writer)
+
+    server.routes["/go"] = respond(302, b"", Location=server.url("/target", "target.example"))
+    server.routes["/target"] = target
+    urls = [server.url("/go", f"host{n}.example") for n in range(20)]
+    results = asyncio.run(collect(urls, lookup=lookup, per_host=2))
+    assert [result.body for result in results] == [IMAGE] * 20
+    assert under_way == [0, 2]
 
 
 def test_nothing_to_fetch_is_nothing_to_do() -> None:
