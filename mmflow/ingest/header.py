@@ -50,7 +50,7 @@ Size = tuple[int, int]  # width and height in pixels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What an image file says of itself; `width` and `height` are pixels as decoded, before `orientation` is applied."""
+    """What an image file says of itself; `width` and `height` are pixels as decoded, not yet turned upright."""
 
     image: Image.Image = field(repr=False, compare=False)  # opened, not a pixel decoded
     format: str

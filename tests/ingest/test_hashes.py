@@ -117,6 +117,8 @@ def test_hashes_are_the_same_on_every_machine() -> None:
     # Pinned: these stand in files that other machines compare with. A change of the algorithm changes every dataset.
     assert pixel_hash(image) == xxhash.xxh3_64_intdigest(np.array(image.shape, "<u4").tobytes() + image.tobytes())
     assert f"{perceptual_hash(drawing(2)):016x}" == "6b0f9c7070d4974c"
+    assert f"{perceptual_hash(drawing(3)):016x}" == "1bece613934e6c9b"
+    assert f"{UNIFORM:016x}" == "3366cc993366cc99"
 
 
 def test_sums_are_exact_so_that_their_order_cannot_matter() -> None:
