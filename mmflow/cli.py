@@ -198,7 +198,7 @@ def verify(
     print(f"{dataset}: whole")
 
 
-@app.command(epilog="Example: mmflow adopt workspace/theirs 's3://bucket/{00000..00041}.tar' --license CC-BY-4.0")
+@app.command(epilog="Example: mmflow adopt workspace/theirs 'downloads/{00000..00041}.tar' --license CC-BY-4.0")
 def adopt(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="The new dataset's directory or URI.")],
     tars: Annotated[list[str], typer.Argument(metavar="TARS…", help="Paths or URIs, globs and brace ranges.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from mmflow.cli import PURPOSES
 from mmflow.recipe import load_recipe
+from tests.shards.handmade import handmade, write_dataset
 from tests.tiny import tiny_fields, write_recipe, write_shapes
 
 HEAVY = ("ray", "torch", "mlflow", "dagster", "transformers", "deepspeed", "pandas")
@@ -57,6 +59,10 @@ def test_a_wrong_setting_is_one_line_with_the_key_and_the_workspace_is_untouched
     [
         (("run", "nowhere.yaml"), 2, "nowhere.yaml: cannot be read"),
         (("verify", "nowhere"), 1, "no manifest.json"),
+        (("verify", "nowhere", "--decode", "some"), 2, "--decode some: `all` or a number"),
+        (("describe", "nowhere"), 1, "nothing was committed"),
+        (("adopt", "nowhere", "nowhere.tar"), 2, "nowhere.tar"),
+        (("adopt", "nowhere"), 2, "TARS"),
         (("frobnicate",), 2, "No such command"),
         (("cluster", "check", "nowhere.yaml"), 2, "nowhere.yaml"),
     ],
@@ -103,6 +109,45 @@ def test_every_stage_has_a_help_with_an_example_that_parses(stage: str) -> None:
     recipe = example.split()[-1]
     assert example.split()[1:3] == ["mmflow", stage]
     assert load_recipe(str(Path(__file__).parent.parent / recipe)).name == "quickstart"
+
+
+def test_tars_of_others_are_adopted_verified_and_described(tmp_path: Path) -> None:
+    made = write_dataset(tmp_path / "made", [("train", [handmade(number) for number in range(4)])])
+    theirs, dataset = made.tar_uri(made.shards("train")[0]), str(tmp_path / "dataset")
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(Path(theirs).read_bytes()[:-1024])
+    done = mmflow("adopt", dataset, theirs, str(cut))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {cut}: byte ")
+    assert "Traceback" not in done.stderr
+    assert not Path(dataset, "manifest.json").exists()
+    options = ("--skip-damaged", "--split", "dev", "--license", "CC0-1.0")
+    for said in ("built", "already committed"):
+        done = mmflow("adopt", dataset, theirs, str(cut), *options)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [
+            f"adopt: {said}: {dataset}",
+            "  4 samples in 1 shards",
+            "  1 records quarantined: source_damaged",
+        ]
+    assert mmflow("verify", dataset, "--decode", "all").stdout == f"{dataset}: whole\n"
+    assert mmflow("describe", dataset).stdout == f"{dataset}/describe.html\n"
+    Path(dataset, "shards/00000.tar").write_bytes(b"")
+    done = mmflow("verify", dataset)
+    assert done.returncode == 1
+    assert "00000.tar: 0 bytes" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["verify", "adopt", "describe"])
+def test_a_command_on_datasets_has_a_help_with_an_example_that_parses(command: str) -> None:
+    told = mmflow(command, "--help")
+    assert told.returncode == 0
+    example = " ".join(told.stdout.partition("Example: ")[2].split())
+    words = shlex.split(example)
+    assert words[:2] == ["mmflow", command]
+    done = mmflow(*words[1:])
+    assert done.returncode in (1, 2)  # what it names is not here
+    assert "Usage" not in done.stderr
 
 
 def test_help_and_import_load_nothing_heavy() -> None:

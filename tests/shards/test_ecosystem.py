@@ -18,6 +18,27 @@ for sample in webdataset.WebDataset(sys.argv[1], shardshuffle=False).decode("pil
     print(sample["__key__"], sample["jpg"].size, sample["txt"], len(sample["json"]["captions"]), sep="|")
 """
 
+# Its data pipeline as `open_clip_train.main` calls it. torchvision, which has no build for a CPU's torch, is imported
+# there for ImageFolder datasets alone; and webdataset from 0.2.90 on marks each shard's end, which it does not expect.
+READ_WITH_OPEN_CLIP = """
+import sys, types
+for name in ("torchvision", "torchvision.datasets"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["torchvision"].datasets = sys.modules["torchvision.datasets"]
+from open_clip_train import data
+expand = data.tar_file_expander
+data.tar_file_expander = lambda *args, **options: (each for each in expand(*args, **options) if "fname" in each)
+shards, num_samples, training = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "train"
+args = types.SimpleNamespace(
+    train_data=shards, val_data=shards, train_num_samples=num_samples, val_num_samples=num_samples, batch_size=1,
+    workers=0, world_size=1, seed=3, dataset_resampled=False, train_data_upsampling_factors=None,
+)
+loader = data.get_wds_dataset(args, lambda image: image.size, training, tokenizer=lambda text: [text]).dataloader
+for sizes, texts in loader:
+    for size, text in zip(sizes, texts):
+        print(tuple(map(int, size)), text, sep="|")
+"""
+
 
 def tars(dataset: Dataset) -> list[str]:
     return [dataset.tar_uri(shard) for split in dataset.splits for shard in dataset.shards(split)]
@@ -51,3 +72,19 @@ def test_hugging_face_datasets_reads_them(
     assert {row["__key__"]: row["json"]["captions"] for row in loaded} == corpus.captions_of_key
     assert {row["jpg"].size for row in loaded} == {(64, 48)}
     assert all(row["txt"] == row["json"]["captions"][0]["text"] for row in loaded)
+
+
+@pytest.mark.parametrize("use", ["train", "validate"])
+def test_open_clip_reads_them_in_its_own_training_pipeline(dataset: Dataset, corpus: Corpus, use: str) -> None:
+    pytest.importorskip("open_clip_train", reason="pip install --no-deps open-clip-torch")
+    braces = f"{dataset.uri}/shards/{{00000..{len(tars(dataset)) - 1:05d}}}.tar"
+    num_samples = len(corpus.captions_of_key)
+    found = subprocess.run(
+        [sys.executable, "-c", READ_WITH_OPEN_CLIP, braces, str(num_samples), use],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    expected = {f"(64, 48)|{captions[0]['text']}" for captions in corpus.captions_of_key.values()}
+    assert set(found) == expected
+    assert len(found) == num_samples
