@@ -276,6 +276,20 @@ def test_tars_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatch
     assert not os.path.samefile(copy, tar)
 
 
+def test_remote_tars_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = write(tmp_path / "a.tar", good(3))
+
+    def remote(uri: str) -> Path | None:
+        return None if uri == str(tar) else Path(uri)
+
+    monkeypatch.setattr("mmflow.shards.bring.local_path", remote)  # so the object stores' way is taken
+    dataset = adopted(tmp_path / "dataset", tar)
+    (copy,) = Path(dataset.uri, "shards").iterdir()
+    assert copy.read_bytes() == tar.read_bytes()
+    assert not os.path.samefile(copy, tar)
+    assert copy.stat().st_mode & 0o777 == 0o644
+
+
 def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     tar = write(tmp_path / "theirs/shards/00001.tar", good(3))
     write(tmp_path / "theirs/shards/00000.tar", good(3, 3))

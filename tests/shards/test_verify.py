@@ -198,6 +198,15 @@ def test_the_quick_pass_accepts_no_header_that_the_slow_one_refuses(
     assert list(check_members(str(path), layout)) == []
 
 
+def test_remote_tars_are_streamed_and_found_damaged_alike(copy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmflow.shards.members.local_path", lambda uri: None)  # so the object stores' way is taken
+    assert verify_dataset(copy.uri, decoded_samples=0) == []
+    offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
+    flip(tar_of(copy), offset - 500)
+    wrong = verify_dataset(copy.uri, decoded_samples=0)
+    assert any(f"00000.tar: damaged header at byte {offset - 512}" in line for line in wrong)
+
+
 def test_samples_to_decode_are_spread_over_the_shards(copy: Dataset) -> None:
     """Not the first of every shard: of 100,000 shards that would be 100,000 pictures."""
     for shard in copy.shards("train"):
