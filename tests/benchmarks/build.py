@@ -135,7 +135,7 @@ def ray_data(paths: list[str], output: str) -> float:
     ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     began = time.perf_counter()
     images = ray.data.read_images(paths, mode="RGB", include_paths=True)
-    images.map(shrink).write_webdataset(output, encoder=False)
+    images.map(shrink).write_webdataset(output, encoder=None)
     seconds = time.perf_counter() - began
     ray.shutdown()
     return seconds
