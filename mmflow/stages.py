@@ -187,11 +187,12 @@ def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
 
 
 def _fetch(recipe: Recipe, inputs: Inputs) -> None:
+    from mmflow.cluster.local import ensure_ray
     from mmflow.shards.stage import fetch
 
     if "corpus" not in inputs:
         with progress("fetch") as report:
-            fetch(recipe.shard.sources, recipe.workspace, recipe.shard, report)
+            fetch(recipe.shard.sources, recipe.workspace, recipe.shard, partial(ensure_ray, num_cpus=1), report)
 
 
 # --- pretrain and distill -------------------------------------------------------------------------------------------

@@ -20,7 +20,15 @@ PACKAGES = [
     "cluster",
 ]
 # The one place where a config reads what lies below: a student's lessons are part of how it is trained.
-RAY = ("ingest/", "shards/build.py", "distillation/cache.py", "training/workers.py", "scoring/", "cluster/")
+RAY = (
+    "ingest/",
+    "shards/build.py",
+    "shards/select.py",
+    "distillation/cache.py",
+    "training/workers.py",
+    "scoring/",
+    "cluster/",
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -7,6 +7,7 @@ URLs is an input of its dataset, as the files of its sources are, and the datase
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -69,8 +70,11 @@ def known_images(store: str, identity: str) -> str | None:
 def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
     """The distinct URLs that the units' records name as images, sorted."""
     tables = read_records(units, sources).map_batches(_urls, batch_size=None, batch_format="pyarrow")
-    found = [batch["url"] for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow")]
-    return sorted({url for column in found for url in column.to_pylist()})
+    found: set[str] = set()
+    batch: Any
+    for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
+        found.update(batch["url"].to_pylist())
+    return sorted(found)
 
 
 def _urls(records: pa.Table) -> pa.Table:

@@ -14,6 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -134,14 +135,14 @@ def prepare_all(
         return pieces
     expected = sum(unit.records or 0 for unit in units)
     prepared = read_records(units, sources).map_batches(
-        prepare_block,
-        fn_kwargs={"preparation": preparation},
+        partial(prepare_block, preparation=preparation),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=PREPARE_CPUS,  # the same as the step before, with which it is fused
     )
     try:
+        batch: Any
         for batch in prepared.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             pieces.update(zip(batch["piece"].to_pylist(), batch["records"].to_pylist(), strict=True))
             done = sum(pieces.values())

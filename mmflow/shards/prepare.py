@@ -63,7 +63,7 @@ class Preparation:
         }
 
 
-def prepare_block(block: pa.Table, preparation: Preparation) -> pa.Table:
+def prepare_block(block: Any, preparation: Preparation) -> Any:
     """Write the pieces of a block of `RECORDS`, one for each chunk of a reader; return their rows of `PIECES`."""
     return pa.Table.from_pylist([prepare_piece(chunk, preparation) for chunk in _runs(block)], PIECES)
 

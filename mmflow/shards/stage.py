@@ -54,14 +54,19 @@ def same_pixels(dataset: Dataset, settings: ShardConfig) -> bool:
     return all(made.get(name) == ours[name] for name in ("side", "resize", "background"))
 
 
-def fetch(sources: Sequence[SourceConfig], workspace: str, settings: ShardConfig, report: Report) -> None:
-    """Fetch the images of the sources that are URLs, where any are not settled."""
-    from mmflow.cluster.local import ensure_ray
+def fetch(
+    sources: Sequence[SourceConfig],
+    workspace: str,
+    settings: ShardConfig,
+    start_ray: Callable[[], None],
+    report: Report,
+) -> None:
+    """Fetch the images of the sources that are URLs, where any are not settled; only then is Ray started."""
     from mmflow.ingest.remote_images import fetch_images, may_have_urls
 
     units = list_units(sources)
     if may_have_urls(units):
-        ensure_ray(num_cpus=1)
+        start_ray()
         identity = content_hash(sorted(parts_of(units, sources)))
         fetch_images(join(workspace, FETCHED), sources, units, identity, settings.fetch, report)
 
