@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import shutil
 import time
@@ -71,7 +72,7 @@ def _compare(name: str, whole: Path, overrides: list[str]) -> list[Row]:
 
     def steady() -> float:
         # The same command over a few records costs what is not work: imports, Ray's start and end.
-        return count / max(1e-3, commands[-1] - shard(start, overrides)[0].seconds)
+        return without_start(count, commands[-1], shard(start, overrides)[0].seconds)
 
     def img2dataset() -> float:
         output = SCRATCH / "runs" / "img2dataset"
@@ -94,14 +95,22 @@ def _compare(name: str, whole: Path, overrides: list[str]) -> list[Row]:
     ray_note = f"every {step}th image; Ray's start not counted for Ray Data" if step > 1 else ""
     if len(paths) < count:
         ray_note += ", nor those past 80 megapixels given to it"
-    return [
+    rows = [
         faster(f"{name}: whole command", found["mmflow"], "img2dataset", found["img2dataset"], goal=3,
                note="file:// addresses, 2 processes"),
         faster(f"{name}: whole command", found["mmflow"], "ray.data read_images → map → write_webdataset",
                found["ray"], goal=5, note=ray_note),
-        faster(f"{name}: without start", found["steady"], "bare loop of decode, resize, encode", found["bare"],
-               goal=0.85, note=f"less the time of the command over {START_RECORDS} records"),
     ]  # fmt: skip
+    if not any(map(math.isnan, found["steady"])):
+        note = f"less the time of the command over {START_RECORDS} records"
+        peer = "bare loop of decode, resize, encode"
+        rows.append(faster(f"{name}: without start", found["steady"], peer, found["bare"], goal=0.85, note=note))
+    return rows
+
+
+def without_start(count: int, seconds: float, start_seconds: float) -> float:
+    """Samples/s of a command less its start; NaN where the start is most of it, for the rest would be noise."""
+    return count / (seconds - start_seconds) if seconds >= 2 * start_seconds else math.nan
 
 
 def _pixels(path: Path) -> int:

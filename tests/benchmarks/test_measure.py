@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from tests.benchmarks import data, measure, peers
 from tests.benchmarks.__main__ import SUBJECTS, main
+from tests.benchmarks.build import without_start
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +72,9 @@ def test_an_unknown_subject_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
         main()
     assert stopped.value.code == 2
     assert "'tarz' is no subject; there are " + ", ".join(SUBJECTS) in capsys.readouterr().err
+
+
+def test_a_rate_without_start_is_not_guessed_from_a_run_that_is_mostly_start() -> None:
+    assert without_start(5000, 25, 5) == 250
+    assert math.isnan(without_start(50, 9, 5))
+    assert math.isnan(without_start(50, 4, 5))
