@@ -19,6 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --upgrade "$$(grep '^pip==' constraints.txt)"
 	@$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,ui,dev]'
+	@# open_clip's reader is a peer of the tests; by its own requirements it would bring another torchvision and timm.
+	@$(BIN)/pip install --quiet --no-deps "$$(grep '^open-clip-torch==' constraints.txt)"
 	@touch $@
 
 quickstart: $(STAMP) ## the whole loop on a small real corpus, on this machine

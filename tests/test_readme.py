@@ -27,6 +27,7 @@ COMMANDS = [
     if line.startswith(("mmflow ", "make ", "python "))
 ]
 ELSEWHERE = {
+    "mmflow shard pipelines/recipes/openclipart.yaml": "tests/ingest/test_openclipart.py",  # it downloads 156 MB
     "mmflow pretrain recipe.yaml --submit http://head:8265": "tests/cluster/test_submit.py",
     "mmflow cluster check cluster.yaml": "tests/cluster/test_lint.py",
     "mmflow schedule pipelines/nightly.yaml": "test_the_scheduler_starts_and_stops",
@@ -57,6 +58,8 @@ def test_readme_shows_commands_of_every_kind() -> None:
         "mmflow score",
         "mmflow models rollback",
         "mmflow verify",
+        "mmflow describe",
+        "mmflow adopt",
     ):
         assert each in shown
 
@@ -66,8 +69,10 @@ def test_an_mmflow_command_of_readme_succeeds(command: str, recipe: str, capsys:
     workspace = load_recipe(recipe).workspace
     words = shlex.split(command.replace("pipelines/quickstart.yaml", recipe))[1:]
     words = [word.replace("distill.training.epochs=20", "distill.training.epochs=1") for word in words]
-    if words[0] == "verify":
-        words = ["verify", *map(str, Path(workspace, "shard").glob("*"))]
+    datasets = [str(path) for path in Path(workspace, "shard").iterdir()]
+    words = [each for word in words for each in (datasets[:1] if word == "workspace/quickstart/shard/*" else [word])]
+    if words[0] == "adopt":
+        words[1:3] = [f"{workspace}/theirs", f"{datasets[0]}/shards/{{00000..00001}}.tar"]
     assert not app(words, standalone_mode=False)
     assert capsys.readouterr().out.strip()
 
@@ -92,6 +97,8 @@ def test_the_recipes_in_readme_and_beside_it_are_valid(tmp_path: Path) -> None:
     fields = yaml.safe_load((ROOT / "pipelines/quickstart.yaml").read_text()) | yaml.safe_load(fragment)
     del fields["corpus"]
     assert load_recipe(write_recipe(tmp_path / "own.yaml", fields)).shard.sources[0].uri.startswith("s3://")
+    for path in (ROOT / "pipelines").rglob("*.yaml"):
+        assert load_recipe(str(path)).name == path.stem
 
 
 def test_the_scheduler_starts_and_stops(recipe: str, tmp_path: Path) -> None:

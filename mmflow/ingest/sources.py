@@ -78,13 +78,10 @@ def list_units(sources: Sequence[SourceConfig]) -> list[Unit]:
                     raise MisuseError(f"{unit.uri}: {file} is named twice in `sources`; its records would be repeated")
         labels.update(unit.name for unit in found)
         units += [replace(unit, source=number, number=place) for place, unit in enumerate(found)]
-    files: dict[tuple[str, tuple[str, ...]], str] = {
-        (unit.uri, unit.files): "" for unit in units if not unit.fingerprint
-    }
+    wanted = list(dict.fromkeys((unit.uri, unit.files) for unit in units if not unit.fingerprint))
     with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing and reading both leave Python's lock alone
-        for key, digest in zip(files, pool.map(lambda key: listing.fingerprint(*key), files), strict=True):
-            files[key] = digest
-    return [unit if unit.fingerprint else replace(unit, fingerprint=_of_range(unit, files)) for unit in units]
+        files = dict(zip(wanted, pool.map(lambda key: listing.fingerprint_and_lines(*key), wanted), strict=True))
+    return [unit if unit.fingerprint else _with_fingerprint(unit, *files[unit.uri, unit.files]) for unit in units]
 
 
 def read_unit(unit: Unit, source: SourceConfig) -> Iterator[pa.Table]:
@@ -227,9 +224,12 @@ READERS: dict[SourceKind, Callable[[Unit, SourceConfig], Iterator[Found]]] = {
 }
 
 
-def _of_range(unit: Unit, files: dict[tuple[str, tuple[str, ...]], str]) -> str:
-    digest = files[unit.uri, unit.files]
-    return digest if unit.row_groups is None else f"{digest}-{unit.row_groups[0]}-{unit.row_groups[1]}"
+def _with_fingerprint(unit: Unit, digest: str, lines: int) -> Unit:
+    """The unit with its fingerprint; the number of its lines says how many records to expect of a list."""
+    if unit.row_groups is not None:
+        digest = f"{digest}-{unit.row_groups[0]}-{unit.row_groups[1]}"
+    expected = lines if unit.kind in ("jsonl", "csv") and unit.records is None else unit.records
+    return replace(unit, fingerprint=digest, records=expected)
 
 
 def _read_batch(batch: pa.Table, sources: Sequence[SourceConfig]) -> Iterator[pa.Table]:

@@ -13,7 +13,7 @@ class Unit:
 
     `uri` is the directory that `files` are named in, and that image paths count from; `prefix` is its name without a
     path of this machine, and `name` the unit's. `fingerprint` stands for the content, wherever it lies. `records` is
-    their number where the source says it before it is read.
+    about their number, where the source tells it before it is read.
     """
 
     source: int
