@@ -110,7 +110,8 @@ def _settle(hashes: Hashes, members: Places, owners: Places, radius: int, run: R
     if pairs is not None:
         owners[members] = members[greedy_owners(pairs, len(members))]
         return
-    first, second = members[: len(members) // 4], members[len(members) // 4 :]
+    quarter = max(1, len(members) // 4)
+    first, second = members[:quarter], members[quarter:]
     _settle(hashes, first, owners, radius, run)
     rest = _claim(hashes, first[owners[first] == first], second, owners, radius, run)
     _settle(hashes, rest, owners, radius, run)
