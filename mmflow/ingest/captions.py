@@ -1,15 +1,16 @@
-"""Captions as people meant them: one Unicode form, nothing invisible, within bounds."""
+"""Which captions a record keeps: cleaned, within bounds, in the languages asked for, and saying something."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from typing import TypedDict
 
 import xxhash
 
+from mmflow.ingest.caption_text import clean_text, is_boilerplate, mask
 from mmflow.ingest.config import CaptionConfig
+from mmflow.ingest.languages import UNKNOWN, detect_language, same_language
 from mmflow.ingest.reasons import Reason, Rejected
 
 
@@ -20,13 +21,11 @@ class Caption(TypedDict):
     text: str
 
 
-# Zero-width joiners spell words in Persian and the Indic scripts and join emoji; between ASCII they only hide things.
-IDLE_JOINER = re.compile("(?<![^\\s\x00-\x7f])[\u200c\u200d]+|[\u200c\u200d]+(?![^\\s\x00-\x7f])")
-JOINERS = "\u200c\u200d"
 # Scripts written without spaces, in which a character is about a token: kana, CJK, Hangul, Thai, Lao, Khmer, Myanmar.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
 )
+MAX_MARKUP = 16  # characters of markup and entities to one that is left
 CHARACTERS_PER_TOKEN = 4.4  # BERT's word pieces on English captions, white space counted
 
 
@@ -35,37 +34,52 @@ def clean_captions(captions: Sequence[Caption], settings: CaptionConfig) -> list
 
     Raises Rejected where none is left, with the fate of the first that had any text.
     """
-    min_characters, max_characters = settings.min_characters, settings.max_characters
     kept: list[Caption] = []
     fate = Rejected(Reason.caption_missing, f"{len(captions)} captions, none with text")
     for caption in captions:
-        text = clean_text(caption["text"])
-        if not text:
-            continue
-        if len(text) < min_characters:
-            verdict = Rejected(Reason.caption_too_short, f"{len(text)} characters, at least {min_characters} are asked")
-        elif len(text) > max_characters:
-            verdict = Rejected(Reason.caption_too_long, f"{len(text)} characters, at most {max_characters} are asked")
+        try:
+            cleaned = clean_caption(caption, settings)
+        except Rejected as rejected:
+            if fate.reason is Reason.caption_missing:
+                fate = rejected
         else:
-            cleaned = Caption(language=caption["language"], text=text)
             if cleaned not in kept:
                 kept.append(cleaned)
-            continue
-        if fate.reason is Reason.caption_missing:
-            fate = verdict
     if not kept:
         raise fate
     return kept
 
 
-def clean_text(text: str) -> str:
-    """NFC, white space folded to single spaces, control, format and unpaired surrogate characters out."""
-    if text.isascii() and text.isprintable():
-        return " ".join(text.split())
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    text = "".join(c for c in text if c in JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn"))
-    # Once more: what went may have stood between spaces, or between a letter and its accent.
-    return " ".join(unicodedata.normalize("NFC", IDLE_JOINER.sub("", text)).split())
+def clean_caption(caption: Caption, settings: CaptionConfig) -> Caption:
+    """One caption, cleaned, masked and tagged. Raises Rejected."""
+    raw, language = caption["text"], caption["language"]
+    if len(raw) > MAX_MARKUP * settings.max_characters:  # not worth cleaning: even of markup there is too much
+        raise _rejected("caption_too_long", len(raw), "characters", "at most", settings.max_characters)
+    text = clean_text(raw)
+    if not text:
+        raise Rejected(Reason.caption_missing, "no text")
+    if settings.drop_boilerplate and is_boilerplate(text):
+        raise Rejected(Reason.caption_boilerplate, f"{text[:80]!r} says nothing of an image")
+    text = mask(text, settings.mask)
+    if len(text) < settings.min_characters:
+        raise _rejected("caption_too_short", len(text), "characters", "at least", settings.min_characters)
+    if len(text) > settings.max_characters:
+        raise _rejected("caption_too_long", len(text), "characters", "at most", settings.max_characters)
+    if settings.min_tokens or settings.max_tokens is not None:
+        tokens = estimate_tokens(text)
+        if tokens < settings.min_tokens:
+            raise _rejected("caption_too_short", tokens, "tokens", "at least", settings.min_tokens)
+        if settings.max_tokens is not None and tokens > settings.max_tokens:
+            raise _rejected("caption_too_long", tokens, "tokens", "at most", settings.max_tokens)
+    if settings.detect_language and language == UNKNOWN:
+        language = detect_language(text)
+    if settings.languages and not any(same_language(language, wanted) for wanted in settings.languages):
+        raise Rejected(Reason.caption_language, f"{language}, of {', '.join(settings.languages)} one is asked")
+    return Caption(language=language, text=text)
+
+
+def _rejected(reason: str, found: int, unit: str, bound: str, asked: int) -> Rejected:
+    return Rejected(Reason(reason), f"{found} {unit}, {bound} {asked} are asked")
 
 
 def estimate_tokens(text: str) -> int:

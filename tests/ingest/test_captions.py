@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.ingest.captions import Caption, clean_captions, clean_text, estimate_tokens
+from mmflow.ingest.caption_text import clean_text, is_boilerplate, mask
+from mmflow.ingest.captions import Caption, caption_hash, clean_captions, estimate_tokens
+from mmflow.ingest.config import CaptionConfig
+from mmflow.ingest.languages import detect_language, same_language
 from mmflow.ingest.reasons import Reason, Rejected
 
 
@@ -29,6 +32,13 @@ def caption(text: str, language: str = "en") -> Caption:
         ("\U0001f469\u200d\U0001f680 rocket", "\U0001f469\u200d\U0001f680 rocket"),
         ("\u3000全角\u3000空格 ", "全角 空格"),
         ("\u200d \u200c", ""),
+        ("Tom &amp; Jerry", "Tom & Jerry"),
+        ("caf&amp;amp;amp;eacute; &amp;#233;", "café é"),
+        ("AT&T, Q&A; R&D", "AT&T, Q&A; R&D"),
+        ("1 &lt; 2", "1 < 2"),
+        ("a <b>red</b><br/>fox &lt;i&gt;here&lt;/i&gt;", "a red fox here"),
+        ("if x<y and y>z", "if x<y and y>z"),
+        ("bell&#7; &#xd800; nul&#0;", "bell \ufffd nul\ufffd"),
     ],
 )
 def test_clean_text(dirty: str, clean: str) -> None:
@@ -46,7 +56,7 @@ def test_clean_text_is_stable_printable_and_encodable(text: str) -> None:
 
 def test_captions_out_of_bounds_are_dropped_and_repeats_folded() -> None:
     captions = [caption("x"), caption("a  fox"), caption("a fox"), caption("a fox", "de"), caption("y" * 50)]
-    kept = clean_captions(captions, min_characters=2, max_characters=20)
+    kept = clean_captions(captions, CaptionConfig(max_characters=20))
     assert kept == [caption("a fox"), caption("a fox", "de")]
 
 
@@ -57,14 +67,90 @@ def test_captions_out_of_bounds_are_dropped_and_repeats_folded() -> None:
         (["", " \u200b "], Reason.caption_missing),
         (["", "x"], Reason.caption_too_short),
         (["y" * 1_000_000], Reason.caption_too_long),
+        (["&amp;" * 200_000], Reason.caption_too_long),
+        (["IMG_1234.jpg"], Reason.caption_boilerplate),
+        (["", "image of", "x"], Reason.caption_boilerplate),
     ],
 )
 def test_a_record_without_a_caption_left_is_rejected_with_the_reason(texts: list[str], reason: Reason) -> None:
     with pytest.raises(Rejected) as rejected:
-        clean_captions([caption(text) for text in texts], min_characters=2, max_characters=100)
+        clean_captions([caption(text) for text in texts], CaptionConfig(max_characters=100))
     assert rejected.value.reason is reason
 
 
 def test_token_estimates_are_near_what_tokenizers_give() -> None:
     assert estimate_tokens("坐电动轮椅的女人 中等肤色") in range(11, 15)
     assert estimate_tokens("a woman in a motorized wheelchair, medium skin tone") in range(9, 15)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "IMG_1234.JPG", "dsc00012", "DSCN0300", "photo 17", "Image (3)", "untitled", "an image of", "Picture.",
+        "8f14e45fceea167a5a36dedd4bea2543.png", "N/A", "no caption", "Screenshot 20240102", "thumbnail", "a photo",
+    ],
+)  # fmt: skip
+def test_file_names_and_words_for_pictures_at_large_are_boilerplate(text: str) -> None:
+    assert is_boilerplate(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["image of a fox", "photo album", "framed picture", "camera", "map", "none of us", "a fox.png in the snow"]
+)
+def test_what_says_something_is_not(text: str) -> None:
+    assert not is_boilerplate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("write to jane.doe+cats@mail.example.co.uk today", "write to [email] today"),
+        ("@nobody at example.com", "@nobody at example.com"),
+        ("call +49 211 1234567 or (020) 7946 0958", "call [phone] or [phone]"),
+        ("call 555-867-5309, 555.867.5309 or 0211 1234567", "call [phone], [phone] or [phone]"),
+        ("1920x1080, 2024-01-31, 12.05.1999, 192.168.1.1", "1920x1080, 2024-01-31, 12.05.1999, 192.168.1.1"),
+        ("ISBN 978-3-16-148410-0, $1,299.00, 1600 1200", "ISBN 978-3-16-148410-0, $1,299.00, 1600 1200"),
+        ("555-867-53091", "555-867-53091"),
+    ],
+)
+def test_masks_take_addresses_and_numbers_to_call_and_leave_other_numbers(text: str, masked: str) -> None:
+    assert mask(text, ["email", "phone"]) == masked
+    assert mask(text, []) == text
+
+
+@given(st.text(st.sampled_from("&amp;lt#38 <b>br/é\u200d\x07@.com+4921"), max_size=60))
+def test_cleaning_twice_changes_nothing(text: str) -> None:
+    settings = CaptionConfig(min_characters=1, mask=["email", "phone"], drop_boilerplate=False)
+    try:
+        cleaned = clean_captions([caption(text)], settings)
+    except Rejected:
+        return
+    assert clean_captions(cleaned, settings) == cleaned
+
+
+def test_bounds_in_tokens() -> None:
+    settings = CaptionConfig(min_tokens=3, max_tokens=6)
+    kept = clean_captions([caption("fox"), caption("a red fox runs"), caption("word " * 20)], settings)
+    assert kept == [caption("a red fox runs")]
+    with pytest.raises(Rejected, match="tokens, at most 6 are asked"):
+        clean_captions([caption("word " * 20)], settings)
+
+
+def test_languages_are_detected_where_unknown_and_filtered_by_their_primary_part() -> None:
+    german = "Ein roter Drache fliegt im Herbst über die Dünen an der Nordsee"
+    french = "Un cerf-volant rouge vole au-dessus des dunes de la mer du Nord"
+    settings = CaptionConfig(detect_language=True, languages=["fr", "en-GB"])
+    captions = [caption(german, "und"), caption(french, "und"), caption("a red kite", "en-US")]
+    assert clean_captions(captions, settings) == [caption(french, "fr"), caption("a red kite", "en-US")]
+    with pytest.raises(Rejected) as rejected:
+        clean_captions([caption(german, "und")], settings)
+    assert rejected.value.reason is Reason.caption_language
+    assert rejected.value.detail.startswith("de, of fr, en-GB")
+    assert detect_language("zzz") == "und"
+    assert same_language("zh-Hant", "zh")
+    assert not same_language("fry", "fr")
+
+
+def test_captions_that_differ_in_case_alone_have_one_hash() -> None:
+    assert caption_hash("A Red STRASSE") == caption_hash("a red straße")
+    assert caption_hash("a red fox") != caption_hash("a red box")
