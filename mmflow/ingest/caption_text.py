@@ -3,74 +3,91 @@
 from __future__ import annotations
 
 import html
+import html.entities
 import re
 import unicodedata
-from collections.abc import Sequence
 
 # Zero-width joiners spell words in Persian and the Indic scripts and join emoji; between ASCII they only hide things.
 IDLE_JOINER = re.compile("(?<![^\\s\x00-\x7f])[\u200c\u200d]+|[\u200c\u200d]+(?![^\\s\x00-\x7f])")
 JOINERS = "\u200c\u200d"
-# Of entities only those that end as they should: "AT&T" and "Q&A; more" are text.
-ESCAPED_AMPERSAND = re.compile(r"&(?:amp;)+", re.IGNORECASE)
+# With the semicolon only: "R&D", "?a=1&copy=2" and "AT&T" are no entities.
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-# Markup of running text; what else stands in angle brackets is more often an arrow or a placeholder.
-TAG = re.compile(r"</?(?:a|b|br|div|em|font|i|li|p|span|strong|sub|sup|u|ul)(?:\s[^<>]{0,500})?/?>", re.IGNORECASE)
+# An ampersand that was escaped again and again, as scraped captions are.
+AMPERSANDS = re.compile(r"&(?:(?:amp|AMP|#0{0,5}38|#[xX]0{0,4}26);)+")
+# The markup of running text, and no other: "a < b", "<3" and "<unknown>" are what somebody wrote. An attribute needs
+# its "=", so that "x <b and c> y" stays. What breaks a line parts words; the rest may stand within one: H<sub>2</sub>O.
+ATTRIBUTES = r"""(?:\s+[a-zA-Z-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>=]+))*"""
+BREAKING = "br|p|div|li|ul|ol|hr|tr|td|th|table|h[1-6]|blockquote|figure|figcaption|img"
+INLINE = "b|i|u|em|strong|span|a|font|small|big|sub|sup|center|cite|abbr|mark|q|s|code"
+BREAKING_TAG = re.compile(rf"</?(?:{BREAKING}){ATTRIBUTES}\s*/?>", re.IGNORECASE)
+INLINE_TAG = re.compile(rf"</?(?:{INLINE}){ATTRIBUTES}\s*/?>", re.IGNORECASE)
+MAX_ROUNDS = 3
 
-EMAIL = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}")
-# International with a plus; (020) 7946 0958; 555-867-5309 or with dots; 0211 1234567. Never bare digits, dates, sizes,
-# prices or ISBNs: a number lost to a mask is lost to the model.
-PHONE = re.compile(
-    r"(?<![\w.+-])(?:"
-    r"\+[0-9]{1,3}(?:[ .()/-]{0,2}[0-9]){7,12}"
-    r"|\([0-9]{2,5}\)[ -]?[0-9]{3,4}[ -]?[0-9]{3,5}"
-    r"|[0-9]{3}([-.])[0-9]{3}\1[0-9]{4}"
-    r"|0[0-9]{2,4}[ /-][0-9]{3,4}[ -]?[0-9]{3,4}"
-    r")(?![\w-]|\.[0-9])"
+# Alone, these say that there is a picture and nothing of what is in it.
+EMPTY_WORDS = (
+    "images?|photos?|photograph|pictures?|pic|img|fig(?:ure)?|thumbnail|placeholder|untitled|unnamed"
+    "|no (?:title|caption|description|name|alt(?: text)?)(?: available)?|alt(?: text)?|null|none|undefined|n/a"
+    "|图片|照片|画像|写真|无标题|無題|bild|foto|imagen|imagem|immagine|фото|изображение"
+    "|ohne titel|sans titre|sin título|senza titolo|sem título|без названия"
 )
-PATTERNS = {"email": (EMAIL, "[email]"), "phone": (PHONE, "[phone]")}
-
-# The whole caption is a file's name, a camera's number, or a word for pictures at large.
 BOILERPLATE = re.compile(
-    r"[^\s/]{1,120}\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|avif|heic|eps|psd)"
-    r"|(?:img|dscn?|dscf|pict?|mvi|sam|gopr|image|photo|picture|screenshot|scan|untitled)[_ -]*[0-9()]{1,20}"
-    r"|(?:an? |the )?(?:image|photo|photograph|picture|pic|thumbnail)(?: of(?: an?| the)?)?"
-    r"|untitled|no (?:title|caption|description|alt(?: text)?)|alt(?: text)?|placeholder|n/a|null|none|undefined",
+    rf"(?:an? |the )?(?:{EMPTY_WORDS})(?: of(?: an?| the)?)?[\s_#(-]*\d*\)?[\s.:!…-]*"
+    # What cameras, telephones and screenshots call their files.
+    r"|(?:img|dsc[nf]?|pict?|mvi|gopr|dji|pxl|sam|cimg|hpim|imgp|vid|scan|image|photo)[\s_-]?\d[\d_\s-]*(?:\(\d+\))?"
+    r"|p\d{7}|(?:screenshot|screen shot|whatsapp image)[\s_-][\d\s_.:-]*(?:at [\d.:]+)?(?: [ap]m)?"
+    # Hashes and UUIDs.
+    r"|[0-9a-f]{16,128}|[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}",
     re.IGNORECASE,
 )
+MOST_SPACES = 5  # of these; a caption of more words is not looked at
+IMAGES = ["jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "svg", "avif", "heic", "eps", "psd", "ico", "nef"]
+EXTENSIONS = frozenset([*IMAGES, "cr2", "mp4", "mov"])
+MOST_SPACES_OF_NAME, MAX_NAME = 3, 130  # a sentence too may end in a file's name
 
 
 def clean_text(text: str) -> str:
-    """Entities and markup undone, NFC, white space folded; control, format and unpaired surrogate characters out."""
-    if "&" in text or "<" in text:
-        text = _unescape(text)
-    if text.isascii() and text.isprintable():
-        return " ".join(text.split())
-    text = " ".join(unicodedata.normalize("NFC", text).split())
-    text = "".join(c for c in text if c in JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn"))
-    # Once more: what went may have stood between spaces, or between a letter and its accent, or within an entity.
-    cleaned = " ".join(unicodedata.normalize("NFC", IDLE_JOINER.sub("", text)).split())
-    undone = _unescape(cleaned) if "&" in cleaned or "<" in cleaned else cleaned
-    return cleaned if undone == cleaned else clean_text(undone)
+    """NFC, single spaces, no control, format or unpaired surrogate characters, entities and markup undone.
 
-
-def _unescape(text: str) -> str:
-    """Entities, however often they were escaped, and tags. Every round makes the text shorter, so it ends."""
-    while True:
-        undone = ENTITY.sub(lambda match: html.unescape(match[0]), ESCAPED_AMPERSAND.sub("&", text))
-        undone = TAG.sub(" ", undone)
-        if undone == text:
+    Escapes and markup may hide one another, or what `_plain` takes out, so they are undone until nothing is left of
+    them. What does not come to rest within `MAX_ROUNDS` was not escaped but made up: it stays as it was.
+    """
+    text = plain = _plain(text)
+    for _ in range(MAX_ROUNDS + 1):
+        before = text
+        if "&" in text:
+            text = ENTITY.sub(_character, AMPERSANDS.sub("&", text))
+        if "<" in text:
+            text = INLINE_TAG.sub("", BREAKING_TAG.sub(" ", text))
+        if text == before:
             return text
-        text = undone
+        text = _plain(text)
+    return plain
 
 
-def mask(text: str, what: Sequence[str]) -> str:
-    """The text with e-mail addresses or phone numbers, "email" and "phone", replaced by [email] and [phone]."""
-    for name in what:
-        pattern, word = PATTERNS[name]
-        text = pattern.sub(word, text)
-    return text
+def _character(entity: re.Match[str]) -> str:
+    if entity[0][1] == "#":
+        return html.unescape(entity[0])
+    # Not `html.unescape`, which takes the beginning of an unknown name for a known one: "&notice;" is no "¬ice;".
+    return html.entities.html5.get(entity[0][1:], entity[0])
+
+
+def _plain(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text.strip() if "  " not in text else " ".join(text.split())
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    if text.isprintable():  # true of none of the characters that go
+        return text
+    text = "".join(c for c in text if c in JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Cn"))
+    # Once more: what went may have stood between spaces, or between a letter and its accent.
+    return " ".join(unicodedata.normalize("NFC", IDLE_JOINER.sub("", text)).split())
 
 
 def is_boilerplate(text: str) -> bool:
-    """Whether a clean caption says nothing of its image: a file name, "IMG_1234", "image of"."""
-    return len(text) <= 130 and BOILERPLATE.fullmatch(text.rstrip(" .:…")) is not None
+    """Whether a clean caption says nothing of its image: a file's name, "IMG_1234", "image of"."""
+    spaces = text.count(" ")
+    if spaces > MOST_SPACES or len(text) > MAX_NAME:
+        return False
+    name, dot, extension = text.rpartition(".")
+    if dot and name and spaces <= MOST_SPACES_OF_NAME and extension.lower() in EXTENSIONS:
+        return "/" not in name and not name.endswith(" ")
+    return BOILERPLATE.fullmatch(text) is not None

@@ -8,9 +8,10 @@ from typing import TypedDict
 
 import xxhash
 
-from mmflow.ingest.caption_text import clean_text, is_boilerplate, mask
+from mmflow.ingest.caption_text import MAX_ROUNDS, clean_text, is_boilerplate
 from mmflow.ingest.config import CaptionConfig
 from mmflow.ingest.languages import UNKNOWN, detect_language, same_language
+from mmflow.ingest.masks import mask
 from mmflow.ingest.reasons import Reason, Rejected
 
 
@@ -34,25 +35,24 @@ def clean_captions(captions: Sequence[Caption], settings: CaptionConfig) -> list
 
     Raises Rejected where none is left, with the fate of the first that had any text.
     """
-    kept: list[Caption] = []
-    fate = Rejected(Reason.caption_missing, f"{len(captions)} captions, none with text")
+    kept: dict[tuple[str, str], Caption] = {}
+    fate: Rejected | None = None
     for caption in captions:
         try:
             cleaned = clean_caption(caption, settings)
         except Rejected as rejected:
-            if fate.reason is Reason.caption_missing:
+            if fate is None and rejected.reason is not Reason.caption_missing:
                 fate = rejected
         else:
-            if cleaned not in kept:
-                kept.append(cleaned)
+            kept.setdefault((cleaned["language"], cleaned["text"]), cleaned)
     if not kept:
-        raise fate
-    return kept
+        raise fate or Rejected(Reason.caption_missing, f"{len(captions)} captions, none with text")
+    return list(kept.values())
 
 
 def clean_caption(caption: Caption, settings: CaptionConfig) -> Caption:
     """One caption, cleaned, masked and tagged. Raises Rejected."""
-    raw, language = caption["text"], caption["language"]
+    raw, language = caption["text"].strip(), caption["language"]
     if len(raw) > MAX_MARKUP * settings.max_characters:  # not worth cleaning: even of markup there is too much
         raise _rejected("caption_too_long", len(raw), "characters", "at most", settings.max_characters)
     text = clean_text(raw)
@@ -60,7 +60,8 @@ def clean_caption(caption: Caption, settings: CaptionConfig) -> Caption:
         raise Rejected(Reason.caption_missing, "no text")
     if settings.drop_boilerplate and is_boilerplate(text):
         raise Rejected(Reason.caption_boilerplate, f"{text[:80]!r} says nothing of an image")
-    text = mask(text, settings.mask)
+    if settings.mask and len(text) <= settings.max_characters:
+        text = _mask(text, settings.mask)
     if len(text) < settings.min_characters:
         raise _rejected("caption_too_short", len(text), "characters", "at least", settings.min_characters)
     if len(text) > settings.max_characters:
@@ -78,13 +79,23 @@ def clean_caption(caption: Caption, settings: CaptionConfig) -> Caption:
     return Caption(language=language, text=text)
 
 
+def _mask(text: str, what: Sequence[str]) -> str:
+    """The text masked and clean: what stood beside a number may be idle beside its mask, or a number to call itself."""
+    for _ in range(MAX_ROUNDS):
+        masked = clean_text(mask(text, what))
+        if masked == text:
+            break
+        text = masked
+    return text
+
+
 def _rejected(reason: str, found: int, unit: str, bound: str, asked: int) -> Rejected:
     return Rejected(Reason(reason), f"{found} {unit}, {bound} {asked} are asked")
 
 
 def estimate_tokens(text: str) -> int:
     """About how many tokens a text has, without a tokenizer: enough to sort and bound by."""
-    unspaced = len(UNSPACED.findall(text))
+    unspaced = 0 if text.isascii() else len(UNSPACED.findall(text))
     return unspaced + round((len(text) - unspaced) / CHARACTERS_PER_TOKEN + 0.5)
 
 

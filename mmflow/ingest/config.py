@@ -115,7 +115,7 @@ class CaptionConfig(Config):
     detect_language: bool = False
     """Tag captions of unknown language by py3langid."""
     languages: list[str] = Field(default_factory=list)
-    """Languages kept; others are dropped. Empty: all."""
+    """Languages kept, "und" for what nobody knows among them or not; others are dropped. Empty: all."""
     max_images: int | None = Field(None, ge=1)
     """A caption of more images than this says nothing of any; it is dropped from all of them."""
 

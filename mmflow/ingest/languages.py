@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 UNKNOWN = "und"  # BCP 47's word for it
+NOT_LANGUAGE = "zxx"  # numbers and the like
 # On 600 names of emoji each, of two or three words: from here on 98% right in English (of the 30% that reach it), 100%
 # in French (70%) and 87% in Chinese (32%); below it 58, 51 and 81%.
 LEAST_PROBABILITY = 0.5
@@ -15,7 +16,7 @@ MAX_CHARACTERS = 1_000  # a language shows within a paragraph
 def detect_language(text: str) -> str:
     """The text's language, ISO 639-1, or "und" where the model is not sure."""
     language, probability = _identifier().classify(text[:MAX_CHARACTERS])
-    return str(language) if probability >= LEAST_PROBABILITY else UNKNOWN
+    return str(language) if probability >= LEAST_PROBABILITY and language != NOT_LANGUAGE else UNKNOWN
 
 
 def same_language(tag: str, wanted: str) -> bool:
