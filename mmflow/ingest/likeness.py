@@ -16,10 +16,9 @@ import xxhash
 
 from mmflow.ingest.captions import UNSPACED
 
-WORDS = 3
 # Of pairs at the threshold itself so many are candidates; of more similar ones more.
 RECALL = 0.999
-MAX_ROWS, MAX_BANDS = 8, 32
+MAX_ROWS, MAX_BANDS = 5, 32
 BATCH = 1 << 14  # texts at a time: some 200,000 3-grams, 1.6 MB, which stay in the cache
 PUNCTUATION = re.compile(r"^[^\w]+|[^\w]+$")
 
@@ -31,11 +30,12 @@ def shingles(text: str) -> Shingles:
 
     Where words are not spaced, in Chinese say, each character is a word.
     """
-    words = UNSPACED.sub(r" \g<0> ", text.casefold()).split()
-    words = [PUNCTUATION.sub("", word) or word for word in words]
-    if len(words) < WORDS:
+    text = text.casefold()
+    words = (text if text.isascii() else UNSPACED.sub(r" \g<0> ", text)).split()
+    words = [word if word.isalnum() else PUNCTUATION.sub("", word) or word for word in words]
+    if len(words) < 3:
         return frozenset((word,) for word in words)
-    return frozenset(zip(*(words[start:] for start in range(WORDS)), strict=False))
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
 
 
 def similarity(one: Shingles, other: Shingles) -> float:
@@ -47,7 +47,8 @@ def similarity(one: Shingles, other: Shingles) -> float:
 def plan_minhash(threshold: float) -> tuple[int, int]:
     """(rows of a band, bands): the longest bands that still find `RECALL` of the pairs at the threshold.
 
-    Below a threshold of 0.2 the bands that there may be find fewer.
+    Of those less than half alike five rows let few become candidates; longer bands cost more than they spare. Below a
+    threshold of 0.2 the bands that there may be find fewer.
     """
     for rows in range(MAX_ROWS, 1, -1):
         miss = 1 - threshold**rows

@@ -82,6 +82,7 @@ def select_records(
     duplicates: DuplicatesConfig,
     max_images: int | None,
     known: Sequence[str] = (),
+    known_common: Hashes | None = None,
     evaluation: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Selection:
@@ -89,7 +90,8 @@ def select_records(
 
     `known` are the indexes of the dataset that is being grown, `evaluation` those of the datasets in
     `duplicates.against`: their samples stay, and reject what is like them. Of the others held-out records stay before
-    those of `train`, then the first by place. `progress(done, total)` counts rounds. Raises MisuseError where
+    those of `train`, then the first by place. Each round is about what is left by those before it, so the survivor that
+    a record goes for may go in a later one. `progress(done, total)` counts rounds. Raises MisuseError where
     `evaluation` cannot be compared with, MissingArtifactError or CorruptArtifactError where a file cannot be read.
     """
     required = ["pixel_hash"] * duplicates.exact + ["perceptual_hash"] * (duplicates.radius is not None)
@@ -116,7 +118,7 @@ def select_records(
     _reject_repeats(tables, verdicts, Reason.key_repeated)
     report()
     if max_images is not None:
-        common = _reject_common(tables, verdicts, max_images)
+        common = _reject_common(tables, verdicts, max_images, known_common)
         report()
     if duplicates.exact:
         _reject_repeats(tables, verdicts, Reason.duplicate_exact)
@@ -141,13 +143,18 @@ def _reject_repeats(tables: Sequence[Any], verdicts: Verdicts, reason: Reason) -
         verdicts.add(reason, places, owners, np.ones(len(places)))
 
 
-def _reject_common(tables: Sequence[Any], verdicts: Verdicts, max_images: int) -> Hashes:
-    """Find the captions of more than so many images, which are returned, and reject the records of no others."""
+def _reject_common(tables: Sequence[Any], verdicts: Verdicts, max_images: int, known: Hashes | None) -> Hashes:
+    """Find the captions of more than so many images, which are returned, and reject the records of no others.
+
+    Those `known` to be common stay so: how many images there were is no longer known, and is given as 0.
+    """
     parts = _num_parts(tables)
     gone = ray.put(verdicts.rejected)
     dealt = _deal(count_captions, parts, [(table, gone) for table in tables])
     found = _results([ray.remote(add_counts).remote(max_images, *part) for part in dealt])
     hashes, counts = (np.concatenate(values) for values in zip(*found, strict=True))
+    before = np.setdiff1d(np.empty(0, np.uint64) if known is None else known, hashes)
+    hashes, counts = np.concatenate([hashes, before]), np.concatenate([counts, np.zeros(len(before), counts.dtype)])
     order = np.argsort(hashes)
     common: Hashes = hashes[order]
     if len(common):
@@ -236,7 +243,7 @@ def _detail(reason: Reason, amount: float, key: str, source: str | None) -> str:
     if reason is Reason.key_repeated:
         return f"an earlier record has this key ({source})" if source else "a sample of the dataset has this key"
     if reason is Reason.caption_too_common:
-        return f"{amount:.0f} images have this caption"
+        return f"{amount:.0f} images have this caption" if amount else "too many images had this caption before"
     if reason is Reason.duplicate_exact:
         return f"the same pixels as {key}"
     if reason is Reason.duplicate_near:
