@@ -73,7 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(error: Exception | str, code: int) -> int:
     if os.environ.get("MMFLOW_DEBUG"):
         traceback.print_exc()
-    if isinstance(error, Exception) and not isinstance(error, MmflowError):
+    if isinstance(error, OSError):  # a full disk, a file that is not ours: the machine's trouble
+        where = f"{error.filename}: " if error.filename else ""
+        line = f"{where}{error.strerror or error}; mend it and run the same command again"
+    elif isinstance(error, Exception) and not isinstance(error, MmflowError):
         line = (
             f"{type(error).__name__}: {' '.join(str(error).split())[:500]} (a bug? run with --debug for the traceback)"
         )

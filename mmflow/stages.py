@@ -148,7 +148,7 @@ def _directory_hash(directory: Path) -> str:
 
 
 def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.shards.grow import settings_of_build
+    from mmflow.shards.grow import SOURCES, settings_of_build
     from mmflow.shards.stage import FETCHED, inputs_of_evaluation, inputs_of_sources
 
     settings = recipe.shard
@@ -171,7 +171,7 @@ def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
                 sources=sources,
                 settings=settings,
                 fetched=join(recipe.workspace, FETCHED) if "fetched" in fingerprints else None,
-                may_grow="corpus" not in inputs,
+                inputs={name: value for name, value in fingerprints.items() if name != SOURCES},
                 progress=report,
             )
 

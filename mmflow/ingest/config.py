@@ -49,7 +49,7 @@ class FetchConfig(Config):
     """How images are fetched over HTTP, politely and with bounds."""
 
     user_agent: str = Field(
-        "mmflow/0 (image-text dataset builder; +https://pypi.org/project/mmflow)", pattern=r"^[A-Za-z0-9_-]+[ -~]*$"
+        "mmflow/0 (builds datasets of images and captions to train models)", pattern=r"^[A-Za-z0-9_-]+[ -~]*$"
     )
     """Who asks and why; robots.txt knows us by its first word. Put a page or an address here where somebody answers."""
     concurrency: int = Field(64, ge=1)
@@ -70,6 +70,8 @@ class FetchConfig(Config):
     """Whether robots.txt is honoured. Opt-outs in the headers (noai, noml, TDM) always are."""
     loopback: bool = Field(False, exclude=True)
     """Admit addresses of this machine, for a server of one's own beside the job."""
+    refresh: bool = Field(False, exclude=True)
+    """Ask again about every URL, conditionally: bytes that their server says have not changed stay."""
 
 
 class ImageConfig(Config):

@@ -33,7 +33,7 @@ from mmflow.ingest.units import Unit
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
 from mmflow.shards.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, with_verdicts
-from mmflow.shards.grow import bring_over, settings_of_build
+from mmflow.shards.grow import bring_over, read_common, settings_of_build, write_common
 from mmflow.shards.index import ShardCommit, read_commit
 from mmflow.shards.pieces import pack_uri, read_piece
 from mmflow.shards.prepare import TRAIN, Preparation, prepare_block
@@ -83,12 +83,14 @@ def build_dataset(
         duplicates=settings.duplicates,
         max_images=settings.captions.max_images,
         known=[index_uri(base.uri, shard.name) for shard in kept] if base else [],
+        known_common=read_common(base.uri) if base else None,
         evaluation=[
             index_uri(each.uri, shard.name)
             for each in map(open_dataset, settings.duplicates.against)
             for split in each.splits
             for shard in each.shards(split)
         ],
+        progress=lambda done, total: progress(done, total, "comparisons"),
     )
     groups = group_pieces(pieces)
     rejected = ray.put(selection.rejected)
@@ -108,6 +110,7 @@ def build_dataset(
     ]
     old = {int(shard.name): read_commit(index_uri(uri, shard.name)) for shard in kept}
     remove_strays(uri, {**old, **commits})
+    write_common(uri, selection.common_captions)
     totals = total(infos, [*old.values(), *commits.values()], num_records + _num_records(base))
     if not totals["samples"]:
         raise MmflowError(
@@ -187,9 +190,13 @@ def deal_group(
 
 def plan_shards(groups: Sequence[Sequence[str]], rejected: Any, settings: ShardConfig, first: int) -> dict[str, range]:
     """Each split's shards; where every record is rejected, one empty shard that their quarantine goes with."""
-    measure = ray.remote(measure_group)
+    measure = ray.remote(measure_group).options(retry_exceptions=[OSError])
     extents: dict[str, Extent] = {}
-    for found in ray.get([measure.remote(group, rejected) for group in groups]):
+    try:
+        measured = ray.get([measure.remote(group, rejected) for group in groups])
+    except ray.exceptions.RayError as error:
+        raise failure(error, "measuring the pieces", "what is prepared is kept") from error
+    for found in measured:
         for split, extent in found.items():
             so_far = extents.get(split, Extent(0, 0))
             extents[split] = Extent(so_far.samples + extent.samples, so_far.bytes + extent.bytes)
@@ -210,7 +217,7 @@ def write_all(
     first = min(numbers.start for numbers in shards.values())
     num_shards = max(numbers.stop for numbers in shards.values()) - first
     num_buckets = min(num_shards, MAX_BUCKETS)
-    deal_rows = ray.remote(deal_group).options(num_returns=num_buckets)
+    deal_rows = ray.remote(deal_group).options(num_returns=num_buckets, retry_exceptions=[OSError])
     dealt = [deal_rows.remote(group, rejected, shards, seed, num_buckets) for group in groups]
     buckets = list(zip(*dealt, strict=True)) if num_buckets > 1 else [tuple(dealt)]
     bucket_of_shard = bucket_of(np.arange(num_shards), num_shards, num_buckets).tolist()

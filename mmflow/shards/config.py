@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from mmflow.config import Config
 from mmflow.ingest.config import CaptionConfig, DuplicatesConfig, FetchConfig, ImageConfig, SourceConfig
+
+SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
 class ShardConfig(Config):
@@ -23,6 +27,19 @@ class ShardConfig(Config):
     """Which records are too alike."""
     splits: dict[str, float] = Field(default_factory=dict)
     """Split → share of the records that name none, chosen by a hash: {validation: 0.01}. The rest is `train`."""
+
+    @field_validator("splits")
+    @classmethod
+    def _shares(cls, splits: dict[str, float]) -> dict[str, float]:
+        for name, share in splits.items():
+            if not SPLIT.fullmatch(name):
+                raise ValueError(f"{name!r}: a split's name has lower-case letters, digits, - and _, at most 40")
+            if not 0 < share < 1:
+                raise ValueError(f"{name}: {share}; a share lies between 0 and 1")
+        if sum(splits.values()) >= 1:
+            raise ValueError(f"the shares sum to {sum(splits.values()):g}, and nothing is left to train on")
+        return splits
+
     group_by: str | None = None
     """Key of the metadata whose equals stay in one split, such as a page or a product. None: each record by itself."""
     samples_per_shard: int = Field(10_000, ge=1)

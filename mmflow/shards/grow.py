@@ -7,34 +7,36 @@ what is lost is only that old and new samples do not meet within one shard.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import shutil
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from mmflow.artifacts import content_hash, filesystem, join, local_path, publish, read_bytes
+from mmflow.artifacts import content_hash, filesystem, join, read_bytes
 from mmflow.errors import MmflowError
 from mmflow.ingest.config import SourceConfig
 from mmflow.ingest.sources import source_names
 from mmflow.ingest.units import Unit
+from mmflow.shards.bring import bring, on_this_machine
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, index_uri, open_dataset, quarantine_uri, tar_uri
 from mmflow.shards.index import write_parquet
+from mmflow.shards.prepare import PREPARE_VERSION
+from mmflow.shards.write import WRITE_VERSION
 
 PARTS = "sources.parquet"  # beside the manifest: which parts of its sources a dataset was made from
-COPY_BYTES = 8 << 20
-NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)  # another file system, or one without links
+SOURCES = "sources"  # the stage's input that stands for the parts
+COMMON = "common_captions.parquet"
 
 
 def settings_of_build(settings: ShardConfig) -> dict[str, Any]:
     """What decides about the shards beside the records: not where sources lie, nor how they are fetched."""
-    fields = settings.model_dump(mode="json", exclude={"sources", "fetch", "grow"})
+    fields = settings.model_dump(mode="json", exclude={"sources", "fetch"})
     del fields["duplicates"]["against"]  # a path; the datasets' fingerprints are inputs of the stage
-    return fields
+    return {**fields, "versions": [PREPARE_VERSION, WRITE_VERSION]}
 
 
 def parts_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
@@ -56,48 +58,52 @@ def read_parts(uri: str) -> frozenset[str]:
     return frozenset(pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, PARTS)))).read()["part"].to_pylist())
 
 
-def find_base(candidates: Iterable[str], settings: ShardConfig, parts: Set[str]) -> Dataset | None:
-    """Of the committed datasets at the URIs, the one to grow: of these settings, every part still there, the most."""
+def find_base(
+    candidates: Iterable[str], settings: ShardConfig, parts: Set[str], inputs: Mapping[str, str]
+) -> Dataset | None:
+    """Of the committed datasets at the URIs, the one to grow: every part still there, and the most of them.
+
+    It must be of these settings and of the stage's other `inputs`: what was fetched since, or is evaluated on now, may
+    change what its old records come to.
+    """
     best, most = None, 0
     for uri in sorted(candidates):
         with contextlib.suppress(MmflowError):  # not a dataset, or not committed: nothing to grow
             dataset = open_dataset(uri)
             found = read_parts(uri)
-            if dataset.manifest["settings"] == settings_of_build(settings) and found <= parts and len(found) > most:
+            same = dataset.manifest["settings"] == settings_of_build(settings)
+            others = {name: value for name, value in dataset.manifest.get("inputs", {}).items() if name != SOURCES}
+            if same and others == dict(inputs) and found <= parts and len(found) > most:
                 best, most = dataset, len(found)
     return best
 
 
-def bring_over(base: Dataset, uri: str) -> list[ShardInfo]:
-    """Have the shards, indexes and quarantine of `base` at `uri` too; return their lines of the manifest, by name.
+def write_common(uri: str, hashes: NDArray[np.uint64]) -> None:
+    """Publish the hashes of the captions that were too common: the samples no longer show them."""
+    write_parquet(join(uri, COMMON), pa.table({"caption_hash": pa.array(hashes, pa.uint64())}))
 
-    On one file system they are linked: the same bytes, taken once. Raises MmflowError for a shard that is not whole.
+
+def read_common(uri: str) -> NDArray[np.uint64]:
+    """The hashes of a dataset's captions that were too common, sorted."""
+    table = pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, COMMON)))).read()
+    hashes: NDArray[np.uint64] = table["caption_hash"].to_numpy()
+    return hashes
+
+
+def bring_over(base: Dataset, uri: str) -> list[ShardInfo]:
+    """Have the shards, indexes and quarantine of `base` at `uri` too; return their lines of the manifest, in order.
+
+    On one file system they are linked: the same bytes, taken once. What lies there from a killed build is replaced.
+    Raises MmflowError for a shard that is not whole.
     """
-    shards = sorted((shard for split in base.splits for shard in base.shards(split)), key=lambda shard: shard.name)
+    shards = [shard for split in base.splits for shard in base.shards(split)]
+    shards.sort(key=lambda shard: int(shard.name))
     for shard in shards:
         system, path = filesystem(base.tar_uri(shard))
         if system.get_file_info(path).size != shard.bytes:
             raise MmflowError(f"{base.tar_uri(shard)}: not of {shard.bytes} bytes; run `mmflow verify {base.uri}`")
-        _bring(base.tar_uri(shard), tar_uri(uri, shard.name))
-        _bring(index_uri(base.uri, shard.name), index_uri(uri, shard.name))
-        with contextlib.suppress(FileNotFoundError):
-            _bring(quarantine_uri(base.uri, shard.name), quarantine_uri(uri, shard.name))
+        for place in (tar_uri, index_uri, quarantine_uri):
+            absent = [FileNotFoundError] if place is quarantine_uri else []  # where nothing was rejected
+            with contextlib.suppress(*absent), on_this_machine(place(base.uri, shard.name), beside=None) as file:
+                bring(file, place(uri, shard.name))
     return shards
-
-
-def _bring(source: str, target: str) -> None:
-    here, there = local_path(source), local_path(target)
-    if here is not None and there is not None:
-        there.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(here, there)
-        except FileExistsError:  # a killed build had brought it
-            return
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-        else:
-            return
-    system, path = filesystem(source)
-    with system.open_input_stream(path) as stream, publish(target) as copy:
-        shutil.copyfileobj(stream, copy, COPY_BYTES)

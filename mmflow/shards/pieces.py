@@ -49,7 +49,8 @@ COMMIT = b"mmflow.piece"
 
 def pack_uri(piece: str) -> str:
     """Where the images of the piece at this URI (its table) lie."""
-    return piece.removesuffix(".parquet") + ".pack"
+    path, mark, query = piece.partition("?")
+    return path.removesuffix(".parquet") + ".pack" + mark + query
 
 
 def write_piece_table(uri: str, table: pa.Table, plan: str, pack_bytes: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from mmflow.artifacts import canonical_json, join, local_path, publish, read_bytes
+from mmflow.artifacts import canonical_json, filesystem, join, local_path, publish, read_bytes
 from mmflow.errors import MissingArtifactError, MisuseError
 from mmflow.ingest.captions import caption_hash, clean_captions
 from mmflow.ingest.config import CaptionConfig, ImageConfig
@@ -32,7 +32,7 @@ from mmflow.shards.pieces import PIECE, PREPARED, finished_rows, pack_uri, write
 PREPARE_VERSION = 1  # raise it when the same records and settings come to make other pieces
 TRAIN = "train"
 URLS = ("http://", "https://")
-MAX_IMAGE_BYTES = 1 << 30
+MAX_IMAGE_BYTES = 256 << 20
 # What a file system says of a file that it will say again: these reject the record, any other error fails the task.
 LASTING_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 PIECES = pa.schema([("piece", pa.string()), ("records", pa.int64())])
@@ -87,16 +87,32 @@ def prepare_piece(records: pa.Table, preparation: Preparation) -> Row:
 
 
 def plan_of(rows: list[Row], preparation: Preparation) -> str:
-    """xxh3_128 (hex) of everything that a piece follows from, but for the bytes of image files.
+    """xxh3_128 (hex) of everything that a piece follows from; of local image files their sizes and times.
 
-    Without `root`, a path of this machine: the same corpus elsewhere is the same plan.
+    A picture that was missing when a build was killed, and is there now, is looked at again.
     """
     digest = xxhash.xxh3_128(canonical_json(preparation.settings).encode())
     for row in rows:
         bodies = [xxhash.xxh3_128_hexdigest(body) for body in row["bodies"] or ()]
-        kept = {name: value for name, value in row.items() if name not in ("root", "chunk", "bodies")}
-        digest.update(canonical_json({**kept, "bodies": bodies}).encode() + b"\n")
+        stamps = [] if row["bodies"] else [_stamp(row["root"], image) for image in row["images"] or ()]
+        kept = {name: value for name, value in row.items() if name not in ("chunk", "bodies")}
+        digest.update(canonical_json({**kept, "bodies": bodies, "stamps": stamps}).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _stamp(root: str, image: str) -> list[int] | None:
+    if image.startswith(URLS):
+        return None
+    try:
+        path = local_path(_resolved(root, image))
+        found = os.stat(path) if path is not None else None
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns] if found else None
+
+
+def _resolved(root: str, image: str) -> str:
+    return image if "://" in image or image.startswith(("/", "file:")) else join(root, image)
 
 
 def prepare_row(row: Row, preparation: Preparation, offset: int) -> tuple[Row, list[bytes]]:
@@ -175,17 +191,20 @@ def _store(uri: str, dataset: str) -> FetchedStore:
 
 def load_image(root: str, image: str) -> bytes:
     """One file's bytes; `image` is a URI, or a path relative to `root`. Raises Rejected for what stays amiss."""
-    uri = image if "://" in image or image.startswith(("/", "file:")) else join(root, image)
+    uri = _resolved(root, image)
     try:
         path = local_path(uri)
         if path is None:
-            return read_bytes(uri)
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # a FIFO would be waited on for ever
-            raise Rejected(Reason.image_unreadable, f"{image}: not a file")
-        if found.st_size > MAX_IMAGE_BYTES:
-            raise Rejected(Reason.image_too_large, f"{image}: {found.st_size} bytes, at most {MAX_IMAGE_BYTES}")
-        return path.read_bytes()
+            system, remote = filesystem(uri)
+            size = system.get_file_info(remote).size or 0
+        else:
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):  # a FIFO would be waited on for ever
+                raise Rejected(Reason.image_unreadable, f"{image}: not a file")
+            size = found.st_size
+        if size > MAX_IMAGE_BYTES:
+            raise Rejected(Reason.image_too_large, f"{image}: {size} bytes, at most {MAX_IMAGE_BYTES}")
+        return read_bytes(uri) if path is None else path.read_bytes()
     except (FileNotFoundError, MissingArtifactError) as error:
         raise Rejected(Reason.image_missing, f"{image}: no such file") from error
     except MisuseError as error:

@@ -15,12 +15,13 @@ import xxhash
 
 from mmflow.artifacts import canonical_json
 from mmflow.errors import CorruptArtifactError
-from mmflow.ingest.captions import Caption, clean_text, estimate_tokens
+from mmflow.ingest.caption_text import clean_text
+from mmflow.ingest.captions import Caption, estimate_tokens
 from mmflow.ingest.header import probe
 from mmflow.ingest.listing import IMAGE_EXTENSIONS
 from mmflow.ingest.reasons import Reason, Rejected
 from mmflow.ingest.sidecars import SIDECARS, TEXTS
-from mmflow.ingest.tarstream import Damage, Member, read_members
+from mmflow.ingest.tarstream import Damage, Member, read_members, split_name
 from mmflow.shards.index import MEMBERS
 
 TEXT_KEYS = ("captions", "caption", "text", "TEXT")
@@ -29,13 +30,6 @@ MAX_KEY_BYTES = 1000
 
 Row = dict[str, Any]
 Group = list[tuple[str, Member]]
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, suffix) of a member as webdataset has it: the path up to the first dot of its base name; "" without one."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix.lower()
 
 
 def index_tar(stream: IO[bytes], source: str, license: str | None) -> tuple[list[Row], list[Row], str, int]:
@@ -83,12 +77,13 @@ def read_groups(stream: Any) -> Iterator[tuple[str, Group]]:
     """
     key: str | None = None
     group: Group = []
-    for member in read_members(stream, lambda name: split_name(name)[1] in (*IMAGE_EXTENSIONS, *SIDECARS)):
+    for member in read_members(stream, _is_wanted):
         if isinstance(member, Damage):
             raise CorruptArtifactError(f"byte {member.offset}: {member.what}")
-        stem, suffix = split_name(member.name)
-        if not suffix:
+        split = split_name(member.name)
+        if split is None:
             continue  # a README or a checksum file between the samples
+        stem, suffix = split
         if group and (stem != key or any(suffix == other for other, _ in group)):
             yield str(key), group
             group = []
@@ -96,6 +91,11 @@ def read_groups(stream: Any) -> Iterator[tuple[str, Group]]:
         group.append((suffix, member))
     if group:
         yield str(key), group
+
+
+def _is_wanted(name: str) -> bool:
+    split = split_name(name)
+    return split is not None and split[1] in (*IMAGE_EXTENSIONS, *SIDECARS)
 
 
 def index_sample(key: str, members: Group, license: str | None) -> Row:
@@ -143,10 +143,7 @@ def index_sample(key: str, members: Group, license: str | None) -> Row:
 
 
 def check_key(key: str) -> None:
-    """Raises Rejected for a key that is nobody's name: none, of control characters, or out of its folder."""
-    base = key.rpartition("/")[2]
-    if not base:
-        raise Rejected(Reason.key_invalid, f"{key[:100]!r}: nothing before the first dot")
+    """Raises Rejected for a key that is nobody's name: of control characters, or out of its folder."""
     if not key.isprintable() or len(key.encode(errors="surrogateescape")) > MAX_KEY_BYTES:
         raise Rejected(Reason.key_invalid, f"{key[:100]!a}: not printable, or over {MAX_KEY_BYTES} bytes")
     if key.startswith("/") or ".." in key.split("/"):

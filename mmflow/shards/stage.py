@@ -6,7 +6,9 @@ known by its fingerprint and listed only when it is read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from pyarrow import fs
@@ -14,7 +16,9 @@ from pyarrow import fs
 from mmflow.artifacts import content_hash, filesystem, join
 from mmflow.errors import RecipeError
 from mmflow.ingest.config import SourceConfig
+from mmflow.ingest.listing import name_below, parent
 from mmflow.ingest.sources import list_units
+from mmflow.ingest.units import Unit
 from mmflow.progress import Report
 from mmflow.shards.build import build_dataset
 from mmflow.shards.config import ShardConfig
@@ -28,7 +32,7 @@ def inputs_of_sources(sources: Sequence[SourceConfig], workspace: str) -> dict[s
     """Fingerprints of the sources' content and of what was fetched for them."""
     from mmflow.ingest.remote_images import known_images
 
-    identity = content_hash(sorted(parts_of(list_units(sources), sources)))
+    identity = _identity(listed(sources)[1])
     known = known_images(join(workspace, FETCHED), identity)
     return {"sources": identity} | ({"fetched": known} if known else {})
 
@@ -45,6 +49,22 @@ def inputs_of_evaluation(settings: ShardConfig) -> dict[str, str]:
             )
         fingerprints[f"evaluation {number}"] = dataset.fingerprint
     return fingerprints
+
+
+def listed(sources: Sequence[SourceConfig]) -> tuple[Sequence[Unit], Sequence[str]]:
+    """The sources' units and what tells each from any other; read once a run, however often it is asked for."""
+    return _listed(json.dumps([source.model_dump(mode="json") for source in sources]))
+
+
+@lru_cache(maxsize=4)
+def _listed(sources_json: str) -> tuple[Sequence[Unit], Sequence[str]]:
+    sources = [SourceConfig.model_validate(fields) for fields in json.loads(sources_json)]
+    units = list_units(sources)
+    return units, parts_of(units, sources)
+
+
+def _identity(parts: Sequence[str]) -> str:
+    return content_hash(sorted(parts))
 
 
 def same_pixels(dataset: Dataset, settings: ShardConfig) -> bool:
@@ -64,11 +84,11 @@ def fetch(
     """Fetch the images of the sources that are URLs, where any are not settled; only then is Ray started."""
     from mmflow.ingest.remote_images import fetch_images, may_have_urls
 
-    units = list_units(sources)
+    _listed.cache_clear()  # what is there when a run begins is what counts, to its end
+    units, parts = listed(sources)
     if may_have_urls(units):
         start_ray()
-        identity = content_hash(sorted(parts_of(units, sources)))
-        fetch_images(join(workspace, FETCHED), sources, units, identity, settings.fetch, report)
+        fetch_images(join(workspace, FETCHED), sources, units, _identity(parts), settings.fetch, report)
 
 
 def build(
@@ -77,16 +97,15 @@ def build(
     sources: Sequence[SourceConfig],
     settings: ShardConfig,
     fetched: str | None,
-    may_grow: bool,
+    inputs: Mapping[str, str],
     progress: Callable[[int, int, str], None],
 ) -> Mapping[str, Any]:
     """Build the dataset at `uri`, from the shards of a sibling where that has some of the same sources' parts.
 
-    Returns the manifest's fields. Ray must be initialised.
+    `inputs` are the stage's, but for the sources. Returns the manifest's fields. Ray must be initialised.
     """
-    units = list_units(sources)
-    parts = parts_of(units, sources)
-    base = find_base(_siblings(uri), settings, set(parts)) if may_grow and settings.grow else None
+    units, parts = listed(sources)
+    base = find_base(_siblings(uri), settings, set(parts), inputs) if settings.grow else None
     known = read_parts(base.uri) if base else frozenset()
     fields = build_dataset(
         uri,
@@ -102,9 +121,8 @@ def build(
 
 
 def _siblings(uri: str) -> list[str]:
-    above, _, own = uri.rstrip("/").rpartition("/")
+    above = parent(uri)
     system, path = filesystem(above)
     found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return [
-        join(above, info.base_name) for info in found if info.type == fs.FileType.Directory and info.base_name != own
-    ]
+    siblings = [join(above, info.base_name) for info in found if info.type == fs.FileType.Directory]
+    return [each for each in siblings if each != join(above, name_below(uri, above))]

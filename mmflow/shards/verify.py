@@ -92,7 +92,7 @@ def check_totals(dataset: Dataset, shards: Sequence[ShardInfo]) -> list[str]:
         for name, value in expected.items()
         if totals.get(name) != value
     ]
-    if dataset.fingerprint != fingerprint_of(sorted(shards, key=lambda shard: shard.name)):
+    if dataset.fingerprint != fingerprint_of(sorted(shards, key=lambda shard: int(shard.name))):
         wrong.append(f"{place}: the fingerprint is not that of its shards")
     return wrong
 

@@ -141,7 +141,7 @@ def add_sample(tar: TarWriter, row: Row, read: Callable[[int, int], bytes]) -> R
         "perceptual_hash": row["perceptual_hash"],
         "caption_hashes": row["caption_hashes"],
     }
-    image = read(row["image_bytes"], row["image_offset"])
+    image = _whole(read, row["image_bytes"], row["image_offset"], key)
     json_body = canonical_json({"captions": captions, "metadata": metadata}).encode()
     bodies = (image, captions[0]["text"].encode(), json_body)
     for member, suffix, body in zip(MEMBERS, (extension, "txt", "json"), bodies, strict=True):
@@ -150,7 +150,14 @@ def add_sample(tar: TarWriter, row: Row, read: Callable[[int, int], bytes]) -> R
         entry[f"{member}_xxh3"] = xxhash.xxh3_64_intdigest(body)
     entry["frames"] = []
     for number, frame in enumerate(row["frames"], 1):
-        body = read(frame["bytes"], frame["offset"])
+        body = _whole(read, frame["bytes"], frame["offset"], key)
         offset = tar.add(f"{key}.{number:03d}.{extension}", body)
         entry["frames"].append({"offset": offset, "bytes": len(body), "xxh3": xxhash.xxh3_64_intdigest(body)})
     return entry
+
+
+def _whole(read: Callable[[int, int], bytes], size: int, offset: int, key: str) -> bytes:
+    body = read(size, offset)
+    if len(body) != size:
+        raise CorruptArtifactError(f"{key}: {len(body)} of {size} bytes of its image are left; delete prepared/, rerun")
+    return body

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_every_good_record_is_a_sample_of_its_split(dataset: Dataset, corpus: Co
                 number = sample["json"]["metadata"]["number"]
                 assert sample["key"] == key == f"key-{number}"
                 assert split == ("train", "train", "train", "dev", "test")[number % 5]
-                assert sample["txt"] == f"picture {number}"
+                assert sample["txt"] == f"drawing {number}"
                 assert sample["image"][:2] == b"\xff\xd8"
                 seen[key] = sample["json"]["captions"]
     assert seen == corpus.captions_of_key
@@ -155,8 +156,8 @@ def test_killed_driver_then_rerun_gives_the_bytes_of_an_unbroken_build(
 def is_at_work(process: psutil.Process) -> bool:
     """Whether it is a worker of this session's Ray amid a task of the build; its agents, which are none, are spared."""
     with contextlib.suppress(psutil.Error):
-        tasks = ("ray::MapBatches", "ray::write_shards", "ray::deal_group", "ray::measure_group", "ray::read_hashes")
-        title = " ".join(process.cmdline())
+        tasks = ("MapBatches", "StreamingRepartition", "read_hashes", "deal_", "find_", "measure_group", "write_shards")
+        title = " ".join(process.cmdline()).removeprefix("ray::")
         return title.startswith(tasks) and psutil.Process() in process.parents()
     return False
 
@@ -164,7 +165,7 @@ def is_at_work(process: psutil.Process) -> bool:
 def kill_workers(stop: threading.Event, seed: int) -> list[int]:
     """Kill a task's worker now and then, at seeded moments, until told to stop; the pids."""
     random, killed = np.random.default_rng(seed), []
-    while not stop.wait(random.uniform(0.05, 0.4)):
+    while not stop.wait(random.uniform(0.0, 0.2)):
         workers = [] if len(killed) == 4 else [process.pid for process in psutil.process_iter() if is_at_work(process)]
         if workers:
             killed.append(int(random.choice(workers)))
@@ -198,6 +199,38 @@ def test_a_shard_that_lost_its_tar_or_index_is_written_again(
     (tmp_path / "index/00003.parquet").unlink()
     (tmp_path / "shards/00777.tar").write_bytes(b"of an abandoned build")
     assert contents(build(tmp_path, corpus.uri).uri) == contents(dataset.uri)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Sets the size of a disk of its own, first mounting it; skipped where one may not mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: str) -> Path:
+        again = "remount," if disk.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "tmpfs", str(disk)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# 120 pictures of 4 KB: the disk is full amid the pieces, then amid the shards.
+@pytest.mark.parametrize("size", ["200k", "900k"])
+def test_a_full_disk_fails_clearly_and_a_rerun_with_room_completes(
+    size: str, small_disk: Callable[[str], Path], dataset: Dataset, build: Build, corpus: Corpus
+) -> None:
+    directory = small_disk(size) / "dataset"
+    with pytest.raises(MmflowError, match=r"No space left on device.*mend it and rerun: .* kept"):
+        build(directory, corpus.uri)
+    assert not (directory / "manifest.json").exists()
+    small_disk("64m")
+    assert contents(build(directory, corpus.uri).uri) == contents(dataset.uri)
 
 
 def test_changed_settings_or_rows_are_another_plan() -> None:
@@ -254,7 +287,7 @@ def test_splits_are_drawn_by_group_and_survive_another_seed(build: Build, tmp_pa
     for number in range(200):
         pixels = np.kron(random.integers(0, 256, (4, 4, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-        captions = [{"text": f"picture {number}"}]
+        captions = [{"text": f"drawing {number}"}]
         records.append({"key": f"k{number}", "image": f"{number}.png", "captions": captions, "page": number // 4})
     source = tmp_path / "records.jsonl"
     source.write_text("\n".join(map(json.dumps, records)))

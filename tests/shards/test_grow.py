@@ -33,7 +33,7 @@ def grow(build: Build, base: Dataset, directory: Path, folder: Path, settings: S
     sources = [SourceConfig(uri=str(folder), keys="strict")]
     units = list_units(sources)
     parts = parts_of(units, sources)
-    assert find_base([base.uri], settings, set(parts)) == base
+    assert find_base([base.uri], settings, set(parts), {}) == base
     new = [unit for unit, part in zip(units, parts, strict=True) if part not in read_parts(base.uri)]
     return build(directory, str(folder), units=new, base=base, settings=settings)
 
@@ -79,12 +79,13 @@ def test_a_changed_or_missing_file_or_other_settings_are_no_ground_to_grow_on(bu
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     sources = [SourceConfig(uri=str(tmp_path / "photos"), keys="strict")]
 
-    def base_for(settings: ShardConfig = SETTINGS) -> Dataset | None:
-        return find_base([base.uri, str(tmp_path)], settings, set(parts_of(list_units(sources), sources)))
+    def base_for(settings: ShardConfig = SETTINGS, **inputs: str) -> Dataset | None:
+        return find_base([base.uri, str(tmp_path)], settings, set(parts_of(list_units(sources), sources)), inputs)
 
     assert base_for() == base
     assert base_for(SETTINGS.model_copy(update={"seed": 8})) is None
-    assert base_for(SETTINGS.model_copy(update={"grow": False})) == base  # who asks decides; it changes no byte
+    assert base_for(evaluation="another fingerprint") is None
+    assert base_for(fetched="more than before") is None
     sources[0] = sources[0].model_copy(update={"license": "CC0-1.0"})
     assert base_for() is None
     sources[0] = sources[0].model_copy(update={"license": None})
@@ -115,6 +116,23 @@ def test_a_killed_growth_is_gone_on_with(lost: str, build: Build, tmp_path: Path
     (again / "manifest.json").unlink()
     newest = max((again / lost).iterdir())
     newest.unlink()
+    (again / "shards/00000.tar").unlink()  # the file is the base's too
+    (again / "shards/00000.tar").write_bytes(b"of a build that was killed before its time")
     grown = grow(build, base, again, tmp_path / "photos")
     assert contents(grown.uri) == contents(whole.uri)
     assert json.loads((again / "manifest.json").read_text())["fingerprint"] == whole.fingerprint
+
+
+def test_a_caption_that_was_too_common_stays_so(build: Build, tmp_path: Path) -> None:
+    captions = SETTINGS.captions.model_copy(update={"max_images": 4})
+    settings = SETTINGS.model_copy(update={"captions": captions})
+    add_folder(tmp_path / "photos", "cats", 8, seed=1)
+    for number in range(6):
+        (tmp_path / f"photos/cats/{number}.txt").write_text("logo")
+    base = build(tmp_path / "first", str(tmp_path / "photos"), settings=settings)
+    assert base.manifest["totals"]["reasons"] == {"caption_too_common": 6}
+    add_folder(tmp_path / "photos", "dogs", 3, seed=2)
+    (tmp_path / "photos/dogs/0.txt").write_text("logo")
+    grown = grow(build, base, tmp_path / "second", tmp_path / "photos", settings)
+    assert grown.manifest["totals"]["reasons"] == {"caption_too_common": 7}
+    assert grown.manifest["totals"]["samples"] == 4
