@@ -17,8 +17,8 @@ from mmflow.ingest.fields import Fields
 from mmflow.ingest.listing import File, extension, fingerprint, is_image, open_stream, walk
 from mmflow.ingest.lists import read_csv, read_jsonl
 from mmflow.ingest.reasons import Reason, Rejected
-from mmflow.ingest.records import Found, malformed
-from mmflow.ingest.sidecars import SIDECARS, fields_of_sidecars
+from mmflow.ingest.records import UNREADABLE, Found, malformed, unreadable
+from mmflow.ingest.sidecars import SIDECARS, read_sidecars
 from mmflow.ingest.units import Unit
 
 FILES_PER_UNIT = 2000
@@ -65,21 +65,25 @@ def list_folder(unit: Unit, frames: bool) -> Iterator[Unit]:
 def read_folder(unit: Unit, source: SourceConfig) -> Iterator[Found]:
     """The records of a unit: those that its captions file lists, then each image, or folder of them, of no list.
 
-    A sidecar without an image is a record whose image is missing.
+    A sidecar without an image is a record whose image is missing. Of two that differ in the case of their extension one
+    is read, and the other is a row that says so, unless both say the same.
     """
     images: defaultdict[str, list[str]] = defaultdict(list)  # record → its images
     sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)  # stem → extension → file
+    passed_over: list[str] = []  # a.TXT beside a.txt: the last in order counts, which is that in lower case
     captions = unit.files[0] if posixpath.basename(unit.files[0]).lower() in CAPTION_FILES else None
     for name in unit.files[1:] if captions else unit.files:
         if is_image(name):
             images[posixpath.dirname(name) if source.frames else name].append(name)
         else:
-            sidecars[name.rpartition(".")[0]][extension(name)] = name
+            stem, kind = name.rpartition(".")[0], extension(name)
+            if kind in sidecars[stem]:
+                passed_over.append(sidecars[stem][kind])
+            sidecars[stem][kind] = name
     row = 0
     seen: set[str] = set()
     if captions is not None:
-        read = read_csv if extension(captions) == "csv" else read_jsonl
-        for found in read(unit, source.fields):
+        for found in _listed(unit, captions, source):
             row = found.row
             if isinstance(found.what, Fields) and len(found.what.images) == 1:
                 name = posixpath.normpath(found.what.images[0])
@@ -99,7 +103,7 @@ def read_folder(unit: Unit, source: SourceConfig) -> Iterator[Found]:
         row += 1
         what: Fields | Rejected
         try:
-            what = replace(_read(unit, beside, source), images=_in_order(members))
+            what = replace(read_sidecars(unit, beside, source.fields), images=_in_order(members))
         except Rejected as rejected:
             what = rejected
         yield Found(row, unit.label(name) if name else unit.prefix, what)
@@ -109,17 +113,33 @@ def read_folder(unit: Unit, source: SourceConfig) -> Iterator[Found]:
                 row += 1
                 missing = Rejected(Reason.image_missing, "no image of this name is beside it")
                 yield Found(row, unit.label(name), missing)
+    for name in passed_over:
+        kept = sidecars[name.rpartition(".")[0]][extension(name)]
+        if not _is_same(unit, name, kept):
+            row += 1
+            yield Found(row, unit.label(name), malformed(f"{kept} is read in its place, and says something else"))
 
 
-def _read(unit: Unit, beside: Mapping[str, str], source: SourceConfig) -> Fields:
-    bodies = {}
-    for kind, name in beside.items():
+def _listed(unit: Unit, captions: str, source: SourceConfig) -> Iterator[Found]:
+    """What a captions file lists. One that cannot be read is a row, so that the images below it are still read."""
+    row = 0
+    try:
+        for found in (read_csv if extension(captions) == "csv" else read_jsonl)(unit, source.fields):
+            row = found.row
+            yield found
+    except UNREADABLE as error:
+        yield Found(row + 1, unit.label(captions), unreadable(error))
+
+
+def _is_same(unit: Unit, one: str, other: str) -> bool:
+    bodies = []
+    for name in (one, other):
         try:
             with open_stream(unit.uri, name) as stream:
-                bodies[kind] = stream.read()
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            raise malformed(f"{name} cannot be read: {error.strerror}") from error
-    return fields_of_sidecars(bodies, source.fields)
+                bodies.append(stream.read())
+        except UNREADABLE:
+            return False
+    return bodies[0] == bodies[1]
 
 
 def _beside(name: str, sidecars: Mapping[str, Mapping[str, str]], frames: bool) -> dict[str, str]:

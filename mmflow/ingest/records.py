@@ -50,6 +50,9 @@ SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 NOT_OF_A_KEY = re.compile(r"[^a-z0-9_-]+")
 RESPELLED_CHARACTERS = 60
 
+# A file that its reader gives a row of its own, where other errors end the run: it is gone, or closed to us.
+UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
+
 Row = dict[str, Any]
 
 
@@ -170,6 +173,11 @@ def _checked(fields: Fields, metadata: Mapping[str, Any], language: str) -> Row:
 def malformed(detail: str) -> Rejected:
     """A verdict of record_malformed."""
     return Rejected(Reason.record_malformed, printable(detail))
+
+
+def unreadable(error: OSError) -> Rejected:
+    """A verdict of source_damaged, for a file of the kinds of error in `UNREADABLE`."""
+    return Rejected(Reason.source_damaged, f"cannot be read: {error.strerror or 'no such file'}")
 
 
 def _table(rows: Sequence[Row], chunk: int) -> pa.Table:

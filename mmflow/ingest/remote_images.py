@@ -6,7 +6,7 @@ URLs is an input of its dataset, as the files of its sources are, and the datase
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from mmflow.ingest.fetch_job import fetch_urls
 from mmflow.ingest.fetched import FetchedStore
 from mmflow.ingest.reasons import Reason
 from mmflow.ingest.sources import read_records
+from mmflow.ingest.tables import holds_bodies
 from mmflow.ingest.units import Unit
 from mmflow.progress import Report
 
@@ -37,27 +38,34 @@ def fetch_images(
 ) -> None:
     """Fetch what the units' URLs lack into the store, and note what is known of them under `identity`.
 
-    `identity` is the sources'. Does nothing where all of them are settled. Ray must be initialised.
+    `identity` is the sources'. Does nothing where all of them are settled, unless `settings.refresh` asks again about
+    every one. A body that was too large is settled as long as the bound is not raised. Ray must be initialised.
     """
     note = _note(store, identity)
-    if exists(note) and not read_json(note)["unsettled"]:
+    if exists(note) and not settings.refresh and _is_settled(read_json(note), settings):
         return
     fingerprints: list[str] = []
-    num_urls = unsettled = 0
-    for group in _groups([unit for unit in units if unit.kind in TABLES]):
+    num_urls = unsettled = too_large = 0
+    for group in _groups([unit for unit in units if _may_have_urls(unit, sources[unit.source])]):
         urls = urls_of(group, sources)
         if urls:
-            counts = fetch_urls(urls, store, settings, progress=report)
+            counts = fetch_urls(urls, store, settings, progress=report, refresh=settings.refresh)
             num_urls += sum(counts.values())
             unsettled += sum(counts.get(str(reason), 0) for reason in MAY_PASS)
+            too_large += counts.get(str(Reason.fetch_too_large), 0)
             fingerprints.append(FetchedStore(store).fingerprint(urls))
     fingerprint = content_hash(fingerprints) if num_urls else None
-    write_json(note, {"urls": num_urls, "unsettled": unsettled, "fingerprint": fingerprint})
+    found = {"urls": num_urls, "unsettled": unsettled, "too_large": too_large, "max_bytes": settings.max_bytes}
+    write_json(note, {**found, "fingerprint": fingerprint})
 
 
 def may_have_urls(units: Sequence[Unit]) -> bool:
     """Whether any unit is of a kind whose images may be URLs."""
     return any(unit.kind in TABLES for unit in units)
+
+
+def _may_have_urls(unit: Unit, source: SourceConfig) -> bool:
+    return unit.kind in TABLES and not (unit.kind == "parquet" and holds_bodies(unit, source.fields))
 
 
 def known_images(store: str, identity: str) -> str | None:
@@ -75,6 +83,12 @@ def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]
     for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
         found.update(batch["url"].to_pylist())
     return sorted(found)
+
+
+def _is_settled(note: Mapping[str, Any], settings: FetchConfig) -> bool:
+    """Whether a run of these settings would learn nothing. A note of before bounds were noted does not say."""
+    raised = settings.max_bytes > note.get("max_bytes", 0)
+    return not note["unsettled"] and not (raised and note.get("too_large", 1))
 
 
 def _urls(records: pa.Table) -> pa.Table:

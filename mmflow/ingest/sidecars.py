@@ -7,11 +7,25 @@ from dataclasses import replace
 
 from mmflow.ingest.config import FieldsConfig
 from mmflow.ingest.fields import Fields, fields_of
+from mmflow.ingest.listing import open_stream
 from mmflow.ingest.lists import parse_object
-from mmflow.ingest.records import malformed
+from mmflow.ingest.records import UNREADABLE, malformed
+from mmflow.ingest.units import Unit
 
 TEXTS = ("txt", "caption")
 SIDECARS = (*TEXTS, "json")
+
+
+def read_sidecars(unit: Unit, files: Mapping[str, str], names: FieldsConfig) -> Fields:
+    """`fields_of_sidecars` of a unit's files, by extension. Raises Rejected, also for a file that cannot be read."""
+    bodies = {}
+    for kind, name in files.items():
+        try:
+            with open_stream(unit.uri, name) as stream:
+                bodies[kind] = stream.read()
+        except UNREADABLE as error:
+            raise malformed(f"{name} cannot be read: {error.strerror}") from error
+    return fields_of_sidecars(bodies, names)
 
 
 def fields_of_sidecars(bodies: Mapping[str, bytes], names: FieldsConfig) -> Fields:

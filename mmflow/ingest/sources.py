@@ -21,8 +21,16 @@ from mmflow.ingest.folders import list_folder, read_folder
 from mmflow.ingest.img2dataset import list_img2dataset, read_img2dataset
 from mmflow.ingest.lists import read_csv, read_jsonl
 from mmflow.ingest.pages import list_pages, read_pages
-from mmflow.ingest.reasons import Reason, Rejected
-from mmflow.ingest.records import BYTES_PER_CHUNK, RECORDS, SOURCE_BITS, UNIT_BITS, Found, tables_of
+from mmflow.ingest.records import (
+    BYTES_PER_CHUNK,
+    RECORDS,
+    SOURCE_BITS,
+    UNIT_BITS,
+    UNREADABLE,
+    Found,
+    tables_of,
+    unreadable,
+)
 from mmflow.ingest.tables import read_parquet, split_parquet
 from mmflow.ingest.tars import read_webdataset
 from mmflow.ingest.units import Unit
@@ -207,9 +215,8 @@ def _guarded(unit: Unit, source: SourceConfig) -> Iterator[Found]:
             if unit.split is not None and isinstance(found.what, Fields) and found.what.split is None:
                 found = replace(found, what=replace(found.what, split=unit.split))
             yield found
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        verdict = Rejected(Reason.source_damaged, f"cannot be read: {error.strerror or 'no such file'}")
-        yield Found(0, unit.label(unit.files[0]), verdict)
+    except UNREADABLE as error:
+        yield Found(0, unit.label(unit.files[0]), unreadable(error))
 
 
 READERS: dict[SourceKind, Callable[[Unit, SourceConfig], Iterator[Found]]] = {

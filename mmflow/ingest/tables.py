@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmflow.ingest.config import FieldsConfig
-from mmflow.ingest.fields import Fields, fields_of
+from mmflow.ingest.fields import IMAGES, Fields, fields_of
 from mmflow.ingest.listing import open_file
 from mmflow.ingest.reasons import Reason, Rejected
 from mmflow.ingest.records import Found, malformed
@@ -46,6 +46,28 @@ def split_parquet(unit: Unit) -> list[Unit]:
         )
         for first, stop in ranges
     ]
+
+
+def holds_bodies(unit: Unit, names: FieldsConfig) -> bool:
+    """Whether each record of a unit has its image's bytes, by what the file says of its columns: nothing is read."""
+    try:
+        with open_file(unit.uri, unit.files[0]) as file:
+            parquet = pq.ParquetFile(file)
+            schema, metadata = parquet.schema_arrow, parquet.metadata
+    except (pa.ArrowException, OSError):
+        return False  # its reader says what is wrong
+    image = next((name for name in ((names.image,) if names.image else IMAGES) if name in schema.names), None)
+    if image is None:
+        return False
+    kind, path = schema.field(image).type, image
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # Hugging Face's Image
+        kind, path = kind.field("bytes").type, f"{image}.bytes"
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        return False
+    groups = map(metadata.row_group, range(*(unit.row_groups or (0, metadata.num_row_groups))))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == path]
+    return all(each is not None and each.has_null_count and each.null_count == 0 for each in statistics)
 
 
 def read_parquet(unit: Unit, names: FieldsConfig) -> Iterator[Found]:

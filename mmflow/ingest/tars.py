@@ -13,7 +13,7 @@ from mmflow.ingest.listing import IMAGE_EXTENSIONS, open_stream
 from mmflow.ingest.reasons import Reason, Rejected
 from mmflow.ingest.records import Found
 from mmflow.ingest.sidecars import SIDECARS, fields_of_sidecars
-from mmflow.ingest.tarstream import MAX_MEMBER_BYTES, Damage, read_members
+from mmflow.ingest.tarstream import MAX_MEMBER_BYTES, Damage, read_members, split_name
 from mmflow.ingest.units import Unit
 
 HELD_SAMPLES = 4
@@ -82,7 +82,7 @@ def _samples(stream: IO[bytes]) -> Iterator[Sample | Damage]:
     sample: Sample | None = None
     hurt = False
     for member in read_members(stream, _is_wanted):
-        split = _key_and_extension(member.name) if member.name is not None else None
+        split = split_name(member.name) if member.name is not None else None
         if isinstance(member, Damage):
             yield member
             if sample is not None and (split is None or split[0] == sample.key):
@@ -103,19 +103,12 @@ def _samples(stream: IO[bytes]) -> Iterator[Sample | Damage]:
         yield sample
 
 
-def _key_and_extension(name: str) -> tuple[str, str] | None:
-    """As webdataset has it: the path up to the first dot of the file's name, and what is behind that dot."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else None
-
-
 def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def _is_wanted(name: str) -> bool:
-    split = _key_and_extension(name)
+    split = split_name(name)
     return split is not None and (split[1] in SIDECARS or _is_image(split[1]))
 
 

@@ -92,6 +92,17 @@ def read_members(stream: IO[bytes], wanted: Callable[[str], bool]) -> Iterator[M
         yield Damage(reader.offset, "ends without an end of archive")
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member as webdataset has it: the path up to the first dot of its base name, and the rest.
+
+    None for a name that belongs to no sample: without a dot, or with nothing before it, as hidden files have. (Of these
+    webdataset takes those in folders for samples of the folder's name; nobody means them.)
+    """
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, dot, extension = base.partition(".")
+    return (f"{folder}{slash}{stem}", extension.lower()) if stem and dot else None
+
+
 class _Reader:
     """A stream that counts its bytes."""
 

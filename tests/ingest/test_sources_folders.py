@@ -113,6 +113,28 @@ def test_a_captions_file_lists_records_and_the_rest_is_still_there(tmp_path: Pat
     assert rows[-1]["source"] == "p/c.jpg"
 
 
+def test_a_captions_file_that_cannot_be_read_costs_no_image_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    write(folder, a__jpg=b"", a__txt="a fox", b__jpg=b"", sub___c__jpg=b"")
+    (folder / "captions.jsonl").symlink_to(folder / "nowhere")
+    rows = read(folder)
+    assert reasons(rows) == {
+        "p/captions.jsonl": "source_damaged",
+        "p/a.jpg": None,
+        "p/b.jpg": None,
+        "p/sub/c.jpg": None,
+    }
+    assert texts(rows[1]) == ["a fox"]
+
+
+def test_of_two_sidecars_that_differ_in_case_the_lost_one_is_a_row(tmp_path: Path) -> None:
+    write(tmp_path / "p", a__jpg=b"", a__txt="read", a__TXT="lost", b__jpg=b"", b__txt="same", b__TXT="same")
+    rows = read(tmp_path / "p")
+    assert reasons(rows) == {"p/a.jpg": None, "p/b.jpg": None, "p/a.TXT": "record_malformed"}
+    assert [texts(row) for row in rows[:2]] == [["read"], ["same"]]
+    assert rows[2]["detail"] == "a.txt is read in its place, and says something else"
+
+
 def test_a_captions_file_further_down_is_for_what_lies_below_it(tmp_path: Path) -> None:
     write(
         tmp_path / "p",

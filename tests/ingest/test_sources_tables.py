@@ -15,7 +15,7 @@ import webdataset
 
 from mmflow.errors import MisuseError
 from mmflow.ingest import tables
-from mmflow.ingest.config import SourceConfig
+from mmflow.ingest.config import FieldsConfig, SourceConfig
 from mmflow.ingest.sources import list_units
 from tests.ingest.reading import read, reasons, texts
 
@@ -195,6 +195,65 @@ def test_img2dataset_folders_of_files(tmp_path: Path) -> None:
     rows = read(folder)
     assert [row["reason"] for row in rows] == ["image_missing", "fetch_failed", None, "image_unreadable"]
     assert (rows[2]["images"], texts(rows[2]), rows[2]["key"]) == (["00000/000000002.jpg"], ["text 2"], "000000002")
+
+
+def test_img2dataset_folders_that_lost_their_table_are_read_with_what_stands_beside_the_images(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    parquet(folder / "00000.parquet", inputs())
+    (folder / "00000_stats.json").write_text("{}")
+    for shard, key in (("00000", 2), ("00000", 9), ("00001", 10), ("00001", 11), ("00002", 12)):
+        (folder / shard).mkdir(exist_ok=True)
+        (folder / shard / f"{key:09d}.jpg").write_bytes(b"J")
+        (folder / shard / f"{key:09d}.txt").write_text(f"text {key}")
+        (folder / shard / f"{key:09d}.json").write_text(json.dumps({"caption": f"text {key}", "url": "u", "key": "k"}))
+    (folder / "00002" / "000000012.json").write_text("{")
+    (folder / "00003.parquet").write_bytes(b"cut")
+    (folder / "00003").mkdir()
+    (folder / "00003" / "000000013.jpg").write_bytes(b"J")
+    rows = read(folder)
+    assert reasons(rows) == {
+        "out/00000.parquet:1": "image_missing",
+        "out/00000.parquet:2": "fetch_failed",
+        "out/00000.parquet:3": None,
+        "out/00000.parquet:4": "image_unreadable",
+        "out/00000/000000009.jpg": None,
+        "out/00001/000000010.jpg": None,
+        "out/00001/000000011.jpg": None,
+        "out/00002/000000012.jpg": "record_malformed",
+        "out/00003.parquet": "source_damaged",
+        "out/00003/000000013.jpg": None,
+    }
+    unlisted = next(row for row in rows if row["source"] == "out/00000/000000009.jpg")
+    assert (unlisted["key"], unlisted["images"], texts(unlisted)) == ("000000009", ["00000/000000009.jpg"], ["text 9"])
+    assert unlisted["metadata"] == {"url": "u"}
+
+
+def test_a_caption_changed_beside_an_image_of_img2dataset_changes_the_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "out" / "00000").mkdir(parents=True)
+    (tmp_path / "out" / "00000" / "1.jpg").write_bytes(b"J")
+    source = SourceConfig(uri=str(tmp_path / "out"), kind="img2dataset")
+    prints = set()
+    for text in ("fox", "cow"):
+        (tmp_path / "out" / "00000" / "1.txt").write_text(text)
+        prints.add(list_units([source])[0].fingerprint)
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ([b"J", b"J"], True),
+        ([{"bytes": b"J", "path": "http://h/x.jpg"}] * 2, True),
+        ([{"bytes": None, "path": "http://h/x.jpg"}, {"bytes": b"J", "path": "b"}], False),
+        ([b"J", None], False),
+        (["http://h/x.jpg"] * 2, False),
+    ],
+)
+def test_a_table_of_bodies_is_told_from_one_that_may_name_urls(tmp_path: Path, image: Any, expected: bool) -> None:
+    parquet(tmp_path / "a.parquet", [{"image": each, "url": "http://h/y.jpg"} for each in image], row_group_size=1)
+    (unit,) = list_units([SourceConfig(uri=str(tmp_path / "a.parquet"))])
+    assert tables.holds_bodies(unit, FieldsConfig()) == expected
+    assert tables.holds_bodies(unit, FieldsConfig(image="url")) is False
 
 
 def test_img2dataset_tables_with_bodies(tmp_path: Path) -> None:

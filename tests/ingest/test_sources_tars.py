@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mmflow.ingest import tars, tarstream
 from mmflow.ingest.records import BYTES_PER_CHUNK
-from mmflow.ingest.tarstream import Damage, Member, read_members
+from mmflow.ingest.tarstream import Damage, Member, read_members, split_name
 from tests.ingest.reading import read, reasons, texts
 
 
@@ -92,6 +92,26 @@ def test_names_are_split_as_webdataset_does(tmp_path: Path) -> None:
     ]
     assert rows[1]["bodies"] == [b"x"]
     assert [row["reason"] for row in read(tmp_path / "a.tar", keys="strict")] == ["key_invalid", None, "key_invalid"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v1.2/Cat.JPG", ("v1.2/Cat", "jpg")),
+        ("./a.b.jpg", ("a", "b.jpg")),
+        ("../x.jpg", ("../x", "jpg")),
+        ("a.", ("a", "")),
+        ("README", None),
+        ("v1.2/README", None),
+        ("d/._y.jpg", None),
+    ],
+)
+def test_a_name_without_a_dot_or_a_key_belongs_to_no_sample(name: str, expected: tuple[str, str] | None) -> None:
+    assert split_name(name) == expected
+    if "._" in name:
+        return  # a hidden file in a folder is to webdataset a sample of the folder's name
+    theirs = webdataset.tariterators.base_plus_ext(name.removeprefix("./"))
+    assert (expected or (None, None)) == (theirs[0], theirs[1] and theirs[1].lower())
 
 
 def test_repeated_keys_are_records_each(tmp_path: Path) -> None:
