@@ -89,7 +89,8 @@ def select_records(
     """Which of the pieces' good records are rejected, and why; in any order of the pieces the same.
 
     `known` are the indexes of the dataset that is being grown, `evaluation` those of the datasets in
-    `duplicates.against`: their samples stay, and reject what is like them. Of the others held-out records stay before
+    `duplicates.against`: their samples stay, and reject what is like them. `known_common` are the captions that were
+    common in the former, which its samples no longer show. Of the others held-out records stay before
     those of `train`, then the first by place. Each round is about what is left by those before it, so the survivor that
     a record goes for may go in a later one. `progress(done, total)` counts rounds. Raises MisuseError where
     `evaluation` cannot be compared with, MissingArtifactError or CorruptArtifactError where a file cannot be read.
