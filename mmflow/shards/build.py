@@ -11,6 +11,7 @@ were finished are recognised by their plan.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -44,6 +45,9 @@ from mmflow.shards.write import write_shards
 # bounded; it is also the bound on how much of the metadata one worker holds: a 512th.
 MAX_BUCKETS = 512
 RECORDS_PER_GROUP = 100_000  # rows of pieces that one task of the exchange reads
+
+ERROR_LINE = re.compile(r"^(?:[a-z_]+\.)*([A-Z]\w*(?:Error|Exception): .+)$", re.MULTILINE)
+WRAPPERS = ("UserCodeException", "RayTaskError")
 
 Progress = Callable[[int, int, str], None]
 """(done, total, what of)."""
@@ -245,11 +249,13 @@ def write_all(
 def failure(error: Exception, where: str, kept: str) -> MmflowError:
     """A task's failure as one line."""
     cause: Any = getattr(error, "cause", None)
-    while getattr(cause, "cause", None) is not None:  # Ray Data wraps a worker's error once more
-        cause = cause.cause
     if isinstance(cause, MmflowError):
         return cause
     what = f"{type(cause).__name__}: {cause}" if cause is not None else " ".join(str(error).split())[:300]
+    # Of what went wrong within Ray Data only the traceback's text is left, behind an exception of Ray Data's own.
+    told = [line for line in ERROR_LINE.findall(str(error)) if not line.startswith(WRAPPERS)]
+    if told and type(cause).__name__ in WRAPPERS:
+        what = told[-1]
     return MmflowError(f"{where}: {what}; mend it and rerun: {kept}")
 
 

@@ -50,7 +50,7 @@ def write_corpus(directory: Path) -> Corpus:
         extension, format = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[number % 3]
         pixels = np.kron(random.integers(0, 256, (6, 8, 3), np.uint8), np.ones((12, 12, 1), np.uint8))
         Image.fromarray(pixels).save(directory / f"images/{number}.{extension}", format)
-        captions = [{"language": "en", "text": f"drawing {number}"}, {"language": "zh", "text": f"图片 {number}"}]
+        captions = [{"language": "en", "text": f"drawing {number}"}, {"language": "zh", "text": f"狐狸 {number}"}]
         good.append(
             {
                 "key": f"key-{number}",
