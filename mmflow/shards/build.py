@@ -33,7 +33,7 @@ from mmflow.ingest.sources import PREPARE_CPUS, read_records
 from mmflow.ingest.units import Unit
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
-from mmflow.shards.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, with_verdicts
+from mmflow.shards.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, span, with_verdicts
 from mmflow.shards.grow import bring_over, read_common, settings_of_build, write_common
 from mmflow.shards.index import ShardCommit, read_commit
 from mmflow.shards.pieces import pack_uri, read_piece
@@ -102,7 +102,7 @@ def build_dataset(
     shards = plan_shards(groups, rejected, settings, first) if num_records else {}
     commits: dict[int, ShardCommit] = {}
     if shards:
-        num_shards = max(numbers.stop for numbers in shards.values()) - first
+        num_shards = len(span(shards))
         made_with = canonical_json(preparation.settings)
         for number, commit in write_all(
             uri, groups, rejected, shards, settings.seed, made_with, selection.common_captions
@@ -218,8 +218,7 @@ def write_all(
     common_captions: Any,
 ) -> Iterator[tuple[int, ShardCommit]]:
     """Every shard's number and commit, as they complete."""
-    first = min(numbers.start for numbers in shards.values())
-    num_shards = max(numbers.stop for numbers in shards.values()) - first
+    first, num_shards = span(shards).start, len(span(shards))
     num_buckets = min(num_shards, MAX_BUCKETS)
     deal_rows = ray.remote(deal_group).options(num_returns=num_buckets, retry_exceptions=[OSError])
     dealt = [deal_rows.remote(group, rejected, shards, seed, num_buckets) for group in groups]

@@ -69,6 +69,11 @@ def shards_of_splits(
     return shards
 
 
+def span(shards: Mapping[str, range]) -> range:
+    """The numbers of all splits' shards, which follow one another."""
+    return range(min(numbers.start for numbers in shards.values()), max(numbers.stop for numbers in shards.values()))
+
+
 def hash_keys(keys: list[str], seed: int) -> npt.NDArray[np.uint64]:
     """xxh3_64 of each key under the seed, (keys,)."""
     return np.array([xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys], np.uint64)
@@ -77,7 +82,7 @@ def hash_keys(keys: list[str], seed: int) -> npt.NDArray[np.uint64]:
 def assign(rows: pa.Table, shards: Mapping[str, range], seed: int) -> pa.Table:
     """The rows with the columns of `ASSIGNED`. Rejected ones are spread over all shards by the hash of their source."""
     rejected = rows.filter(pc.is_valid(rows["reason"]))
-    first, stop = min(numbers.start for numbers in shards.values()), max(numbers.stop for numbers in shards.values())
+    first, stop = span(shards).start, span(shards).stop
     hashes = hash_keys(rejected["source"].to_pylist(), seed)
     parts = [_with_columns(rejected, (hashes % np.uint64(stop - first)).astype(np.int64) + first, hashes)]
     for split, numbers in shards.items():
@@ -92,7 +97,7 @@ def assign(rows: pa.Table, shards: Mapping[str, range], seed: int) -> pa.Table:
 def deal(rows: pa.Table, shards: Mapping[str, range], seed: int, num_buckets: int) -> tuple[pa.Table, ...]:
     """The assigned rows, split into buckets of neighbouring shards."""
     assigned = assign(rows, shards, seed)
-    first, stop = min(numbers.start for numbers in shards.values()), max(numbers.stop for numbers in shards.values())
+    first, stop = span(shards).start, span(shards).stop
     bucket = bucket_of(assigned["shard"].to_numpy() - first, stop - first, num_buckets)
     order = np.argsort(bucket, kind="stable")
     ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))

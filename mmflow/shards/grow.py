@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmflow.artifacts import content_hash, filesystem, join, read_bytes
+from mmflow.artifacts import content_hash, filesystem, join
 from mmflow.errors import MmflowError
 from mmflow.ingest.config import SourceConfig
 from mmflow.ingest.sources import source_names
@@ -23,7 +22,7 @@ from mmflow.ingest.units import Unit
 from mmflow.shards.bring import bring, on_this_machine
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, index_uri, open_dataset, quarantine_uri, tar_uri
-from mmflow.shards.index import write_parquet
+from mmflow.shards.index import read_column, write_parquet
 from mmflow.shards.prepare import PREPARE_VERSION
 from mmflow.shards.write import WRITE_VERSION
 
@@ -55,7 +54,7 @@ def write_parts(uri: str, parts: Iterable[str]) -> None:
 
 def read_parts(uri: str) -> frozenset[str]:
     """Which parts a dataset was made from."""
-    return frozenset(pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, PARTS)))).read()["part"].to_pylist())
+    return frozenset(read_column(join(uri, PARTS), "part").to_pylist())
 
 
 def find_base(
@@ -85,8 +84,7 @@ def write_common(uri: str, hashes: NDArray[np.uint64]) -> None:
 
 def read_common(uri: str) -> NDArray[np.uint64]:
     """The hashes of a dataset's captions that were too common, sorted."""
-    table = pq.ParquetFile(pa.BufferReader(read_bytes(join(uri, COMMON)))).read()
-    hashes: NDArray[np.uint64] = table["caption_hash"].to_numpy()
+    hashes: NDArray[np.uint64] = read_column(join(uri, COMMON), "caption_hash").to_numpy()
     return hashes
 
 

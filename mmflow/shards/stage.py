@@ -1,6 +1,6 @@
 """The shard stage: what tells one dataset from another before it is built, what is fetched first, and what it grows on.
 
-Sources are listed each time, because what they hold decides about the dataset; a corpus that an artifact holds is
+Sources are listed once a run, because what they hold decides about the dataset; a corpus that an artifact holds is
 known by its fingerprint and listed only when it is read.
 """
 
