@@ -1,6 +1,8 @@
-"""What the loader reads: batches, windows, augmentation and tokens."""
+"""What the loader reads: order, mixture, cache, augmentation, text, and how batches are prepared."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -28,15 +30,87 @@ class AugmentConfig(Config):
     """Probability that a word piece is left out of the caption."""
 
 
+class MixedDatasetConfig(Config):
+    """One dataset of a mixture beside the stage's own."""
+
+    uri: str
+    """A committed dataset: a path, s3:// or gs://."""
+    split: str = "train"
+    """The split of it that is trained on."""
+
+
+class CurriculumConfig(Config):
+    """Weights of a mixture from a step on."""
+
+    step: int = Field(ge=0)
+    """The first step at which they hold."""
+    weights: list[float]
+    """One a dataset, the stage's own first."""
+
+
+class MixtureConfig(Config):
+    """Several datasets in every batch, each with a cursor of its own."""
+
+    datasets: list[MixedDatasetConfig] = Field(min_length=1)
+    """Those beside the stage's own dataset, which comes first wherever weights are listed."""
+    weighting: Literal["proportional", "temperature", "fixed"] = "proportional"
+    """proportional: by samples; temperature: by samples to the power of 1/temperature; fixed: by `weights`."""
+    temperature: float = Field(1.0, gt=0)
+    """Above 1 small datasets are drawn more often than their size."""
+    weights: list[float] = Field(default_factory=list)
+    """One a dataset, the stage's own first; for weighting: fixed."""
+    curriculum: list[CurriculumConfig] = Field(default_factory=list)
+    """Weights that replace the others from given steps on."""
+
+
+class CacheConfig(Config):
+    """Where a node keeps the shards of a remote dataset; a local one is read where it lies."""
+
+    directory: str | None = None
+    """A local directory that all processes of the node share; None: mmflow/shards under the user's cache directory."""
+    max_bytes: int = Field(100_000_000_000, ge=1)
+    """The shards longest unread are deleted beyond this many bytes."""
+
+
+class WorkersConfig(Config):
+    """Who decodes, beside the step that consumes. Batches are bit-equal whatever is chosen here."""
+
+    kind: Literal["threads", "processes"] = "threads"
+    """Threads start at once and share memory; processes take no turn at the interpreter's lock."""
+    count: int | None = Field(None, ge=1)
+    """How many a rank has; None: as many as it reserves CPU cores."""
+
+
 class LoaderConfig(Config):
     """Dataset to batches."""
 
     split: str = "train"
     """The dataset's split that is trained on."""
-    window: int = Field(16_384, ge=1)
-    """Samples are shuffled within windows of this many, so that reads stay close together."""
+    window: int = Field(4_096, ge=1)
+    """Samples of a lane are shuffled within windows of this many, so that reads stay close together."""
+    lanes: int = Field(16, ge=1)
+    """An epoch's line of shards is read at this many places at once; ranks share them out."""
+    mixture: MixtureConfig | None = None
+    """Other datasets to draw from beside the stage's own."""
+    cache: CacheConfig = CacheConfig()
     language_weights: dict[str, float] = Field(default_factory=dict)
     """Relative frequency at which each language's captions are drawn; a language not named weighs 1."""
     augment: AugmentConfig = AugmentConfig()
+    frames: int = Field(0, ge=0)
+    """Frames of a clip, evenly spread with a random jitter; 0: the still, which is a clip's first frame."""
+    text: Literal["captions", "questions"] = "captions"
+    """What the text side reads: one of a sample's captions, or of its metadata's questions, whose answer is the target.
+    """
+    label: str | None = None
+    """Name of the metadata's class that is a target, such as `group`."""
+    truncation: Literal["head", "sentences"] = "head"
+    """What is kept of a longer text: its beginning, or a random run of whole sentences."""
+    bucket_batches: int = Field(1, ge=1)
+    """The samples of this many batches are dealt to them by length, which saves padding; 1: as they come."""
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    """A sample that is not what was written, or cannot be decoded: end the training, or leave it out and say so."""
+    max_skipped: int = Field(100, ge=0)
+    """Samples that a rank may leave out from its start on, under on_corrupt: skip, before the training ends."""
     prefetch_batches: int = Field(3, ge=1)
     """Batches a rank prepares ahead of the step that consumes them."""
+    workers: WorkersConfig = WorkersConfig()
