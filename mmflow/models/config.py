@@ -1,4 +1,4 @@
-"""What a model is made of: two encoders of `transformers`, and the space they meet in."""
+"""What a model is made of: encoders of `transformers`, the space they meet in, what fuses them and reads the result."""
 
 from __future__ import annotations
 
@@ -9,37 +9,176 @@ from pydantic import Field, model_validator
 from mmflow.config import Config
 
 
-class EncoderConfig(Config):
-    """One encoder: a model type of `transformers` and what differs from that type's own defaults."""
+class PositionsConfig(Config):
+    """A text encoder with learned absolute positions made to read longer text (Long-CLIP, arXiv 2403.15378)."""
 
-    type: str
-    """`model_type` in transformers: resnet, vit, convnext, bert, …"""
+    stretch: int = Field(4, ge=2)
+    """Every position past the kept ones becomes this many, interpolated between its neighbours."""
+    keep: int = Field(20, ge=0)
+    """The first positions stay as they are: they are the ones that short captions have trained well."""
+
+
+class WindowsConfig(Config):
+    """Documents read window by window: the encoder reads each, a small transformer reads the windows' vectors."""
+
+    tokens: int = Field(128, ge=8)
+    """Tokens of a window, the opening token that each begins with among them."""
+    layers: int = Field(2, ge=1)
+    """Layers of the transformer over windows."""
+    heads: int = Field(4, ge=1)
+    """Its attention heads; they divide the encoder's width."""
+
+
+class VideoConfig(Config):
+    """Clips of frames (CLIP4Clip, arXiv 2104.08860): the image encoder reads each frame, this makes them one."""
+
+    kind: Literal["mean", "sequential", "cross"] = "mean"
+    """The mean of the frames; the mean after a transformer has put them in order; or a transformer that reads the
+    caption and the frames together and gives the pair a score."""
+    max_frames: int = Field(12, ge=1)
+    """Frames that a clip has at most."""
+    layers: int = Field(4, ge=1)
+    """Layers of the transformer; a mean has none."""
+    heads: int = Field(8, ge=1)
+    """Its attention heads; they divide the width."""
+
+
+class EncoderConfig(Config):
+    """What image and text encoders have in common: a model of `transformers`, made anew or from a checkpoint."""
+
+    type: str | None = None
+    """`model_type` in transformers: resnet, vit, convnext, clip_vision_model, bert, roberta, modernbert, …"""
+    checkpoint: str | None = None
+    """A local directory as `save_pretrained` writes it, with its weights as safetensors; one of a CLIP, SigLIP or
+    VisionTextDualEncoder gives its tower. In place of `type`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Fields of that type's configuration; a field that the type does not have is an error."""
-    pooling: Literal["pooler", "mean", "first"] = "mean"
-    """How a sequence becomes one vector: the encoder's own pooler, the mean over tokens, or the first token."""
+    frozen_layers: int | Literal["all"] = 0
+    """The embeddings and this many layers after them are not trained; `all` for the whole encoder."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer learns this many times as fast as the one above it."""
+    activation_checkpointing: bool = False
+    """Compute the layers again in the backward pass instead of keeping what they gave: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> EncoderConfig:
+        if (self.type is None) == (self.checkpoint is None):
+            raise ValueError("give either type, for fresh weights, or checkpoint, a directory with trained ones")
+        if self.frozen_layers != "all" and self.frozen_layers < 0:
+            raise ValueError(f"frozen_layers is {self.frozen_layers}; give 0, a number of layers, or all")
+        return self
+
+
+class ImageEncoderConfig(EncoderConfig):
+    """The encoder of pictures."""
+
+    pooling: Literal["pooler", "mean", "first", "attention"] = "mean"
+    """How regions become one vector: the encoder's own pooler, their mean, the first (a ViT's class token), or a
+    learned query's attention."""
+    patch_dropout: float = Field(0.0, ge=0, lt=1)
+    """The share of a ViT's patches that a training step leaves out (FLIP, arXiv 2212.00794); evaluation sees all."""
+
+
+class TextEncoderConfig(EncoderConfig):
+    """The encoder of captions, questions and documents."""
+
+    pooling: Literal["pooler", "mean", "first", "last", "eos", "attention"] = "mean"
+    """How tokens become one vector: the encoder's own pooler, their mean, the first, the last, the closing token
+    (CLIP), or a learned query's attention."""
+    positions: PositionsConfig | None = None
+    """Stretch the learned positions, to read more tokens than the encoder was made for."""
+    windows: WindowsConfig | None = None
+    """Read documents of thousands of tokens window by window."""
+
+
+class FusionConfig(Config):
+    """How text and image read each other; what the heads of the model then read."""
+
+    kind: Literal[
+        "concatenation", "gated", "cross_attention", "both_directions", "co_attention", "single_stream"
+    ]
+    """concatenation and gated (GMU, arXiv 1702.01992) mix each token with the other side's pooled vector;
+    cross_attention: text reads image (ALBEF, arXiv 2107.07651); both_directions: each reads the other (ViLBERT's
+    co-attentional layer, arXiv 1908.02265); co_attention: that, and each reads itself too (LXMERT's cross-modality
+    layer, arXiv 1908.07490); single_stream: one transformer over both (UNITER, arXiv 1909.11740; VisualBERT, arXiv
+    1908.03557)."""
+    width: int = Field(256, ge=8)
+    """Width of the fused vectors."""
+    layers: int | None = Field(None, ge=1)
+    """Layers of the kinds that attend; the two others have none."""
+    heads: int | None = Field(None, ge=1)
+    """Attention heads of each layer, into which the width is divided."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of activations and attention weights dropped in training."""
+
+    @model_validator(mode="after")
+    def _attention_has_layers(self) -> FusionConfig:
+        attends = self.kind not in ("concatenation", "gated")
+        for name in ("layers", "heads"):
+            if attends and getattr(self, name) is None:
+                raise ValueError(f"{self.kind} needs {name}; give their number")
+            if not attends and getattr(self, name) is not None:
+                raise ValueError(f"{self.kind} has no {name}; leave them out")
+        if self.heads and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+Head = Literal["matching", "masked_language", "masked_image", "classes"]
 
 
 class ModelConfig(Config):
-    """A dual encoder: image and text embedded in one space, compared by cosine."""
+    """What the model is made of. A part that is not named here does not exist: nothing is trained without a gradient."""
 
-    image: EncoderConfig
-    text: EncoderConfig
-    embedding_width: int = Field(256, ge=1)
-    """Width of the shared space."""
+    image: ImageEncoderConfig
+    text: TextEncoderConfig | None = None
+    """Leave it out for a captioner or a classifier of pictures."""
+    embedding_width: int | None = Field(256, ge=1)
+    """Width of the space in which image and text are compared by cosine; null where the model has none."""
     image_pixels: int = Field(64, ge=8)
     """Side of the square picture that the image encoder sees."""
     max_tokens: int = Field(32, ge=4)
     """Tokens of a caption past this many are cut, the closing one kept."""
     vocabulary_size: int = Field(4096, ge=64)
     """Word pieces of the tokenizer that is trained on the dataset's captions; fewer where it has fewer."""
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Of red, green and blue between 0 and 1; a pretrained image encoder wants those that it was trained with."""
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """What the pixels less their mean are divided by."""
     temperature: float = Field(0.07, gt=0)
     """Where the learned temperature starts: similarities are divided by it."""
+    bias: float | None = None
+    """Where a learned bias of the similarities starts, for the sigmoid objective (SigLIP, arXiv 2303.15343: -10, with
+    temperature 0.1); none where it is left out."""
+    fusion: FusionConfig | None = None
+    """Leave it out where image and text meet in the shared space alone."""
+    heads: tuple[Head, ...] = ()
+    """What is read from the fused vectors: matching (do they belong together), masked_language (the words that were
+    hidden), masked_image (the pixels of patches that were hidden), classes (labels or answers). Without a fusion each
+    head but matching reads its own side's encoder."""
 
     @model_validator(mode="after")
     def _not_set_twice(self) -> ModelConfig:
         for name in ("vocab_size", "image_size"):
             for encoder in (self.image, self.text):
-                if name in encoder.options:
+                if encoder is not None and name in encoder.options:
                     raise ValueError(f"{name} follows from vocabulary_size and image_pixels; leave it out of options")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        if self.text is None and self.embedding_width is not None:
+            raise ValueError("embedding_width: a shared space needs a text encoder; name one or set it to null")
+        if self.text is None and self.fusion is not None:
+            raise ValueError("fusion: there is no text encoder to fuse with; name one under text")
+        if self.bias is not None and self.embedding_width is None:
+            raise ValueError("bias: there are no similarities without embedding_width; leave it out")
+        if len(set(self.heads)) < len(self.heads):
+            raise ValueError(f"heads: {', '.join(self.heads)} names one twice")
+        if "matching" in self.heads and self.fusion is None:
+            raise ValueError("heads: matching reads image and text together; name a fusion")
+        if "masked_language" in self.heads and self.text is None:
+            raise ValueError("heads: masked_language needs a text encoder; name one under text")
+        if "masked_image" in self.heads and self.fusion is not None and self.fusion.kind == "cross_attention":
+            raise ValueError("heads: in cross_attention no patch reads the text; take both_directions or another fusion")
         return self
