@@ -124,6 +124,27 @@ class FusionConfig(Config):
         return self
 
 
+class DecoderConfig(Config):
+    """A causal text decoder that reads the picture by cross-attention: what writes captions and answers."""
+
+    memory: Literal["image", "fused"] = "image"
+    """What it reads: the image encoder's regions, or the fused tokens of a question after they read the picture."""
+    width: int = Field(256, ge=8)
+    """Width of its vectors."""
+    layers: int = Field(4, ge=1)
+    """Each attends to the text so far, then to the memory."""
+    heads: int = Field(4, ge=1)
+    """Attention heads of each layer, into which the width is divided."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of activations and attention weights dropped in training."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DecoderConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
 Head = Literal["matching", "masked_language", "masked_image", "classes"]
 
 
@@ -156,6 +177,8 @@ class ModelConfig(Config):
     """What is read from the fused vectors: matching (do they belong together), masked_language (the words that were
     hidden), masked_image (the pixels of patches that were hidden), classes (labels or answers). Without a fusion each
     head but matching reads its own side's encoder."""
+    decoder: DecoderConfig | None = None
+    """Writes text about the picture: a caption, or with memory: fused the answer to a question."""
 
     @model_validator(mode="after")
     def _not_set_twice(self) -> ModelConfig:
@@ -177,6 +200,8 @@ class ModelConfig(Config):
             raise ValueError(f"heads: {', '.join(self.heads)} names one twice")
         if "matching" in self.heads and self.fusion is None:
             raise ValueError("heads: matching reads image and text together; name a fusion")
+        if self.decoder is not None and self.decoder.memory == "fused" and self.fusion is None:
+            raise ValueError("decoder.memory: fused needs a fusion; name one, or let the decoder read the image")
         if "masked_language" in self.heads and self.text is None:
             raise ValueError("heads: masked_language needs a text encoder; name one under text")
         if "masked_image" in self.heads and self.fusion is not None and self.fusion.kind == "cross_attention":
