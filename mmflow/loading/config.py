@@ -4,28 +4,75 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmflow.config import Config
 
 
-class AugmentConfig(Config):
-    """Random views for training, a pure function of (seed, epoch, sample): any batch can be rebuilt anywhere."""
+class CropConfig(Config):
+    """A random part of the picture, enlarged or shrunk to the view: Inception's crop (Szegedy et al., 1409.4842 §6)."""
 
+    area: tuple[float, float] = (0.5, 1.0)
+    """Least and most of the picture's area; a caption that says all of the picture wants most of it."""
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    """Least and most of its width over its height."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CropConfig:
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area {list(self.area)} is no range within (0, 1], such as [0.5, 1]")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect {list(self.aspect)} is no range above 0, such as [0.75, 1.33]")
+        return self
+
+
+Operation = Literal[
+    "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "contrast", "colour",
+    "sharpness", "posterise", "solarise", "autocontrast", "equalise"
+]  # fmt: skip
+
+
+class PoliciesConfig(Config):
+    """RandAugment (Cubuk et al., 1909.13719): a few operations at random, all of one strength."""
+
+    count: int = Field(2, ge=1, le=8)
+    """Operations a view, drawn with replacement."""
+    strength: float = Field(0.5, ge=0, le=1)
+    """Share of each operation's range; the paper's magnitude of 10 is 1/3 of 30."""
+    operations: list[Operation] = Field(
+        default=["identity", "autocontrast", "brightness", "sharpness", "equalise", "shear_x", "shear_y", "translate_x",
+                 "translate_y", "rotate"],
+        min_length=1,
+    )  # fmt: skip
+    """What is drawn from. As in ALBEF (2107.07651, implementation details) none of these changes a colour, because captions name colours;
+    contrast, colour, posterise and solarise are the rest of the paper's fourteen."""
+
+
+class AugmentConfig(Config):
+    """Random views for training, a pure function of (seed, epoch, key): any batch can be rebuilt anywhere."""
+
+    crop: CropConfig | None = None
+    """A random part of the picture; None: the largest centred square."""
     max_zoom: float = Field(1.0, ge=1)
     """A view is enlarged or shrunk by a factor of up to this; what lies outside the picture is white."""
     max_aspect: float = Field(1.0, ge=1)
     """Width against height is changed by a factor of up to this."""
     max_shift: float = Field(0.0, ge=0, lt=0.5)
-    """Most that a view's centre moves, as a share of the picture's side."""
+    """Most that a view's centre moves, as a share of the view's side."""
     max_rotation_degrees: float = Field(0.0, ge=0, le=180)
     """Most that a view is turned, either way."""
     flip: float = Field(0.0, ge=0, le=1)
-    """Probability of a horizontal mirror."""
+    """Probability of a horizontal mirror; captions that say left and right want 0."""
     brightness: float = Field(0.0, ge=0, lt=1)
     """Brightness is multiplied by a factor within 1 ± this."""
     contrast: float = Field(0.0, ge=0, lt=1)
     """Contrast is multiplied by a factor within 1 ± this."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """Saturation is multiplied by a factor within 1 ± this."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Most that hues turn, either way, as a share of the colour circle."""
+    policies: PoliciesConfig | None = None
+    """RandAugment's operations after all of these."""
     token_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that a word piece is left out of the caption."""
 
