@@ -177,6 +177,8 @@ class ModelConfig(Config):
     """What is read from the fused vectors: matching (do they belong together), masked_language (the words that were
     hidden), masked_image (the pixels of patches that were hidden), classes (labels or answers). Without a fusion each
     head but matching reads its own side's encoder."""
+    video: VideoConfig | None = None
+    """Reads clips of frames; leave it out for stills."""
     decoder: DecoderConfig | None = None
     """Writes text about the picture: a caption, or with memory: fused the answer to a question."""
 
@@ -206,4 +208,9 @@ class ModelConfig(Config):
             raise ValueError("heads: masked_language needs a text encoder; name one under text")
         if "masked_image" in self.heads and self.fusion is not None and self.fusion.kind == "cross_attention":
             raise ValueError("heads: in cross_attention no patch reads the text; take both_directions or another fusion")
+        meets = self.embedding_width is not None or self.fusion is not None
+        if self.text is not None and not meets and "masked_language" not in self.heads:
+            raise ValueError("text: nothing reads it; leave it out, or name embedding_width, fusion or masked_language")
+        if not meets and self.decoder is None and set(self.heads) <= {"masked_language"}:
+            raise ValueError("image: nothing reads it; name embedding_width, fusion, decoder, or heads masked_image or classes")
         return self

@@ -1,0 +1,107 @@
+"""What is read off the fused vectors: do they belong together, which words and patches were hidden, which class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmflow.errors import RecipeError
+from mmflow.models.config import ModelConfig
+from mmflow.models.encoders import Encoder
+from mmflow.models.layers import LAYER_NORM_EPS
+
+# Shapes: B batch, R regions, P patches, S side of a picture, W width, V vocabulary.
+
+
+class MaskedLanguageHead(nn.Module):
+    """E LayerNorm(GELU(A x + a)) + b, where E are the text encoder's word embeddings (BERT, arXiv 1810.04805, appendix
+    A; tied as in arXiv 1608.05859), or a matrix of its own where the encoder has none.
+
+    The tied parameter belongs to this module as well as to the encoder, so that ZeRO-3 gathers it for both; it is saved
+    once, under the encoder's name.
+    """
+
+    def __init__(self, width: int, vocabulary_size: int, embeddings: nn.Module | None) -> None:
+        super().__init__()
+        tied = embeddings.weight if isinstance(embeddings, nn.Embedding) else None
+        rows, inner = (vocabulary_size, width) if tied is None else tied.shape
+        self.inner = nn.Linear(width, inner)
+        self.norm = nn.LayerNorm(inner, eps=LAYER_NORM_EPS)
+        self.output = nn.Linear(inner, rows)
+        nn.init.zeros_(self.output.bias)
+        if tied is not None:
+            self.output.weight = tied
+            self.register_state_dict_post_hook(_omit_tied)
+            self.register_load_state_dict_pre_hook(_supply_tied)
+
+    def forward(self, x_W: Tensor) -> Tensor:
+        """(…, W) → (…, V)."""
+        logits: Tensor = self.output(self.norm(nn.functional.gelu(self.inner(x_W))))
+        return logits
+
+
+def _omit_tied(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state.pop(f"{prefix}output.weight")  # safetensors refuses memory that two names share
+
+
+def _supply_tied(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(module, MaskedLanguageHead)
+    state[f"{prefix}output.weight"] = module.output.weight.detach()  # already loaded, by the encoder
+
+
+class MaskedImageHead(nn.Module):
+    """The pixels of each patch by one linear layer (SimMIM, arXiv 2111.09886, section 3.3)."""
+
+    def __init__(self, width: int, image_pixels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.num_patches = (image_pixels // side) ** 2
+        self.output = nn.Linear(width, 3 * side**2)
+
+    def forward(self, image_BRW: Tensor) -> Tensor:
+        """(B, R, W) → (B, P, 3 · side²), as `patches` cuts them. Class and register tokens come before the patches."""
+        pixels: Tensor = self.output(image_BRW[:, -self.num_patches :])
+        return pixels
+
+
+def patches(pixels_B3SS: Tensor, side: int) -> Tensor:
+    """Pictures cut into patches, row by row: (B, P, 3 · side²), each by channel, row and column; what is left over at
+    the right and below belongs to none."""
+    kept = pixels_B3SS.shape[-1] // side * side
+    cut = pixels_B3SS[..., :kept, :kept].unflatten(3, (-1, side)).unflatten(2, (-1, side))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # from B, 3, rows, side, columns, side
+
+
+def build_head(
+    key: str,
+    name: str,
+    config: ModelConfig,
+    image: Encoder,
+    text: Encoder | None,
+    vocabulary_size: int,
+    num_classes: int,
+) -> nn.Module:
+    """One head with fresh weights, as wide as what it reads. Raises RecipeError naming `key`, the recipe's key."""
+    if name == "masked_language":
+        assert text is not None  # ModelConfig has seen to it
+        width = config.fusion.width if config.fusion else text.width
+        return MaskedLanguageHead(width, vocabulary_size, text.backbone.get_input_embeddings())
+    width = config.fusion.width if config.fusion else image.width
+    if name == "masked_image":
+        return MaskedImageHead(width, config.image_pixels, _patch_side(key, config, image))
+    if name == "matching":
+        return nn.Linear(width, 2)
+    if num_classes < 1:
+        raise RecipeError(f"{key}: classes needs labels or answers; name loader.label, or read a dataset with questions")
+    return nn.Linear(width, num_classes)
+
+
+def _patch_side(key: str, config: ModelConfig, image: Encoder) -> int:
+    backbone = image.backbone.config
+    side = getattr(backbone, "patch_size", None)
+    if not isinstance(side, int) or hasattr(backbone, "depths"):
+        raise RecipeError(f"{key}: masked_image needs an encoder of patches, {backbone.model_type} is none; take vit")
+    if config.image.patch_dropout:
+        raise RecipeError(f"{key}: masked_image needs every patch; set image.patch_dropout to 0")
+    return side
