@@ -1,77 +1,173 @@
-"""The order of an epoch as a pure function of (shard sizes, seed, epoch), so that a position is all there is to save.
+"""Global batches as a pure function of (shard sizes, seed, state), so that a position is all there is to save.
 
-Shards are permuted and laid end to end; each window of that line is permuted in turn; global batch t is the samples at
-positions [t·B, (t+1)·B). Ranks take equal slices of a batch, so the batch is the same set in the same order for every
-number of ranks, and any rank can seek to any position at the cost of one window.
+The slots of a batch go by the lanes of their epoch. Ranks take equal slices of them, so that each rank reads a few long
+runs of a few shards, and the batch is the same set in the same order for every number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmflow.errors import RecipeError
+from mmflow.loading.bucketing import Buckets, deal_by_length
+from mmflow.loading.epoch import EpochPlan, Epochs, Latest
+from mmflow.loading.permutation import key_of, shuffled
+
+Read = tuple[int, int, int, int]
+"""(dataset, shard, first row, last row): rows that lie together and are wanted at about the same time."""
+
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """The sample order of one epoch. Memory grows with the number of shards, never of samples."""
+class Slots:
+    """A global batch, or a rank's slice of one: where its samples lie. All (n,)."""
+
+    dataset: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    epoch: NDArray[np.int64]  # of the slot's dataset
+    real: NDArray[np.bool_]  # False: padding, a sample that counts in another slot
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Where the next global batch begins: all that a checkpoint keeps of the loader, as JSON through `asdict`."""
+
+    epoch: int = 0
+    position: int = 0  # samples dealt over all ranks: in this epoch, or in the whole training where there is a mixture
+    drawn: tuple[int, ...] = ()  # of a mixture: samples dealt of each dataset, when the group of batches began
+
+    def __post_init__(self) -> None:
+        # JSON gives back a list.
+        object.__setattr__(self, "drawn", tuple(self.drawn))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The global batches of one dataset, epoch after epoch; the last of an epoch is padded with its first samples."""
 
     shard_samples: tuple[int, ...]
+    global_batch_size: int
     seed: int
-    epoch: int
-    window: int = 16_384
+    window: int = 4_096
+    lanes: int = 16
+    buckets: Buckets | None = None
+    _epochs: Epochs = field(init=False, repr=False, compare=False)
+    _groups: Latest[tuple[int, int], list[NDArray[np.int64]]] = field(
+        default_factory=Latest, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not self.num_samples:
+            raise RecipeError(
+                f"loader.split: no samples in its {len(self.shard_samples)} shards; name a split that has some"
+            )
+        object.__setattr__(self, "_epochs", Epochs(self.shard_samples, self.seed, self.window, self.lanes))
 
     @cached_property
     def num_samples(self) -> int:
-        """Samples in the epoch."""
+        """Samples in an epoch."""
         return sum(self.shard_samples)
 
-    @cached_property
-    def _shard_sizes(self) -> NDArray[np.int64]:
-        # (num_shards,)
-        return np.asarray(self.shard_samples, dtype=np.int64)
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch; the last is padded, not dropped."""
+        return num_steps(self.num_samples, self.global_batch_size)
 
-    @cached_property
-    def _shard_order(self) -> NDArray[np.int64]:
-        # (num_shards,)
-        return np.random.default_rng((self.seed, self.epoch)).permutation(len(self.shard_samples))
+    def step_of(self, state: LoaderState) -> int:
+        """Batches that have been dealt when `state` is reached."""
+        return state.epoch * self.steps_per_epoch + state.position // self.global_batch_size
 
-    @cached_property
-    def _shard_ends(self) -> NDArray[np.int64]:
-        # (num_shards,): where each permuted shard ends on the line
-        return np.cumsum(self._shard_sizes[self._shard_order])
+    def after(self, state: LoaderState) -> LoaderState:
+        """Where the batch after that of `state` begins."""
+        position = state.position + self.global_batch_size
+        return LoaderState(state.epoch, position) if position < self.num_samples else LoaderState(state.epoch + 1)
 
-    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(shard, row) of each position of the epoch; all three arrays are (n,) int64."""
-        # (n,): the place on the line of permuted shards
-        places = np.empty_like(positions)
-        windows = positions // self.window
-        for window in np.unique(windows):
-            within = windows == window
-            order = _window_order(self.seed, self.epoch, int(window), self._window_size(int(window)))
-            places[within] = window * self.window + order[positions[within] - window * self.window]
-        # (n,): index among the permuted shards
-        ordinals = np.searchsorted(self._shard_ends, places, side="right")
-        shards = self._shard_order[ordinals]
-        starts = self._shard_ends[ordinals] - self._shard_sizes[shards]
-        return shards, places - starts
+    def batch(self, state: LoaderState) -> Slots:
+        """The whole global batch that begins at `state`, in slot order. Raises RecipeError for a state of other data."""
+        positions, real = self._positions(state)
+        shards, rows = self._epochs.plan(state.epoch).locate(positions)
+        zeros = np.zeros_like(positions)
+        return Slots(zeros, shards, rows, zeros + state.epoch, real)
 
-    def _window_size(self, window: int) -> int:
-        return min(self.window, self.num_samples - window * self.window)
+    def read_ahead(self, state: LoaderState, rank: int = 0, world_size: int = 1) -> list[Read]:
+        """The rows that a rank needs from here to the end of its lanes' next windows, the most urgent first."""
+        positions, _ = self._positions(state)
+        taken, _ = rank_indices(len(positions), rank, world_size)
+        return [(0, *run) for run in self._epochs.read_ahead(state.epoch, positions[taken])]
 
+    def _positions(self, state: LoaderState) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Positions of the epoch in slot order, and which of them are real; both (global_batch_size,)."""
+        if state.position >= self.num_samples or state.drawn:
+            raise RecipeError(
+                f"loader: the checkpoint stands at {state}, an epoch here has {self.num_samples} samples of one "
+                "dataset; resume with the dataset and the mixture that it was trained with"
+            )
+        stop = state.position + self.global_batch_size
+        dealt = np.arange(state.position, min(stop, self.num_samples))
+        if self.buckets:
+            dealt = self._bucketed(self.buckets, state)
+        plan = self._epochs.plan(state.epoch)
+        dealt = dealt[np.lexsort((dealt, plan.lane_of(dealt)))]
+        padding = np.arange(self.num_samples, max(stop, self.num_samples)) % self.num_samples
+        real = np.arange(self.global_batch_size) < len(dealt)
+        return np.concatenate((dealt, padding)), real
 
-@lru_cache(maxsize=4)
-def _window_order(seed: int, epoch: int, window: int, size: int) -> NDArray[np.int64]:
-    # (size,)
-    return np.random.default_rng((seed, epoch, window, 1)).permutation(size)
+    def _bucketed(self, buckets: Buckets, state: LoaderState) -> NDArray[np.int64]:
+        """Positions of the batch among those of its group; (n,)."""
+        size = self.global_batch_size
+        check_aligned(state.position, size)
+        step = state.position // size
+        group, number = divmod(step, buckets.batches)
+
+        def deal() -> list[NDArray[np.int64]]:
+            first = group * buckets.batches * size
+            positions = np.arange(first, min(first + buckets.batches * size, self.num_samples))
+            sizes = [min(size, len(positions) - done) for done in range(0, len(positions), size)]
+            lengths = buckets.measure(0, *self._epochs.plan(state.epoch).locate(positions))
+            ranks = shuffled(len(sizes), key_of(self.seed, state.epoch, group))
+            return [positions[indices] for indices in deal_by_length(lengths, sizes, ranks)]
+
+        return self._groups.get((state.epoch, group), deal)[number]
 
 
 def num_steps(num_samples: int, global_batch_size: int) -> int:
     """Steps of an epoch: the last batch is padded, not dropped."""
     return -(-num_samples // global_batch_size)
+
+
+def check_aligned(position: int, global_batch_size: int) -> None:
+    """Raises RecipeError where no batch begins: a group of buckets cannot be entered in the midst of a batch."""
+    if position % global_batch_size:
+        raise RecipeError(
+            f"training.global_batch_size: no batch of {global_batch_size} begins at the checkpoint's position {position};"
+            " with loader.bucket_batches resume with the batch size that it was trained with"
+        )
+
+
+def rank_slice(slots: Slots, rank: int, world_size: int) -> Slots:
+    """A rank's slots of a global batch, ceil(n / world_size) on every rank; those past the batch are padding."""
+    taken, inside = rank_indices(len(slots), rank, world_size)
+    return Slots(
+        dataset=slots.dataset[taken],
+        shard=slots.shard[taken],
+        row=slots.row[taken],
+        epoch=slots.epoch[taken],
+        real=slots.real[taken] & inside,
+    )
+
+
+def rank_indices(num_slots: int, rank: int, world_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The slots that a rank takes, and which of them lie inside the batch; those beyond repeat it from its start."""
+    taken = np.asarray(rank_slots(num_slots, rank, world_size), dtype=np.int64)
+    return taken % num_slots, taken < num_slots
 
 
 def rank_slots(global_batch_size: int, rank: int, world_size: int) -> range:
