@@ -107,7 +107,26 @@ class MixtureConfig(Config):
     weights: list[float] = Field(default_factory=list)
     """One a dataset, the stage's own first; for weighting: fixed."""
     curriculum: list[CurriculumConfig] = Field(default_factory=list)
-    """Weights that replace the others from given steps on."""
+    """Weights that replace the others from given steps on, at once: nothing is interpolated."""
+
+    @model_validator(mode="after")
+    def _weighed(self) -> MixtureConfig:
+        if (self.weighting == "fixed") != bool(self.weights):
+            raise ValueError(f"weights belong to weighting: fixed, this is {self.weighting}; give both or neither")
+        if self.weighting != "temperature" and self.temperature != 1:
+            raise ValueError(f"temperature belongs to weighting: temperature, this is {self.weighting}; leave it out")
+        steps = [change.step for change in self.curriculum]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"curriculum: its steps must rise, these are {steps}")
+        listed = [self.weights] if self.weights else []
+        for weights in (*listed, *(change.weights for change in self.curriculum)):
+            if len(weights) != 1 + len(self.datasets):
+                raise ValueError(
+                    f"weights: {len(weights)} of them for {1 + len(self.datasets)} datasets, the stage's own first"
+                )
+            if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+                raise ValueError(f"weights are numbers from 0 on, one of them above; these are {weights}")
+        return self
 
 
 class CacheConfig(Config):

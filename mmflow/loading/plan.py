@@ -98,7 +98,10 @@ class Order:
         return Slots(zeros, shards, rows, zeros + state.epoch, real)
 
     def read_ahead(self, state: LoaderState, rank: int = 0, world_size: int = 1) -> list[Read]:
-        """The rows that a rank needs from here to the end of its lanes' next windows, the most urgent first."""
+        """The rows of the windows that a rank reads from at `state`, then of those that follow in their lanes.
+
+        A batch has most of them in common with the one before: only what is new needs to be asked for.
+        """
         positions, _ = self._positions(state)
         taken, _ = rank_indices(len(positions), rank, world_size)
         return [(0, *run) for run in self._epochs.read_ahead(state.epoch, positions[taken])]
