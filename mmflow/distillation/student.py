@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmflow.models.dual import DualEncoder
+from mmflow.errors import RecipeError
+from mmflow.models.model import Model
 
 SIDES = ("image_embedding", "text_embedding")
 
@@ -13,10 +14,12 @@ SIDES = ("image_embedding", "text_embedding")
 class Student(nn.Module):
     """A model whose outputs carry `projected`: its embeddings in the teacher's width, of unit length."""
 
-    def __init__(self, model: DualEncoder, teacher_width: int) -> None:
+    def __init__(self, model: Model, teacher_width: int) -> None:
         super().__init__()
         self.model = model
-        width = model.image_projection.out_features
+        width = model.embedding_width
+        if width is None:
+            raise RecipeError("distill.model.embedding_width: null, and lessons are of embeddings; give a width")
         self.projections = nn.ModuleDict(
             {side: nn.Linear(width, teacher_width, bias=False) for side in SIDES} if width != teacher_width else {}
         )

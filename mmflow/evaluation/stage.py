@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from mmflow.artifacts import content_hash, join, read_json, write_json
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.evaluate import Examination, Metrics, Rows, chance, examine, flatten, read_rows
-from mmflow.models.dual import build_dual_encoder
 from mmflow.models.embed import embed_images
+from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package
 from mmflow.progress import Report
 from mmflow.shards.dataset import open_dataset
@@ -77,10 +78,14 @@ def _models(packages: Mapping[str, str], seed: int) -> Iterator[tuple[str, Loade
     loaded = {name: load_package(read_package(package)) for name, package in packages.items()}
     yield from loaded.items()
     teacher = next(iter(loaded.values()))
-    fresh = build_dual_encoder(
-        "model", teacher.config, teacher.tokenizer.get_vocab_size(), seed=seed + UNTRAINED_SEED
+    fresh = build(
+        "model",
+        teacher.config,
+        teacher.tokenizer.get_vocab_size(),
+        seed=seed + UNTRAINED_SEED,
+        num_classes=len(teacher.classes),
     ).eval()
-    yield "untrained", LoadedModel(fresh, teacher.tokenizer, teacher.config, teacher.mean, teacher.std)
+    yield "untrained", replace(teacher, model=fresh)
 
 
 def _queries(found: Examination, rows: Rows, language: str) -> list[dict[str, Any]]:

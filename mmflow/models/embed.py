@@ -21,7 +21,7 @@ Embeddings = NDArray[np.float32]  # (rows, width), of unit length
 
 def device_of(loaded: LoadedModel) -> torch.device:
     """Where the model is."""
-    return loaded.model.logit_scale.device
+    return next(loaded.model.parameters()).device
 
 
 @torch.inference_mode()
@@ -31,8 +31,8 @@ def embed_images(loaded: LoadedModel, samples: Sequence[Sample], batch_size: int
     rows = []
     for batch in _batched(samples, batch_size):
         views = [centre_view(decode(sample.image, sample.extension, side), side) for sample in batch]
-        pixels = normalise(pixels_tensor(views).to(device_of(loaded)), loaded.mean, loaded.std)
-        rows.append(loaded.model.embed_images(pixels).float().cpu().numpy())
+        pixels = normalise(pixels_tensor(views).to(device_of(loaded)), loaded.config.pixel_mean, loaded.config.pixel_std)
+        rows.append(loaded.model.embed_image(loaded.model.encode_image(pixels)).cpu().numpy())
     return _stack(rows, loaded)
 
 
@@ -43,8 +43,8 @@ def embed_captions(loaded: LoadedModel, captions: Sequence[str], batch_size: int
     for batch in _batched(captions, batch_size):
         ids, mask = pad(tokenise(loaded.tokenizer, batch, loaded.config.max_tokens))
         device = device_of(loaded)
-        embedded = loaded.model.embed_captions(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
-        rows.append(embedded.float().cpu().numpy())
+        text = loaded.model.encode_text(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+        rows.append(loaded.model.embed_text(text).cpu().numpy())
     return _stack(rows, loaded)
 
 
@@ -53,4 +53,4 @@ def _batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
 
 
 def _stack(rows: list[Embeddings], loaded: LoadedModel) -> Embeddings:
-    return np.concatenate(rows) if rows else np.zeros((0, loaded.config.embedding_width), np.float32)
+    return np.concatenate(rows) if rows else np.zeros((0, loaded.config.embedding_width or 0), np.float32)

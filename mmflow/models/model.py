@@ -45,6 +45,7 @@ class Model(nn.Module):
         super().__init__()
         self.image = image
         self.text = text
+        self.embedding_width = embedding_width
         self.image_projection: nn.Linear | None = None
         self.text_projection: nn.Linear | None = None
         self.scale: LogitScale | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from mmflow.models.dual import DualEncoder
+    from mmflow.models.model import Model
 
 CARD = "mmflow.json"
 WEIGHTS = "model.safetensors"
@@ -49,13 +49,12 @@ class Package:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to embed: its weights, its tokenizer and how its pictures are prepared."""
+    """A model ready for use: its weights, its tokenizer, how its pictures are prepared, and what its classes are."""
 
-    model: DualEncoder
+    model: Model
     tokenizer: Tokenizer
     config: ModelConfig
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    classes: tuple[str, ...] = ()  # labels or answers, in the order of the logits of the head `classes`
 
 
 def write_package(
@@ -64,32 +63,18 @@ def write_package(
     state: Mapping[str, Tensor],
     config: ModelConfig,
     tokenizer_json: str,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
     parameters: int,
     lineage: Mapping[str, Any],
+    classes: Sequence[str] = (),
 ) -> Package:
     """Publish a package. The card goes last, so that a package without one does not exist."""
     from safetensors.torch import save
 
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": config.image_pixels},
-        "do_center_crop": True,
-        "crop_size": {"height": config.image_pixels, "width": config.image_pixels},
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "resample": 2,
-    }
     files = {
         WEIGHTS: save({name: tensor.contiguous() for name, tensor in state.items()}),
-        CONFIG: _json({"model_type": "mmflow_dual_encoder", **config.model_dump(mode="json")}),
+        CONFIG: _json({"model_type": "mmflow", **config.model_dump(mode="json"), "classes": list(classes)}),
         TOKENIZER: tokenizer_json.encode(),
-        PREPROCESSOR: _json(preprocessor),
+        PREPROCESSOR: _json(_preprocessor(config)),
     }
     for name, data in files.items():
         write_bytes(join(uri, name), data)
@@ -103,6 +88,23 @@ def write_package(
     }
     write_json(join(uri, CARD), card)
     return Package(uri, card)
+
+
+def _preprocessor(config: ModelConfig) -> dict[str, Any]:
+    """The file by which `transformers` prepares pictures as evaluation does here."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": config.image_pixels},
+        "do_center_crop": True,
+        "crop_size": {"height": config.image_pixels, "width": config.image_pixels},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(config.pixel_mean),
+        "image_std": list(config.pixel_std),
+        "resample": 2,
+    }
 
 
 def read_package(uri: str) -> Package:
@@ -124,7 +126,7 @@ def load_package(package: Package) -> LoadedModel:
     from safetensors.torch import load
     from tokenizers import Tokenizer
 
-    from mmflow.models.dual import build_dual_encoder
+    from mmflow.models.model import build
 
     files = {name: read_bytes(join(package.uri, name)) for name in package.card["files"]}
     for name, data in files.items():
@@ -134,14 +136,12 @@ def load_package(package: Package) -> LoadedModel:
             )
     fields = json.loads(files[CONFIG])
     fields.pop("model_type")
+    classes = tuple(fields.pop("classes", ()))
     config = ModelConfig.model_validate(fields)
-    preprocessor = json.loads(files[PREPROCESSOR])
     tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
-    model = build_dual_encoder("model", config, tokenizer.get_vocab_size(), seed=0)
+    model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
     model.load_state_dict(load(files[WEIGHTS]))
-    return LoadedModel(
-        model.eval(), tokenizer, config, tuple(preprocessor["image_mean"]), tuple(preprocessor["image_std"])
-    )
+    return LoadedModel(model.eval(), tokenizer, config, classes)
 
 
 def _json(value: Any) -> bytes:

@@ -23,10 +23,9 @@ from mmflow.loading.batches import Batch, BatchSettings, LoaderState, batches, n
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.plan import num_steps
 from mmflow.loading.reader import Reader
-from mmflow.loading.transforms import MEAN, STD
 from mmflow.models.config import ModelConfig
-from mmflow.models.dual import build_dual_encoder
 from mmflow.models.encoders import parameter_count
+from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package, write_package
 from mmflow.objectives.config import ContrastiveConfig
 from mmflow.objectives.contrastive import GlobalRows, contrastive_loss, global_rows
@@ -138,8 +137,6 @@ def _write(job: TrainingJob, module: nn.Module) -> None:
             state=state,
             config=job.model,
             tokenizer_json=job.tokenizer_json,
-            mean=MEAN,
-            std=STD,
             parameters=parameter_count(model),
             lineage=job.lineage,
         )
@@ -164,12 +161,12 @@ def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
 
 def _lesson(job: TrainingJob, vocabulary_size: int) -> tuple[nn.Module, Losses, int]:
     """What is trained, by which losses, and the side of the pictures that both sides are shown."""
-    model = build_dual_encoder(f"{job.stage}.model", job.model, vocabulary_size, job.seed)
+    model = build(f"{job.stage}.model", job.model, vocabulary_size, job.seed)
     if job.teacher is None or job.lessons is None:
-        return model, partial(_pretraining_losses, job.objective), job.model.image_pixels
+        return model, partial(_pretraining_losses, job.objective, job.model), job.model.image_pixels
     teacher = load_package(read_package(job.teacher))
     teacher.model.requires_grad_(False)
-    losses = partial(_distillation_losses, job.objective, job.lessons, teacher, job.model.image_pixels)
+    losses = partial(_distillation_losses, job.objective, job.lessons, teacher, job.model)
     pixels = max(job.model.image_pixels, teacher.config.image_pixels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)  # its projections are drawn here: a restart from the first step must draw the same
@@ -177,8 +174,9 @@ def _lesson(job: TrainingJob, vocabulary_size: int) -> tuple[nn.Module, Losses, 
     return student, losses, pixels
 
 
-def _inputs(batch: Batch, device: torch.device, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    pixels = normalise(batch.pixels.to(device, non_blocking=True), MEAN, STD)
+def _inputs(batch: Batch, device: torch.device, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    side = model.image_pixels
+    pixels = normalise(batch.pixels.to(device, non_blocking=True), model.pixel_mean, model.pixel_std)
     if pixels.shape[-1] != side:
         pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
     return pixels, batch.token_ids.to(device), batch.token_mask.to(device)
@@ -189,20 +187,22 @@ def _contrast(objective: ContrastiveConfig, outputs: dict[str, Tensor], rows: Gl
     return contrastive_loss(image, text, scale, rows, gather_rows, objective.label_smoothing)
 
 
-def _pretraining_losses(objective: ContrastiveConfig, engine: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    outputs = engine(*_inputs(batch, engine.device, batch.pixels.shape[-1]))
+def _pretraining_losses(
+    objective: ContrastiveConfig, model: ModelConfig, engine: Any, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    outputs = engine(*_inputs(batch, engine.device, model))
     rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
     loss = _contrast(objective, outputs, rows)
     return loss, {"contrastive": loss, "logit_scale": outputs["logit_scale"]}
 
 
 def _distillation_losses(
-    objective: ContrastiveConfig, lessons: LessonsConfig, teacher: LoadedModel, side: int, engine: Any, batch: Batch
+    objective: ContrastiveConfig, lessons: LessonsConfig, teacher: LoadedModel, model: ModelConfig, engine: Any, batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.no_grad():
         teacher.model.to(engine.device)
-        taught = teacher.model(*_inputs(batch, engine.device, teacher.config.image_pixels))
-    outputs = engine(*_inputs(batch, engine.device, side))
+        taught = teacher.model(*_inputs(batch, engine.device, teacher.config))
+    outputs = engine(*_inputs(batch, engine.device, model))
     rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
     parts = {
         "contrastive": _contrast(objective, outputs, rows),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmflow.distillation.losses import feature_loss, soft_label_loss
 from mmflow.distillation.student import SIDES, Student
 from mmflow.models.config import ModelConfig
-from mmflow.models.dual import build_dual_encoder
+from mmflow.models.model import build
 from mmflow.objectives.contrastive import GlobalRows, global_rows
 from tests.tiny import SMALLEST_MODEL
 
@@ -161,7 +161,7 @@ CONFIG = ModelConfig.model_validate(SMALLEST_MODEL)
 @pytest.mark.parametrize(("teacher_width", "num_projections"), [(6, 0), (10, 2), (3, 2)])
 def test_student_is_compared_in_its_teacher_s_width(teacher_width: int, num_projections: int) -> None:
     torch.manual_seed(0)
-    student = Student(build_dual_encoder("model", CONFIG, 64, seed=0), teacher_width)
+    student = Student(build("model", CONFIG, 64, seed=0), teacher_width)
     batch = torch.randn(5, 3, 16, 16), torch.randint(0, 64, (5, 7)), torch.ones(5, 7, dtype=torch.int64)
     found = student(*batch)
     assert len(student.projections) == num_projections
@@ -176,11 +176,11 @@ def test_student_is_compared_in_its_teacher_s_width(teacher_width: int, num_proj
     projections = list(student.projections.parameters())
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in projections)
     assert student.model.image_projection.weight.grad is not None
-    assert student.model.logit_scale.grad is None  # distances do not depend on the temperature
+    assert student.model.scale.logit_scale.grad is None  # distances do not depend on the temperature
 
 
 def test_projections_are_no_part_of_the_model_that_is_packaged() -> None:
-    model = build_dual_encoder("model", CONFIG, 64, seed=0)
+    model = build("model", CONFIG, 64, seed=0)
     student = Student(model, 10)
     assert set(student.model.state_dict()) == set(model.state_dict())
     assert not [name for name in student.model.state_dict() if "projections" in name]

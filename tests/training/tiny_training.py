@@ -19,7 +19,7 @@ from torch import Tensor
 from mmflow.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.batches import Batch, LoaderState
 from mmflow.models.config import ModelConfig
-from mmflow.models.dual import DualEncoder, build_dual_encoder
+from mmflow.models.model import Model, build
 from mmflow.objectives.config import ContrastiveConfig
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.config import OptimizerConfig
@@ -50,8 +50,8 @@ MODEL = ModelConfig.model_validate(
 )
 
 
-def model() -> DualEncoder:
-    return build_dual_encoder("pretrain.model", MODEL, VOCABULARY, seed=1)
+def model() -> Model:
+    return build("pretrain.model", MODEL, VOCABULARY, seed=1)
 
 
 def engine_of(zero_stage: int, precision: str = "fp32") -> Any:
@@ -90,7 +90,7 @@ def run(engine: Any, directory: Path, *, step: int = 0, state: LoaderState = STA
     seen: list[LoaderState] = []
     journal = Journal(directory / "journal.jsonl")
     settings: dict[str, Any] = {
-        "losses": partial(_pretraining_losses, ContrastiveConfig()),
+        "losses": partial(_pretraining_losses, ContrastiveConfig(), MODEL),
         "first_step": step,
         "total_steps": TOTAL_STEPS,
         "log_every": LOG_EVERY,
@@ -176,7 +176,7 @@ def poison(kind: str) -> Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tenso
 
     def losses(engine: Any, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
         steps.append(batch)
-        loss, parts = _pretraining_losses(ContrastiveConfig(), engine, batch)
+        loss, parts = _pretraining_losses(ContrastiveConfig(), MODEL, engine, batch)
         if len(steps) == (2 if kind == "loss" else 3):
             loss = loss * float("nan") if kind == "loss" else loss + (loss - loss).sqrt()  # value 0, slope infinite
         return loss, parts
