@@ -251,8 +251,8 @@ def _pictures(dataset: Artifact, keys: Iterable[str]) -> dict[str, bytes]:
     import simplejpeg
     from PIL import Image
 
+    from mmflow.loading.decode import decode
     from mmflow.loading.reader import Reader
-    from mmflow.loading.transforms import decode
     from mmflow.shards.dataset import open_dataset
 
     wanted, found = set(keys), dict[str, bytes]()

@@ -1,16 +1,29 @@
-"""Captions to token ids: a word-piece tokenizer trained on the dataset's own captions, saved as plain JSON."""
+"""Texts to token ids: a tokenizer trained on the dataset's own captions or read from a file, cut, and padded."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from mmflow.errors import RecipeError
+from mmflow.loading.sentences import sentence_starts, sentence_window
+
 PAD, UNKNOWN, FIRST, LAST, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL = [PAD, UNKNOWN, FIRST, LAST, MASK]
+# Names in tokenizers of BERT, RoBERTa and T5, Gemma, and CLIP kind.
+NAMES = {
+    "pad": (PAD, "<pad>", "<|padding|>"),
+    "first": (FIRST, "<s>", "<bos>", "<|startoftext|>", "<start_of_text>"),
+    "last": (LAST, "</s>", "<eos>", "<|endoftext|>", "<end_of_text>"),
+    "mask": (MASK, "<mask>"),
+    "unknown": (UNKNOWN, "<unk>"),
+}
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -46,18 +59,122 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
     return tokenizer
 
 
-def tokenise(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of each caption; what is past `max_tokens` is cut, the closing token kept."""
-    rows = [encoding.ids for encoding in tokenizer.encode_batch(list(captions))]
-    return [row if len(row) <= max_tokens else [*row[: max_tokens - 1], row[-1]] for row in rows]
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of a tokenizer's special tokens; None for those that it does not have."""
+
+    pad: int
+    first: int | None
+    last: int | None
+    mask: int | None
+    unknown: int | None
 
 
-def pad(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids (B, longest) padded with `[PAD]`, and their mask, 1 where real."""
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
+    """The special tokens of a tokenizer of BERT, RoBERTa, T5, Gemma or CLIP kind, found by their names.
+
+    One without a token of its own for padding (CLIP's) pads with the last one, as transformers does: padding is masked
+    and its id is read by nobody. Raises RecipeError where there is neither.
+    """
+    found = {role: _id_of(tokenizer, names) for role, names in NAMES.items()}
+    pad = found.pop("pad")
+    if pad is None:
+        pad = found["last"]
+    if pad is None:
+        asked = ", ".join(NAMES["pad"] + NAMES["last"])
+        raise RecipeError(f"tokenizer: none of {asked} is in its vocabulary, so nothing can be padded; add one of them")
+    return SpecialTokens(pad=pad, **found)
+
+
+def load_tokenizer(path: str | Path, key: str = "tokenizer") -> Tokenizer:
+    """The tokenizer of a local tokenizer.json, or of the directory it lies in. Raises RecipeError naming the key."""
+    file = Path(path)
+    file = file / "tokenizer.json" if file.is_dir() else file
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise RecipeError(
+            f"{key}: {file}: {reason}; give a tokenizer.json as the `tokenizers` library writes it, or its directory"
+        ) from error
+    try:
+        return read_tokenizer(text)
+    except Exception as error:  # the library raises bare Exception
+        raise RecipeError(
+            f"{key}: {file}: not a tokenizer.json of the `tokenizers` library ({' '.join(str(error).split())[:120]}); "
+            "older vocab.txt or merges.txt files are converted by transformers' save_pretrained"
+        ) from error
+
+
+def read_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text, as the loader wants it.
+
+    Files of the Hub often ask for padding and truncation to some length, which would be done before ours; and the name
+    of a special token within a caption is mere text, not that token.
+    """
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def tokenise(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    max_tokens: int,
+    randoms: Sequence[np.random.Generator] | None = None,
+) -> list[list[int]]:
+    """Token ids of each text, at most `max_tokens` of them, the special ones at both ends kept.
+
+    Of a longer text the head is kept or, where `randoms` has a generator for each text, a random run of whole sentences.
+    """
+    rows = []
+    for number, encoding in enumerate(tokenizer.encode_batch_fast(list(texts))):
+        ids: list[int] = encoding.ids
+        if len(ids) > max_tokens:
+            first, end = _text_span(encoding.special_tokens_mask)
+            room = max_tokens - (len(ids) - (end - first))
+            begin = 0
+            if randoms is not None:
+                begin, stop = _window(tokenizer, texts[number], (first, end), room, randoms[number].random())
+                room = stop - begin
+            ids = ids[:first] + ids[first + begin : first + begin + room] + ids[end:]
+        rows.append(ids)
+    return rows
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids (B, longest) padded at their ends, and their mask, 1 where real."""
     longest = max(map(len, rows))
-    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, tokens in enumerate(rows):
         ids[row, : len(tokens)] = tokens
         mask[row, : len(tokens)] = 1
     return ids, mask
+
+
+def padding_waste(mask: NDArray[np.int64]) -> float:
+    """The share of a batch's places that hold padding, of a mask (B, T)."""
+    return 1.0 - float(mask.sum()) / mask.size
+
+
+def _id_of(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
+    return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
+
+
+def _text_span(special: Sequence[int]) -> tuple[int, int]:
+    """First token of the text and the one after its last, between the special tokens at both ends."""
+    if 0 not in special:
+        return len(special), len(special)
+    return special.index(0), len(special) - special[::-1].index(0)
+
+
+def _window(
+    tokenizer: Tokenizer, text: str, span: tuple[int, int], room: int, draw: float
+) -> tuple[int, int]:
+    # Encoded once more: the faster call above does not tell where tokens lie in the text.
+    places = [start for start, _ in tokenizer.encode(text).offsets[slice(*span)]]
+    starts = np.searchsorted(places, sentence_starts(text)).tolist()
+    return sentence_window(starts, len(places), room, draw)

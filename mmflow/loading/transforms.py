@@ -1,102 +1,152 @@
 """Stored pictures to what a model sees: the plain centre view for evaluation, random views for training.
 
-A view is a pure function of its generator's seed; the loader seeds it by (seed, epoch, sample), so that any batch can
-be rebuilt anywhere. Each view is one affine map of the picture, so that it is resampled once.
+A view is a pure function of (seed, view, key), whatever batch, rank or worker asks for it: any batch can be rebuilt
+anywhere, and a teacher's cached output replayed. Its geometry is one affine map of the picture, resampled once.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import simplejpeg
+import xxhash
 from numpy.typing import NDArray
-from PIL import Image
 
-from mmflow.loading.config import AugmentConfig
+from mmflow.loading.colours import Recolour, recolour
+from mmflow.loading.config import AugmentConfig, CropConfig
+from mmflow.loading.decode import Pixels, open_picture, read_pixels
+from mmflow.loading.policies import MOST, Chosen, choose, paint, warp_of
+from mmflow.loading.resample import PLAIN, Affine, Box, resample
 
-Pixels = NDArray[np.uint8]  # (height, width, 3)
+CROP_ATTEMPTS = 10  # as in Inception's and torchvision's crop: a shape that does not fit is drawn anew
+SINGLE_DRAWS = 12
+DRAWS = SINGLE_DRAWS + 2 * CROP_ATTEMPTS + 2 * MOST
 
-WHITE = (255, 255, 255)
-# Inputs of about zero mean and unit size; CLIP's own constants would claim the statistics of photographs.
-MEAN = (0.5, 0.5, 0.5)
-STD = (0.5, 0.5, 0.5)
+Subject = Literal["picture", "frames", "text", "window", "dropout"]
+Part = tuple[float, float, float, float]  # left, top, width, height of a part, as shares of the picture's
 
 
-def decode(body: bytes, extension: str, least_side: int) -> Pixels:
-    """RGB pixels of a stored picture, both sides at least `least_side` where the picture has as many.
+def generator(seed: int, view: int, key: str, subject: Subject = "picture") -> np.random.Generator:
+    """The random numbers of one view of a sample. `view` is the epoch, or the number of a stored augmentation.
 
-    A JPEG is shrunk while it is decoded, in the frequency domain: a quarter of the pixels at a quarter of the time.
+    Each subject has a stream of its own, so that what is switched on for the text leaves the pictures as they were.
     """
-    if extension in ("jpg", "jpeg"):
-        pixels: Pixels = simplejpeg.decode_jpeg(body, min_height=least_side, min_width=least_side)
-        return pixels
-    with Image.open(io.BytesIO(body)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    digest = xxhash.xxh3_128_intdigest(f"{seed} {view} {subject} {key}")
+    return np.random.Generator(np.random.Philox(key=digest))
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of a picture as numbers; the frames of a clip share it."""
+
+    part: Part
+    warp: Affine = PLAIN
+    colours: Recolour = Recolour()
+    operations: tuple[Chosen, ...] = ()
+
+
+def random_view(
+    body: bytes, extension: str, side: int, augment: AugmentConfig, random: np.random.Generator
+) -> Pixels:
+    """A random view of a stored picture, (side, side, 3) uint8. Raises CorruptArtifactError for what is no picture."""
+    return random_views([body], extension, side, augment, random)[0]
+
+
+def random_views(
+    bodies: Sequence[bytes], extension: str, side: int, augment: AugmentConfig, random: np.random.Generator
+) -> list[Pixels]:
+    """The frames of a clip, each as the same random view, (side, side, 3) uint8. Raises CorruptArtifactError."""
+    draws = random.random(DRAWS)
+    views = []
+    for body in bodies:
+        picture = open_picture(body, extension)
+        view = draw_view(picture.width, picture.height, augment, draws)
+        # A crop is decoded at the scale that it needs; the part of a centred square counts by its shorter side.
+        share = view.part[2:] if augment.crop is not None else (1.0, 1.0)
+        views.append(show(read_pixels(picture, side, share), side, view))
+    return views
 
 
 def centre_view(pixels: Pixels, side: int) -> Pixels:
-    """The largest centred square as (side, side, 3), resampled just as a random view is.
-
-    Another filter here than in training is a shift of distribution: it cost 1–4 points of recall on the quickstart.
-    """
-    return _affine_view(pixels, side, scale=1.0, squeeze=1.0, angle=0.0, right=0.0, down=0.0)
-
-
-def random_view(pixels: Pixels, side: int, augment: AugmentConfig, random: np.random.Generator) -> Pixels:
-    """A random view of the centred square, (side, side, 3): zoom, aspect, shift, turn, mirror, brightness, contrast.
-
-    The same numbers are drawn whatever is switched off, so that switching one thing on leaves the others as they were.
-    """
-    zoom, aspect, right, down, turn = random.uniform(-1, 1, size=5)
-    mirror = random.random() < augment.flip
-    brightness, contrast = random.uniform(-1, 1, size=2)
-    view = _affine_view(
-        pixels,
-        side,
-        scale=augment.max_zoom**zoom,
-        squeeze=augment.max_aspect**aspect * (-1 if mirror else 1),
-        angle=math.radians(turn * augment.max_rotation_degrees),
-        right=right * augment.max_shift,
-        down=down * augment.max_shift,
-    )
-    if augment.brightness or augment.contrast:
-        view = _recolour(view, 1 + brightness * augment.brightness, 1 + contrast * augment.contrast)
-    return view
-
-
-def _affine_view(
-    pixels: Pixels, side: int, *, scale: float, squeeze: float, angle: float, right: float, down: float
-) -> Pixels:
-    """The centred square zoomed, squeezed (negative mirrors), turned, and moved by shares of its edge."""
+    """The largest centred square as (side, side, 3), through the same filter as every random view."""
     height, width, _ = pixels.shape
-    # Shares the array's memory; `fromarray` would copy it twice.
-    picture: Image.Image = Image.frombuffer("RGB", (width, height), np.ascontiguousarray(pixels), "raw", "RGB", 0, 1)
-    edge = min(picture.size)
-    if edge >= 2 * side:  # an affine map reads four pixels of the source: shrink first, or thin lines vanish
-        picture = picture.reduce(edge // side)
-        edge = min(picture.size)
-    step = edge / side * scale
-    a, b = math.cos(angle) * step * squeeze, -math.sin(angle) * step
-    d, e = math.sin(angle) * step * squeeze, math.cos(angle) * step
-    centre_x = picture.width / 2 + right * edge
-    centre_y = picture.height / 2 + down * edge
-    # output (x, y) reads the source at (a·x + b·y + c, d·x + e·y + f)
-    half = side / 2
-    affine = (a, b, centre_x - (a + b) * half, d, e, centre_y - (d + e) * half)
-    bilinear = Image.Resampling.BILINEAR
-    return np.asarray(picture.transform((side, side), Image.Transform.AFFINE, affine, bilinear, fillcolor=WHITE))
+    return show(pixels, side, View(centre(width, height)))
 
 
-def _recolour(pixels: Pixels, brightness: float, contrast: float) -> Pixels:
-    # One table of 256 levels does both: contrast about mid grey, then brightness.
-    levels = ((np.arange(256, dtype=np.float32) - 127.5) * contrast + 127.5) * brightness
-    return np.take(np.minimum(np.maximum(levels, 0), 255).astype(np.uint8), pixels)
+def draw_view(width: int, height: int, augment: AugmentConfig, draws: NDArray[np.float64]) -> View:
+    """The view of a picture of that size by `DRAWS` numbers in [0, 1).
+
+    Every number has its place, whatever is switched off, so that switching one thing on leaves the others as they were.
+    """
+    zoom, aspect, right, down, turn, brightness, contrast, saturation, hue, *_ = (2 * draws - 1).tolist()
+    flip, crop_x, crop_y = draws[9:SINGLE_DRAWS].tolist()
+    shapes, operations = np.split(draws[SINGLE_DRAWS:].reshape(-1, 2), [CROP_ATTEMPTS])
+    part = centre(width, height)
+    if augment.crop is not None:
+        part = draw_crop(width, height, augment.crop, shapes, crop_x, crop_y)
+    scale = augment.max_zoom**zoom
+    squeeze = augment.max_aspect**aspect * (-1 if flip < augment.flip else 1)
+    angle = math.radians(turn * augment.max_rotation_degrees)
+    warp = Affine(
+        math.cos(angle) * scale * squeeze,
+        -math.sin(angle) * scale,
+        right * augment.max_shift,
+        math.sin(angle) * scale * squeeze,
+        math.cos(angle) * scale,
+        down * augment.max_shift,
+    )
+    chosen = () if augment.policies is None else choose(augment.policies, operations)
+    return View(
+        part=part,
+        warp=warp.of(warp_of(chosen)) if chosen else warp,
+        colours=Recolour(
+            1 + brightness * augment.brightness,
+            1 + contrast * augment.contrast,
+            1 + saturation * augment.saturation,
+            hue * augment.hue,
+        ),
+        operations=chosen,
+    )
 
 
-def drop_tokens(tokens: Sequence[int], share: float, random: np.random.Generator) -> list[int]:
-    """The tokens less a random share, the first and last always kept; all of them where nothing would be left."""
-    kept = [token for token, keep in zip(tokens[1:-1], random.random(len(tokens) - 2) >= share, strict=True) if keep]
-    return [tokens[0], *kept, tokens[-1]] if kept else list(tokens)
+def show(pixels: Pixels, side: int, view: View) -> Pixels:
+    """The view of decoded pixels, (side, side, 3) uint8."""
+    height, width, _ = pixels.shape
+    return paint(recolour(resample(pixels, side, _box(view.part, width, height), view.warp), view.colours), view.operations)
+
+
+def centre(width: int, height: int) -> Part:
+    """The largest centred square."""
+    edge = min(width, height)
+    return (width - edge) / 2 / width, (height - edge) / 2 / height, edge / width, edge / height
+
+
+def draw_crop(
+    width: int, height: int, crop: CropConfig, shapes: NDArray[np.float64], x: float, y: float
+) -> Part:
+    """A part of random area and aspect at a random place: the first of the drawn shapes, (attempts, 2), that fits.
+
+    Where none does, the centre cut to the nearest aspect that is allowed.
+    """
+    (least_area, most_area), (least_aspect, most_aspect) = crop.area, crop.aspect
+    for area, aspect in shapes.tolist():
+        across_down = least_aspect * (most_aspect / least_aspect) ** aspect
+        pixels = (least_area + area * (most_area - least_area)) * width * height
+        share_x, share_y = math.sqrt(pixels * across_down) / width, math.sqrt(pixels / across_down) / height
+        if share_x <= 1 and share_y <= 1:
+            return x * (1 - share_x), y * (1 - share_y), share_x, share_y
+    aspect = min(max(width / height, least_aspect), most_aspect)
+    share_x, share_y = min(1.0, aspect * height / width), min(1.0, width / aspect / height)
+    return (1 - share_x) / 2, (1 - share_y) / 2, share_x, share_y
+
+
+def _box(part: Part, width: int, height: int) -> Box:
+    """Whole pixels, at least one each way; a square part of a square of pixels stays square."""
+    left, top, share_x, share_y = part
+    across, down = max(1, round(share_x * width)), max(1, round(share_y * height))
+    first_x = min(round(left * width), width - across)
+    first_y = min(round(top * height), height - down)
+    return first_x, first_y, first_x + across, first_y + down

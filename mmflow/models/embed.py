@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from mmflow.loading.batches import normalise, pixels_tensor
+from mmflow.loading.decode import decode
 from mmflow.loading.reader import Sample
-from mmflow.loading.tokens import pad, tokenise
-from mmflow.loading.transforms import centre_view, decode
+from mmflow.loading.tokens import pad, special_tokens, tokenise
+from mmflow.loading.transforms import centre_view
 from mmflow.models.package import LoadedModel
 
 Row = TypeVar("Row")
@@ -40,8 +41,9 @@ def embed_images(loaded: LoadedModel, samples: Sequence[Sample], batch_size: int
 def embed_captions(loaded: LoadedModel, captions: Sequence[str], batch_size: int) -> Embeddings:
     """Each caption embedded: (captions, width)."""
     rows = []
+    pad_id = special_tokens(loaded.tokenizer).pad
     for batch in _batched(captions, batch_size):
-        ids, mask = pad(tokenise(loaded.tokenizer, batch, loaded.config.max_tokens))
+        ids, mask = pad(tokenise(loaded.tokenizer, batch, loaded.config.max_tokens), pad_id)
         device = device_of(loaded)
         text = loaded.model.encode_text(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         rows.append(loaded.model.embed_text(text).cpu().numpy())

@@ -1,0 +1,85 @@
+"""RandAugment: a few operations at random, all of one strength (Cubuk et al., 1909.13719).
+
+Ranges are those of the paper's code and of torchvision's. Two things are ours: operations that move pixels are folded
+into the view's one affine map, so that a view is resampled once; and those that change values come after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+
+from mmflow.loading.config import PoliciesConfig
+from mmflow.loading.decode import Pixels
+from mmflow.loading.resample import PLAIN, Affine, picture_of
+
+MOST = 8  # operations a view: `PoliciesConfig.count`
+SHEAR = 0.3
+TRANSLATION = 150 / 331  # of the view's side
+ROTATION = math.radians(30)
+FACTOR = 0.9  # most that brightness, contrast, colour and sharpness differ from 1
+LOST_BITS = 4
+
+
+class Chosen(NamedTuple):
+    """An operation and how much of its range it is given: from -1 to 1."""
+
+    operation: str
+    amount: float
+
+
+def _rotation(amount: float) -> Affine:
+    cosine, sine = math.cos(amount * ROTATION), math.sin(amount * ROTATION)
+    return Affine(cosine, -sine, 0.0, sine, cosine, 0.0)
+
+
+WARPS: dict[str, Callable[[float], Affine]] = {
+    "shear_x": lambda amount: Affine(b=amount * SHEAR),
+    "shear_y": lambda amount: Affine(d=amount * SHEAR),
+    "translate_x": lambda amount: Affine(c=amount * TRANSLATION),
+    "translate_y": lambda amount: Affine(f=amount * TRANSLATION),
+    "rotate": _rotation,
+}
+PAINTS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "brightness": lambda image, amount: ImageEnhance.Brightness(image).enhance(1 + amount * FACTOR),
+    "contrast": lambda image, amount: ImageEnhance.Contrast(image).enhance(1 + amount * FACTOR),
+    "colour": lambda image, amount: ImageEnhance.Color(image).enhance(1 + amount * FACTOR),
+    "sharpness": lambda image, amount: ImageEnhance.Sharpness(image).enhance(1 + amount * FACTOR),
+    "posterise": lambda image, amount: ImageOps.posterize(image, 8 - round(abs(amount) * LOST_BITS)),
+    "solarise": lambda image, amount: ImageOps.solarize(image, round(255 * (1 - abs(amount)))),
+    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalise": lambda image, _: ImageOps.equalize(image),
+}
+
+
+def choose(policies: PoliciesConfig, draws: NDArray[np.float64]) -> tuple[Chosen, ...]:
+    """Operations by draws in [0, 1) of shape (MOST, 2): which, and which way."""
+    return tuple(
+        Chosen(policies.operations[int(which * len(policies.operations))], math.copysign(policies.strength, way - 0.5))
+        for which, way in draws[: policies.count].tolist()
+    )
+
+
+def warp_of(chosen: Iterable[Chosen]) -> Affine:
+    """Those that move pixels, one after another, as one map."""
+    warp = PLAIN
+    for operation, amount in chosen:
+        if operation in WARPS:
+            warp = warp.of(WARPS[operation](amount))
+    return warp
+
+
+def paint(pixels: Pixels, chosen: Iterable[Chosen]) -> Pixels:
+    """Those that change values, one after another, on a view (side, side, 3) uint8."""
+    paints = [(PAINTS[operation], amount) for operation, amount in chosen if operation in PAINTS]
+    if not paints:
+        return pixels
+    image = picture_of(pixels)
+    for operation, amount in paints:
+        image = operation(image, amount)
+    return np.asarray(image)
