@@ -8,9 +8,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mmflow.loading.batches import normalise, pixels_tensor
 from mmflow.loading.decode import decode
+from mmflow.loading.frames import choose_frames
 from mmflow.loading.reader import Sample
 from mmflow.loading.tokens import pad, special_tokens, tokenise
 from mmflow.loading.transforms import centre_view
@@ -19,38 +21,70 @@ from mmflow.models.package import LoadedModel
 Row = TypeVar("Row")
 Embeddings = NDArray[np.float32]  # (rows, width), of unit length
 
+# Shapes: B batch, F frames, S side of a picture in pixels, T tokens.
+
 
 def device_of(loaded: LoadedModel) -> torch.device:
     """Where the model is."""
     return next(loaded.model.parameters()).device
 
 
+def image_inputs(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+    """The centre views as the model reads them: pictures (B, 3, S, S) and None; of a model of clips, frames evenly spread
+    over each (B, F, 3, S, S) and which are real (B, F)."""
+    side, video = loaded.config.image_pixels, loaded.config.video
+    bodies = [(sample.image,) for sample in samples]
+    if video is not None:
+        clips = [(sample.image, *sample.frames) for sample in samples]
+        bodies = [tuple(clip[number] for number in choose_frames(len(clip), video.max_frames)) for clip in clips]
+    views = [
+        [centre_view(decode(body, sample.extension, side), side) for body in clip]
+        for sample, clip in zip(samples, bodies, strict=True)
+    ]
+    flat = pixels_tensor([view for clip in views for view in clip]).to(device_of(loaded))
+    pixels = normalise(flat, loaded.config.pixel_mean, loaded.config.pixel_std)
+    if video is None:
+        return pixels, None
+    lengths = torch.tensor([len(clip) for clip in views], device=pixels.device)
+    frame_mask = torch.arange(int(lengths.max()), device=pixels.device) < lengths[:, None]
+    clips = pixels.new_zeros(*frame_mask.shape, *pixels.shape[1:])
+    clips[frame_mask] = pixels
+    return clips, frame_mask
+
+
+def text_inputs(loaded: LoadedModel, texts: Sequence[str], max_tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) and their mask; longer texts are cut to the model's own length, or to `max_tokens`."""
+    rows = tokenise(loaded.tokenizer, texts, max_tokens or loaded.config.max_tokens)
+    ids, mask = pad(rows, special_tokens(loaded.tokenizer).pad)
+    return torch.from_numpy(ids).to(device_of(loaded)), torch.from_numpy(mask).to(device_of(loaded))
+
+
 @torch.inference_mode()
 def embed_images(loaded: LoadedModel, samples: Sequence[Sample], batch_size: int) -> Embeddings:
-    """The centre view of each sample's picture, embedded: (samples, width)."""
-    side = loaded.config.image_pixels
-    rows = []
-    for batch in _batched(samples, batch_size):
-        views = [centre_view(decode(sample.image, sample.extension, side), side) for sample in batch]
-        pixels = normalise(pixels_tensor(views).to(device_of(loaded)), loaded.config.pixel_mean, loaded.config.pixel_std)
-        rows.append(loaded.model.embed_image(loaded.model.encode_image(pixels)).cpu().numpy())
+    """The centre view of each sample's picture, or frames of its clip, embedded: (samples, width)."""
+    model = loaded.model
+    rows = [
+        model.embed_image(model.encode_image(*image_inputs(loaded, batch))).cpu().numpy()
+        for batch in batched(samples, batch_size)
+    ]
     return _stack(rows, loaded)
 
 
 @torch.inference_mode()
-def embed_captions(loaded: LoadedModel, captions: Sequence[str], batch_size: int) -> Embeddings:
-    """Each caption embedded: (captions, width)."""
-    rows = []
-    pad_id = special_tokens(loaded.tokenizer).pad
-    for batch in _batched(captions, batch_size):
-        ids, mask = pad(tokenise(loaded.tokenizer, batch, loaded.config.max_tokens), pad_id)
-        device = device_of(loaded)
-        text = loaded.model.encode_text(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
-        rows.append(loaded.model.embed_text(text).cpu().numpy())
+def embed_captions(
+    loaded: LoadedModel, captions: Sequence[str], batch_size: int, max_tokens: int | None = None
+) -> Embeddings:
+    """Each caption embedded: (captions, width), longer ones cut as in `text_inputs`."""
+    model = loaded.model
+    rows = [
+        model.embed_text(model.encode_text(*text_inputs(loaded, batch, max_tokens))).cpu().numpy()
+        for batch in batched(captions, batch_size)
+    ]
     return _stack(rows, loaded)
 
 
-def _batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """The rows, `size` at a time."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
