@@ -45,8 +45,9 @@ class PoliciesConfig(Config):
                  "translate_y", "rotate"],
         min_length=1,
     )  # fmt: skip
-    """What is drawn from. As in ALBEF (2107.07651, implementation details) none of these changes a colour, because captions name colours;
-    contrast, colour, posterise and solarise are the rest of the paper's fourteen."""
+    """What is drawn from. These ten are ALBEF's (2107.07651, implementation details), which leaves out those made to
+    change colours, because captions name colours; contrast, colour, posterise and solarise are the paper's other four.
+    """
 
 
 class AugmentConfig(Config):

@@ -52,7 +52,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 def resample(pixels: Pixels, side: int, box: Box, warp: Affine = PLAIN) -> Pixels:
     """(side, side, 3): the box of the pixels as the warp shows it; what lies outside the picture is white."""
-    if warp == PLAIN or warp == MIRRORED:
+    if warp in (PLAIN, MIRRORED):
         left, top, right, bottom = box
         most = round(LEVEL * side)
         level = _shrink(pixels[top:bottom, left:right], min(right - left, most), min(bottom - top, most))

@@ -127,7 +127,7 @@ def tokenise(
 ) -> list[list[int]]:
     """Token ids of each text, at most `max_tokens` of them, the special ones at both ends kept.
 
-    Of a longer text the head is kept or, where `randoms` has a generator for each text, a random run of whole sentences.
+    Of a longer text the head is kept or, where `randoms` has a generator for each, a random run of whole sentences.
     """
     rows = []
     for number, encoding in enumerate(tokenizer.encode_batch_fast(list(texts))):
@@ -171,9 +171,7 @@ def _text_span(special: Sequence[int]) -> tuple[int, int]:
     return special.index(0), len(special) - special[::-1].index(0)
 
 
-def _window(
-    tokenizer: Tokenizer, text: str, span: tuple[int, int], room: int, draw: float
-) -> tuple[int, int]:
+def _window(tokenizer: Tokenizer, text: str, span: tuple[int, int], room: int, draw: float) -> tuple[int, int]:
     # Encoded once more: the faster call above does not tell where tokens lie in the text.
     places = [start for start, _ in tokenizer.encode(text).offsets[slice(*span)]]
     starts = np.searchsorted(places, sentence_starts(text)).tolist()

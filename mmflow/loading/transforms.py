@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mmflow.loading.colours import Recolour, recolour
+from mmflow.loading.colours import AS_IT_IS, Recolour, recolour
 from mmflow.loading.config import AugmentConfig, CropConfig
 from mmflow.loading.decode import Pixels, open_picture, read_pixels
 from mmflow.loading.policies import MOST, Chosen, choose, paint, warp_of
@@ -44,13 +44,11 @@ class View:
 
     part: Part
     warp: Affine = PLAIN
-    colours: Recolour = Recolour()
+    colours: Recolour = AS_IT_IS
     operations: tuple[Chosen, ...] = ()
 
 
-def random_view(
-    body: bytes, extension: str, side: int, augment: AugmentConfig, random: np.random.Generator
-) -> Pixels:
+def random_view(body: bytes, extension: str, side: int, augment: AugmentConfig, random: np.random.Generator) -> Pixels:
     """A random view of a stored picture, (side, side, 3) uint8. Raises CorruptArtifactError for what is no picture."""
     return random_views([body], extension, side, augment, random)[0]
 
@@ -115,7 +113,9 @@ def draw_view(width: int, height: int, augment: AugmentConfig, draws: NDArray[np
 def show(pixels: Pixels, side: int, view: View) -> Pixels:
     """The view of decoded pixels, (side, side, 3) uint8."""
     height, width, _ = pixels.shape
-    return paint(recolour(resample(pixels, side, _box(view.part, width, height), view.warp), view.colours), view.operations)
+    return paint(
+        recolour(resample(pixels, side, _box(view.part, width, height), view.warp), view.colours), view.operations
+    )
 
 
 def centre(width: int, height: int) -> Part:
@@ -124,9 +124,7 @@ def centre(width: int, height: int) -> Part:
     return (width - edge) / 2 / width, (height - edge) / 2 / height, edge / width, edge / height
 
 
-def draw_crop(
-    width: int, height: int, crop: CropConfig, shapes: NDArray[np.float64], x: float, y: float
-) -> Part:
+def draw_crop(width: int, height: int, crop: CropConfig, shapes: NDArray[np.float64], x: float, y: float) -> Part:
     """A part of random area and aspect at a random place: the first of the drawn shapes, (attempts, 2), that fits.
 
     Where none does, the centre cut to the nearest aspect that is allowed.
