@@ -108,6 +108,7 @@ def _interpolate(pixels: Pixels, width: int, height: int, *, antialias: bool) ->
     if pixels.shape[:2] == (height, width):
         return pixels
     # (1, 3, height, width) whose memory is channels last
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    # Pillow's arrays are read-only, which torch would warn of.
+    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
     resized = interpolate(planes, size=(height, width), mode="bilinear", antialias=antialias)
     return resized[0].permute(1, 2, 0).numpy()

@@ -34,7 +34,7 @@ def generator(seed: int, view: int, key: str, subject: Subject = "picture") -> n
 
     Each subject has a stream of its own, so that what is switched on for the text leaves the pictures as they were.
     """
-    digest = xxhash.xxh3_128_intdigest(f"{seed} {view} {subject} {key}")
+    digest = xxhash.xxh3_128_intdigest(f"{seed} {view} {subject} {key}".encode())
     return np.random.Generator(np.random.Philox(key=digest))
 
 

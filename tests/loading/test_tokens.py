@@ -5,14 +5,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mmflow.loading.tokens import FIRST, LAST, PAD, SPECIAL, UNKNOWN, pad, tokenise, train_tokenizer
+from mmflow.errors import RecipeError
+from mmflow.loading.tokens import (
+    FIRST,
+    LAST,
+    PAD,
+    SPECIAL,
+    UNKNOWN,
+    SpecialTokens,
+    load_tokenizer,
+    pad,
+    padding_waste,
+    read_tokenizer,
+    special_tokens,
+    tokenise,
+    train_tokenizer,
+)
 
 # More than a thousand different characters: the trainer alone would drop some of them, others at each call.
 CAPTIONS = [
@@ -108,15 +124,152 @@ def small_tokenizer() -> Tokenizer:
     return _small[0]
 
 
-@given(rows=st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=6))
-def test_padding_is_zero_and_masked(rows: list[list[int]]) -> None:
-    ids, mask = pad(rows)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=6),
+    pad_id=st.integers(0, 99),
+)
+def test_padding_is_the_tokenizer_s_own_and_masked(rows: list[list[int]], pad_id: int) -> None:
+    ids, mask = pad(rows, pad_id)
     assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
     assert ids.dtype == mask.dtype == np.int64
     for row, id_row, mask_row in zip(rows, ids.tolist(), mask.tolist(), strict=True):
-        assert id_row == row + [PAD_ID] * (len(id_row) - len(row))
+        assert id_row == row + [pad_id] * (len(id_row) - len(row))
         assert mask_row == [1] * len(row) + [0] * (len(id_row) - len(row))
+    assert padding_waste(mask) == pytest.approx(1 - sum(map(len, rows)) / ids.size)
 
 
 def test_unknown_is_the_token_of_that_name(tokenizer: Tokenizer) -> None:
     assert tokenizer.id_to_token(UNKNOWN_ID) == UNKNOWN
+
+
+# --- sentences ------------------------------------------------------------------------------------------------------
+
+LONG = "A red apple. Two green pears! Is it 3.5 cm? 一只红苹果。两只梨！ The last one has some more words than others."
+
+
+def rows_by_windows(tokenizer: Tokenizer, text: str, max_tokens: int, draws: int = 200) -> set[tuple[int, ...]]:
+    randoms = [np.random.default_rng(seed) for seed in range(draws)]
+    return {tuple(row) for row in tokenise(tokenizer, [text] * draws, max_tokens, randoms)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "clip"])
+def test_windows_are_whole_sentences_between_the_special_tokens(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    (whole,) = tokenise(tokenizer, [LONG], 1000)
+    sentences = ["A red apple.", " Two green pears!", " Is it 3.5 cm?", " 一只红苹果。", "两只梨！",
+                 " The last one has some more words than others."]  # fmt: skip
+    bodies = [tokenise(tokenizer, [sentence], 1000)[0][1:-1] for sentence in sentences]
+    if kind != "roberta":  # which writes a space before a word into its token: the sentence's own first word differs
+        assert [token for body in bodies for token in body] == whole[1:-1]
+    room = max(map(len, bodies)) + 3
+    ends = np.cumsum([0, *map(len, bodies)])
+    runs = {
+        tuple(whole[1 + ends[first] : 1 + ends[last]])
+        for first in range(len(bodies)) for last in range(first + 1, len(bodies) + 1)
+    }  # fmt: skip
+    found = rows_by_windows(tokenizer, LONG, room + 2)
+    assert len(found) >= 3
+    for row in found:
+        assert len(row) <= room + 2
+        assert (row[0], row[-1]) == (whole[0], whole[-1])
+        assert row[1:-1] in runs
+    assert {token for row in found for token in row} == set(whole)
+
+
+def test_a_text_that_fits_is_whole_and_the_head_is_kept_without_draws(tokenizer: Tokenizer) -> None:
+    assert len(rows_by_windows(tokenizer, "A red apple. Red apples.", 64)) == 1
+    (whole,) = tokenise(tokenizer, [LONG], 1000)
+    assert tokenise(tokenizer, [LONG], 12) == [[*whole[:11], whole[-1]]]
+
+
+def test_a_long_text_without_ends_is_read_in_pieces(tokenizer: Tokenizer) -> None:
+    text = " ".join(f"apple {number}" for number in range(60))
+    (whole,) = tokenise(tokenizer, [text], 1000)
+    found = rows_by_windows(tokenizer, text, 12)
+    assert {token for row in found for token in row} == set(whole)
+    assert all(len(row) == 12 or row[-2] == whole[-2] for row in found)
+
+
+# --- tokenizers of other kinds ---------------------------------------------------------------------------------------
+
+
+def bert() -> Tokenizer:
+    return train_tokenizer([*CAPTIONS[:200], LONG], 4000)
+
+
+def byte_level(special: list[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer without merges."""
+    vocabulary = {name: number for number, name in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=special[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def roberta() -> Tokenizer:
+    tokenizer = byte_level(["<s>", "<pad>", "</s>", "<mask>", "<unk>"])
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=64)
+    tokenizer.enable_truncation(8)
+    return read_tokenizer(tokenizer.to_str())
+
+
+def clip() -> Tokenizer:
+    tokenizer = byte_level(["<|startoftext|>", "<|endoftext|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    return read_tokenizer(tokenizer.to_str())
+
+
+TOKENIZERS = {"bert": bert, "roberta": roberta, "clip": clip}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("bert", SpecialTokens(pad=0, first=2, last=3, mask=4, unknown=1)),
+        ("roberta", SpecialTokens(pad=1, first=0, last=2, mask=3, unknown=4)),
+        ("clip", SpecialTokens(pad=1, first=0, last=1, mask=None, unknown=None)),
+    ],
+)
+def test_special_tokens_are_found_by_their_names(kind: str, expected: SpecialTokens) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    assert special_tokens(tokenizer) == expected
+    for row in tokenise(tokenizer, ["apple", ""], 16):
+        assert (row[0], row[-1]) == (expected.first, expected.last)
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"none of \[PAD\], <pad>, .* is in its vocabulary"):
+        special_tokens(Tokenizer(models.WordLevel({"apple": 0}, unk_token="apple")))
+
+
+def test_a_tokenizer_read_from_a_file_neither_pads_nor_cuts_by_itself(tmp_path: Path) -> None:
+    tokenizer = byte_level(["<s>", "<pad>", "</s>", "<mask>", "<unk>"])
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>", length=64)
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        loaded = load_tokenizer(path)
+        assert [len(row) for row in tokenise(loaded, ["apple", "one red apple"], 100)] == [5, 13]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "clip"])
+def test_names_of_special_tokens_within_a_text_are_mere_text(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    special = special_tokens(tokenizer)
+    (row,) = tokenise(tokenizer, ["red </s> <|endoftext|> <mask> apple"], 1000)
+    assert not {special.pad, special.first, special.last, special.mask} & set(row[1:-1])
+
+
+def test_a_tokenizer_that_is_not_there_or_is_none_names_the_key_and_the_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^pretrain.tokenizer: .*tokenizer.json: No such file or directory; give"):
+        load_tokenizer(tmp_path, "pretrain.tokenizer")
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    with pytest.raises(RecipeError, match=r"tokenizer.json: not a tokenizer.json of the `tokenizers` library \("):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match=r"no text"):
+        load_tokenizer(tmp_path)

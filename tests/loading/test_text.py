@@ -1,0 +1,119 @@
+"""Which words a view shows: captions by language, questions with their answers, tokens left out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmflow.errors import RecipeError
+from mmflow.loading.reader import Caption
+from mmflow.loading.text import Question, choose_answer, choose_caption, choose_question, drop_tokens
+
+QUESTIONS = {
+    "questions": [
+        {"question": "what colour?", "answers": ["red", "red", "dark red"]},
+        {"question": "how many?", "answers": ["2"]},
+        {"question": "unanswered?"},
+    ]
+}
+
+
+def chosen(weights: dict[str, float], languages: tuple[str, ...], draws: int = 4000) -> Counter[str]:
+    captions = tuple(Caption(f"{number} {language}", language) for number, language in enumerate(languages))
+    random = np.random.default_rng(0)
+    return Counter(choose_caption(captions, weights, random) for _ in range(draws))
+
+
+@pytest.mark.parametrize(
+    ("weights", "languages", "shares"),
+    [
+        ({"en": 0.6, "zh": 0.4}, ("en", "zh"), {"0 en": 0.6, "1 zh": 0.4}),
+        ({"en": 3}, ("en", "fr"), {"0 en": 0.75, "1 fr": 0.25}),  # a language not named weighs 1
+        ({}, ("en", "en", "zh", "zh"), {"0 en": 0.25, "1 en": 0.25, "2 zh": 0.25, "3 zh": 0.25}),
+        ({"zh": 0}, ("en", "zh"), {"0 en": 1.0}),
+        ({"en": 0}, ("en", "zh"), {"1 zh": 1.0}),
+        ({"en": 0, "zh": 0}, ("en", "zh"), {"0 en": 1.0}),
+    ],
+)
+def test_captions_are_drawn_by_their_language_s_weight(
+    weights: dict[str, float], languages: tuple[str, ...], shares: dict[str, float]
+) -> None:
+    counts = chosen(weights, languages)
+    assert set(counts) == set(shares)
+    for text, share in shares.items():
+        assert abs(counts[text] / 4000 - share) < 0.03  # four deviations
+
+
+def test_choosing_draws_as_much_whatever_there_is_to_choose_from() -> None:
+    after = []
+    for languages in (("en",), ("en", "zh"), ("zh",)):
+        random = np.random.default_rng(5)
+        choose_caption(tuple(Caption("text", language) for language in languages), {"zh": 0}, random)
+        after.append(random.random())
+    for number in (1, 3):
+        random = np.random.default_rng(5)
+        choose_question("key", {"questions": QUESTIONS["questions"][:number]}, random)
+        after.append(random.random())
+    for answers in ((), ("yes",), ("yes", "no")):
+        random = np.random.default_rng(5)
+        choose_answer(answers, random)
+        after.append(random.random())
+    assert len(set(after)) == 1
+
+
+def test_questions_are_drawn_evenly_with_their_answers() -> None:
+    random = np.random.default_rng(0)
+    found = Counter(choose_question("key", QUESTIONS, random) for _ in range(3000))
+    assert set(found) == {
+        Question("what colour?", ("red", "red", "dark red")),
+        Question("how many?", ("2",)),
+        Question("unanswered?", ()),
+    }
+    assert min(found.values()) > 880
+
+
+def test_answers_are_drawn_as_often_as_people_gave_them() -> None:
+    random = np.random.default_rng(0)
+    found = Counter(choose_answer(("red", "red", "dark red"), random) for _ in range(3000))
+    assert 1880 < found["red"] < 2120
+    assert found["red"] + found["dark red"] == 3000
+    assert choose_answer((), random) is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, 'sample key-1 has none; its metadata needs "questions"'),
+        ({"questions": []}, "has none"),
+        ({"questions": "what?"}, "has none"),
+        ({"questions": ["what?"]}, "sample key-1 has 'what?' for a question"),
+        ({"questions": [{"question": "what?", "answers": "red"}]}, "sample key-1 has 'red' for answers"),
+    ],
+)
+def test_a_sample_without_questions_is_named(metadata: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        choose_question("key-1", metadata, np.random.default_rng(0))
+
+
+@given(tokens=st.lists(st.integers(5, 99), max_size=12), share=st.floats(0, 0.99), seed=st.integers(0, 2**32))
+def test_dropping_tokens_keeps_both_ends_the_order_and_something_between(
+    tokens: list[int], share: float, seed: int
+) -> None:
+    row = [2, *tokens, 3]
+    kept = drop_tokens(row, share, np.random.default_rng(seed))
+    assert (kept[0], kept[-1]) == (2, 3)
+    rest = iter(row)
+    assert all(token in rest for token in kept)  # a subsequence
+    assert len(kept) > 2 or not tokens
+
+
+def test_tokens_are_dropped_at_their_share() -> None:
+    row = [2, *range(5, 5 + 20_000), 3]
+    kept = drop_tokens(row, 0.25, np.random.default_rng(0))
+    assert abs(len(kept) / len(row) - 0.75) < 0.02
+    assert drop_tokens(row, 0.0, np.random.default_rng(0)) == row
