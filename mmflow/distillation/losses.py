@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmflow.distillation.student import SIDES
-from mmflow.objectives.contrastive import Gather, GlobalRows, similarities
+from mmflow.objectives.rows import Gather, GlobalRows
 
 # Shapes: B rows of this rank, N rows of all ranks, E the student's width and F the teacher's.
 
@@ -40,3 +40,9 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor], rows: G
     for side in SIDES:
         total_B = total_B + (student[f"projected_{side}"].float() - teacher[side].float()).square().sum(-1)
     return rows.mean(0.5 * total_B)
+
+
+def similarities(rows_BE: Tensor, columns_NE: Tensor, logit_scale: Tensor, real_N: Tensor) -> Tensor:
+    """(B, N) scaled cosines; columns of padding are the lowest finite number, so that softmax gives them nothing."""
+    logits_BN = logit_scale * rows_BE @ columns_NE.T
+    return logits_BN.masked_fill(~real_N, torch.finfo(logits_BN.dtype).min)

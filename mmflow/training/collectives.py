@@ -1,4 +1,4 @@
-"""The one exchange that contrastive objectives need: rows of all ranks, with gradients, on any backend."""
+"""What objectives exchange between ranks, on any backend: all ranks' rows with their gradients, and rows passed round."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def gather_rows(local: Tensor) -> Tensor:
         return local
     gathered: Tensor = _GatherRows.apply(local)  # type: ignore[no-untyped-call]
     return gathered
+
+
+@torch.no_grad()
+def pass_on(local: Tensor) -> Tensor:
+    """This rank's tensor goes to the next rank, the previous one's comes back. Every rank must call it, in step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    local, received = local.contiguous(), torch.empty_like(local, memory_format=torch.contiguous_format)
+    exchanges = [
+        dist.P2POp(dist.isend, local, (rank + 1) % num_ranks),
+        dist.P2POp(dist.irecv, received, (rank - 1) % num_ranks),
+    ]
+    for exchange in dist.batch_isend_irecv(exchanges):
+        exchange.wait()
+    return received
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmflow.distillation.losses import feature_loss, soft_label_loss
+from mmflow.distillation.losses import feature_loss, similarities, soft_label_loss
 from mmflow.distillation.student import SIDES, Student
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.objectives.contrastive import GlobalRows, global_rows
+from mmflow.objectives.rows import GlobalRows, global_rows
 from tests.tiny import SMALLEST_MODEL
 
 Outputs = dict[str, Tensor]
@@ -184,3 +184,10 @@ def test_projections_are_no_part_of_the_model_that_is_packaged() -> None:
     student = Student(model, 10)
     assert set(student.model.state_dict()) == set(model.state_dict())
     assert not [name for name in student.model.state_dict() if "projections" in name]
+
+
+def test_columns_of_padding_get_no_probability() -> None:
+    real = torch.tensor([True, False, True])
+    logits = similarities(torch.randn(3, 6), torch.randn(3, 6), torch.tensor([5.0]), real)
+    assert torch.isfinite(logits).all()
+    assert (logits.softmax(dim=-1)[:, 1] == 0).all()

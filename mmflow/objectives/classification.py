@@ -1,0 +1,22 @@
+"""Classification: the cross-entropy of the right label, smoothed where asked (arXiv 1512.00567, section 7).
+
+loss = mean over labelled rows of −Σ_c q_c log p_c,   q = (1 − ε) · right + ε / C
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmflow.objectives.config import ClassificationConfig
+from mmflow.objectives.outputs import Outputs
+from mmflow.objectives.rows import mean_cross_entropy
+
+# Shapes: B rows of this rank, C classes.
+
+
+def classification(outputs: Outputs, config: ClassificationConfig) -> Tensor:
+    """The objective of a batch, (). A row whose label is −1, unknown, counts nowhere."""
+    label_B = outputs.target("label")
+    known_B = outputs.rows.real_B & (label_B >= 0)
+    logits_BC = outputs.model.class_logits(outputs.fused)
+    return mean_cross_entropy(logits_BC, label_B, known_B, outputs.gather, config.label_smoothing)

@@ -1,0 +1,47 @@
+"""Masked image modelling (SimMIM, arXiv 2111.09886, eq. 1).
+
+    loss = ‖y_M − x_M‖₁ / Ω(x_M),   x the pixels, y those painted, M what was hidden
+
+Hidden squares are grey rather than SimMIM's learned vector: a grey patch's embedding is the learned bias of the patch
+projection, and any encoder can read it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmflow.models.heads import patches
+from mmflow.objectives.chance import draw_seed, uniform
+from mmflow.objectives.config import MaskedImageConfig
+from mmflow.objectives.outputs import Outputs
+from mmflow.objectives.rows import mean_of
+
+# Shapes: B rows of this rank, S side of a picture in pixels, Q squares, P patches of the head and L pixels in each.
+
+
+def masked_image(outputs: Outputs, config: MaskedImageConfig) -> Tensor:
+    """The objective of a batch, (); with a fusion the caption helps to paint."""
+    model, pixels_B3SS = outputs.model, outputs.pixels
+    hidden_B1SS = hidden_squares(
+        pixels_B3SS.shape[-1], config.square_pixels, config.share, outputs.rows.columns_B, draw_seed(outputs.generator)
+    )
+    # 0 is the mean colour of normalised pixels.
+    seen = model.encode_image(pixels_B3SS.masked_fill(hidden_B1SS, 0.0), outputs.frame_mask)
+    painted_BPL = model.masked_image_pixels(model.fuse(seen, outputs.text))
+    side = int(model.heads["masked_image"].side)  # type: ignore[arg-type]
+    hidden_BPL = patches(hidden_B1SS.expand_as(pixels_B3SS), side) & outputs.rows.real_B[:, None, None]
+    error_BPL = (painted_BPL.float() - patches(pixels_B3SS, side).float()).abs()
+    return mean_of(error_BPL[hidden_BPL], outputs.gather)
+
+
+def hidden_squares(image_pixels: int, square_pixels: int, share: float, rows_B: Tensor, seed: int) -> Tensor:
+    """(B, 1, S, S) bool: the same number of squares in every picture, at least one, and not all where there are more.
+
+    Which ones depends on the seed and the row's number in the global batch alone.
+    """
+    across = -(-image_pixels // square_pixels)
+    order_BQ = uniform(seed, rows_B, across**2).argsort(1).argsort(1)
+    hidden_BQ = order_BQ < max(1, min(round(share * across**2), across**2 - 1))
+    hidden_B1 = hidden_BQ.view(-1, 1, across, across)
+    hidden_B1 = hidden_B1.repeat_interleave(square_pixels, 2).repeat_interleave(square_pixels, 3)
+    return hidden_B1[..., :image_pixels, :image_pixels]

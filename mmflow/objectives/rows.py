@@ -1,0 +1,79 @@
+"""Which rows of a global batch are real, and means over all ranks in which padding counts nowhere.
+
+A mean here is a rank's part: the mean over ranks of the parts is the mean over the whole batch, in value and gradient,
+because DeepSpeed averages gradients over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Shapes: B rows of this rank, N rows of all ranks, P places of this rank: rows, or tokens of rows; V classes or words.
+
+Gather = Callable[[Tensor], Tensor]
+"""(B, …) of this rank → (N, …) of all ranks in their order, with gradients; the identity where there is one rank."""
+
+PassOn = Callable[[Tensor], Tensor]
+"""This rank's tensor goes to the next rank and the previous one's comes back, without gradients; the identity where
+there is one rank."""
+
+
+@dataclass(frozen=True)
+class GlobalRows:
+    """Where this rank's rows stand in the global batch, and which rows are real rather than padding."""
+
+    real_B: Tensor  # bool
+    real_N: Tensor  # bool
+    first: int  # the first of this rank's rows among the N
+
+    @property
+    def columns_B(self) -> Tensor:
+        """(B,) int64: the column that belongs to each row."""
+        return torch.arange(self.first, self.first + len(self.real_B), device=self.real_B.device)
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks share the batch."""
+        return len(self.real_N) // len(self.real_B)
+
+    @property
+    def share(self) -> Tensor:
+        """What a real row weighs in this rank's part of the mean over all real rows, ()."""
+        # Clamped for a batch of which every sample was skipped as corrupt.
+        return self.num_ranks / self.real_N.sum().clamp(min=1)
+
+    def mean(self, values_B: Tensor) -> Tensor:
+        """This rank's part of the mean over all real rows."""
+        return values_B.masked_fill(~self.real_B, 0.0).sum() * self.share
+
+
+def global_rows(real_B: Tensor, gather: Gather, rank: int) -> GlobalRows:
+    """Exchange which rows are real, once a batch."""
+    return GlobalRows(real_B, gather(real_B.to(torch.uint8)).bool(), rank * len(real_B))
+
+
+def mean_of(values_P: Tensor, gather: Gather) -> Tensor:
+    """This rank's part of the mean over the places of all ranks, which may have any number each; 0 if none has any.
+
+    Not the mean of the ranks' means: a token would weigh more on a rank that has few.
+    """
+    counts_R = gather(torch.tensor([values_P.numel()], device=values_P.device))
+    return values_P.sum() * (len(counts_R) / counts_R.sum().clamp(min=1))
+
+
+def mean_cross_entropy(
+    logits: Tensor, targets: Tensor, where: Tensor, gather: Gather, label_smoothing: float = 0.0
+) -> Tensor:
+    """This rank's part of the mean of −log softmax(logits)[target] over the places of all ranks where `where` is true.
+
+    `logits` are (…, V), `targets` (…) int64 and `where` (…) bool; targets elsewhere may be anything. With smoothing ε
+    the target is (1 − ε) of the class and ε spread over all (arXiv 1512.00567, section 7).
+    """
+    losses_P = torch.nn.functional.cross_entropy(
+        logits[where].float(), targets[where], reduction="none", label_smoothing=label_smoothing
+    )
+    return mean_of(losses_P, gather)
