@@ -1,0 +1,173 @@
+"""Slots of a batch to what fills them: samples read, viewed and tokenised. What a worker does, whichever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mmflow.errors import CorruptArtifactError
+from mmflow.loading.config import AugmentConfig
+from mmflow.loading.frames import choose_frames
+from mmflow.loading.plan import Slots
+from mmflow.loading.reader import Reader, Sample
+from mmflow.loading.text import choose_answer, choose_caption, choose_question, drop_tokens
+from mmflow.loading.tokens import tokenise
+from mmflow.loading.transforms import generator, random_views
+
+# Shapes: N slots, F frames of a clip (1 for stills), S the side of a picture in pixels.
+
+BLANK = 128  # where there is no picture: mid grey, the same whatever else is in the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSettings:
+    """What makes a view of a sample, beside its key and its epoch."""
+
+    seed: int
+    image_pixels: int
+    max_tokens: int
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    language_weights: Mapping[str, float] = field(default_factory=dict)
+    frames: int = 0  # of a clip; 0: the still
+    text: Literal["captions", "questions"] = "captions"
+    truncation: Literal["head", "sentences"] = "head"
+    label: str | None = None
+    classes: tuple[str, ...] = ()  # the labels, or the answers where the text is questions
+    on_corrupt: Literal["stop", "skip"] = "stop"
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """Class → its number."""
+        return {name: number for number, name in enumerate(self.classes)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What fills n slots, but for their pixels. Each list has n entries, `skipped` one for each that was left out."""
+
+    keys: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    real: list[bool] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)  # that a clip really has
+    targets: dict[str, list[int]] = field(default_factory=dict)
+    answers: list[list[int]] | None = None  # as tokens, [] where there is none
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Words:
+    text: str = ""
+    answer: str | None = None
+    targets: Mapping[str, int] = field(default_factory=dict)
+
+
+def load_slots(
+    readers: Sequence[Reader],
+    tokenizer: Tokenizer,
+    settings: ViewSettings,
+    slots: Slots,
+    pixels_NFSS3: NDArray[np.uint8],
+) -> Loaded:
+    """Fill the pixels of some slots, and give back the rest of them.
+
+    Raises CorruptArtifactError naming shard, row and key for a sample that is not what was written, or no picture,
+    unless it is to be skipped: then its slot is no longer real. MissingArtifactError for a shard that is gone, always.
+    """
+    keys, real, frames, words, skipped = [], [], [], [], []
+    epochs = slots.epoch.tolist()
+    places = zip(slots.dataset.tolist(), slots.shard.tolist(), slots.row.tolist(), slots.real.tolist(), strict=True)
+    for number, (dataset, shard, row, is_real) in enumerate(places):
+        reader = readers[dataset]
+        try:
+            sample = reader.read(shard, row)
+            try:
+                frames.append(_show(sample, epochs[number], settings, pixels_NFSS3[number]))
+            except CorruptArtifactError as error:
+                uri = reader.dataset.tar_uri(reader.shards[shard])
+                raise CorruptArtifactError(f"{uri}: row {row} ({sample.key}): {error}") from error
+        except CorruptArtifactError as error:
+            if settings.on_corrupt == "stop":
+                raise
+            pixels_NFSS3[number] = BLANK
+            keys.append("")
+            real.append(False)
+            frames.append(0)
+            words.append(_Words())
+            skipped += [str(error)] if is_real else []  # as padding it was told by the slot that it repeats
+            continue
+        keys.append(sample.key)
+        real.append(is_real)
+        words.append(_choose(sample, epochs[number], settings))
+    names = (["label"] if settings.label else []) + (["answer"] if settings.text == "questions" else [])
+    return Loaded(
+        keys=keys,
+        tokens=_tokenise(tokenizer, keys, epochs, [each.text for each in words], settings),
+        real=real,
+        frames=frames,
+        targets={name: [each.targets.get(name, -1) for each in words] for name in names},
+        answers=_answers(tokenizer, words, settings) if settings.text == "questions" else None,
+        skipped=skipped,
+    )
+
+
+def _show(sample: Sample, epoch: int, settings: ViewSettings, pixels_FSS3: NDArray[np.uint8]) -> int:
+    """Fill the pixels of one sample; how many frames it has."""
+    bodies: Sequence[bytes] = (sample.image,)
+    if settings.frames:
+        numbers = choose_frames(
+            1 + len(sample.frames), settings.frames, generator(settings.seed, epoch, sample.key, "frames")
+        )
+        everything = (sample.image, *sample.frames)
+        bodies = [everything[number] for number in numbers]
+    random = generator(settings.seed, epoch, sample.key)
+    for number, view in enumerate(
+        random_views(bodies, sample.extension, settings.image_pixels, settings.augment, random)
+    ):
+        pixels_FSS3[number] = view
+    pixels_FSS3[len(bodies) :] = BLANK
+    return len(bodies)
+
+
+def _choose(sample: Sample, epoch: int, settings: ViewSettings) -> _Words:
+    targets = {}
+    if settings.label:
+        classes = sample.metadata.get("classes")
+        label = classes.get(settings.label) if isinstance(classes, dict) else None
+        targets["label"] = settings.class_numbers.get(str(label), -1)
+    if settings.text == "captions":
+        if len(sample.captions) == 1:  # nothing to draw: half of a caption's cost is its generator
+            return _Words(sample.captions[0].text, targets=targets)
+        random = generator(settings.seed, epoch, sample.key, "text")
+        return _Words(choose_caption(sample.captions, settings.language_weights, random), targets=targets)
+    random = generator(settings.seed, epoch, sample.key, "text")
+    question = choose_question(sample.key, sample.metadata, random)
+    answer = choose_answer(question.answers, random)
+    targets["answer"] = -1 if answer is None else settings.class_numbers.get(answer, -1)
+    return _Words(question.text, answer, targets)
+
+
+def _tokenise(
+    tokenizer: Tokenizer, keys: Sequence[str], epochs: Sequence[int], texts: Sequence[str], settings: ViewSettings
+) -> list[list[int]]:
+    randoms = None
+    if settings.truncation == "sentences":
+        randoms = [generator(settings.seed, epoch, key, "window") for key, epoch in zip(keys, epochs, strict=True)]
+    tokens = tokenise(tokenizer, texts, settings.max_tokens, randoms)
+    share = settings.augment.token_dropout
+    if share:
+        tokens = [
+            drop_tokens(row, share, generator(settings.seed, epoch, key, "dropout"))
+            for row, key, epoch in zip(tokens, keys, epochs, strict=True)
+        ]
+    return tokens
+
+
+def _answers(tokenizer: Tokenizer, words: Sequence[_Words], settings: ViewSettings) -> list[list[int]]:
+    tokens = tokenise(tokenizer, [each.answer or "" for each in words], settings.max_tokens)
+    return [[] if each.answer is None else row for each, row in zip(words, tokens, strict=True)]

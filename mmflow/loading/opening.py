@@ -1,0 +1,117 @@
+"""A recipe's loader section to a loader: datasets opened, their order chosen, workers counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mmflow.loading.apportion import stages
+from mmflow.loading.bucketing import Buckets
+from mmflow.loading.cache import node_cache
+from mmflow.loading.config import LoaderConfig
+from mmflow.loading.load import ViewSettings
+from mmflow.loading.loader import START, Loader
+from mmflow.loading.mixture import MixtureOrder
+from mmflow.loading.plan import LoaderState, Order
+from mmflow.loading.reader import Reader
+from mmflow.shards.dataset import Dataset, open_dataset
+
+
+def open_readers(config: LoaderConfig, dataset: Dataset) -> tuple[Reader, ...]:
+    """A reader of the stage's own dataset, and of each that is mixed in.
+
+    Raises MisuseError for a split that is not there, MissingArtifactError for a dataset that is not.
+    """
+    cache = node_cache(config.cache)
+    places = [(dataset, config.split)]
+    if config.mixture is not None:
+        places += [(open_dataset(each.uri), each.split) for each in config.mixture.datasets]
+    return tuple(Reader(each, split, cache, frames=config.frames > 0) for each, split in places)
+
+
+def order_of(
+    config: LoaderConfig, readers: Sequence[Reader], global_batch_size: int, seed: int
+) -> Order | MixtureOrder:
+    """The order of the readers' samples. Raises RecipeError where no samples are to be had."""
+    samples = tuple(tuple(shard.samples for shard in reader.shards) for reader in readers)
+    buckets = Buckets(config.bucket_batches, partial(_lengths, readers)) if config.bucket_batches > 1 else None
+    if config.mixture is None:
+        return Order(samples[0], global_batch_size, seed, config.window, config.lanes, buckets)
+    return MixtureOrder(
+        shard_samples=samples,
+        stages=stages(config.mixture, [sum(each) for each in samples]),
+        global_batch_size=global_batch_size,
+        seed=seed,
+        window=config.window,
+        lanes=config.lanes,
+        buckets=buckets,
+    )
+
+
+def steps_per_epoch(config: LoaderConfig, dataset: Dataset, global_batch_size: int) -> int:
+    """Batches in an epoch of the stage's dataset, or of all that are mixed together. Raises as what it is made of."""
+    return order_of(config, open_readers(config, dataset), global_batch_size, seed=0).steps_per_epoch
+
+
+def open_loader(
+    config: LoaderConfig,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    *,
+    global_batch_size: int,
+    image_pixels: int,
+    max_tokens: int,
+    seed: int,
+    classes: tuple[str, ...] = (),
+    cores: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    state: LoaderState = START,
+) -> Loader:
+    """A rank's loader of a stage's dataset. `cores` is what the rank has, `classes` what its targets are numbered by.
+
+    Rank 0 looks whether every shard is there, so that one that is gone is named now and not in the midst of an epoch:
+    raises MissingArtifactError or CorruptArtifactError.
+    """
+    readers = open_readers(config, dataset)
+    if rank == 0:
+        for reader in readers:
+            reader.check()
+    views = ViewSettings(
+        seed=seed,
+        image_pixels=image_pixels,
+        max_tokens=max_tokens,
+        augment=config.augment,
+        language_weights=config.language_weights,
+        frames=config.frames,
+        text=config.text,
+        truncation=config.truncation,
+        label=config.label,
+        classes=classes,
+        on_corrupt=config.on_corrupt,
+    )
+    return Loader(
+        order_of(config, readers, global_batch_size, seed),
+        readers,
+        tokenizer,
+        views,
+        rank=rank,
+        world_size=world_size,
+        kind=config.workers.kind,
+        count=config.workers.count or cores,
+        prefetch_batches=config.prefetch_batches,
+        max_skipped=config.max_skipped,
+        device=device,
+        state=state,
+    )
+
+
+def _lengths(readers: Sequence[Reader], dataset: int, shard: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Estimated tokens of samples, from the indexes; (n,) to (n,)."""
+    return readers[dataset].lengths(shard)[rows].astype(np.int64)

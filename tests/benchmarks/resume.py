@@ -1,0 +1,102 @@
+"""Resume: the time to the first batch, from opening the dataset on, late in an epoch beside early in it."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+from tests.benchmarks import data
+from tests.benchmarks.build import shard
+from tests.benchmarks.measure import SCRATCH, SHARE, call, rounds
+from tests.benchmarks.table import Row
+
+SAMPLES_PER_SHARD = 100
+BATCH = 64
+IMAGE_PIXELS = 224
+MAX_TOKENS = 32
+VOCABULARY = 2_000
+STARTS = 12  # first batches a figure, from as many seeds: their pictures are of other sizes
+PEERS = ()
+VERSIONS = ("torch", "tokenizers", "simplejpeg", "numpy")
+
+
+def run() -> list[Row]:
+    """The loader as training starts it, by threads, at 1% and at 99% of an epoch of JPEGs in fifty shards."""
+    dataset = jpeg_shards()
+    found = rounds(
+        {name: lambda share=share: call("tests.benchmarks.resume:first_batch", uri=str(dataset), share=share)
+         for name, share in (("early", 0.01), ("late", 0.99))}
+    )  # fmt: skip
+    ratio = statistics.median(late / early for late, early in zip(found["late"], found["early"], strict=True))
+    return [
+        Row(
+            name=f"first batch of {BATCH}, at 99% of an epoch against 1%",
+            ours=ratio,
+            unit="× the time",
+            goal="< 1.1",
+            met=ratio < 1.1,
+            note=f"{1000 * statistics.median(found['late']):.0f} ms against "
+            f"{1000 * statistics.median(found['early']):.0f} ms, dataset opened and decoded anew",
+        )
+    ]
+
+
+def jpeg_shards() -> Path:
+    """The JPEGs of 1 to 2 megapixels as a dataset of many shards, made once."""
+    count = round(SHARE * data.NUM_JPEGS)
+    dataset = SCRATCH / f"resume-{count}"
+    if not dataset.exists():
+        records = data.share_of(data.jpegs(), count)
+        keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
+        _, built = shard(records, [*keep_all, f"shard.samples_per_shard={SAMPLES_PER_SHARD}"])
+        shutil.move(built, dataset)
+    return dataset
+
+
+# --- called in a process of its own -----------------------------------------------------------------------------------
+
+
+def first_batch(uri: str, share: float) -> float:
+    """Mean seconds from a state at `share` of the epoch to its batch; what is imported late is left out."""
+    from contextlib import closing
+
+    from mmflow.loading.config import LoaderConfig
+    from mmflow.loading.opening import open_loader
+    from mmflow.loading.plan import LoaderState
+    from mmflow.shards.dataset import open_dataset
+
+    tokenizer = tokenizer_of(uri)
+    seconds = []
+    for seed in range(STARTS + 1):
+        began = time.perf_counter()
+        loader = open_loader(
+            LoaderConfig(),
+            open_dataset(uri),
+            tokenizer,
+            global_batch_size=BATCH,
+            image_pixels=IMAGE_PIXELS,
+            max_tokens=MAX_TOKENS,
+            seed=seed,
+            cores=1,
+        )
+        step = int(share * loader.order.steps_per_epoch)
+        loader.state = LoaderState(0, step * BATCH)
+        with closing(iter(loader)) as batches:
+            batch = next(batches)
+        seconds.append(time.perf_counter() - began)
+        assert batch.state == LoaderState(0, (step + 1) * BATCH)
+    return statistics.mean(seconds[1:])
+
+
+def tokenizer_of(uri: str):  # type: ignore[no-untyped-def]
+    """A tokenizer of the dataset's own captions."""
+    from itertools import islice
+
+    from mmflow.loading.reader import Reader
+    from mmflow.loading.tokens import train_tokenizer
+    from mmflow.shards.dataset import open_dataset
+
+    samples = islice(Reader(open_dataset(uri), "train"), 1_000)
+    return train_tokenizer((caption.text for sample in samples for caption in sample.captions), VOCABULARY)

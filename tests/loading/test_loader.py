@@ -1,0 +1,338 @@
+"""The loader: any state gives the batches of an uninterrupted run, on any number of ranks, from whatever workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from mmflow.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from mmflow.loading.batches import Batch
+from mmflow.loading.config import AugmentConfig, LoaderConfig, MixedDatasetConfig, MixtureConfig, WorkersConfig
+from mmflow.loading.loader import Loader
+from mmflow.loading.opening import open_loader, steps_per_epoch
+from mmflow.loading.plan import LoaderState
+from mmflow.loading.reader import Reader
+from mmflow.loading.tokens import train_tokenizer
+from mmflow.loading.workers import NAME
+from mmflow.shards.dataset import Dataset, open_dataset
+from tests.shards.handmade import Handmade, write_dataset
+
+BATCH, STEPS = 7, 5  # of an epoch: 31 samples, the last batch with 4 rows of padding
+AUGMENT = AugmentConfig(max_zoom=1.3, max_shift=0.1, flip=0.5, brightness=0.2, token_dropout=0.2)
+CONFIG = LoaderConfig(window=6, lanes=3, augment=AUGMENT, language_weights={"en": 0.5, "zh": 0.5})
+START = LoaderState()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small_dataset: Dataset) -> Tokenizer:
+    samples = Reader(small_dataset, "train")
+    return train_tokenizer((caption.text for sample in samples for caption in sample.captions), 200)
+
+
+@pytest.fixture(scope="module")
+def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    samples = [Handmade(key=f"other-{n}", captions=[{"language": "en", "text": f"other {n}"}]) for n in range(11)]
+    return write_dataset(tmp_path_factory.mktemp("other") / "dataset", [("train", samples[:4]), ("train", samples[4:])])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    yield
+    assert [thread for thread in threading.enumerate() if thread.name.startswith(NAME)] == []
+    assert worker_processes() == []
+
+
+def worker_processes() -> list[int]:
+    server = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in str(child.cmdline())]
+    return [worker.pid for each in server for worker in each.children()]
+
+
+def loader_of(
+    dataset: Dataset, tokenizer: Tokenizer, config: LoaderConfig = CONFIG, batch: int = BATCH, **options: Any
+) -> Loader:
+    return open_loader(
+        config, dataset, tokenizer, global_batch_size=batch, image_pixels=16, max_tokens=8, seed=3, **options
+    )
+
+
+def with_workers(kind: Literal["threads", "processes"], count: int, **changes: Any) -> LoaderConfig:
+    return CONFIG.model_copy(update={"workers": WorkersConfig(kind=kind, count=count), **changes})
+
+
+def take(loader: Loader, number: int) -> list[Batch]:
+    with closing(iter(loader)) as batches:
+        return list(islice(batches, number))
+
+
+def straight(loader: Loader, number: int, state: LoaderState = START) -> list[Batch]:
+    """Batches made one after another, without workers."""
+    batches = []
+    for _ in range(number):
+        batches.append(loader.batch(state))
+        state = batches[-1].state
+    return batches
+
+
+def real_keys(batches: Sequence[Batch]) -> list[str]:
+    return [key for batch in batches for key, real in zip(batch.keys, batch.real.tolist(), strict=True) if real]
+
+
+def assert_same(found: Batch, expected: Batch) -> None:
+    assert (found.keys, found.state, found.skipped) == (expected.keys, expected.state, expected.skipped)
+    for name in ("pixels", "token_ids", "token_mask", "real"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def whole(ranks: Sequence[Batch]) -> list[tuple[str, bytes, list[int]]]:
+    """The real rows of a global batch in the order of its slots: key, pixels, tokens without their padding."""
+    assert len({len(batch.keys) for batch in ranks}) == 1
+    assert len({batch.state for batch in ranks}) == 1
+    return [
+        (
+            batch.keys[row],
+            batch.pixels[row].numpy().tobytes(),
+            batch.token_ids[row][batch.token_mask[row].bool()].tolist(),
+        )
+        for batch in ranks
+        for row in range(len(batch.keys))
+        if batch.real[row]
+    ]
+
+
+# --- order and resume -----------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_has_every_sample_once_and_pads_its_last_batch(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+    found = take(loader_of(small_dataset, tokenizer), 2 * STEPS)
+    for epoch in (found[:STEPS], found[STEPS:]):
+        assert sorted(real_keys(epoch)) == sorted(sample.key for sample in Reader(small_dataset, "train"))
+        assert [int(batch.real.sum()) for batch in epoch] == [7, 7, 7, 7, 3]
+    assert real_keys(found[:STEPS]) != real_keys(found[STEPS:])
+    assert found[STEPS - 1].state == LoaderState(1, 0)
+
+
+def test_iterating_moves_the_state_on_by_what_was_consumed_not_by_what_is_prepared(
+    small_dataset: Dataset, tokenizer: Tokenizer
+) -> None:
+    loader = loader_of(small_dataset, tokenizer)
+    with closing(iter(loader)) as batches:
+        for expected in (LoaderState(0, 7), LoaderState(0, 14)):
+            assert next(batches).state == loader.state == expected
+            time.sleep(0.05)
+    assert_same(take(loader, 1)[0], loader.batch(LoaderState(0, 14)))
+
+
+def test_a_state_goes_through_json_and_resumes_at_any_step(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+    expected = straight(loader_of(small_dataset, tokenizer), 2 * STEPS + 2)
+    for done in range(2 * STEPS):
+        before = loader_of(small_dataset, tokenizer)
+        take(before, done)
+        after = loader_of(small_dataset, tokenizer)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        for found, batch in zip(take(after, 2), expected[done:], strict=False):
+            assert_same(found, batch)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"epoch": 1}, {"epoch": "x", "position": 0, "drawn": []}, {"epoch": 0, "position": 0, "drawn": 3}]
+)
+def test_what_is_no_state_is_refused(small_dataset: Dataset, tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
+    loader = loader_of(small_dataset, tokenizer)
+    with pytest.raises(CorruptArtifactError, match="not a loader's state"):
+        loader.load_state_dict(fields)
+
+
+def test_stopped_on_3_ranks_an_epoch_goes_on_with_2_and_then_5(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+    """Each global batch is the uninterrupted one, and the epoch's keys come out exact."""
+    expected = straight(loader_of(small_dataset, tokenizer), STEPS)
+    state, seen = START, []
+    for world_size, steps in ((3, 2), (2, 1), (5, 2)):
+        ranks = [
+            take(loader_of(small_dataset, tokenizer, rank=rank, world_size=world_size, state=state), steps)
+            for rank in range(world_size)
+        ]
+        for global_batch in zip(*ranks, strict=True):
+            assert whole(global_batch) == whole([expected[len(seen)]])
+            seen.append(real_keys(global_batch))
+            state = global_batch[0].state
+    assert Counter(key for keys in seen for key in keys) == Counter(
+        sample.key for sample in Reader(small_dataset, "train")
+    )
+    assert state == LoaderState(1, 0)
+
+
+@settings(max_examples=25)
+@given(
+    batch=st.integers(1, 40),
+    world_sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    buckets=st.integers(1, 3),
+    window=st.integers(1, 40),
+    lanes=st.integers(1, 8),
+    stop=st.integers(0, 40),
+)
+def test_any_stop_and_any_world_sizes_give_the_same_global_batches(
+    small_dataset: Dataset,
+    tokenizer: Tokenizer,
+    batch: int,
+    world_sizes: list[int],
+    buckets: int,
+    window: int,
+    lanes: int,
+    stop: int,
+) -> None:
+    """More ranks than samples of a batch, batches larger than the dataset, bucketed by length or not."""
+    config = CONFIG.model_copy(update={"window": window, "lanes": lanes, "bucket_batches": buckets})
+    alone = loader_of(small_dataset, tokenizer, config, batch)
+    steps = steps_per_epoch(config, small_dataset, batch)
+    expected = straight(alone, steps)
+    assert sorted(real_keys(expected)) == sorted(sample.key for sample in Reader(small_dataset, "train"))
+    state = START if stop % steps == 0 else expected[stop % steps - 1].state
+    for number in range(stop % steps, steps):
+        world_size = world_sizes[number % len(world_sizes)]
+        ranks = [
+            loader_of(small_dataset, tokenizer, config, batch, rank=rank, world_size=world_size).batch(state)
+            for rank in range(world_size)
+        ]
+        assert whole(ranks) == whole([expected[number]])
+        state = ranks[0].state
+    assert state == LoaderState(1, 0)
+
+
+def test_mixed_datasets_have_cursors_of_their_own(
+    small_dataset: Dataset, other_dataset: Dataset, tokenizer: Tokenizer
+) -> None:
+    mixture = MixtureConfig(datasets=[MixedDatasetConfig(uri=other_dataset.uri)], weighting="fixed", weights=[3, 1])
+    config = CONFIG.model_copy(update={"mixture": mixture})
+    loader = loader_of(small_dataset, tokenizer, config, batch=8)
+    expected = straight(loader, 12)
+    keys = real_keys(expected)
+    assert all(sum(key.startswith("other") for key in batch.keys) == 2 for batch in expected)
+    times = Counter(keys)
+    assert {times[key] for key in times if key.startswith("other")} == {2, 3}  # 24 of 11
+    assert {times[key] for key in times if not key.startswith("other")} == {2, 3}  # 72 of 31
+    assert len(times) == 11 + 31
+    assert expected[4].state == LoaderState(0, 40, (30, 10))
+    resumed = loader_of(small_dataset, tokenizer, config, batch=8, rank=1, world_size=2)
+    other = loader_of(small_dataset, tokenizer, config, batch=8, rank=0, world_size=2)
+    for each in (resumed, other):
+        each.load_state_dict(json.loads(json.dumps({"epoch": 0, "position": 40, "drawn": [30, 10]})))
+    for first, second, batch in zip(take(other, 3), take(resumed, 3), expected[5:], strict=False):
+        assert whole([first, second]) == whole([batch])
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "count"), [("threads", 1), ("threads", 5), ("processes", 1), ("processes", 3)])
+def test_batches_are_bit_equal_whatever_the_workers(
+    small_dataset: Dataset, tokenizer: Tokenizer, kind: Literal["threads", "processes"], count: int
+) -> None:
+    loader = loader_of(small_dataset, tokenizer, with_workers(kind, count, prefetch_batches=2))
+    for found, expected in zip(take(loader, STEPS + 2), straight(loader, STEPS + 2), strict=True):
+        assert_same(found, expected)
+
+
+def test_the_cores_of_a_rank_are_its_workers_unless_the_recipe_says(
+    small_dataset: Dataset, tokenizer: Tokenizer
+) -> None:
+    loader = loader_of(small_dataset, tokenizer, cores=3)
+    with closing(iter(loader)) as batches:
+        next(batches)
+        pool = [thread for thread in threading.enumerate() if thread.name.startswith(f"{NAME}_")]
+        assert 1 < len(pool) <= 3
+
+
+def test_a_consumer_that_stops_early_leaves_no_process_behind(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+    loader = loader_of(small_dataset, tokenizer, with_workers("processes", 2))
+    with closing(iter(loader)) as batches:
+        next(batches)
+        assert len(worker_processes()) == 2
+    assert worker_processes() == []
+
+
+def test_a_killed_worker_ends_the_iteration_with_its_name(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+    loader = loader_of(small_dataset, tokenizer, with_workers("processes", 2))
+    with closing(iter(loader)) as batches:
+        next(batches)
+        victim = worker_processes()[0]
+        os.kill(victim, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(TrainingError, match=rf"loader worker process {victim} was ended by SIGKILL"):
+            list(islice(batches, 100))
+        assert time.monotonic() - began < 10
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(small_dataset: Dataset, tmp_path: Path) -> Dataset:
+    """One byte of one picture is not what was written."""
+    shutil.copytree(small_dataset.uri, tmp_path / "copy")
+    entry = small_dataset.index(small_dataset.shards("train")[1]).to_pylist()[5]
+    tar = tmp_path / "copy" / "shards" / "00001.tar"
+    body = bytearray(tar.read_bytes())
+    body[entry["image_offset"] + 40] ^= 1
+    tar.write_bytes(body)
+    return open_dataset(str(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_an_error_in_a_worker_arrives_with_its_own_message(
+    damaged: Dataset, tokenizer: Tokenizer, kind: Literal["threads", "processes"]
+) -> None:
+    loader = loader_of(damaged, tokenizer, with_workers(kind, 2))
+    with pytest.raises(CorruptArtifactError, match=r"00001\.tar: image of row 5 \(key-14\) is not what was written"):
+        take(loader, STEPS)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_skipped_sample_is_told_and_becomes_padding(
+    damaged: Dataset, small_dataset: Dataset, tokenizer: Tokenizer, kind: Literal["threads", "processes"]
+) -> None:
+    found = take(loader_of(damaged, tokenizer, with_workers(kind, 2, on_corrupt="skip")), STEPS)
+    expected = straight(loader_of(small_dataset, tokenizer), STEPS)
+    assert set(real_keys(expected)) - set(real_keys(found)) == {"key-14"}
+    told = [line for batch in found for line in batch.skipped]
+    assert len(told) == 1
+    assert "key-14" in told[0]
+    for batch, sound in zip(found, expected, strict=True):
+        assert batch.state == sound.state
+        assert [row for row in whole([sound]) if row[0] != "key-14"] == whole([batch])
+
+
+def test_too_many_skipped_samples_end_the_iteration(damaged: Dataset, tokenizer: Tokenizer) -> None:
+    loader = loader_of(damaged, tokenizer, CONFIG.model_copy(update={"on_corrupt": "skip", "max_skipped": 1}))
+    with pytest.raises(TrainingError) as caught:
+        take(loader, 2 * STEPS)
+    assert str(caught.value).startswith(
+        "loader.max_skipped: 2 samples were left out since the start and 1 may be; mend the dataset, or raise it; the"
+    )
+    assert "key-14" in str(caught.value)
+    assert loader.state.epoch == 1  # it got through the first epoch
+
+
+def test_a_shard_that_is_gone_is_named_before_the_first_batch(
+    small_dataset: Dataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shutil.copytree(small_dataset.uri, tmp_path / "copy")
+    (tmp_path / "copy" / "shards" / "00003.tar").unlink()
+    with pytest.raises(MissingArtifactError, match=r"00003\.tar: no such file"):
+        loader_of(open_dataset(str(tmp_path / "copy")), tokenizer)

@@ -1,0 +1,74 @@
+"""Items made ahead by a thread: the same ones, in order, no more than asked, and nothing left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterator
+from itertools import islice
+
+import pytest
+
+from mmflow.loading.prefetch import prefetch
+from mmflow.loading.workers import NAME
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [thread for thread in threading.enumerate() if thread.name == NAME] == []
+
+
+def counting(made: list[int], closed: list[bool]) -> Generator[int, None, None]:
+    try:
+        while True:
+            made.append(len(made))
+            yield made[-1]
+    finally:
+        closed.append(True)
+
+
+def test_items_come_in_order_and_a_consumer_that_stops_closes_the_source() -> None:
+    closed: list[bool] = []
+    ready = prefetch(counting([], closed), 2)
+    assert list(islice(ready, 50)) == list(range(50))
+    assert closed == []
+    ready.close()
+    assert closed == [True]
+
+
+def test_no_more_is_made_ahead_than_the_depth() -> None:
+    made: list[int] = []
+    ready = prefetch(counting(made, []), 3)
+    next(ready)
+    time.sleep(0.3)
+    assert len(made) == 5  # one taken, three waiting, one in the producer's hand
+    ready.close()
+
+
+def test_the_source_s_error_is_raised_after_the_items_before_it() -> None:
+    def failing() -> Generator[int, None, None]:
+        yield 1
+        yield 2
+        raise ZeroDivisionError("in the thread")
+
+    ready = prefetch(failing(), 5)
+    assert list(islice(ready, 2)) == [1, 2]
+    with pytest.raises(ZeroDivisionError, match="in the thread"):
+        next(ready)
+
+
+def test_a_source_that_ends_ends() -> None:
+    assert list(prefetch((number for number in range(3)), 1)) == [0, 1, 2]
+
+
+def test_items_are_made_while_the_consumer_works() -> None:
+    def slow() -> Generator[int, None, None]:
+        for number in range(5):
+            time.sleep(0.1)
+            yield number
+
+    began = time.monotonic()
+    for _ in prefetch(slow(), 2):
+        time.sleep(0.1)
+    assert time.monotonic() - began < 0.85  # 1.0 s one after the other, 0.6 s side by side
