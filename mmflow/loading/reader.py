@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pyarrow import fs
 
-from mmflow.artifacts import positioned_reader
-from mmflow.errors import CorruptArtifactError
-from mmflow.shards.dataset import Dataset, ShardInfo
-from mmflow.shards.index import MEMBERS
+from mmflow.artifacts import filesystem, join, local_path
+from mmflow.errors import CorruptArtifactError, MissingArtifactError, MisuseError
+from mmflow.loading.ahead import ReadAhead
+from mmflow.loading.cache import CachedShard, ShardCache
+from mmflow.loading.records import FRAME, RECORD, UNPACK_FRAME, UNPACK_RECORD, Records, read_records
+from mmflow.shards.dataset import Dataset, ShardInfo, index_uri
 from mmflow.shards.samples import read_texts
 
 OPEN_SHARDS = 64  # file descriptors and indexes that one reader keeps
+SCAN_BYTES = 2 << 20  # read at once by a pass through a local shard: fits the second-level cache until it is hashed
+REMOTE_SCAN_BYTES = 16 << 20  # the same of a remote shard: a request costs what a megabyte does
+RECORD_BYTES, FRAME_BYTES = RECORD.itemsize, FRAME.itemsize
+hash_of = xxhash.xxh3_64_intdigest
 
 
 @dataclass(frozen=True)
@@ -38,78 +49,248 @@ class Sample:
     extension: str
     captions: tuple[Caption, ...]
     metadata: dict[str, object]
+    frames: tuple[bytes, ...] = ()  # a clip's frames after the first, which is its image
 
 
-@dataclass(frozen=True)
-class _OpenShard:
-    uri: str
-    keys: list[str]
-    extensions: list[str]
-    offsets: NDArray[np.int64]  # (rows, members)
-    sizes: NDArray[np.int64]  # (rows, members)
-    hashes: NDArray[np.uint64]  # (rows, members)
-    read: Callable[[int, int], bytes]
+class Members(NamedTuple):
+    """A sample's files as they lie in the tar, each checked against its hash. An adopted one may lack a text: b""."""
+
+    key: str
+    image: bytes
+    extension: str
+    txt: bytes
+    json: bytes
+    frames: tuple[bytes, ...]
 
 
 class Reader:
-    """Random access to the samples of one split. Not shared between processes; safe between threads."""
+    """Access to the samples of one split, by shard and row. Safe between threads; another process gets its own.
 
-    def __init__(self, dataset: Dataset, split: str) -> None:
+    A local dataset is read where it lies, and a remote one through `cache`, or without one by a request a sample.
+    Without `frames`, a clip is its first frame alone, and the others are not read.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, cache: ShardCache | None = None, *, frames: bool = True) -> None:
         self.dataset = dataset
+        self.split = split
+        self.cache = cache
+        self.frames = frames
         self.shards = tuple(shard for shard in dataset.shards(split) if shard.samples)
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._adopted = dataset.adopted
+        # Functions that do not hold this reader: a circle would keep its files open until the next garbage collection.
+        self._records = lru_cache(OPEN_SHARDS)(partial(_records_of, dataset, self.shards, frames))
+        self._open = lru_cache(OPEN_SHARDS)(partial(_open_shard, dataset, self.shards, cache, self._records))
+        self._ahead = ReadAhead(partial(_prepare, self._open), cache.release_idle if cache else _nothing)
+
+    def __reduce__(self) -> tuple[Callable[..., Reader], tuple[object, ...]]:
+        return partial(Reader, frames=self.frames), (self.dataset, self.split, self.cache)
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
     def __iter__(self) -> Iterator[Sample]:
         """Every sample, in the order of the tars."""
-        for ordinal, shard in enumerate(self.shards):
-            for row in range(shard.samples):
-                yield self.read(ordinal, row)
+        for shard, info in enumerate(self.shards):
+            if self.cache is not None and shard + 1 < len(self.shards):
+                self.read_ahead(shard + 1, 0, 0)
+            yield from self.samples(shard, 0, info.samples)
 
     def read(self, shard: int, row: int) -> Sample:
-        """The sample of a shard (its ordinal in `shards`) and row. Raises CorruptArtifactError naming all three."""
+        """The sample of a shard (its ordinal in `shards`) and row.
+
+        Raises MissingArtifactError for a shard that is not there, CorruptArtifactError, naming shard, row and key, for
+        one that is not what was committed.
+        """
+        return self._parse(self.read_members(shard, row))
+
+    def read_members(self, shard: int, row: int) -> Members:
+        """The files of the sample, not parsed. Raises as `read`."""
+        if self._ahead.failed:
+            self._ahead.raise_failure(shard)
         opened = self._open(shard)
-        offsets, sizes = opened.offsets[row], opened.sizes[row]
-        first = int(offsets.min())
-        block = opened.read(int((offsets + sizes).max()) - first, first)
-        bodies = {}
-        for member, offset, size, expected in zip(MEMBERS, offsets - first, sizes, opened.hashes[row], strict=True):
-            body = block[offset : offset + size]
-            if xxhash.xxh3_64_intdigest(body) != expected:
-                raise CorruptArtifactError(
-                    f"{opened.uri}: {member} of row {row} ({opened.keys[row]}) is not what was written; "
-                    f"run `mmflow verify {self.dataset.uri}`"
-                )
-            bodies[member] = body
-        if self.dataset.adopted:
-            found, metadata = read_texts(bodies["txt"], bodies["json"])
+        if not 0 <= row < opened.num_rows:
+            raise MisuseError(f"{opened.uri}: no row {row}; it has {opened.num_rows}")
+        record = UNPACK_RECORD(opened.records.packed, row * RECORD_BYTES)
+        try:
+            return opened.cut(row, record, opened.read(record[1], record[0]), record[0])
+        except CorruptArtifactError:
+            if opened.cached is None or not opened.cached.mend():
+                raise
+        return opened.cut(row, record, opened.read(record[1], record[0]), record[0])
+
+    def samples(self, shard: int, first: int, stop: int) -> Iterator[Sample]:
+        """The samples of rows first…stop-1 in their order, by few long reads. Raises as `read`."""
+        return map(self._parse, self.scan(shard, first, stop))
+
+    def scan(self, shard: int, first: int, stop: int) -> Iterator[Members]:
+        """The files of `samples`, not parsed. Raises as `read`."""
+        if self._ahead.failed:
+            self._ahead.raise_failure(shard)
+        opened = self._open(shard)
+        table = opened.records.table
+        ends = np.maximum.accumulate(table["start"] + table["span"])
+        while first < stop:
+            start = int(table["start"][first])
+            last = max(first + 1, min(stop, int(np.searchsorted(ends, start + opened.scan_bytes, side="right"))))
+            data = opened.read(int(ends[last - 1]) - start, start)
+            for row in range(first, last):
+                try:
+                    members = opened.cut(row, UNPACK_RECORD(opened.records.packed, row * RECORD_BYTES), data, start)
+                except CorruptArtifactError:
+                    members = self.read_members(shard, row)  # mends a cached copy, or says the same
+                yield members
+            first = last
+
+    def lengths(self, shard: int) -> NDArray[np.int32]:
+        """(rows,): an estimate of the tokens of each sample's longest caption. The tar is not touched."""
+        return self._records(shard).caption_tokens
+
+    def read_ahead(self, shard: int, first_row: int, last_row: int) -> None:
+        """Have a shard opened, and its rows from the first to the last brought into memory or its tar into the cache.
+
+        Returns at once. What goes wrong is raised by the next read of that shard.
+        """
+        self._ahead.ask(shard, first_row, last_row)
+
+    def check(self) -> None:
+        """Look, by two listings, whether every tar and index of the split is there and as long as it was.
+
+        Raises MissingArtifactError or CorruptArtifactError, naming the first that is not.
+        """
+        tars, indexes = _list(self.dataset.uri, "shards"), _list(self.dataset.uri, "index")
+        for shard in self.shards:
+            found = tars.get(f"{shard.name}.tar")
+            if found is None:
+                raise MissingArtifactError(f"{self.dataset.tar_uri(shard)}: no such file")
+            _check_size(self.dataset, shard, found)
+            if f"{shard.name}.parquet" not in indexes:
+                raise MissingArtifactError(f"{index_uri(self.dataset.uri, shard.name)}: no such file")
+
+    def _parse(self, members: Members) -> Sample:
+        key, image, extension, txt, body, frames = members
+        if self._adopted:
+            found, metadata = read_texts(txt, body)
         else:
-            fields = json.loads(bodies["json"])
+            fields = json.loads(body)
             found, metadata = fields["captions"], fields["metadata"]
-        captions = tuple(Caption(each["text"], each["language"]) for each in found)
-        return Sample(opened.keys[row], bodies["image"], opened.extensions[row], captions, metadata)
+        captions = tuple([Caption(each["text"], each["language"]) for each in found])
+        return Sample(key, image, extension, captions, metadata, frames)
 
-    def _open_shard(self, ordinal: int) -> _OpenShard:
-        shard: ShardInfo = self.shards[ordinal]
-        index = self.dataset.index(shard)
-        uri = self.dataset.tar_uri(shard)
-        if index.num_rows != shard.samples:
-            raise CorruptArtifactError(
-                f"{uri}: its index has {index.num_rows} rows, the manifest says {shard.samples}; "
-                f"run `mmflow verify {self.dataset.uri}`"
-            )
 
-        def columns(suffix: str) -> NDArray[Any]:
-            return np.stack([index[f"{member}_{suffix}"].to_numpy() for member in MEMBERS], axis=1)
+@dataclass(frozen=True)
+class _OpenShard:
+    uri: str
+    dataset: str  # its URI
+    num_rows: int
+    records: Records
+    read: Callable[[int, int], bytes]  # (size, offset) → bytes
+    scan_bytes: int
+    prepare: Callable[[int, int], None]  # (offset, size): have them in memory, or the tar in the cache, before long
+    cached: CachedShard | None = None
 
-        return _OpenShard(
-            uri=uri,
-            keys=index["key"].to_pylist(),
-            extensions=index["image_extension"].to_pylist(),
-            offsets=columns("offset"),
-            sizes=columns("bytes"),
-            hashes=columns("xxh3"),
-            read=positioned_reader(uri),
+    def cut(self, row: int, record: tuple[int, ...], data: bytes, base: int) -> Members:
+        """A row out of `data`, which lies at `base` in the tar."""
+        (
+            _, _,
+            image_at, image_bytes, image_xxh3, txt_at, txt_bytes, txt_xxh3, json_at, json_bytes, json_xxh3,
+            key_at, key_bytes, extension, first_frame, num_frames,
+        ) = record  # fmt: skip
+        records = self.records
+        image = data[image_at - base : image_at - base + image_bytes]
+        txt = data[txt_at - base : txt_at - base + txt_bytes]
+        body = data[json_at - base : json_at - base + json_bytes]
+        key = records.keys[key_at : key_at + key_bytes].decode()
+        if hash_of(image) != image_xxh3:
+            raise self.corrupt("image", row, key)
+        if hash_of(txt) != txt_xxh3:
+            raise self.corrupt("txt", row, key)
+        if hash_of(body) != json_xxh3:
+            raise self.corrupt("json", row, key)
+        if not num_frames:
+            return Members(key, image, records.extensions[extension], txt, body, ())
+        frames = []
+        for number in range(num_frames):
+            at, size, xxh3 = UNPACK_FRAME(records.frames, (first_frame + number) * FRAME_BYTES)
+            frames.append(data[at - base : at - base + size])
+            if hash_of(frames[-1]) != xxh3:
+                raise self.corrupt(f"frame {number + 1}", row, key)
+        return Members(key, image, records.extensions[extension], txt, body, tuple(frames))
+
+    def corrupt(self, member: str, row: int, key: str) -> CorruptArtifactError:
+        return CorruptArtifactError(
+            f"{self.uri}: {member} of row {row} ({key}) is not what was written; run `mmflow verify {self.dataset}`"
         )
+
+
+def _records_of(dataset: Dataset, shards: tuple[ShardInfo, ...], frames: bool, shard: int) -> Records:
+    return read_records(dataset, shards[shard], frames=frames)
+
+
+def _open_shard(
+    dataset: Dataset,
+    shards: tuple[ShardInfo, ...],
+    cache: ShardCache | None,
+    records_of: Callable[[int], Records],
+    shard: int,
+) -> _OpenShard:
+    info, records = shards[shard], records_of(shard)
+    uri = dataset.tar_uri(info)
+    path = local_path(uri)
+    opened = partial(_OpenShard, uri, dataset.uri, info.samples, records)
+    if path is None and cache is not None:
+        copy = cache.shard(uri, info.checksum, info.bytes)
+        return opened(copy.read, SCAN_BYTES, copy.prepare, copy)
+    try:
+        if path is None:
+            system, remote = filesystem(uri)
+            stream = system.open_input_file(remote)
+            _check_size(dataset, info, stream.size())
+            # pyarrow's own streams may be read by several threads at once, those of fsspec may not.
+            guard = threading.Lock() if isinstance(system, fs.PyFileSystem) else contextlib.nullcontext()
+            return opened(partial(_read_remote, stream, guard), REMOTE_SCAN_BYTES, lambda offset, size: None)
+        file = path.open("rb", buffering=0)
+    except FileNotFoundError as error:
+        raise MissingArtifactError(f"{uri}: no such file") from error
+    _check_size(dataset, info, os.fstat(file.fileno()).st_size)
+    return opened(partial(_read_local, file), SCAN_BYTES, partial(_advise, file))
+
+
+def _read_local(file: IO[bytes], size: int, offset: int) -> bytes:
+    try:
+        return os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise CorruptArtifactError(f"{file.name}: byte {offset} cannot be read ({error.strerror})") from error
+
+
+def _read_remote(stream: Any, guard: AbstractContextManager[Any], size: int, offset: int) -> bytes:
+    with guard:
+        return bytes(stream.read_at(size, offset))
+
+
+def _advise(file: IO[bytes], offset: int, size: int) -> None:
+    os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def _check_size(dataset: Dataset, info: ShardInfo, found: int) -> None:
+    if found != info.bytes:
+        raise CorruptArtifactError(
+            f"{dataset.tar_uri(info)}: {found} bytes, the manifest says {info.bytes}: it was altered after its commit; "
+            f"run `mmflow verify {dataset.uri}`"
+        )
+
+
+def _prepare(open_shard: Callable[[int], _OpenShard], shard: int, first_row: int, last_row: int) -> None:
+    opened = open_shard(shard)
+    first, last = opened.records.table[[first_row, last_row]]
+    offset = int(first["start"])
+    opened.prepare(offset, int(last["start"] + last["span"]) - offset)
+
+
+def _list(uri: str, folder: str) -> dict[str, int]:
+    """The files of a folder of the dataset, and their bytes."""
+    system, path = filesystem(join(uri, folder))
+    return {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))}
+
+
+def _nothing() -> None:
+    pass

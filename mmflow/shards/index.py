@@ -7,7 +7,7 @@ is published after the tar: a shard whose index carries the plan at hand is done
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
@@ -98,11 +98,17 @@ def read_commit(uri: str) -> ShardCommit:
 
 def read_column(uri: str, name: str) -> pa.Array:
     """One column of the index. Raises as `read_index`."""
+    return read_columns(uri, [name])[0][name].combine_chunks()
+
+
+def read_columns(uri: str, names: Sequence[str]) -> tuple[pa.Table, ShardCommit]:
+    """Some columns of the index, in the order given, and what it says of its shard. Raises as `read_index`."""
+    data = read_bytes(uri)
     try:
-        column = pq.ParquetFile(pa.BufferReader(read_bytes(uri))).read(columns=[name], use_threads=False)[name]
-    except (pa.ArrowException, OSError, KeyError) as error:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=list(names), use_threads=False).select(names)
+        return table, ShardCommit(**json.loads(table.schema.metadata[COMMIT]))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise CorruptArtifactError(f"{uri}: not a shard's index ({error}); delete it and rebuild") from error
-    return column.combine_chunks()
 
 
 def read_index_and_commit(uri: str) -> tuple[pa.Table, ShardCommit]:

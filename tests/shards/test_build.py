@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -199,25 +199,6 @@ def test_a_shard_that_lost_its_tar_or_index_is_written_again(
     (tmp_path / "index/00003.parquet").unlink()
     (tmp_path / "shards/00777.tar").write_bytes(b"of an abandoned build")
     assert contents(build(tmp_path, corpus.uri).uri) == contents(dataset.uri)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Sets the size of a disk of its own, first mounting it; skipped where one may not mount."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(size: str) -> Path:
-        again = "remount," if disk.is_mount() else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "tmpfs", str(disk)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
-        return disk
-
-    yield mount
-    if disk.is_mount():
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 # 120 pictures of 4 KB: the disk is full amid the pieces, then amid the shards.
