@@ -53,7 +53,7 @@ class Loop:
         What only the data can tell, such as a split that no record has, is found by the stage that reads it.
         """
         from mmflow.ingest.listing import find
-        from mmflow.models.encoders import encoder_config
+        from mmflow.models.backbones import encoder_config
 
         for number, source in enumerate(self.recipe.shard.sources):
             try:
@@ -63,7 +63,8 @@ class Loop:
         for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
             if section is not None:
                 for side, encoder in (("image", section.model.image), ("text", section.model.text)):
-                    encoder_config(f"{name}.model.{side}", encoder.type, encoder.options)
+                    if encoder is not None:
+                        encoder_config(f"{name}.model.{side}", encoder)
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """The stages that `name` takes artifacts from."""
@@ -255,7 +256,7 @@ def _train(
     from mmflow.training.workers import train_on_ray
 
     training = section.training
-    steps = total_steps(open_dataset(inputs["shard"].uri).samples(section.loader.split), training)
+    steps = total_steps(section.loader, open_dataset(inputs["shard"].uri), training)
     lineage = {
         "stage": name,
         "identity": uri.rsplit("/", 1)[-1],

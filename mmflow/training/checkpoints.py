@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mmflow.errors import CorruptArtifactError
-from mmflow.loading.batches import LoaderState
+from mmflow.loading.plan import LoaderState
 from mmflow.training.collectives import average_buffers
 
 TAG = "state"

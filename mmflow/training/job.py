@@ -19,17 +19,18 @@ from mmflow.artifacts import local_path, write_bytes
 from mmflow.distillation.config import LessonsConfig
 from mmflow.distillation.losses import feature_loss, soft_label_loss
 from mmflow.distillation.student import Student
-from mmflow.loading.batches import Batch, BatchSettings, LoaderState, batches, normalise, prefetch
+from mmflow.loading.batches import Batch, normalise
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.plan import num_steps
-from mmflow.loading.reader import Reader
+from mmflow.loading.opening import open_loader, steps_per_epoch
+from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
-from mmflow.models.model import build
-from mmflow.models.package import LoadedModel, load_package, read_package, write_package
+from mmflow.models.model import Model, build
+from mmflow.models.package import LoadedModel, load_package, portable, read_package, write_package
 from mmflow.objectives.config import ContrastiveConfig
-from mmflow.objectives.contrastive import GlobalRows, contrastive_loss, global_rows
-from mmflow.shards.dataset import open_dataset
+from mmflow.objectives.contrastive import contrastive_loss
+from mmflow.objectives.rows import GlobalRows, global_rows
+from mmflow.shards.dataset import Dataset, open_dataset
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.collectives import average_buffers, gather_rows
 from mmflow.training.config import TrainingConfig
@@ -67,17 +68,17 @@ class Host(Protocol):
         """Have every rank's `write` fill a directory, merge and publish them. Every rank calls it."""
 
 
-def total_steps(num_samples: int, training: TrainingConfig) -> int:
+def total_steps(loader: LoaderConfig, dataset: Dataset, training: TrainingConfig) -> int:
     """Steps of the whole training."""
-    return training.epochs * num_steps(num_samples, training.global_batch_size)
+    return training.epochs * steps_per_epoch(loader, dataset, training.global_batch_size)
 
 
 def run_rank(job: TrainingJob, host: Host) -> None:
     """Train to the last step, from the last checkpoint where there is one, and write the package. Collective."""
     prepare_deepspeed()
-    reader = Reader(open_dataset(job.dataset), job.loader.split)
+    dataset = open_dataset(job.dataset)
     tokenizer = Tokenizer.from_str(job.tokenizer_json)
-    steps = total_steps(len(reader), job.training)
+    steps = total_steps(job.loader, dataset, job.training)
     module, losses, image_pixels = _lesson(job, tokenizer.get_vocab_size())
     engine = build_engine(
         module,
@@ -93,16 +94,20 @@ def run_rank(job: TrainingJob, host: Host) -> None:
     with host.restore() as directory:
         if directory is not None:
             step, state = read_checkpoint(engine, directory)
-    settings = BatchSettings(
+    loader = open_loader(
+        job.loader,
+        dataset,
+        tokenizer,
         global_batch_size=job.training.global_batch_size,
         image_pixels=image_pixels,
         max_tokens=job.model.max_tokens,
-        window=job.loader.window,
         seed=job.seed,
-        augment=job.loader.augment,
-        language_weights=job.loader.language_weights,
+        cores=job.training.cpus_per_worker,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=engine.device,
+        state=state,
     )
-    source = batches(reader, tokenizer, settings, state, rank=dist.get_rank(), world_size=dist.get_world_size())
     with _journal(job.journal) as (journal, flush):
         if journal:
             journal.event(step, "started", epoch=state.epoch, position=state.position, workers=dist.get_world_size())
@@ -111,7 +116,7 @@ def run_rank(job: TrainingJob, host: Host) -> None:
             host.save(step, partial(write_checkpoint, engine, step=step, state=state))
             flush()
 
-        with contextlib.closing(prefetch(source, job.loader.prefetch_batches)) as ready:
+        with contextlib.closing(iter(loader)) as ready:
             train(
                 engine,
                 ready,
@@ -130,12 +135,13 @@ def run_rank(job: TrainingJob, host: Host) -> None:
 def _write(job: TrainingJob, module: nn.Module) -> None:
     average_buffers(module)
     model = module.model if isinstance(module, Student) else module
+    assert isinstance(model, Model)
     state = whole_state(model)
     if dist.get_rank() == 0:
         write_package(
             job.package,
             state=state,
-            config=job.model,
+            config=portable(job.model, model),
             tokenizer_json=job.tokenizer_json,
             parameters=parameter_count(model),
             lineage=job.lineage,
@@ -197,7 +203,12 @@ def _pretraining_losses(
 
 
 def _distillation_losses(
-    objective: ContrastiveConfig, lessons: LessonsConfig, teacher: LoadedModel, model: ModelConfig, engine: Any, batch: Batch
+    objective: ContrastiveConfig,
+    lessons: LessonsConfig,
+    teacher: LoadedModel,
+    model: ModelConfig,
+    engine: Any,
+    batch: Batch,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.no_grad():
         teacher.model.to(engine.device)

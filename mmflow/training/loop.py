@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmflow.errors import TrainingError
-from mmflow.loading.batches import Batch, LoaderState
+from mmflow.loading.batches import Batch
+from mmflow.loading.plan import LoaderState
 from mmflow.training.telemetry import Journal
 
 Losses = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
@@ -47,6 +48,8 @@ def train(
         engine.backward(loss)
         engine.step()
         interval.add(loss, parts, batch)
+        if journal and batch.skipped:
+            journal.event(step, "skipped", samples=list(batch.skipped))
         checkpoint_due = step % checkpoint_every == 0 and step < total_steps
         if step % log_every == 0 or step == total_steps or checkpoint_due:
             metrics = interval.close()
@@ -93,8 +96,13 @@ class _Interval:
 
     def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
         self.steps += 1
-        tokens = batch.token_mask[batch.real].sum()
-        counts = {"samples": batch.real.sum(), "tokens": tokens, "slots": torch.tensor(batch.token_mask.numel())}
+        tokens = (batch.token_mask * batch.real[:, None]).sum()  # indexing by a mask would wait for the device
+        counts = {
+            "samples": batch.real.sum(),
+            "tokens": tokens,
+            "slots": torch.tensor(batch.token_mask.numel()),
+            "skipped": torch.tensor(len(batch.skipped)),
+        }
         for name, value in {"loss": loss, **parts, **counts}.items():
             value = value.detach().double().reshape(())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -105,12 +113,13 @@ class _Interval:
         sums = torch.stack([value.to(device) for value in self.sums.values()])
         dist.all_reduce(sums)
         totals = dict(zip(self.sums, sums.tolist(), strict=True))
-        samples, tokens, slots = (totals.pop(name) for name in ("samples", "tokens", "slots"))
+        samples, tokens, slots, skipped = (totals.pop(name) for name in ("samples", "tokens", "slots", "skipped"))
         metrics = {name: value / self.steps / dist.get_world_size() for name, value in totals.items()}
         return metrics | {
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
             "padding_waste": 1 - tokens / slots,
+            "skipped_samples": skipped,
             "loader_stall": self.waited / seconds,
             "step_seconds": seconds / self.steps,
         }

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmflow.errors import CorruptArtifactError, TrainingError
-from mmflow.loading.batches import Batch, LoaderState
+from mmflow.loading.batches import Batch
+from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, build
 from mmflow.objectives.config import ContrastiveConfig
