@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return self.output(read_BHQD.transpose(1, 2).flatten(2)), weights_BHQK
 
     def _split(self, sequence_BKW: Tensor) -> Tensor:
-        return sequence_BKW.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return sequence_BKW.view(*sequence_BKW.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
     def forward(
         self, sequence_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The sequence after it read itself, (B, K, W), and the attention's weights (B, H, K, K) where `maps` is set."""
+        """The sequence after it read itself, (B, K, W), and its weights (B, H, K, K) where `maps` is set."""
         normed_BKW = self.attention_norm(sequence_BKW)
         read_BKW, weights_BHKK = self.attention(normed_BKW, normed_BKW, mask_BK, maps=maps)
         sequence_BKW = sequence_BKW + read_BKW

@@ -206,6 +206,10 @@ class ModelConfig(Config):
             raise ValueError("decoder.memory: fused needs a fusion; name one, or let the decoder read the image")
         if "masked_language" in self.heads and self.text is None:
             raise ValueError("heads: masked_language needs a text encoder; name one under text")
+        if "masked_language" in self.heads and self.text is not None and self.text.windows is not None:
+            raise ValueError("heads: masked_language needs tokens, and text.windows gives windows; leave one of them out")
+        if "masked_image" in self.heads and self.video is not None:
+            raise ValueError("heads: masked_image needs patches, and video gives frames; leave one of them out")
         if "masked_image" in self.heads and self.fusion is not None and self.fusion.kind == "cross_attention":
             raise ValueError("heads: in cross_attention no patch reads the text; take both_directions or another fusion")
         meets = self.embedding_width is not None or self.fusion is not None
