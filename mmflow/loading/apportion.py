@@ -3,7 +3,8 @@
 Rounding every batch alone drifts, and giving to whoever lags most lets a dataset lag by more than one sample where
 there are many or where the weights change. This is the chairman assignment problem; R. Tijdeman (Discrete Mathematics
 32, 1980) proves that k datasets can be kept within 1 - 1/(2k-2) at any weights, by giving to whoever would first be
-too late. All arithmetic is in whole numbers, so that every rank and machine deals the same.
+too late (so a dataset whose weight falls to 0 may give one sample more). All arithmetic is in whole numbers, so that
+every rank and machine deals the same.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Segment:
 def stages(config: MixtureConfig, samples: Sequence[int]) -> tuple[Stage, ...]:
     """The weights of a mixture step by step; `samples` has one number a dataset, the stage's own first.
 
-    Weights change at once at the step that the curriculum names, never gradually: what a batch holds can be read off the
-    recipe. Raises RecipeError where weight is put on a dataset without samples.
+    Weights change at once at the step that the curriculum names, never gradually: what a batch holds can be read off
+    the recipe. Raises RecipeError where weight is put on a dataset without samples.
     """
     weights: Sequence[float]
     if config.weighting == "fixed":
@@ -54,8 +55,8 @@ def stages(config: MixtureConfig, samples: Sequence[int]) -> tuple[Stage, ...]:
         for number, (weight, size) in enumerate(zip(each, samples, strict=True)):
             if weight and not size:
                 raise RecipeError(
-                    f"loader.mixture: weight {weight:g} from step {step} on for dataset {number} (0 is the stage's own), "
-                    "whose split has no samples; name a split that has some, or weigh it 0"
+                    f"loader.mixture: weight {weight:g} from step {step} on for dataset {number} (0 is the stage's "
+                    "own), whose split has no samples; name a split that has some, or weigh it 0"
                 )
         if not any(each):
             raise RecipeError("loader.mixture: no dataset of it has samples in its split; name splits that have some")

@@ -1,5 +1,4 @@
-"""Batches of samples of like length: consecutive batches, dealt among themselves again, so that less of each is padding.
-"""
+"""Batches of samples of like length: consecutive batches deal theirs out anew, so that less of each is padding."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ def deal_by_length(
 ) -> list[NDArray[np.int64]]:
     """The samples of each batch of a group, as indices into `lengths` (n,).
 
-    Batch t takes sizes[t] samples, which lie together when all are sorted by length; ranks[t] says how many batches take
-    shorter ones. Both have an entry a batch, and the sizes sum to n. Samples of one length keep their order.
+    Batch t takes sizes[t] samples, which lie together when all are sorted by length; ranks[t] says how many batches
+    take shorter ones. Both have an entry a batch, and the sizes sum to n. Samples of one length keep their order.
     """
     by_length = np.argsort(lengths, kind="stable")
     # (batches,): from the shortest to the longest, and where each one's samples end

@@ -46,6 +46,17 @@ class Latest(Generic[Key, Value]):
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The window of each of n positions; all (n,)."""
+
+    lane: NDArray[np.int64]
+    number: NDArray[np.int64]  # of the window in its lane
+    within: NDArray[np.int64]  # where in the window the position is
+    start: NDArray[np.int64]  # the window's first place on the line
+    size: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """The sample order of one epoch of a dataset's split. Memory grows with the number of shards, never of samples."""
 
@@ -86,11 +97,9 @@ class EpochPlan:
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(shard, row) of each position of the epoch; all three arrays are (n,) int64."""
-        windows, starts, sizes = self._windows(positions)
-        lanes = self.lane_of(positions)
-        keys = mix(self._key + lanes.astype(np.uint64) * LANE_STEP + windows.astype(np.uint64) * WINDOW_STEP)
-        within = positions // self.lanes - windows * self.window
-        places = starts + permute(within, sizes, keys) + self._turn
+        found = self._windows(positions)
+        keys = self._key + found.lane.astype(np.uint64) * LANE_STEP + found.number.astype(np.uint64) * WINDOW_STEP
+        places = found.start + permute(found.within, found.size, mix(keys)) + self._turn
         places = np.where(places >= self.num_samples, places - self.num_samples, places)
         # (n,): index among the permuted shards; of those that begin at one place, all but the last are empty
         ordinals = np.searchsorted(self._shard_starts, places, side="right") - 1
@@ -98,18 +107,29 @@ class EpochPlan:
 
     def windows_of(self, positions: NDArray[np.int64]) -> list[Run]:
         """All rows of the windows that these positions (n,) lie in, as disjoint runs, window by window."""
-        _, starts, sizes = self._windows(positions)
-        _, first = np.unique(starts, return_index=True)
-        return [run for index in np.sort(first) for run in self._runs(int(starts[index]), int(sizes[index]))]
+        found = self._windows(positions)
+        _, first = np.unique(found.start, return_index=True)
+        return [run for index in np.sort(first) for run in self._runs(int(found.start[index]), int(found.size[index]))]
 
-    def _windows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The window of each position: its number in the lane, the place where it begins, its size; all (n,)."""
-        lanes = self.lane_of(positions)
-        windows = positions // (self.lanes * self.window)
+    def next_windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first position of the window that follows each position's in its lane, past the end where none does."""
+        found = self._windows(positions)
+        return (found.number + 1) * self.window * self.lanes + found.lane
+
+    def _windows(self, positions: NDArray[np.int64]) -> Windows:
+        offsets = positions // self.lanes
+        lanes = positions - offsets * self.lanes
+        numbers = offsets // self.window
+        before = numbers * self.window
         size, longer = divmod(self.num_samples, self.lanes)
-        before = windows * self.window
         starts = lanes * size + np.minimum(lanes, longer) + before
-        return windows, starts, np.minimum(self.window, size + (lanes < longer) - before)
+        return Windows(
+            lane=lanes,
+            number=numbers,
+            within=offsets - before,
+            start=starts,
+            size=np.minimum(self.window, size + (lanes < longer) - before),
+        )
 
     def _runs(self, place: int, size: int) -> Iterator[Run]:
         """The rows under `size` places from `place` on."""
@@ -137,19 +157,15 @@ class Epochs:
     _plans: Latest[int, EpochPlan] = field(default_factory=Latest, init=False, repr=False, compare=False)
 
     def plan(self, epoch: int) -> EpochPlan:
-        return self._plans.get(
-            epoch, lambda: EpochPlan(self.shard_samples, self.seed, epoch, self.window, self.lanes)
-        )
+        return self._plans.get(epoch, lambda: EpochPlan(self.shard_samples, self.seed, epoch, self.window, self.lanes))
 
     def read_ahead(self, epoch: int, positions: NDArray[np.int64]) -> list[Run]:
-        """The windows that these positions (n,) lie in, then those that follow in their lanes, in the next epoch too."""
+        """The windows that these positions (n,) lie in, then the next of their lanes, be they of the next epoch."""
         plan = self.plan(epoch)
-        following = positions + self.lanes * self.window
+        following = plan.next_windows(positions)
         inside = following < plan.num_samples
         runs = plan.windows_of(positions) + plan.windows_of(following[inside])
         if not inside.all():
             # A lane's number is the first position in it.
-            runs += self.plan(epoch + 1).windows_of(np.unique(plan.lane_of(positions[~inside])))
+            runs += self.plan(epoch + 1).windows_of(following[~inside] % self.lanes)
         return runs
-
-

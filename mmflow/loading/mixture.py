@@ -28,7 +28,7 @@ class Group:
     cursors: list[list[NDArray[np.int64]]]  # of each batch and dataset: (n,), samples of it dealt before this one
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MixtureOrder:
     """The global batches of a mixture, whose step is that of the whole training; `LoaderState.epoch` stays 0."""
 
@@ -74,7 +74,7 @@ class MixtureOrder:
         return LoaderState(0, state.position + self.global_batch_size, drawn)
 
     def batch(self, state: LoaderState) -> Slots:
-        """The whole global batch that begins at `state`, in slot order. Raises RecipeError for a state of other data."""
+        """The whole global batch that begins at `state`, in slot order. RecipeError where it is of other data."""
         datasets, cursors = self._dealt(state)
         epochs = cursors // np.array(self.num_samples)[datasets]
         shards, rows = np.empty_like(cursors), np.empty_like(cursors)

@@ -15,7 +15,10 @@ STEP = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 WORD = 2**64 - 1
-ROUNDS = 8
+HALF = np.uint64(32)
+ROUNDS = 12
+"""A chi-square test over 24,000 permutations of five elements finds 8 rounds not uniform, 12 it cannot tell; from eight
+elements on 8 would do."""
 
 
 def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -68,15 +71,29 @@ def _encipher(
         # In turn, each coordinate is moved round its side by a number that depends on the other alone: undone by moving
         # it back, hence a bijection whatever that number is.
         if number % 2:
-            rows = _moved(rows, height, columns + (keys ^ round_key))
+            rows = _moved(rows, columns, height, keys ^ round_key)
         else:
-            columns = _moved(columns, width, rows + (keys ^ round_key))
+            columns = _moved(columns, rows, width, keys ^ round_key)
     return rows * width + columns
 
 
 def _moved(
-    coordinates: NDArray[np.uint64], side: NDArray[np.uint64], words: NDArray[np.uint64]
+    coordinates: NDArray[np.uint64], others: NDArray[np.uint64], side: NDArray[np.uint64], words: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    # The upper half of a word times the side, halved again, is a number below the side without a division.
-    moved = coordinates + ((mix(words) >> np.uint64(32)) * side >> np.uint64(32))
-    return np.where(moved >= side, moved - side, moved)
+    """The coordinates moved by what the others and the words say; (n,). `words` is overwritten.
+
+    Half as long as `mix` and in place, because a seek spends its time here: only the upper half of a word is used, and
+    the bits of a product depend on all the lower ones of its factors.
+    """
+    words += others
+    words *= MULTIPLIER_1
+    words ^= words >> HALF
+    words *= MULTIPLIER_2
+    words >>= HALF
+    # A number below 2^32 times the side, halved, is a number below the side without a division.
+    words *= side
+    words >>= HALF
+    words += coordinates
+    # Below the side, the subtraction wraps to a number far above it.
+    moved: NDArray[np.uint64] = np.minimum(words, words - side)
+    return moved

@@ -6,7 +6,6 @@ runs of a few shards, and the batch is the same set in the same order for every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from mmflow.errors import RecipeError
 from mmflow.loading.bucketing import Buckets, deal_by_length
-from mmflow.loading.epoch import EpochPlan, Epochs, Latest
+from mmflow.loading.epoch import Epochs, Latest
 from mmflow.loading.permutation import key_of, shuffled
 
 Read = tuple[int, int, int, int]
@@ -49,7 +48,7 @@ class LoaderState:
         object.__setattr__(self, "drawn", tuple(self.drawn))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Order:
     """The global batches of one dataset, epoch after epoch; the last of an epoch is padded with its first samples."""
 
@@ -91,7 +90,7 @@ class Order:
         return LoaderState(state.epoch, position) if position < self.num_samples else LoaderState(state.epoch + 1)
 
     def batch(self, state: LoaderState) -> Slots:
-        """The whole global batch that begins at `state`, in slot order. Raises RecipeError for a state of other data."""
+        """The whole global batch that begins at `state`, in slot order. RecipeError where it is of other data."""
         positions, real = self._positions(state)
         shards, rows = self._epochs.plan(state.epoch).locate(positions)
         zeros = np.zeros_like(positions)
@@ -114,11 +113,11 @@ class Order:
                 "dataset; resume with the dataset and the mixture that it was trained with"
             )
         stop = state.position + self.global_batch_size
-        dealt = np.arange(state.position, min(stop, self.num_samples))
         if self.buckets:
             dealt = self._bucketed(self.buckets, state)
-        plan = self._epochs.plan(state.epoch)
-        dealt = dealt[np.lexsort((dealt, plan.lane_of(dealt)))]
+            dealt = dealt[np.lexsort((dealt, dealt % self.lanes))]
+        else:
+            dealt = by_lane(state.position, min(stop, self.num_samples), self.lanes)
         padding = np.arange(self.num_samples, max(stop, self.num_samples)) % self.num_samples
         real = np.arange(self.global_batch_size) < len(dealt)
         return np.concatenate((dealt, padding)), real
@@ -146,12 +145,20 @@ def num_steps(num_samples: int, global_batch_size: int) -> int:
     return -(-num_samples // global_batch_size)
 
 
+def by_lane(first: int, stop: int, lanes: int) -> NDArray[np.int64]:
+    """The positions from `first` to before `stop`, lane by lane; (stop - first,). No sort: a seek would feel it."""
+    # (rows, lanes): whole turns of the lanes
+    turns = np.arange(first // lanes * lanes, -(-stop // lanes) * lanes).reshape(-1, lanes)
+    positions = turns.T.ravel()
+    return positions[(positions >= first) & (positions < stop)]
+
+
 def check_aligned(position: int, global_batch_size: int) -> None:
     """Raises RecipeError where no batch begins: a group of buckets cannot be entered in the midst of a batch."""
     if position % global_batch_size:
         raise RecipeError(
-            f"training.global_batch_size: no batch of {global_batch_size} begins at the checkpoint's position {position};"
-            " with loader.bucket_batches resume with the batch size that it was trained with"
+            f"training.global_batch_size: no batch of {global_batch_size} begins at the checkpoint's position "
+            f"{position}; with loader.bucket_batches resume with the batch size that it was trained with"
         )
 
 
@@ -169,24 +176,6 @@ def rank_slice(slots: Slots, rank: int, world_size: int) -> Slots:
 
 def rank_indices(num_slots: int, rank: int, world_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The slots that a rank takes, and which of them lie inside the batch; those beyond repeat it from its start."""
-    taken = np.asarray(rank_slots(num_slots, rank, world_size), dtype=np.int64)
+    per_rank = -(-num_slots // world_size)
+    taken = np.arange(rank * per_rank, (rank + 1) * per_rank)
     return taken % num_slots, taken < num_slots
-
-
-def rank_slots(global_batch_size: int, rank: int, world_size: int) -> range:
-    """The slots of a global batch that a rank takes. Every rank takes as many; slots past the batch are padding."""
-    per_rank = -(-global_batch_size // world_size)
-    return range(rank * per_rank, (rank + 1) * per_rank)
-
-
-def batch_positions(
-    num_samples: int, global_batch_size: int, step: int, slots: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Positions of an epoch's batch `step` for some of its slots, and which of them are real: both (len(slots),).
-
-    Padding repeats samples of the same epoch rather than zeros, so that batch statistics stay those of pictures.
-    """
-    slot = np.asarray(slots, dtype=np.int64)
-    position = step * global_batch_size + slot
-    real = (slot < global_batch_size) & (position < num_samples)
-    return np.where(real, position, position % num_samples), real

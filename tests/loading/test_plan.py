@@ -1,140 +1,333 @@
-"""The order of an epoch: every sample once, the same for every number of ranks, found without walking to it."""
+"""The order of samples: every one once an epoch, the same batches for every number of ranks, found without walking."""
 
 from __future__ import annotations
 
+import json
+import pickle
 import tracemalloc
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.loading.plan import EpochPlan, batch_positions, num_steps, rank_slots
+from mmflow.errors import RecipeError
+from mmflow.loading.epoch import EpochPlan
+from mmflow.loading.plan import LoaderState, Order, Slots, rank_slice
+
+Sample = tuple[int, int]
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any).map(tuple)
-seeds = st.integers(0, 2**32)
-windows = st.integers(1, 600)  # smaller than a shard, and larger than all of them
-batches = st.integers(1, 50)
+orders = st.builds(
+    Order,
+    shard_samples=sizes,
+    global_batch_size=st.integers(1, 60),  # beyond the samples of many
+    seed=st.integers(0, 2**32),
+    window=st.integers(1, 60),  # smaller than a lane, and larger than all of them
+    lanes=st.integers(1, 20),  # beyond the samples of some
+)
 worlds = st.integers(1, 9)
+epochs = st.integers(0, 9)
 
 
-def order(plan: EpochPlan) -> list[tuple[int, int]]:
-    """(shard, row) of every position of the epoch."""
-    shards, rows = plan.locate(np.arange(plan.num_samples))
-    return list(zip(shards.tolist(), rows.tolist(), strict=True))
+def samples(order: Order) -> list[Sample]:
+    return [(shard, row) for shard, size in enumerate(order.shard_samples) for row in range(size)]
 
 
-def dealt(num_samples: int, batch: int, world_size: int) -> list[list[int]]:
-    """The real positions of each global batch, its ranks' slices laid end to end."""
-    steps = []
-    for step in range(num_steps(num_samples, batch)):
-        found: list[int] = []
+def real(slots: Slots) -> list[Sample]:
+    """(shard, row) of the slots that are no padding."""
+    return list(zip(slots.shard[slots.real].tolist(), slots.row[slots.real].tolist(), strict=True))
+
+
+def states(order: Order, state: LoaderState, steps: int) -> Iterator[LoaderState]:
+    for _ in range(steps):
+        yield state
+        state = order.after(state)
+
+
+def epoch_of(order: Order, epoch: int = 0) -> list[Slots]:
+    return [order.batch(state) for state in states(order, LoaderState(epoch), order.steps_per_epoch)]
+
+
+def dealt(order: Order, epoch: int = 0) -> list[Sample]:
+    return [sample for batch in epoch_of(order, epoch) for sample in real(batch)]
+
+
+def stored(state: LoaderState) -> LoaderState:
+    """The state as a checkpoint gives it back."""
+    return LoaderState(**json.loads(json.dumps(asdict(state))))
+
+
+# --- an epoch ---------------------------------------------------------------------------------------------------------
+
+
+@given(order=orders, epoch=epochs)
+def test_every_sample_comes_once_an_epoch_and_only_the_last_batch_is_padded(order: Order, epoch: int) -> None:
+    batches = epoch_of(order, epoch)
+    assert sorted(sample for batch in batches for sample in real(batch)) == samples(order)
+    assert all(len(batch) == order.global_batch_size for batch in batches)
+    assert all(batch.real.all() for batch in batches[:-1])
+    assert (batches[-1].epoch == epoch).all()
+    assert not batches[-1].dataset.any()
+
+
+@given(order=orders, epoch=epochs, data=st.data())
+def test_a_position_is_found_without_the_ones_before_it(order: Order, epoch: int, data: st.DataObject) -> None:
+    plan = EpochPlan(order.shard_samples, order.seed, epoch, order.window, order.lanes)
+    every = list(zip(*(found.tolist() for found in plan.locate(np.arange(plan.num_samples))), strict=True))
+    wanted = data.draw(st.lists(st.integers(0, plan.num_samples - 1), min_size=1, max_size=20))
+    found = zip(*(found.tolist() for found in plan.locate(np.array(wanted))), strict=True)
+    assert list(found) == [every[position] for position in wanted]
+
+
+@given(order=orders, epoch=epochs, data=st.data())
+def test_a_batch_may_begin_at_any_position(order: Order, epoch: int, data: st.DataObject) -> None:
+    """A training that goes on with another batch size repeats nothing and loses nothing either."""
+    stop = data.draw(st.integers(0, len(samples(order)) - 1))
+    before = replace(order, global_batch_size=max(1, stop)).batch(LoaderState(epoch))
+    found = real(before)[: stop or -len(before)]
+    state = LoaderState(epoch, stop)
+    while state.epoch == epoch:
+        found += real(order.batch(state))
+        state = order.after(state)
+    assert sorted(found) == samples(order)
+    assert state == LoaderState(epoch + 1)
+
+
+@pytest.mark.parametrize(("num_samples", "batch", "steps"), [(10, 5, 2), (11, 5, 3), (9, 5, 2), (1, 5, 1)])
+def test_the_last_batch_is_padded_not_dropped(num_samples: int, batch: int, steps: int) -> None:
+    order = Order(shard_samples=(num_samples,), global_batch_size=batch, seed=1)
+    assert order.steps_per_epoch == steps
+    assert [order.step_of(state) for state in states(order, LoaderState(2), steps + 1)] == [
+        2 * steps + step for step in range(steps + 1)
+    ]
+
+
+def test_padding_repeats_the_first_samples_of_the_epoch() -> None:
+    order = Order(shard_samples=(3, 4), global_batch_size=5, seed=1, window=3, lanes=2)
+    plan = EpochPlan((3, 4), 1, 0, 3, 2)
+    last = order.batch(LoaderState(0, 5))
+    assert last.real.tolist() == [True, True, False, False, False]
+    shards, rows = plan.locate(np.array([6, 5, 0, 1, 2]))  # lane 0 has the even positions
+    assert (last.shard.tolist(), last.row.tolist()) == (shards.tolist(), rows.tolist())
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@given(order=orders, world_size=worlds, epoch=epochs)
+def test_global_batches_are_the_same_for_every_world_size(order: Order, world_size: int, epoch: int) -> None:
+    for state in states(order, LoaderState(epoch), order.steps_per_epoch):
+        whole = order.batch(state)
+        ranks = [rank_slice(order.batch(state), rank, world_size) for rank in range(world_size)]
+        assert [len(rank) for rank in ranks] == [-(-order.global_batch_size // world_size)] * world_size
+        assert [sample for rank in ranks for sample in real(rank)] == real(whole)
+        for name in ("dataset", "shard", "row", "epoch"):
+            together = np.concatenate([getattr(rank, name) for rank in ranks])
+            assert (together[: len(whole)] == getattr(whole, name)).all(), name
+
+
+@given(order=orders, worlds=st.tuples(worlds, worlds, worlds), data=st.data())
+def test_stopping_and_resuming_on_other_world_sizes_repeats_and_loses_nothing(
+    order: Order, worlds: tuple[int, int, int], data: st.DataObject
+) -> None:
+    straight = epoch_of(order) + epoch_of(order, 1)
+    stops = sorted(data.draw(st.integers(0, len(straight))) for _ in range(2))
+    state, found = LoaderState(), []
+    for world_size, steps in zip(worlds, np.diff([0, *stops, len(straight)]).tolist(), strict=True):
+        resumed = replace(order)  # a new process: nothing is kept but the state
+        state = stored(state)
+        for reached in states(resumed, state, steps):
+            batch = resumed.batch(reached)
+            found.append([sample for rank in range(world_size) for sample in real(rank_slice(batch, rank, world_size))])
+            state = resumed.after(reached)
+    assert found == [real(batch) for batch in straight]
+    assert Counter(sample for batch in found for sample in batch) == Counter(2 * samples(order))
+    assert state == LoaderState(2)
+
+
+def test_a_split_smaller_than_a_batch_gives_every_rank_its_slots() -> None:
+    order = Order(shard_samples=(0, 2, 0, 1), global_batch_size=8, seed=4)
+    batch = order.batch(LoaderState())
+    assert order.steps_per_epoch == 1
+    assert sorted(real(batch)) == [(1, 0), (1, 1), (3, 0)]
+    assert batch.real.tolist() == [True] * 3 + [False] * 5
+    # Padding goes round the samples: 3 real ones, then positions 3 to 7 of 3.
+    assert Counter(zip(batch.shard.tolist(), batch.row.tolist(), strict=True)).most_common()[-1][1] == 2
+
+
+def test_more_ranks_than_slots_get_padding_of_their_own() -> None:
+    order = Order(shard_samples=(2,), global_batch_size=3, seed=4)
+    ranks = [rank_slice(order.batch(LoaderState()), rank, 5) for rank in range(5)]
+    assert [rank.real.tolist() for rank in ranks] == [[True], [True], [False], [False], [False]]
+    assert all(0 <= int(rank.row[0]) < 2 for rank in ranks)
+
+
+# --- locality ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    per_rank=st.integers(1, 3),
+    per_lane=st.integers(1, 3),
+    world_size=st.integers(1, 6),
+    sizes=sizes,
+    seed=st.integers(0, 99),
+    window=st.integers(1, 30),
+)
+def test_a_rank_reads_the_windows_of_its_own_lanes_alone(
+    per_rank: int, per_lane: int, world_size: int, sizes: tuple[int, ...], seed: int, window: int
+) -> None:
+    lanes = per_rank * world_size
+    order = Order(shard_samples=sizes, global_batch_size=lanes * per_lane, seed=seed, window=window, lanes=lanes)
+    plan = EpochPlan(sizes, seed, 0, window, lanes)
+    positions = np.arange(plan.num_samples)
+    for state in states(order, LoaderState(), order.steps_per_epoch):
+        batch = order.batch(state)
+        if not batch.real.all():
+            break  # the last batch is shorter, and its slots are shared out anew
+        within = positions[state.position : state.position + order.global_batch_size]
         for rank in range(world_size):
-            positions, real = batch_positions(num_samples, batch, step, rank_slots(batch, rank, world_size))
-            found += positions[real].tolist()
-        steps.append(found)
-    return steps
+            own = plan.lane_of(within) // per_rank == rank
+            allowed = rows(plan.windows_of(within[own]))
+            assert set(real(rank_slice(batch, rank, world_size))) <= allowed
 
 
-@given(sizes=sizes, seed=seeds, epoch=st.integers(0, 9), window=windows)
-def test_every_sample_comes_once_an_epoch(sizes: tuple[int, ...], seed: int, epoch: int, window: int) -> None:
-    found = order(EpochPlan(sizes, seed, epoch, window))
-    assert sorted(found) == [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+def test_ranks_share_out_the_shards() -> None:
+    order = Order(shard_samples=(100,) * 64, global_batch_size=32, seed=1, window=50, lanes=16)
+    seen: list[set[int]] = [set() for _ in range(4)]
+    for batch in epoch_of(order):
+        for rank in range(4):
+            seen[rank] |= {shard for shard, _ in real(rank_slice(batch, rank, 4))}
+    # A quarter of the line is 16 shards and the two that it cuts; the line has one more seam, its own.
+    assert all(len(shards) <= 18 for shards in seen)
+    assert sum(map(len, seen)) <= 64 + 4 + 1
 
 
-@given(sizes=sizes, seed=seeds, window=windows, data=st.data())
-def test_a_position_is_found_without_the_ones_before_it(
-    sizes: tuple[int, ...], seed: int, window: int, data: st.DataObject
+@given(order=orders, epoch=epochs, world_size=worlds, data=st.data())
+def test_what_is_read_ahead_covers_the_batches_of_a_window(
+    order: Order, epoch: int, world_size: int, data: st.DataObject
 ) -> None:
-    sequential = order(EpochPlan(sizes, seed, 3, window))
-    wanted = data.draw(st.lists(st.integers(0, len(sequential) - 1), min_size=1, max_size=20))
-    shards, rows = EpochPlan(sizes, seed, 3, window).locate(np.array(wanted))
-    assert list(zip(shards, rows, strict=True)) == [sequential[position] for position in wanted]
+    """From one call until a window later, the rows that the rank's lanes give are among those asked for."""
+    step = data.draw(st.integers(0, order.steps_per_epoch - 1))
+    state = LoaderState(epoch, step * order.global_batch_size)
+    asked = set()
+    for rank in range(world_size):
+        reads = order.read_ahead(state, rank, world_size)
+        assert all(
+            dataset == 0 and 0 <= first <= last < order.shard_samples[shard] for dataset, shard, first, last in reads
+        )
+        ahead = rows([read[1:] for read in reads])
+        assert set(real(rank_slice(order.batch(state), rank, world_size))) <= ahead
+        asked |= ahead
+    if order.global_batch_size >= order.lanes:
+        ends = state.position + order.window * order.lanes
+        for reached in states(order, state, order.steps_per_epoch - step):
+            if reached.position + order.global_batch_size <= ends:
+                assert set(real(order.batch(reached))) <= asked
 
 
-@given(num_samples=st.integers(1, 300), batch=batches, world_size=worlds)
-def test_global_batches_are_the_same_for_every_world_size(num_samples: int, batch: int, world_size: int) -> None:
-    everything = list(range(num_samples))
-    expected = [everything[start : start + batch] for start in range(0, num_samples, batch)]
-    assert dealt(num_samples, batch, world_size) == expected
+def test_the_end_of_an_epoch_reads_ahead_into_the_next() -> None:
+    order = Order(shard_samples=(50,) * 8, global_batch_size=20, seed=1, window=10, lanes=4)
+    asked = rows([read[1:] for read in order.read_ahead(LoaderState(3, 380))])
+    assert set(real(order.batch(LoaderState(3, 380)))) <= asked
+    assert set(real(order.batch(LoaderState(4)))) <= asked
 
 
-@given(num_samples=st.integers(1, 300), batch=batches, world_size=worlds)
-def test_every_rank_takes_as_many_slots_and_padding_repeats_samples_of_the_epoch(
-    num_samples: int, batch: int, world_size: int
-) -> None:
-    taken = [rank_slots(batch, rank, world_size) for rank in range(world_size)]
-    assert len({len(slots) for slots in taken}) == 1
-    assert sum(map(len, taken)) < batch + world_size
-    for step in range(num_steps(num_samples, batch)):
-        num_real = 0
-        for slots in taken:
-            positions, real = batch_positions(num_samples, batch, step, slots)
-            assert positions.shape == real.shape == (len(slots),)
-            assert ((positions >= 0) & (positions < num_samples)).all()
-            num_real += int(real.sum())
-        assert num_real == min(batch, num_samples - step * batch)
+def rows(runs: Sequence[tuple[int, int, int]]) -> set[Sample]:
+    """The rows of runs, which overlap nowhere within one window."""
+    return {(shard, row) for shard, first, last in runs for row in range(first, last + 1)}
 
 
-@pytest.mark.parametrize(("num_samples", "batch", "steps"), [(10, 5, 2), (11, 5, 3), (9, 5, 2), (1, 5, 1), (0, 5, 0)])
-def test_last_batch_is_padded_not_dropped(num_samples: int, batch: int, steps: int) -> None:
-    assert num_steps(num_samples, batch) == steps
-
-
-def test_padding_of_the_last_batch_is_masked() -> None:
-    positions, real = batch_positions(11, 5, 2, rank_slots(5, 0, 1))
-    assert real.tolist() == [True, False, False, False, False]
-    assert positions.tolist() == [10, 0, 1, 2, 3]
-
-
-@given(sizes=sizes, seed=seeds, window=windows)
-def test_reads_stay_within_a_window_of_the_shards(sizes: tuple[int, ...], seed: int, window: int) -> None:
-    plan = EpochPlan(sizes, seed, 0, window)
-    line = [(shard, row) for shard in plan._shard_order.tolist() for row in range(sizes[shard])]
-    found = order(plan)
-    for start in range(0, len(line), window):
-        assert sorted(found[start : start + window]) == sorted(line[start : start + window])
+# --- the shuffle ------------------------------------------------------------------------------------------------------
 
 
 def test_order_follows_seed_and_epoch_alone() -> None:
-    sizes = (30, 40, 50)
-    first = order(EpochPlan(sizes, 7, 0, 64))
-    assert order(EpochPlan(sizes, 7, 0, 64)) == first
-    assert order(EpochPlan(sizes, 7, 1, 64)) != first
-    assert order(EpochPlan(sizes, 8, 0, 64)) != first
+    order = Order(shard_samples=(30, 40, 50), global_batch_size=8, seed=7, window=64, lanes=4)
+    first = dealt(order)
+    assert dealt(replace(order)) == first
+    assert dealt(order, 1) != first
+    assert dealt(replace(order, seed=8)) != first
     assert first != sorted(first)
 
 
-def test_windows_of_an_epoch_are_shuffled_independently() -> None:
-    plan = EpochPlan((400,), 7, 0, 100)
-    places = np.array(order(plan))[:, 1].reshape(4, 100) - np.arange(0, 400, 100)[:, None]
-    assert len({tuple(row) for row in places.tolist()}) == 4
+def test_neighbours_of_a_shard_do_not_stay_together() -> None:
+    """Rows next to each other come from one source; batch and epoch must part them as chance would."""
+    order = Order(shard_samples=(4_096,), global_batch_size=64, seed=7, window=256, lanes=4)
+    batches = [np.sort(batch.row) for batch in epoch_of(order)]
+    # Of 64 samples 16 come from each lane's window of 256: a given row's follower is there for 15 of 255.
+    together = sum(int((np.diff(rows) == 1).sum()) for rows in batches)
+    assert abs(together / 4_096 - 15 / 255) < 0.02
+
+
+def test_windows_and_lanes_of_an_epoch_are_shuffled_each_in_its_own_way() -> None:
+    plan = EpochPlan((4_000,), 7, 0, 100, 4)
+    _, found = plan.locate(np.arange(4_000))
+    # (window, place, lane) to (window and lane, place)
+    places = found.reshape(10, 100, 4).transpose(0, 2, 1).reshape(40, 100)
+    ranks = np.argsort(np.argsort((places - places[:, :1]) % 4_000, axis=1), axis=1)
+    correlations = np.corrcoef(np.argsort(np.argsort(places, axis=1), axis=1))[~np.eye(40, dtype=bool)]
+    assert len({tuple(row) for row in ranks.tolist()}) == 40
+    assert np.abs(correlations).max() < 0.5  # 1/sqrt(100) is one standard deviation
+
+
+def test_a_split_of_one_shard_has_other_samples_in_its_windows_each_epoch() -> None:
+    order = Order(shard_samples=(1_000,), global_batch_size=100, seed=3, window=50, lanes=2)
+    first = {epoch: frozenset(real(order.batch(LoaderState(epoch)))) for epoch in range(6)}
+    assert len(set(first.values())) == 6
+
+
+def test_shards_are_read_in_another_order_each_epoch() -> None:
+    plans = [EpochPlan((10,) * 50, 3, epoch, 1, 1) for epoch in range(4)]
+    lines = [tuple(plan.locate(np.arange(0, 500))[0].tolist()) for plan in plans]
+    assert len({tuple(dict.fromkeys(line)) for line in lines}) == 4
 
 
 def test_order_is_a_fixed_function_that_no_release_may_change() -> None:
     """A checkpoint holds only (epoch, position): another order after an upgrade would repeat and lose samples."""
-    assert order(EpochPlan((3, 2, 4), 7, 1, 5)) == [
-        (2, 1),
-        (2, 0),
-        (0, 0),
-        (0, 1),
-        (0, 2),
-        (1, 0),
-        (2, 3),
-        (2, 2),
-        (1, 1),
+    order = Order(shard_samples=(3, 2, 4), global_batch_size=4, seed=7, window=2, lanes=2)
+    assert [real(batch) for batch in epoch_of(order, 1)] == [
+        [(0, 1), (0, 2), (2, 1), (2, 2)],
+        [(1, 1), (1, 0), (0, 0), (2, 3)],
+        [(2, 0)],
     ]
 
 
+# --- what it costs, and what it refuses -------------------------------------------------------------------------------
+
+
 def test_a_billion_samples_plan_in_the_memory_of_their_shards() -> None:
-    num_shards, samples = 100_000, 10_000
+    num_shards, per_shard = 100_000, 10_000
     tracemalloc.start()
     try:
-        plan = EpochPlan((samples,) * num_shards, 7, 3)
-        shards, rows = plan.locate(np.array([0, 123_456_789, 999_999_999]))
+        order = Order(shard_samples=(per_shard,) * num_shards, global_batch_size=1_024, seed=7)
+        batch = order.batch(LoaderState(3, 123_456_789))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert plan.num_samples == 10**9
-    assert ((shards >= 0) & (shards < num_shards) & (rows >= 0) & (rows < samples)).all()
+    assert order.num_samples == 10**9
+    assert len(set(real(batch))) == 1_024
+    assert batch.shard.max() < num_shards
+    assert batch.row.max() < per_shard
     assert peak < 100 * num_shards  # bytes; one array of a byte a sample would take a hundred times as much
+
+
+def test_an_order_travels_to_other_processes() -> None:
+    order = Order(shard_samples=(30, 40, 50), global_batch_size=8, seed=7)
+    expected = dealt(order, 2)
+    assert dealt(pickle.loads(pickle.dumps(order)), 2) == expected  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize("shard_samples", [(), (0,), (0, 0, 0)])
+def test_a_split_without_samples_is_refused_by_its_key(shard_samples: tuple[int, ...]) -> None:
+    with pytest.raises(RecipeError, match=rf"^loader\.split: no samples in its {len(shard_samples)} shards"):
+        Order(shard_samples=shard_samples, global_batch_size=4, seed=1)
+
+
+@pytest.mark.parametrize("state", [LoaderState(0, 20), LoaderState(0, 4, (3, 1))])
+def test_a_state_of_other_data_is_refused(state: LoaderState) -> None:
+    order = Order(shard_samples=(20,), global_batch_size=4, seed=1)
+    with pytest.raises(RecipeError, match="resume with the dataset and the mixture that it was trained with"):
+        order.batch(state)
