@@ -18,7 +18,7 @@ from mmflow.objectives.rows import Gather, GlobalRows
 # Shapes: B rows of this rank, M of them real; N rows of all ranks, K of them real; S rows of a strip; P parts of a
 # sum; E the width of the shared space.
 
-STRIP_ELEMENTS = 1 << 23
+STRIP_ELEMENTS = 1 << 22  # 16 MiB: 4,096 × 512 on one core take 0.90 s, and 1.25 s in strips of 64 MiB
 
 
 def strips(num_rows: int, num_columns: int) -> Iterator[slice]:

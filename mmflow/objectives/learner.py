@@ -1,0 +1,99 @@
+"""What an optimizer trains: a model and its objectives as one module, whose forward is a step's loss.
+
+One forward a step, because ZeRO-3 gathers parameters by the order of a forward's calls, and autocast covers all of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmflow.loading.batches import Batch, normalise
+from mmflow.models.config import ModelConfig
+from mmflow.models.model import Model
+from mmflow.objectives.config import ObjectivesConfig
+from mmflow.objectives.objectives import total
+from mmflow.objectives.outputs import Outputs, SpecialTokens
+from mmflow.objectives.rows import Gather, PassOn, global_rows
+
+Parts = dict[str, Tensor]
+
+
+def _alone(rows: Tensor) -> Tensor:
+    return rows
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How this rank exchanges tensors with the others; by default there are none."""
+
+    rank: int = 0
+    gather: Gather = _alone
+    pass_on: PassOn = _alone
+
+
+ALONE = Ranks()
+
+
+class Learner(nn.Module):
+    """A model that is being trained. Nothing but the model ends in its package."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: ModelConfig,
+        objectives: ObjectivesConfig,
+        special: SpecialTokens,
+        *,
+        seed: int,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.objectives = objectives
+        self.special = special
+        self.seed = seed
+        self.ranks = ranks
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
+        """The loss to descend at a step, (), and what to report by name: each objective's own, and the logit scale."""
+        outputs = self.outputs(self.model, self.config, batch, step)
+        loss, parts = total(outputs, self.objectives, step)
+        return loss, parts | scales(outputs)
+
+    def outputs(self, model: Model, config: ModelConfig, batch: Batch, step: int) -> Outputs:
+        """What a model gives for a batch. Another step draws other masks and negatives, a resumed one the same."""
+        device = batch.pixels.device
+        return Outputs(
+            model,
+            pixels=_resized(normalise(batch.pixels, config.pixel_mean, config.pixel_std), config.image_pixels),
+            token_ids=batch.token_ids,
+            token_mask=batch.token_mask,
+            frame_mask=batch.frame_mask,
+            keys=batch.keys,
+            targets=batch.targets,
+            rows=global_rows(batch.real, self.ranks.gather, self.ranks.rank),
+            gather=self.ranks.gather,
+            pass_on=self.ranks.pass_on,
+            special=self.special,
+            generator=torch.Generator(device).manual_seed(self.seed * 1_000_003 + step),
+        )
+
+
+def scales(outputs: Outputs) -> Parts:
+    """What the similarities of a model with a shared space are multiplied by and shifted by."""
+    if outputs.model.scale is None:
+        return {}
+    return {name: value for name, value in outputs.scale._asdict().items() if value is not None}
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    """Pictures (B, 3, S, S) or clips (B, F, 3, S, S) at a model's side, where another model wants them larger."""
+    if pixels.shape[-1] == side:
+        return pixels
+    frames = pixels.flatten(0, -4)  # of all clips in a row; pictures stay as they are
+    resized = nn.functional.interpolate(frames, (side, side), mode="bilinear", antialias=True)
+    return resized.unflatten(0, pixels.shape[:-3])

@@ -1,0 +1,107 @@
+"""InfoNCE in strips beside the whole matrix: peak memory and time of forward and backward, for equal results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.benchmarks.measure import SHARE, call, rounds
+from tests.benchmarks.table import Row, bounded, faster
+
+BATCHES, WIDTH = (32_768, 16_384, 8_192), 512
+MATRICES = 6  # that the dense loss holds at once, with room to spare
+MOST_MEMORY_PERCENT, MOST_TIME = 10.0, 1.3
+SMALL_BATCH = 256
+PEERS = ()
+VERSIONS = ("torch", "transformers")
+
+
+def run() -> list[Row]:
+    """Batches as large as the machine can hold densely, and one as small as recipes have."""
+    available = psutil.virtual_memory().available
+    largest = next((each for each in BATCHES if MATRICES * 4 * each**2 < 0.8 * available), BATCHES[-1])
+    batch = round(SHARE * largest)
+    note = f"{batch:,} × {WIDTH}, fp32" + ("" if largest == BATCHES[0] else "; the largest that fits densely here")
+    found: dict[str, list[Any]] = {"ours": [], "dense": []}
+    names = {"ours": "in_strips", "dense": "dense"}
+
+    def contestant(name: str, batch: int) -> Callable[[], float]:
+        def measured() -> float:
+            result = call(f"tests.benchmarks.tiled:{names[name]}", batch=batch)
+            found[name].append(result)
+            return batch / result["seconds"]
+
+        return measured
+
+    rates = rounds({name: contestant(name, batch) for name in names})
+    for ours, dense in zip(found["ours"], found["dense"], strict=True):
+        assert abs(ours["loss"] - dense["loss"]) < 1e-5 * dense["loss"], (ours, dense)
+        assert abs(ours["gradient"] - dense["gradient"]) < 1e-4 * dense["gradient"], (ours, dense)
+    shares = [100 * ours["bytes"] / dense["bytes"] for ours, dense in zip(found["ours"], found["dense"], strict=True)]
+    small = rounds({f"{name}, {SMALL_BATCH}": contestant(name, SMALL_BATCH) for name in names})
+    peer, goal = "transformers' CLIP loss", round(1 / MOST_TIME, 2)
+    return [
+        bounded("InfoNCE: peak memory, share of the dense", shares, unit="%", most=MOST_MEMORY_PERCENT, note=note),
+        faster("InfoNCE: forward and backward", rates["ours"], peer, rates["dense"], unit="pairs/s", goal=goal,
+               note=note),
+        faster("InfoNCE: forward and backward", small[f"ours, {SMALL_BATCH}"], peer, small[f"dense, {SMALL_BATCH}"],
+               unit="pairs/s", note=f"{SMALL_BATCH} × {WIDTH}, fp32"),
+    ]  # fmt: skip
+
+
+# --- contestants, each called in a process of its own ---------------------------------------------------------------
+
+
+def in_strips(batch: int) -> dict[str, float]:
+    """`contrastive_loss`, of one rank."""
+    import torch
+
+    from mmflow.objectives.contrastive import contrastive_loss
+    from mmflow.objectives.rows import global_rows
+
+    rows = global_rows(torch.ones(batch, dtype=torch.bool), lambda each: each, rank=0)
+    return _measured(batch, lambda image, text, scale: contrastive_loss(image, text, scale, rows, lambda each: each))
+
+
+def dense(batch: int) -> dict[str, float]:
+    """transformers' loss on one matrix, of which it takes both directions."""
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    return _measured(batch, lambda image, text, scale: image_text_contrastive_loss((scale * text) @ image.T))
+
+
+def _measured(batch: int, loss_of: Callable[..., Any]) -> dict[str, float]:
+    """Seconds of a forward and a backward pass, the mean of a second's worth; the memory that they reach above what
+    was there before, from the first; the loss and the gradient's norm."""
+    import torch
+
+    torch.manual_seed(0)
+    leaves = [torch.nn.functional.normalize(torch.randn(batch, WIDTH), dim=1).requires_grad_() for _ in range(2)]
+    scale = torch.tensor([14.3], requires_grad=True)
+    (leaves[0][:64] @ leaves[1][:64].T).sum().backward()  # what kernels and autograd set up once is not the loss's
+    leaves[0].grad = leaves[1].grad = None
+    before = psutil.Process().memory_info().rss
+    began = time.perf_counter()
+    loss = loss_of(*leaves, scale)
+    loss.backward()
+    seconds, passes = time.perf_counter() - began, 1
+    gradient = leaves[0].grad.norm().item()
+    reached = _high_water_mark()
+    value = loss.item()
+    if seconds < 1:
+        passes = 0
+        began = time.perf_counter()
+        while time.perf_counter() - began < 1:
+            loss_of(*leaves, scale).backward()
+            passes += 1
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds / passes, "bytes": reached - before, "loss": value, "gradient": gradient}
+
+
+def _high_water_mark() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
