@@ -26,10 +26,11 @@ from mmflow.shards.dataset import Dataset, ShardInfo, index_uri
 from mmflow.shards.samples import read_texts
 
 OPEN_SHARDS = 64  # file descriptors and indexes that one reader keeps
-SCAN_BYTES = 2 << 20  # read at once by a pass through a local shard: fits the second-level cache until it is hashed
-REMOTE_SCAN_BYTES = 16 << 20  # the same of a remote shard: a request costs what a megabyte does
+SCAN_BYTES = 16 << 20  # of a remote shard read at once by a pass through it: a request costs what a megabyte does
 RECORD_BYTES, FRAME_BYTES = RECORD.itemsize, FRAME.itemsize
+Read = Callable[[int, int], bytes]  # (size, offset) → bytes
 hash_of = xxhash.xxh3_64_intdigest
+parse_json = json.JSONDecoder().raw_decode  # `json.loads` takes twice the time, on finding out encodings and ends
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Members(NamedTuple):
 class Reader:
     """Access to the samples of one split, by shard and row. Safe between threads; another process gets its own.
 
-    A local dataset is read where it lies, and a remote one through `cache`, or without one by a request a sample.
+    A local dataset is read where it lies, and a remote one through `cache`, or without one by two requests a sample.
     Without `frames`, a clip is its first frame alone, and the others are not read.
     """
 
@@ -108,18 +109,10 @@ class Reader:
         if self._ahead.failed:
             self._ahead.raise_failure(shard)
         opened = self._open(shard)
-        if not 0 <= row < opened.num_rows:
-            raise MisuseError(f"{opened.uri}: no row {row}; it has {opened.num_rows}")
-        record = UNPACK_RECORD(opened.records.packed, row * RECORD_BYTES)
-        try:
-            return opened.cut(row, record, opened.read(record[1], record[0]), record[0])
-        except CorruptArtifactError:
-            if opened.cached is None or not opened.cached.mend():
-                raise
-        return opened.cut(row, record, opened.read(record[1], record[0]), record[0])
+        return opened.members(row, opened.read)
 
     def samples(self, shard: int, first: int, stop: int) -> Iterator[Sample]:
-        """The samples of rows first…stop-1 in their order, by few long reads. Raises as `read`."""
+        """The samples of rows first…stop-1 in their order, by long reads where each is a request. Raises as `read`."""
         return map(self._parse, self.scan(shard, first, stop))
 
     def scan(self, shard: int, first: int, stop: int) -> Iterator[Members]:
@@ -127,19 +120,9 @@ class Reader:
         if self._ahead.failed:
             self._ahead.raise_failure(shard)
         opened = self._open(shard)
-        table = opened.records.table
-        ends = np.maximum.accumulate(table["start"] + table["span"])
-        while first < stop:
-            start = int(table["start"][first])
-            last = max(first + 1, min(stop, int(np.searchsorted(ends, start + opened.scan_bytes, side="right"))))
-            data = opened.read(int(ends[last - 1]) - start, start)
-            for row in range(first, last):
-                try:
-                    members = opened.cut(row, UNPACK_RECORD(opened.records.packed, row * RECORD_BYTES), data, start)
-                except CorruptArtifactError:
-                    members = self.read_members(shard, row)  # mends a cached copy, or says the same
-                yield members
-            first = last
+        read = opened.read if opened.is_here else _read_through(opened.read)
+        for row in range(first, stop):
+            yield opened.members(row, read)
 
     def lengths(self, shard: int) -> NDArray[np.int32]:
         """(rows,): an estimate of the tokens of each sample's longest caption. The tar is not touched."""
@@ -171,7 +154,7 @@ class Reader:
         if self._adopted:
             found, metadata = read_texts(txt, body)
         else:
-            fields = json.loads(body)
+            fields = parse_json(body.decode())[0]
             found, metadata = fields["captions"], fields["metadata"]
         captions = tuple([Caption(each["text"], each["language"]) for each in found])
         return Sample(key, image, extension, captions, metadata, frames)
@@ -183,23 +166,35 @@ class _OpenShard:
     dataset: str  # its URI
     num_rows: int
     records: Records
-    read: Callable[[int, int], bytes]  # (size, offset) → bytes
-    scan_bytes: int
+    read: Read
     prepare: Callable[[int, int], None]  # (offset, size): have them in memory, or the tar in the cache, before long
+    is_here: bool  # on this machine
     cached: CachedShard | None = None
 
-    def cut(self, row: int, record: tuple[int, ...], data: bytes, base: int) -> Members:
-        """A row out of `data`, which lies at `base` in the tar."""
+    def members(self, row: int, read: Read) -> Members:
+        """A row's files. The image is read on its own: cut out of a longer read, its bytes would be copied twice."""
+        if not 0 <= row < self.num_rows:
+            raise MisuseError(f"{self.uri}: no row {row}; it has {self.num_rows}")
+        record = UNPACK_RECORD(self.records.packed, row * RECORD_BYTES)
+        try:
+            return self._members(row, record, read)
+        except CorruptArtifactError:
+            if self.cached is None or not self.cached.mend():
+                raise
+        return self._members(row, record, read)
+
+    def _members(self, row: int, record: tuple[int, ...], read: Read) -> Members:
         (
-            _, _,
+            base, rest_bytes,
             image_at, image_bytes, image_xxh3, txt_at, txt_bytes, txt_xxh3, json_at, json_bytes, json_xxh3,
             key_at, key_bytes, extension, first_frame, num_frames,
         ) = record  # fmt: skip
         records = self.records
-        image = data[image_at - base : image_at - base + image_bytes]
-        txt = data[txt_at - base : txt_at - base + txt_bytes]
-        body = data[json_at - base : json_at - base + json_bytes]
         key = records.keys[key_at : key_at + key_bytes].decode()
+        image = read(image_bytes, image_at)
+        rest = read(rest_bytes, base) if rest_bytes else b""
+        txt = rest[txt_at - base : txt_at - base + txt_bytes] if txt_bytes else b""
+        body = rest[json_at - base : json_at - base + json_bytes] if json_bytes else b""
         if hash_of(image) != image_xxh3:
             raise self.corrupt("image", row, key)
         if hash_of(txt) != txt_xxh3:
@@ -211,7 +206,7 @@ class _OpenShard:
         frames = []
         for number in range(num_frames):
             at, size, xxh3 = UNPACK_FRAME(records.frames, (first_frame + number) * FRAME_BYTES)
-            frames.append(data[at - base : at - base + size])
+            frames.append(rest[at - base : at - base + size])
             if hash_of(frames[-1]) != xxh3:
                 raise self.corrupt(f"frame {number + 1}", row, key)
         return Members(key, image, records.extensions[extension], txt, body, tuple(frames))
@@ -239,7 +234,7 @@ def _open_shard(
     opened = partial(_OpenShard, uri, dataset.uri, info.samples, records)
     if path is None and cache is not None:
         copy = cache.shard(uri, info.checksum, info.bytes)
-        return opened(copy.read, SCAN_BYTES, copy.prepare, copy)
+        return opened(copy.read, copy.prepare, True, copy)
     try:
         if path is None:
             system, remote = filesystem(uri)
@@ -247,12 +242,12 @@ def _open_shard(
             _check_size(dataset, info, stream.size())
             # pyarrow's own streams may be read by several threads at once, those of fsspec may not.
             guard = threading.Lock() if isinstance(system, fs.PyFileSystem) else contextlib.nullcontext()
-            return opened(partial(_read_remote, stream, guard), REMOTE_SCAN_BYTES, lambda offset, size: None)
+            return opened(partial(_read_remote, stream, guard), _nothing, False)
         file = path.open("rb", buffering=0)
     except FileNotFoundError as error:
         raise MissingArtifactError(f"{uri}: no such file") from error
     _check_size(dataset, info, os.fstat(file.fileno()).st_size)
-    return opened(partial(_read_local, file), SCAN_BYTES, partial(_advise, file))
+    return opened(partial(_read_local, file), partial(_advise, file), True)
 
 
 def _read_local(file: IO[bytes], size: int, offset: int) -> bytes:
@@ -265,6 +260,19 @@ def _read_local(file: IO[bytes], size: int, offset: int) -> bytes:
 def _read_remote(stream: Any, guard: AbstractContextManager[Any], size: int, offset: int) -> bytes:
     with guard:
         return bytes(stream.read_at(size, offset))
+
+
+def _read_through(read: Read) -> Read:
+    """A `read` for places that ascend: many of them are answered from one long request."""
+    start, data = 0, b""
+
+    def found(size: int, offset: int) -> bytes:
+        nonlocal start, data
+        if not start <= offset <= start + len(data) - size:
+            start, data = offset, read(max(size, SCAN_BYTES), offset)
+        return data[offset - start : offset - start + size]
+
+    return found
 
 
 def _advise(file: IO[bytes], offset: int, size: int) -> None:
@@ -281,9 +289,10 @@ def _check_size(dataset: Dataset, info: ShardInfo, found: int) -> None:
 
 def _prepare(open_shard: Callable[[int], _OpenShard], shard: int, first_row: int, last_row: int) -> None:
     opened = open_shard(shard)
-    first, last = opened.records.table[[first_row, last_row]]
-    offset = int(first["start"])
-    opened.prepare(offset, int(last["start"] + last["span"]) - offset)
+    rows = opened.records.table[[first_row, last_row]]
+    start = int(min(rows["image_offset"].min(), rows["rest_offset"].min()))
+    stop = int(max((rows[f"{part}_offset"] + rows[f"{part}_bytes"]).max() for part in ("image", "rest")))
+    opened.prepare(start, stop - start)
 
 
 def _list(uri: str, folder: str) -> dict[str, int]:
@@ -292,5 +301,5 @@ def _list(uri: str, folder: str) -> dict[str, int]:
     return {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))}
 
 
-def _nothing() -> None:
+def _nothing(*_: int) -> None:
     pass

@@ -28,18 +28,19 @@ COLUMNS = (
     *(f"{member}_{field}" for member in MEMBERS for field in MEMBER_FIELDS),
     "frames",
 )
-# Where the sample begins in the tar and the bytes that it spans; of image, txt and JSON the offset, bytes and xxh3_64;
-# where its key lies among the keys, and its bytes; the number of its extension; its first frame, and how many it has.
+# The bytes that everything but the image spans, and where they begin; of image, txt and JSON the offset, bytes and
+# xxh3_64; where the key lies among the keys, and its bytes; the number of the extension; the first frame, and how many.
 RECORD = np.dtype(
     [
-        ("start", "<i8"),
-        ("span", "<i8"),
+        ("rest_offset", "<i8"),
+        ("rest_bytes", "<i8"),
         *((f"{member}_{field}", "<u8" if field == "xxh3" else "<i8") for member in MEMBERS for field in MEMBER_FIELDS),
         *((name, "<u4") for name in ("key_start", "key_bytes", "extension", "first_frame", "num_frames")),
     ]
 )
 UNPACK_RECORD = struct.Struct("<qq" + "qqQ" * len(MEMBERS) + "5I").unpack_from
 FRAME = np.dtype([("offset", "<i8"), ("bytes", "<i8"), ("xxh3", "<u8")])
+NOWHERE = np.iinfo(np.int64).max
 UNPACK_FRAME = struct.Struct("<qqQ").unpack_from
 
 
@@ -80,8 +81,10 @@ def read_records(dataset: Dataset, shard: ShardInfo, *, frames: bool) -> Records
         wrong = "rows are not counted from 0"
     else:
         found = pack(index, frames=frames)
-        start, span = found.table["start"], found.table["span"]
-        outside = (start < 0) | (span < 0) | (start + span > shard.bytes)
+        outside = np.zeros(len(found), np.bool_)
+        for name in ("image", "rest"):
+            offset, size = found.table[f"{name}_offset"], found.table[f"{name}_bytes"]
+            outside |= (offset < 0) | (size < 0) | (offset + size > shard.bytes)
         wrong = f"row {outside.argmax()} lies outside of its tar of {shard.bytes} bytes" if outside.any() else ""
     if found is None or wrong:
         raise CorruptArtifactError(f"{uri}: {wrong}; run `mmflow verify {dataset.uri}`")
@@ -100,10 +103,12 @@ def pack(index: pa.Table, *, frames: bool) -> Records:
     records["key_start"] = np.cumsum(records["key_bytes"]) - records["key_bytes"]
     extension = index["image_extension"].combine_chunks().dictionary_encode()
     records["extension"] = extension.indices.to_numpy(zero_copy_only=False)
-    # (members, rows). A text that an adopted tar lacks has no bytes, where the image lies: it stretches nothing.
-    offsets = np.stack([records[f"{member}_offset"] for member in MEMBERS])
-    sizes = np.stack([records[f"{member}_bytes"] for member in MEMBERS])
-    start, end = offsets.min(0), (offsets + sizes).max(0)
+    start, end = np.full(len(records), NOWHERE), np.zeros(len(records), np.int64)
+    for member in MEMBERS[1:]:
+        offset, size = records[f"{member}_offset"], records[f"{member}_bytes"]
+        there = size != 0  # a text that an adopted tar lacks lies where the image does: that would be read twice
+        np.minimum(start, offset, out=start, where=there)
+        np.maximum(end, offset + size, out=end, where=there)
     packed = np.zeros(0, FRAME)
     if frames:
         clips = index["frames"].combine_chunks()
@@ -117,7 +122,9 @@ def pack(index: pa.Table, *, frames: bool) -> Records:
         owners = np.repeat(np.arange(len(records)), counts)
         np.minimum.at(start, owners, packed["offset"])
         np.maximum.at(end, owners, packed["offset"] + packed["bytes"])
-    records["start"], records["span"] = start, end - start
+    found = end > 0
+    records["rest_offset"] = np.where(found, start, records["image_offset"])
+    records["rest_bytes"] = np.where(found, end - start, 0)
     return Records(
         packed=records.tobytes(),
         keys="".join(key.to_pylist()).encode(),

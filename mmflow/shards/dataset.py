@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import xxhash
@@ -15,6 +15,12 @@ from pyarrow import fs
 from mmflow.artifacts import content_hash, filesystem, join, positioned_reader, read_artifact
 from mmflow.errors import CorruptArtifactError, MisuseError
 from mmflow.shards.index import MEMBERS, read_index
+
+if TYPE_CHECKING:
+    import ray.data
+    import webdataset
+
+    from mmflow.loading.cache import ShardCache
 
 KIND = "dataset"
 
@@ -75,6 +81,20 @@ class Dataset:
     def index(self, shard: ShardInfo) -> pa.Table:
         """The shard's index (`mmflow.shards.index.SCHEMA`), read from storage at each call."""
         return read_index(index_uri(self.uri, shard.name))
+
+    def as_webdataset(
+        self, split: str, *, shuffle_shards: int | None = None, cache: ShardCache | None = None
+    ) -> webdataset.FluidWrapper:
+        """A webdataset pipeline over the split (`mmflow.shards.exports.as_webdataset`)."""
+        from mmflow.shards.exports import as_webdataset
+
+        return as_webdataset(self, split, shuffle_shards=shuffle_shards, cache=cache)
+
+    def to_ray_data(self, split: str, *, cache: ShardCache | None = None) -> ray.data.Dataset:
+        """A Ray Dataset of the split's samples (`mmflow.shards.exports.to_ray_data`)."""
+        from mmflow.shards.exports import to_ray_data
+
+        return to_ray_data(self, split, cache=cache)
 
 
 def open_dataset(uri: str) -> Dataset:

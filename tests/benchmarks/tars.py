@@ -1,11 +1,11 @@
-"""Tars: written with index and checksum, verified, and read without decoding, beside webdataset and Ray Data."""
+"""Tars: written with index and checksum, and verified, beside webdataset."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,48 +13,54 @@ from typing import Any
 
 from tests.benchmarks import data
 from tests.benchmarks.build import shard
-from tests.benchmarks.measure import CORES, SCRATCH, SHARE, call, rounds
+from tests.benchmarks.measure import SCRATCH, SHARE, call, rounds
 from tests.benchmarks.table import Row, faster
 
 SAMPLES_PER_SHARD = 2_500
 MEMORY = Path("/dev/shm")
 LEAST_SECONDS = 1.0
 PEERS = ()
-VERSIONS = ("webdataset", "ray", "pyarrow", "xxhash", "numpy")
+VERSIONS = ("webdataset", "pyarrow", "xxhash", "numpy")
 
 
 def run() -> list[Row]:
-    """Each pair over the same dataset: the JPEGs, sharded by mmflow, which webdataset and Ray Data read too."""
-    records = data.share_of(data.jpegs(), round(SHARE * data.NUM_JPEGS))
-    keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
-    _, built = shard(records, [*keep_all, f"shard.samples_per_shard={SAMPLES_PER_SHARD}"])
-    dataset = SCRATCH / "tars"
-    shutil.rmtree(dataset, ignore_errors=True)
-    built.rename(dataset)
-    count = sum(1 for _ in data.read(records))
-    contestants = ("write_ours", "write_webdataset", "verify_ours", "read_ours", "read_webdataset", "read_ray")
-    found = rounds({name: partial(_rate, name, dataset, count) for name in contestants})
+    """Each pair over the same dataset."""
+    dataset, count = sharded_jpegs()
+    contestants = {name: f"tests.benchmarks.tars:{name}" for name in ("write_ours", "write_webdataset", "verify_ours")}
+    found = rates(contestants | {"read_webdataset": "tests.benchmarks.reading:read_webdataset"}, dataset, count)
     in_memory = "on a memory file system, not to measure the disk"
     return [
         faster("write tar, index, hashes, checksum", found["write_ours"], "webdataset.TarWriter",
                found["write_webdataset"], goal=5, note=in_memory),
         faster("verify every byte and header", found["verify_ours"], "webdataset, iterating", found["read_webdataset"],
                goal=5, note="nothing decoded; one thread a shard"),
-        faster("read, hashes checked, nothing decoded", found["read_ours"], "webdataset", found["read_webdataset"],
-               goal=10),
-        faster("read, hashes checked, nothing decoded", found["read_ours"], "ray.data.read_webdataset",
-               found["read_ray"], goal=10, note="Ray's start and first pass not counted"),
     ]  # fmt: skip
 
 
-def _rate(name: str, dataset: Path, count: int) -> float:
-    return count / call(f"tests.benchmarks.tars:{name}", uri=str(dataset))
+def sharded_jpegs() -> tuple[Path, int]:
+    """The JPEGs as a dataset, which webdataset and Ray Data read too, and its samples."""
+    records = data.share_of(data.jpegs(), round(SHARE * data.NUM_JPEGS))
+    keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
+    _, built = shard(records, [*keep_all, f"shard.samples_per_shard={SAMPLES_PER_SHARD}"])
+    dataset = SCRATCH / "tars"
+    shutil.rmtree(dataset, ignore_errors=True)
+    built.rename(dataset)
+    return dataset, sum(1 for _ in data.read(records))
+
+
+def rates(functions: Mapping[str, str], dataset: Path, count: int) -> dict[str, list[float]]:
+    """Samples/s of each `module:function`, which returns the seconds of a pass, a value a round."""
+
+    def rate(function: str) -> float:
+        return count / call(function, uri=str(dataset))
+
+    return rounds({name: partial(rate, function) for name, function in functions.items()})
 
 
 # --- contestants, each called in a process of its own: seconds for the dataset at `uri` -------------------------------
 
 
-def _seconds(work: Callable[[], int], count: int) -> float:
+def seconds_of(work: Callable[[], int], count: int) -> float:
     """The mean time of a pass, each of which must see `count` samples.
 
     The first is not counted: it imports what is imported late, half a second and more. The others fill a second at
@@ -68,7 +74,7 @@ def _seconds(work: Callable[[], int], count: int) -> float:
     return (time.perf_counter() - began) / passes
 
 
-def _count(uri: str) -> int:
+def count_of(uri: str) -> int:
     from mmflow.shards.dataset import open_dataset
 
     dataset = open_dataset(uri)
@@ -108,7 +114,7 @@ def write_ours(uri: str) -> float:
             commits = write_shards(str(directory / "out"), names, numbers, "settings", np.array([], np.uint64), table)
             return sum(commit.samples for commit in commits)
 
-        return _seconds(work, len(samples))
+        return seconds_of(work, len(samples))
 
 
 def write_webdataset(uri: str) -> float:
@@ -129,7 +135,7 @@ def write_webdataset(uri: str) -> float:
                         writer.write(sample)
             return len(samples)
 
-        return _seconds(work, len(samples))
+        return seconds_of(work, len(samples))
 
 
 def verify_ours(uri: str) -> float:
@@ -137,41 +143,7 @@ def verify_ours(uri: str) -> float:
     from mmflow.shards.verify import verify_dataset
 
     # Lines of what is wrong: none, or the pass counts too many samples.
-    return _seconds(lambda: _count(uri) + len(verify_dataset(uri, decoded_samples=0)), _count(uri))
-
-
-def read_ours(uri: str) -> float:
-    """Every sample of the dataset, each body checked against its hash."""
-    from mmflow.loading.reader import Reader
-    from mmflow.shards.dataset import open_dataset
-
-    dataset = open_dataset(uri)
-    return _seconds(lambda: sum(1 for split in dataset.splits for _ in Reader(dataset, split)), _count(uri))
-
-
-def read_webdataset(uri: str) -> float:
-    """Every sample of the tars, as bytes."""
-    import webdataset
-
-    tars = _tars(uri)
-    return _seconds(
-        lambda: sum(1 for _ in webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)), _count(uri)
-    )
-
-
-def read_ray(uri: str) -> float:
-    """Every sample of the tars, as bytes, on a running Ray."""
-    import ray
-
-    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
-    tars = _tars(uri)
-    seconds = _seconds(lambda: sum(1 for _ in ray.data.read_webdataset(tars, decoder=False).iter_rows()), _count(uri))
-    ray.shutdown()
-    return seconds
-
-
-def _tars(uri: str) -> list[str]:
-    return [str(path) for path in sorted((Path(uri) / "shards").glob("*.tar"))]
+    return seconds_of(lambda: count_of(uri) + len(verify_dataset(uri, decoded_samples=0)), count_of(uri))
 
 
 def _samples(uri: str) -> Iterator[dict[str, Any]]:
