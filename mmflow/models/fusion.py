@@ -14,8 +14,8 @@ Fusion = Mixing | TwoStream | SingleStream
 READS = {"matching": "pooled", "classes": "pooled", "masked_language": "text", "masked_image": "image"}
 """What each head reads of Fused: `pooled_BW`, `text_BTW` or `image_BRW`."""
 
-MIXES = {"concatenation": Concatenated, "gated": Gated}
-TWO_STREAMS = {
+MIXES: dict[str, type[Concatenated | Gated]] = {"concatenation": Concatenated, "gated": Gated}
+TWO_STREAMS: dict[str, type[TextReadsImage | EachReadsOther | EachReadsBoth]] = {
     "cross_attention": TextReadsImage,
     "both_directions": EachReadsOther,
     "co_attention": EachReadsBoth,
@@ -23,8 +23,8 @@ TWO_STREAMS = {
 
 
 def build_fusion(key: str, config: FusionConfig, image_width: int, text_width: int, reads: frozenset[str]) -> Fusion:
-    """A fusion with fresh weights of which `reads` (`pooled`, `text`, `image`) is read. Raises RecipeError where nothing
-    reads it."""
+    """A fusion with fresh weights of which `reads` (`pooled`, `text`, `image`) is read. Raises RecipeError where
+    nothing reads it."""
     if not reads:
         raise RecipeError(f"{key}: nothing reads it; name one or more heads, or leave the fusion out")
     if config.kind in MIXES:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mmflow.errors import RecipeError
 from mmflow.models.config import ModelConfig
-from mmflow.models.encoders import Encoder
+from mmflow.models.encoders import ImageEncoder, TextEncoder
 from mmflow.models.layers import LAYER_NORM_EPS
+from mmflow.models.towers import ImageTower, TextTower
 
 # Shapes: B batch, R regions, P patches, S side of a picture, W width, V vocabulary.
 
@@ -32,8 +33,8 @@ class MaskedLanguageHead(nn.Module):
         nn.init.zeros_(self.output.bias)
         if tied is not None:
             self.output.weight = tied
-            self.register_state_dict_post_hook(_omit_tied)
-            self.register_load_state_dict_pre_hook(_supply_tied)
+            self.register_state_dict_post_hook(_omit_tied)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_supply_tied)  # type: ignore[no-untyped-call]
 
     def forward(self, x_W: Tensor) -> Tensor:
         """(…, W) → (…, V)."""
@@ -68,23 +69,23 @@ class MaskedImageHead(nn.Module):
 def patches(pixels_B3SS: Tensor, side: int) -> Tensor:
     """Pictures cut into patches, row by row: (B, P, 3 · side²), each by channel, row and column; what is left over at
     the right and below belongs to none."""
-    kept = pixels_B3SS.shape[-1] // side * side
-    cut = pixels_B3SS[..., :kept, :kept].unflatten(3, (-1, side)).unflatten(2, (-1, side))
-    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # from B, 3, rows, side, columns, side
+    rows = pixels_B3SS.shape[-1] // side
+    kept = pixels_B3SS[..., : rows * side, : rows * side].reshape(-1, 3, rows, side, rows, side)
+    return kept.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def build_head(
     key: str,
     name: str,
     config: ModelConfig,
-    image: Encoder,
-    text: Encoder | None,
+    image: ImageTower,
+    text: TextTower | None,
     vocabulary_size: int,
     num_classes: int,
 ) -> nn.Module:
     """One head with fresh weights, as wide as what it reads. Raises RecipeError naming `key`, the recipe's key."""
     if name == "masked_language":
-        assert text is not None  # ModelConfig has seen to it
+        assert isinstance(text, TextEncoder)  # ModelConfig has seen to it
         width = config.fusion.width if config.fusion else text.width
         return MaskedLanguageHead(width, vocabulary_size, text.backbone.get_input_embeddings())
     width = config.fusion.width if config.fusion else image.width
@@ -93,11 +94,14 @@ def build_head(
     if name == "matching":
         return nn.Linear(width, 2)
     if num_classes < 1:
-        raise RecipeError(f"{key}: classes needs labels or answers; name loader.label, or read a dataset with questions")
+        raise RecipeError(
+            f"{key}: classes needs labels or answers; name loader.label, or read a dataset with questions"
+        )
     return nn.Linear(width, num_classes)
 
 
-def _patch_side(key: str, config: ModelConfig, image: Encoder) -> int:
+def _patch_side(key: str, config: ModelConfig, image: ImageTower) -> int:
+    assert isinstance(image, ImageEncoder)  # ModelConfig has seen to it
     backbone = image.backbone.config
     side = getattr(backbone, "patch_size", None)
     if not isinstance(side, int) or hasattr(backbone, "depths"):

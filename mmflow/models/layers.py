@@ -34,7 +34,8 @@ class AttentionLayer(nn.Module):
         # thrown away.
         read_BQW, map_BHQK = self.attention(x_BQW, context_BKW, mask_BK | ~readable_B1, maps=attentions)
         x_BQW = self.norm(x_BQW + self.dropout(read_BQW.masked_fill(~readable_B1[..., None], 0.0)))
-        if map_BHQK is not None:
+        if map_BHQK is not None and not bool(readable_B1.all()):
+            # Only then: the filled copy is not on the way to what was read, and has no gradient to be explained by.
             map_BHQK = map_BHQK.masked_fill(~readable_B1[..., None, None], 0.0)
         return x_BQW, map_BHQK
 

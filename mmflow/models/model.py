@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from mmflow.errors import MisuseError, RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.decoder import Cache, Decoder
-from mmflow.models.encoders import Encoded, Encoder, build_encoder
+from mmflow.models.encoders import Encoded
 from mmflow.models.fused import Fused
 from mmflow.models.fusion import READS, Fusion, build_fusion
 from mmflow.models.heads import build_head
 from mmflow.models.scale import LogitScale, Scale
+from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder
 
 # Shapes: B batch, T tokens, R regions, W width, H and S height and width in pixels, E the width of the shared space.
 
@@ -35,8 +36,8 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        image: Encoder,
-        text: Encoder | None,
+        image: ImageTower,
+        text: TextTower | None,
         *,
         embedding_width: int | None,
         temperature: float,
@@ -57,13 +58,15 @@ class Model(nn.Module):
         self.heads = nn.ModuleDict()
         self.decoder: Decoder | None = None
         self.decodes_fused = False
-        self.register_load_state_dict_pre_hook(_accept_older_names)
+        self.register_load_state_dict_pre_hook(_accept_older_names)  # type: ignore[no-untyped-call]
 
     @property
     def gives(self) -> frozenset[str]:
         """The names of what this model can compute, by which objectives find what they need."""
         parts = {"embeddings": self.scale, "fused": self.fusion, "decoded": self.decoder}
-        return frozenset(name for name, part in parts.items() if part is not None) | {GIVES[name] for name in self.heads}
+        return frozenset(name for name, part in parts.items() if part is not None) | {
+            GIVES[name] for name in self.heads
+        }
 
     def encode_image(self, pixels: Tensor, frame_mask_BF: Tensor | None = None, *, attentions: bool = False) -> Encoded:
         """Normalised pictures (B, 3, H, S), or clips (B, F, 3, H, S) with the mask of their frames (B, F)."""
@@ -108,7 +111,7 @@ class Model(nn.Module):
         return self._head("classes", fused.pooled_BW)
 
     def _head(self, name: str, read: Tensor | None) -> Tensor:
-        output: Tensor = _there(self.heads[name] if name in self.heads else None, f"head {name}")(read)
+        output: Tensor = _there(dict(self.heads).get(name), f"head {name}")(read)
         return output
 
     def memory(self, image: Encoded, text: Encoded | None = None) -> Encoded:
@@ -163,16 +166,10 @@ def build(key: str, config: ModelConfig, vocabulary_size: int, seed: int, num_cl
     # the model is made of.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        image = build_encoder(
-            f"{key}.image",
-            config.image.type,
-            config.image.options,
-            config.image.pooling,
-            image_pixels=config.image_pixels,
-        )
-        text = config.text and build_encoder(
-            f"{key}.text", config.text.type, config.text.options, config.text.pooling, vocabulary_size=vocabulary_size
-        )
+        image = build_image_encoder(f"{key}.image", config.image, config.image_pixels, config.video)
+        text = None
+        if config.text is not None:
+            text = build_text_encoder(f"{key}.text", config.text, vocabulary_size, config.max_tokens)
         model = Model(
             image, text, embedding_width=config.embedding_width, temperature=config.temperature, bias=config.bias
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import content_hash, exists, join, read_bytes, read_json, write_bytes, write_json
 from mmflow.errors import CorruptArtifactError, MissingArtifactError
-from mmflow.models.config import ModelConfig
+from mmflow.models.config import EncoderConfig, ModelConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,6 +57,16 @@ class LoadedModel:
     classes: tuple[str, ...] = ()  # labels or answers, in the order of the logits of the head `classes`
 
 
+def portable(config: ModelConfig, model: Model) -> ModelConfig:
+    """The settings of `model` that build it where no checkpoint is that it began from: what a package states."""
+    from mmflow.models.towers import without_checkpoint
+
+    towers: dict[str, EncoderConfig] = {"image": without_checkpoint(config.image, model.image)}
+    if config.text is not None and model.text is not None:
+        towers["text"] = without_checkpoint(config.text, model.text)
+    return config.model_copy(update=towers)
+
+
 def write_package(
     uri: str,
     *,
@@ -67,14 +77,14 @@ def write_package(
     lineage: Mapping[str, Any],
     classes: Sequence[str] = (),
 ) -> Package:
-    """Publish a package. The card goes last, so that a package without one does not exist."""
+    """Publish a package. The card goes last, so that a package without one does not exist. `config` is `portable`."""
     from safetensors.torch import save
 
     files = {
         WEIGHTS: save({name: tensor.contiguous() for name, tensor in state.items()}),
         CONFIG: _json({"model_type": "mmflow", **config.model_dump(mode="json"), "classes": list(classes)}),
         TOKENIZER: tokenizer_json.encode(),
-        PREPROCESSOR: _json(_preprocessor(config)),
+        PREPROCESSOR: _json(preprocessor(config)),
     }
     for name, data in files.items():
         write_bytes(join(uri, name), data)
@@ -90,7 +100,7 @@ def write_package(
     return Package(uri, card)
 
 
-def _preprocessor(config: ModelConfig) -> dict[str, Any]:
+def preprocessor(config: ModelConfig) -> dict[str, Any]:
     """The file by which `transformers` prepares pictures as evaluation does here."""
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -124,8 +134,8 @@ def load_package(package: Package) -> LoadedModel:
     Every file is checked against the card before anything is made of it. Raises CorruptArtifactError naming the file.
     """
     from safetensors.torch import load
-    from tokenizers import Tokenizer
 
+    from mmflow.loading.tokens import read_tokenizer
     from mmflow.models.model import build
 
     files = {name: read_bytes(join(package.uri, name)) for name in package.card["files"]}
@@ -138,7 +148,7 @@ def load_package(package: Package) -> LoadedModel:
     fields.pop("model_type")
     classes = tuple(fields.pop("classes", ()))
     config = ModelConfig.model_validate(fields)
-    tokenizer = Tokenizer.from_str(files[TOKENIZER].decode())
+    tokenizer = read_tokenizer(files[TOKENIZER].decode())
     model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
     model.load_state_dict(load(files[WEIGHTS]))
     return LoadedModel(model.eval(), tokenizer, config, classes)

@@ -51,7 +51,7 @@ class AttentionPooling(nn.Module):
 
     def forward(self, sequence_BTW: Tensor, mask_BT: Tensor | None) -> Tensor:
         """(B, W)."""
-        query_B1W = self.query.expand(len(sequence_BTW), -1, -1)
+        query_B1W = self.query.expand(sequence_BTW.shape[0], -1, -1)
         read_B1W, _ = self.attention(query_B1W, sequence_BTW, mask_BT)
         pooled_BW: Tensor = self.norm(read_B1W[:, 0])
         return pooled_BW
@@ -63,4 +63,4 @@ def _last_B(mask_BT: Tensor) -> Tensor:
 
 
 def _take(sequence_BTW: Tensor, place_B: Tensor) -> Tensor:
-    return sequence_BTW[torch.arange(len(place_B), device=place_B.device), place_B]
+    return sequence_BTW[torch.arange(place_B.shape[0], device=place_B.device), place_B]

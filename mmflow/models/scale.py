@@ -29,9 +29,12 @@ class LogitScale(nn.Module):
         self.logit_bias = None if bias is None else nn.Parameter(torch.full((1,), bias))
 
     def forward(self) -> Scale:
-        """The scale, at most 100, and the bias where there is one."""
+        """The scale, and the bias where there is one. Without a bias the scale is at most 100; SigLIP has no such
+        bound, and the scales that were released with it reach 118."""
+        if self.logit_bias is not None:
+            # A sum, because the parameter itself is a piece as soon as ZeRO-3 lets go of it.
+            return Scale(self.logit_scale.exp(), self.logit_bias + 0.0)
         # The clamped value with the raw one's gradient: a plain clamp has none past its bound, and would never let the
         # scale come back.
         over = (self.logit_scale - MAX_LOGIT_SCALE).clamp(min=0).detach()
-        # A view, because the parameter itself is a piece as soon as ZeRO-3 lets go of it.
-        return Scale((self.logit_scale - over).exp(), None if self.logit_bias is None else self.logit_bias + 0.0)
+        return Scale((self.logit_scale - over).exp(), None)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmflow.models.layers import AttentionLayer, Entrance, FeedForward, Pooler
 from mmflow.models.encoders import Encoded
 from mmflow.models.fused import Fused, blanked, mask_of
+from mmflow.models.layers import AttentionLayer, Entrance, FeedForward, Pooler
 
 # Shapes: B batch, T tokens, R regions, L = T + R, W width of the fusion, H heads.
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 
 from torch import Tensor, nn
 
-from mmflow.models.layers import AttentionLayer, Entrance, FeedForward, Pooler
 from mmflow.models.encoders import Encoded
 from mmflow.models.fused import Fused, blanked, mask_of
+from mmflow.models.layers import AttentionLayer, Entrance, FeedForward, Pooler
 
 # Shapes: B batch, T tokens, R regions, W width of the fusion, M width of an encoder, H heads.
 
@@ -65,7 +65,9 @@ class EachReadsBoth(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
         super().__init__()
         self.cross_attention = AttentionLayer(width, heads, dropout)
-        self.self_attention = nn.ModuleDict({stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)})
+        self.self_attention = nn.ModuleDict(
+            {stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)}
+        )
         self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in sorted(streams)})
 
     def forward(
