@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.loading.decode import Pixels
-from mmflow.loading.resample import picture_of
 
 GREY = 127.5  # what contrast turns about
 LUMA = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as W3C's filters have them
@@ -43,9 +42,12 @@ def recolour(pixels: Pixels, change: Recolour) -> Pixels:
     if change.saturation == 1 and change.hue == 0:
         levels = np.arange(256, dtype=np.float32) * np.float32(gain) + np.float32(shift)
         return np.take(np.minimum(np.maximum(levels, 0), 255).astype(np.uint8), pixels)
-    # (3, 4): a row each of red, green and blue, from those three and 1
-    matrix = np.column_stack([gain * _colour_matrix(change.saturation, change.hue), np.full(3, shift)])
-    return np.asarray(picture_of(pixels).convert("RGB", tuple(matrix.ravel().tolist())))
+    # (height · width, 3) × (3, 3); Pillow's own conversion by a matrix takes four times as long
+    matrix = (gain * _colour_matrix(change.saturation, change.hue)).astype(np.float32)
+    values: NDArray[np.float32] = pixels.reshape(-1, 3).astype(np.float32) @ matrix.T
+    values += np.float32(shift)
+    np.clip(values, 0, 255, out=values)
+    return values.astype(np.uint8).reshape(pixels.shape)
 
 
 def _colour_matrix(saturation: float, hue: float) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -24,16 +24,15 @@ EXIF_WITHIN = 4096  # bytes from the start of a file; a camera writes it first
 LEAST_FACTOR = 1.3
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A stored picture whose header is read; width and height are those of the upright picture, in pixels."""
 
-    body: bytes = field(repr=False)
+    body: bytes
     extension: str
     width: int
     height: int
     orientation: int  # EXIF, 1 to 8: what is still to be done about it
-    image: Image.Image | None = field(repr=False)  # opened by Pillow, not a pixel decoded; None: a plain JPEG
+    image: Image.Image | None  # opened by Pillow, not a pixel decoded; None: a plain JPEG
 
 
 def open_picture(body: bytes, extension: str) -> Picture:
@@ -45,7 +44,7 @@ def open_picture(body: bytes, extension: str) -> Picture:
         except ValueError:  # not to the letter, as with stray bytes after a marker: Pillow is more patient
             colours = "unknown"
         plain = colours in ("YCbCr", "Gray", "RGB")  # CMYK is Pillow's
-        if plain and EXIF not in body[:EXIF_WITHIN]:
+        if plain and body.find(EXIF, 0, EXIF_WITHIN) < 0:
             return Picture(body, extension, width, height, orientation, None)
     else:
         plain = False
@@ -69,7 +68,7 @@ def read_pixels(picture: Picture, least_side: int, share: tuple[float, float] = 
     at a third of the time, and what is too fine for it is cut off, not folded back. Raises CorruptArtifactError.
     """
     turns, mirror = TURNS[picture.orientation]
-    least_width, least_height = (math.ceil(least_side / part) for part in share)
+    least_width, least_height = math.ceil(least_side / share[0]), math.ceil(least_side / share[1])
     if turns % 2:
         least_width, least_height = least_height, least_width
     try:

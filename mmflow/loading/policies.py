@@ -7,11 +7,10 @@ into the view's one affine map, so that a view is resampled once; and those that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from mmflow.loading.config import PoliciesConfig
@@ -57,11 +56,12 @@ PAINTS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-def choose(policies: PoliciesConfig, draws: NDArray[np.float64]) -> tuple[Chosen, ...]:
-    """Operations by draws in [0, 1) of shape (MOST, 2): which, and which way."""
+def choose(policies: PoliciesConfig, draws: Sequence[float]) -> tuple[Chosen, ...]:
+    """Operations by two draws each, in [0, 1): which, and which way."""
+    count = len(policies.operations)
     return tuple(
-        Chosen(policies.operations[int(which * len(policies.operations))], math.copysign(policies.strength, way - 0.5))
-        for which, way in draws[: policies.count].tolist()
+        Chosen(policies.operations[int(which * count)], policies.strength if way < 0.5 else -policies.strength)
+        for which, way in zip(draws[: 2 * policies.count : 2], draws[1 : 2 * policies.count : 2], strict=True)
     )
 
 

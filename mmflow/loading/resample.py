@@ -1,10 +1,12 @@
-"""Pixels to a square view by one filter, whether the view is plain or bent: what is learnt is what is evaluated.
+"""Pixels to a square view by one filter, whether the view is straight or bent: what is learnt is what is evaluated.
 
-A view is made of a level: the picture shrunk, antialiased, until the view's box is at most `LEVEL` times the view's
-side. From the level on, bilinear interpolation reads four pixels for each of the view's. Both parts together blur as
-much as one antialiased bilinear filter does (variance 0.9 of its), so a fine checkerboard becomes grey; and they blur a
-turned view as much as a straight one. Another filter in evaluation than in training is a shift of distribution: it cost
-1–4 points of recall on the quickstart.
+Another filter in evaluation than in training is a shift of distribution: it cost 1–4 points of the quickstart's recall.
+
+Bilinear interpolation reads four pixels of the picture for each of the view's, which is right while the view's box has
+at most `LEVEL` times its side. Beyond, pixels between would be passed over and a fine checkerboard would show as moiré,
+so the kernel is widened. A straight view is read by a triangle as wide as the view's pixel each way (antialiased
+bilinear, as Pillow's and torchvision's). A bent one is read bilinearly off a level, which is the picture shrunk by such
+triangles to `LEVEL` times the side: two kernels whose variances add up to that of the one.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.nn.functional import interpolate
 
 from mmflow.loading.decode import WHITE, Pixels
 
-LEVEL = 1.5  # at 1 a straight view would be read off its level unblurred, and a turned one would not
+LEVEL = math.sqrt(2)  # a triangle of half-width w has a variance of w²/6: 1/6 of the level's pixels twice is 2/6
 MARGIN = 2  # pixels of a level beyond what a view covers: bilinear interpolation reads one
 
 
@@ -54,9 +56,8 @@ def resample(pixels: Pixels, side: int, box: Box, warp: Affine = PLAIN) -> Pixel
     """(side, side, 3): the box of the pixels as the warp shows it; what lies outside the picture is white."""
     if warp in (PLAIN, MIRRORED):
         left, top, right, bottom = box
-        most = round(LEVEL * side)
-        level = _shrink(pixels[top:bottom, left:right], min(right - left, most), min(bottom - top, most))
-        view = _interpolate(level, side, side, antialias=False)
+        antialias = max(right - left, bottom - top) > LEVEL * side
+        view = _interpolate(pixels[top:bottom, left:right], side, side, antialias=antialias)
         return view if warp == PLAIN else np.ascontiguousarray(view[:, ::-1])
     return _warped(pixels, side, box, warp)
 
@@ -68,22 +69,22 @@ def _warped(pixels: Pixels, side: int, box: Box, warp: Affine) -> Pixels:
     across, down = (min(1.0, LEVEL * side / length) for length in (right - left, bottom - top))
     # The view's place (x, y) lies at picture pixel (a·x + b·y + c, d·x + e·y + f).
     on_picture = Affine(right - left, 0, (left + right) / 2, 0, bottom - top, (top + bottom) / 2).of(warp)
-    first_x = first_y = 0
+    on_level = on_picture
     if min(across, down) < 1:
         reach_x = (abs(on_picture.a) + abs(on_picture.b)) / 2 + MARGIN / across
         reach_y = (abs(on_picture.d) + abs(on_picture.e)) / 2 + MARGIN / down
         first_x, last_x = _within(on_picture.c, reach_x, width)
         first_y, last_y = _within(on_picture.f, reach_y, height)
         part = pixels[first_y:last_y, first_x:last_x]
-        pixels = _shrink(part, math.ceil((last_x - first_x) * across), math.ceil((last_y - first_y) * down))
+        width, height = math.ceil((last_x - first_x) * across), math.ceil((last_y - first_y) * down)
+        pixels = _interpolate(part, width, height, antialias=True)
         across, down = pixels.shape[1] / (last_x - first_x), pixels.shape[0] / (last_y - first_y)
-    on_level = Affine(across, 0, -first_x * across, 0, down, -first_y * down).of(on_picture)
+        on_level = Affine(across, 0, -first_x * across, 0, down, -first_y * down).of(on_picture)
     # Pillow counts the view's pixels: (x, y) = pixel / side - ½
     from_pixel = on_level.of(Affine(1 / side, 0, -0.5, 0, 1 / side, -0.5))
-    values = (from_pixel.a, from_pixel.b, from_pixel.c, from_pixel.d, from_pixel.e, from_pixel.f)
     bilinear = Image.Resampling.BILINEAR
     picture = picture_of(pixels)
-    return np.asarray(picture.transform((side, side), Image.Transform.AFFINE, values, bilinear, fillcolor=WHITE))
+    return np.asarray(picture.transform((side, side), Image.Transform.AFFINE, from_pixel, bilinear, fillcolor=WHITE))
 
 
 def _within(centre: float, reach: float, length: int) -> tuple[int, int]:
@@ -98,10 +99,6 @@ def picture_of(pixels: Pixels) -> Image.Image:
     return Image.frombuffer("RGB", (width, height), np.ascontiguousarray(pixels), "raw", "RGB", 0, 1)
 
 
-def _shrink(pixels: Pixels, width: int, height: int) -> Pixels:
-    return _interpolate(pixels, width, height, antialias=True)
-
-
 def _interpolate(pixels: Pixels, width: int, height: int, *, antialias: bool) -> Pixels:
     """Bilinear, by torch's vectorised kernel for bytes: several times as fast as Pillow's, and equal to it within one
     level."""
@@ -109,6 +106,6 @@ def _interpolate(pixels: Pixels, width: int, height: int, *, antialias: bool) ->
         return pixels
     # (1, 3, height, width) whose memory is channels last
     # Pillow's arrays are read-only, which torch would warn of.
-    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     resized = interpolate(planes, size=(height, width), mode="bilinear", antialias=antialias)
-    return resized[0].permute(1, 2, 0).numpy()
+    return resized.permute(0, 2, 3, 1)[0].numpy()

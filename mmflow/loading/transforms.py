@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from mmflow.loading.colours import AS_IT_IS, Recolour, recolour
 from mmflow.loading.config import AugmentConfig, CropConfig
@@ -23,7 +21,8 @@ from mmflow.loading.resample import PLAIN, Affine, Box, resample
 
 CROP_ATTEMPTS = 10  # as in Inception's and torchvision's crop: a shape that does not fit is drawn anew
 SINGLE_DRAWS = 12
-DRAWS = SINGLE_DRAWS + 2 * CROP_ATTEMPTS + 2 * MOST
+OPERATION_DRAWS = SINGLE_DRAWS + 2 * CROP_ATTEMPTS  # where those of the policies begin
+DRAWS = OPERATION_DRAWS + 2 * MOST
 
 Subject = Literal["picture", "frames", "text", "window", "dropout"]
 Part = tuple[float, float, float, float]  # left, top, width, height of a part, as shares of the picture's
@@ -38,8 +37,7 @@ def generator(seed: int, view: int, key: str, subject: Subject = "picture") -> n
     return np.random.Generator(np.random.Philox(key=digest))
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """One view of a picture as numbers; the frames of a clip share it."""
 
     part: Part
@@ -57,7 +55,7 @@ def random_views(
     bodies: Sequence[bytes], extension: str, side: int, augment: AugmentConfig, random: np.random.Generator
 ) -> list[Pixels]:
     """The frames of a clip, each as the same random view, (side, side, 3) uint8. Raises CorruptArtifactError."""
-    draws = random.random(DRAWS)
+    draws = random.random(DRAWS).tolist()
     views = []
     for body in bodies:
         picture = open_picture(body, extension)
@@ -74,37 +72,30 @@ def centre_view(pixels: Pixels, side: int) -> Pixels:
     return show(pixels, side, View(centre(width, height)))
 
 
-def draw_view(width: int, height: int, augment: AugmentConfig, draws: NDArray[np.float64]) -> View:
+def draw_view(width: int, height: int, augment: AugmentConfig, draws: Sequence[float]) -> View:
     """The view of a picture of that size by `DRAWS` numbers in [0, 1).
 
     Every number has its place, whatever is switched off, so that switching one thing on leaves the others as they were.
     """
-    zoom, aspect, right, down, turn, brightness, contrast, saturation, hue, *_ = (2 * draws - 1).tolist()
-    flip, crop_x, crop_y = draws[9:SINGLE_DRAWS].tolist()
-    shapes, operations = np.split(draws[SINGLE_DRAWS:].reshape(-1, 2), [CROP_ATTEMPTS])
+    zoom, aspect, right, down, turn, brightness, contrast, saturation, hue, flip, crop_x, crop_y = draws[:SINGLE_DRAWS]
     part = centre(width, height)
     if augment.crop is not None:
-        part = draw_crop(width, height, augment.crop, shapes, crop_x, crop_y)
-    scale = augment.max_zoom**zoom
-    squeeze = augment.max_aspect**aspect * (-1 if flip < augment.flip else 1)
-    angle = math.radians(turn * augment.max_rotation_degrees)
-    warp = Affine(
-        math.cos(angle) * scale * squeeze,
-        -math.sin(angle) * scale,
-        right * augment.max_shift,
-        math.sin(angle) * scale * squeeze,
-        math.cos(angle) * scale,
-        down * augment.max_shift,
-    )
-    chosen = () if augment.policies is None else choose(augment.policies, operations)
+        part = draw_crop(width, height, augment.crop, draws[SINGLE_DRAWS:OPERATION_DRAWS], crop_x, crop_y)
+    scale = augment.max_zoom ** _either_way(zoom)
+    squeeze = augment.max_aspect ** _either_way(aspect) * (-1 if flip < augment.flip else 1)
+    angle = math.radians(_either_way(turn) * augment.max_rotation_degrees)
+    cosine, sine = math.cos(angle) * scale, math.sin(angle) * scale
+    shift_x, shift_y = _either_way(right) * augment.max_shift, _either_way(down) * augment.max_shift
+    warp = Affine(cosine * squeeze, -sine, shift_x, sine * squeeze, cosine, shift_y)
+    chosen = () if augment.policies is None else choose(augment.policies, draws[OPERATION_DRAWS:])
     return View(
         part=part,
         warp=warp.of(warp_of(chosen)) if chosen else warp,
         colours=Recolour(
-            1 + brightness * augment.brightness,
-            1 + contrast * augment.contrast,
-            1 + saturation * augment.saturation,
-            hue * augment.hue,
+            1 + _either_way(brightness) * augment.brightness,
+            1 + _either_way(contrast) * augment.contrast,
+            1 + _either_way(saturation) * augment.saturation,
+            _either_way(hue) * augment.hue,
         ),
         operations=chosen,
     )
@@ -124,13 +115,13 @@ def centre(width: int, height: int) -> Part:
     return (width - edge) / 2 / width, (height - edge) / 2 / height, edge / width, edge / height
 
 
-def draw_crop(width: int, height: int, crop: CropConfig, shapes: NDArray[np.float64], x: float, y: float) -> Part:
-    """A part of random area and aspect at a random place: the first of the drawn shapes, (attempts, 2), that fits.
+def draw_crop(width: int, height: int, crop: CropConfig, shapes: Sequence[float], x: float, y: float) -> Part:
+    """A part of random area and aspect at a random place: the first of the shapes that fits, two draws each.
 
     Where none does, the centre cut to the nearest aspect that is allowed.
     """
     (least_area, most_area), (least_aspect, most_aspect) = crop.area, crop.aspect
-    for area, aspect in shapes.tolist():
+    for area, aspect in zip(shapes[::2], shapes[1::2], strict=True):
         across_down = least_aspect * (most_aspect / least_aspect) ** aspect
         pixels = (least_area + area * (most_area - least_area)) * width * height
         share_x, share_y = math.sqrt(pixels * across_down) / width, math.sqrt(pixels / across_down) / height
@@ -139,6 +130,11 @@ def draw_crop(width: int, height: int, crop: CropConfig, shapes: NDArray[np.floa
     aspect = min(max(width / height, least_aspect), most_aspect)
     share_x, share_y = min(1.0, aspect * height / width), min(1.0, width / aspect / height)
     return (1 - share_x) / 2, (1 - share_y) / 2, share_x, share_y
+
+
+def _either_way(draw: float) -> float:
+    """From -1 to 1, by a draw in [0, 1)."""
+    return 2 * draw - 1
 
 
 def _box(part: Part, width: int, height: int) -> Box:

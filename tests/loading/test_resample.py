@@ -47,13 +47,13 @@ def test_a_picture_without_pixels_to_spare_is_not_blurred_beyond_its_interpolati
 
 
 @pytest.mark.parametrize("ratio", [1.5, 1.9, 2.5, 4, 7.3])
-@pytest.mark.parametrize("degrees", [3, 17, 45, 90])
-def test_a_turned_view_is_as_sharp_as_a_straight_one(ratio: float, degrees: float) -> None:
+@pytest.mark.parametrize(("degrees", "tolerance"), [(0.001, 0.12), (3, 0.12), (17, 0.12), (45, 0.25), (90, 0.12)])
+def test_a_turned_view_is_as_sharp_as_a_straight_one(ratio: float, degrees: float, tolerance: float) -> None:
     length = round(ratio * SIDE)
     pixels = noise(2 * length, 2 * length)
     box = (length // 2, length // 2, length // 2 + length, length // 2 + length)
     straight = contrast(resample(pixels, SIDE, box))
-    assert contrast(resample(pixels, SIDE, box, turned(degrees))) == pytest.approx(straight, rel=0.15)
+    assert contrast(resample(pixels, SIDE, box, turned(degrees))) == pytest.approx(straight, rel=tolerance)
 
 
 def test_it_blurs_about_as_much_as_an_antialiased_bilinear_filter() -> None:
@@ -61,7 +61,7 @@ def test_it_blurs_about_as_much_as_an_antialiased_bilinear_filter() -> None:
         length = round(ratio * SIDE)
         pixels = noise(length, length)
         usual = np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-        assert contrast(resample(pixels, SIDE, whole(pixels))) == pytest.approx(contrast(usual), rel=0.2)
+        assert contrast(resample(pixels, SIDE, whole(pixels))) == pytest.approx(contrast(usual), rel=0.05)
 
 
 @given(height=lengths, width=lengths, side=st.integers(8, 40), data=st.data())

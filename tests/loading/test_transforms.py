@@ -51,7 +51,7 @@ seeds = st.integers(0, 2**32)
 def view(pixels: Pixels, side: int, augment: AugmentConfig, seed: int = 0) -> Pixels:
     """The view of decoded pixels."""
     height, width, _ = pixels.shape
-    draws = np.random.default_rng(seed).random(DRAWS)
+    draws = np.random.default_rng(seed).random(DRAWS).tolist()
     return show(pixels, side, draw_view(width, height, augment, draws))
 
 
@@ -106,7 +106,7 @@ def test_a_view_is_rebuilt_from_its_key_alone() -> None:
 def test_switching_one_setting_on_or_off_leaves_the_others_draws_as_they_were(
     name: str, seed: int, width: int, height: int
 ) -> None:
-    draws = np.random.default_rng(seed).random(DRAWS)
+    draws = np.random.default_rng(seed).random(DRAWS).tolist()
     everything = numbers(draw_view(width, height, ALL, draws))
     without = AugmentConfig(**{other: value for other, value in EACH.items() if other != name})
     alone = AugmentConfig(**{name: EACH[name]})
@@ -165,7 +165,9 @@ def test_centre_view_is_the_middle_square_of_a_picture_that_is_not_square(height
 @given(width=st.integers(20, 400), height=st.integers(20, 400), seed=seeds)
 def test_crops_keep_to_their_area_and_aspect_and_lie_within_the_picture(width: int, height: int, seed: int) -> None:
     augment = AugmentConfig(crop=CropConfig(area=(0.3, 0.6), aspect=(0.5, 2)))
-    left, top, share_x, share_y = draw_view(width, height, augment, np.random.default_rng(seed).random(DRAWS)).part
+    left, top, share_x, share_y = draw_view(
+        width, height, augment, np.random.default_rng(seed).random(DRAWS).tolist()
+    ).part
     assert min(left, top) >= 0
     assert max(left + share_x, top + share_y) <= 1 + 1e-9
     assert 0.5 - 1e-9 <= share_x * width / (share_y * height) <= 2 + 1e-9
@@ -176,7 +178,7 @@ def test_crops_keep_to_their_area_and_aspect_and_lie_within_the_picture(width: i
 def test_crops_cover_the_whole_picture_and_all_areas() -> None:
     augment = AugmentConfig(crop=CropConfig(area=(0.1, 1.0)))
     parts = np.array(
-        [draw_view(80, 72, augment, np.random.default_rng(seed).random(DRAWS)).part for seed in range(2000)]
+        [draw_view(80, 72, augment, np.random.default_rng(seed).random(DRAWS).tolist()).part for seed in range(2000)]
     )
     areas = parts[:, 2] * parts[:, 3]
     assert np.histogram(areas, 3, (0.1, 0.7))[0].min() > 350  # even but for shapes that do not fit
@@ -186,7 +188,7 @@ def test_crops_cover_the_whole_picture_and_all_areas() -> None:
 
 def test_a_crop_that_cannot_fit_is_the_centre_at_the_nearest_aspect() -> None:
     augment = AugmentConfig(crop=CropConfig(area=(0.9, 1.0), aspect=(1.0, 1.0)))
-    part = draw_view(100, 20, augment, np.random.default_rng(0).random(DRAWS)).part
+    part = draw_view(100, 20, augment, np.random.default_rng(0).random(DRAWS).tolist()).part
     assert part == pytest.approx((0.4, 0.0, 0.2, 1.0))
 
 

@@ -1,0 +1,202 @@
+"""Samples: JPEG shards to float tensors of random crops plus tokens, beside webdataset with Pillow and a bare loop."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmflow.loading.config import AugmentConfig, CropConfig
+from tests.benchmarks import data
+from tests.benchmarks.build import shard
+from tests.benchmarks.measure import SCRATCH, SHARE, call, rounds
+from tests.benchmarks.table import Row, faster
+
+NUM_SAMPLES = 1_000  # of each size
+SETS = {"1–2 megapixels": "{resize: none}", "0.3–0.8 megapixels": "{resize: longest, side: 900, quality: 90}"}
+SIDE, MAX_TOKENS, BATCH = 224, 32, 64
+AUGMENT = AugmentConfig(crop=CropConfig(area=(0.5, 1.0)), flip=0.5)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
+SEED = 7
+PEERS = ()
+VERSIONS = ("webdataset", "pillow", "simplejpeg", "torch", "tokenizers", "numpy")
+
+
+def run() -> list[Row]:
+    """Both sets by every contestant in turn: the same shards, the same crops, one tokenizer."""
+    records = data.share_of(data.jpegs(), max(BATCH, round(SHARE * NUM_SAMPLES)))
+    rows = []
+    for number, (name, image) in enumerate(SETS.items()):
+        keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
+        _, built = shard(records, [*keep_all, f"shard.image={image}"])
+        dataset = SCRATCH / f"samples-{number}"
+        shutil.rmtree(dataset, ignore_errors=True)
+        built.rename(dataset)
+        arguments = {"uri": str(dataset), "tokenizer": str(_tokenizer(dataset))}
+        found = rounds({each: partial(_rate, each, arguments) for each in ("ours", "webdataset_pillow", "bare_loop")})
+        rows += [
+            faster(f"{name}: read, crop, tokenise", found["ours"], "webdataset, Pillow", found["webdataset_pillow"],
+                   unit="samples/CPU-s", goal=3, note="the same crop, by Pillow's antialiased resize"),
+            faster(f"{name}: read, crop, tokenise", found["ours"], "bare loop", found["bare_loop"],
+                   unit="samples/CPU-s", goal=0.9, note="the same decode, resize and tokenise, from memory"),
+        ]  # fmt: skip
+    return rows
+
+
+def _rate(name: str, arguments: dict[str, str]) -> float:
+    return float(call(f"tests.benchmarks.samples:{name}", **arguments))
+
+
+def _tokenizer(dataset: Path) -> Path:
+    """A tokenizer of the dataset's captions, beside it."""
+    from mmflow.loading.reader import Reader
+    from mmflow.loading.tokens import train_tokenizer
+    from mmflow.shards.dataset import open_dataset
+
+    opened = open_dataset(str(dataset))
+    captions = (
+        caption.text for split in opened.splits for sample in Reader(opened, split) for caption in sample.captions
+    )
+    path = dataset.with_suffix(".tokenizer.json")
+    train_tokenizer(captions, 4000).save(str(path))
+    return path
+
+
+# --- contestants, each called in a process of its own: samples per CPU-second, on one core ----------------------------
+
+
+def _per_cpu_second(batches: Callable[[], Iterator[tuple[Any, Any]]], count: int) -> float:
+    """Of the second pass over all samples: the first imports what is imported late. All threads' time is counted."""
+    for _ in range(2):
+        began, seen = time.process_time(), 0
+        for pixels, token_ids in batches():
+            assert pixels.shape[1:] == (3, SIDE, SIDE)
+            assert len(token_ids) == len(pixels)
+            seen += len(pixels)
+        assert seen == count
+        seconds = time.process_time() - began
+    return count / seconds
+
+
+def ours(uri: str, tokenizer: str) -> float:
+    """The loader as training uses it, one thread, every body checked against its hash."""
+    import torch
+
+    from mmflow.loading.batches import normalise
+    from mmflow.loading.load import ViewSettings
+    from mmflow.loading.loader import Loader
+    from mmflow.loading.plan import Order
+    from mmflow.loading.reader import Reader
+    from mmflow.loading.tokens import load_tokenizer
+    from mmflow.shards.dataset import open_dataset
+
+    torch.set_num_threads(1)
+    opened = open_dataset(uri)
+    (split,) = opened.splits
+    reader = Reader(opened, split)
+    order = Order(tuple(shard.samples for shard in reader.shards), BATCH, SEED)
+    settings = ViewSettings(seed=SEED, image_pixels=SIDE, max_tokens=MAX_TOKENS, augment=AUGMENT)
+    loader = Loader(order, [reader], load_tokenizer(tokenizer), settings, count=1)
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        ready = iter(loader)
+        for _ in range(order.steps_per_epoch):
+            batch = next(ready)
+            yield normalise(batch.pixels[batch.real], MEAN, STD), batch.token_ids[batch.real]
+        ready.close()
+
+    return _per_cpu_second(batches, len(reader))
+
+
+def webdataset_pillow(uri: str, tokenizer: str) -> float:
+    """webdataset's own pipeline: its Pillow decoder, the same crops, Pillow's resize, the same tokenizer."""
+    import torch
+    import webdataset
+    from PIL import Image
+    from tokenizers import Tokenizer
+
+    from mmflow.loading.transforms import DRAWS, draw_view, generator
+
+    torch.set_num_threads(1)
+    words = Tokenizer.from_file(tokenizer)
+    tars = [str(path) for path in sorted((Path(uri) / "shards").glob("*.tar"))]
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+
+    def crop(sample: tuple[str, Any, str]) -> tuple[Any, list[int]]:
+        key, image, text = sample
+        left, top, across, down = _crop(
+            image.width, image.height, generator(SEED, 0, key).random(DRAWS).tolist(), draw_view
+        )
+        view = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (left, top, left + across, top + down))
+        pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1).float().div(255)
+        return (pixels - mean) / std, words.encode(text).ids[:MAX_TOKENS]
+
+    def collate(samples: Sequence[tuple[Any, list[int]]]) -> tuple[Any, Any]:
+        longest = max(len(ids) for _, ids in samples)
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for _, ids in samples])
+        return torch.stack([pixels for pixels, _ in samples]), tokens
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        pipeline = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil")
+        yield from pipeline.to_tuple("__key__", "jpg", "txt").map(crop).batched(BATCH, collation_fn=collate)
+
+    return _per_cpu_second(batches, _count(uri))
+
+
+def bare_loop(uri: str, tokenizer: str) -> float:
+    """Nothing but libjpeg's scaled decoding, the resize, the tokenizer and the tensors; the files are in memory."""
+    import simplejpeg
+    import torch
+
+    from mmflow.loading.batches import normalise
+    from mmflow.loading.reader import Reader
+    from mmflow.loading.resample import resample
+    from mmflow.loading.tokens import load_tokenizer
+    from mmflow.loading.transforms import DRAWS, draw_view, generator
+    from mmflow.shards.dataset import open_dataset
+
+    torch.set_num_threads(1)
+    words = load_tokenizer(tokenizer)
+    opened = open_dataset(uri)
+    samples = []
+    for split in opened.splits:
+        for each in Reader(opened, split):
+            height, width, _, _ = simplejpeg.decode_jpeg_header(each.image)
+            draws = generator(SEED, 0, each.key).random(DRAWS).tolist()
+            part = tuple(value / length for value, length in zip(_crop(width, height, draws, draw_view),
+                                                                 (width, height) * 2, strict=True))  # fmt: skip
+            samples.append((each.image, part, each.captions[0].text))
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        for first in range(0, len(samples), BATCH):
+            views = []
+            for body, (left, top, across, down), _ in samples[first : first + BATCH]:
+                least = (SIDE / down, SIDE / across)
+                pixels = simplejpeg.decode_jpeg(body, min_height=least[0], min_width=least[1])
+                height, width, _ = pixels.shape
+                box = (int(left * width), int(top * height), int((left + across) * width), int((top + down) * height))
+                views.append(resample(pixels, SIDE, box))
+            encodings = words.encode_batch_fast([text for _, _, text in samples[first : first + BATCH]])
+            longest = max(len(encoding.ids) for encoding in encodings)
+            tokens = torch.tensor([encoding.ids + [0] * (longest - len(encoding.ids)) for encoding in encodings])
+            yield normalise(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2), MEAN, STD), tokens
+
+    return _per_cpu_second(batches, len(samples))
+
+
+def _crop(width: int, height: int, draws: Any, draw_view: Any) -> tuple[float, float, float, float]:
+    """Left, top, width and height in pixels."""
+    left, top, across, down = draw_view(width, height, AUGMENT, draws).part
+    return left * width, top * height, across * width, down * height
+
+
+def _count(uri: str) -> int:
+    from mmflow.shards.dataset import open_dataset
+
+    opened = open_dataset(uri)
+    return sum(opened.samples(split) for split in opened.splits)
