@@ -116,8 +116,8 @@ class Layer(nn.Module):
     def _look(self, queries: Tensor, keys: Tensor, values: Tensor, mask_BR: Tensor | None) -> Tensor:
         if mask_BR is None:
             return self._attend(queries, keys, values, None)
-        # Attention over nothing is NaN, in the backward pass too: a row whose memory is wholly masked (no picture) looks at
-        # all of it, and what it saw is put out.
+        # Attention over nothing is NaN, in the backward pass too: a row whose memory is wholly masked (no picture)
+        # looks at all of it, and what it saw is put out.
         empty_B1 = ~mask_BR.any(1, keepdim=True)
         seen_BTW = self._attend(queries, keys, values, (mask_BR | empty_B1)[:, None, None])
         return seen_BTW.masked_fill(empty_B1[:, None], 0.0)
@@ -127,7 +127,7 @@ class Layer(nn.Module):
 
 
 def _heads(x_BTW: Tensor, heads: int) -> Tensor:
-    return x_BTW.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x_BTW.view(*x_BTW.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _causal(queries_BHTD: Tensor, keys_BHPD: Tensor) -> Tensor | None:
@@ -162,7 +162,9 @@ class Decoder(nn.Module):
         before = cache.num_tokens if cache is not None else 0
         after = before + token_ids_BT.shape[1]
         if after > self.max_tokens:
-            raise MisuseError(f"{after} tokens for a decoder of {self.max_tokens}; raise model.max_tokens or cut the text")
+            raise MisuseError(
+                f"{after} tokens for a decoder of {self.max_tokens}; raise model.max_tokens or cut the text"
+            )
         if mask_BR is not None:
             mask_BR = mask_BR.bool()
         if cache is not None and before:

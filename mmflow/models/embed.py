@@ -30,13 +30,13 @@ def device_of(loaded: LoadedModel) -> torch.device:
 
 
 def image_inputs(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
-    """The centre views as the model reads them: pictures (B, 3, S, S) and None; of a model of clips, frames evenly spread
-    over each (B, F, 3, S, S) and which are real (B, F)."""
+    """The centre views as the model reads them: pictures (B, 3, S, S) and None; of a model of clips, frames evenly
+    spread over each (B, F, 3, S, S) and which are real (B, F)."""
     side, video = loaded.config.image_pixels, loaded.config.video
-    bodies = [(sample.image,) for sample in samples]
+    bodies: list[list[bytes]] = [[sample.image] for sample in samples]
     if video is not None:
-        clips = [(sample.image, *sample.frames) for sample in samples]
-        bodies = [tuple(clip[number] for number in choose_frames(len(clip), video.max_frames)) for clip in clips]
+        whole = [(sample.image, *sample.frames) for sample in samples]
+        bodies = [[clip[number] for number in choose_frames(len(clip), video.max_frames)] for clip in whole]
     views = [
         [centre_view(decode(body, sample.extension, side), side) for body in clip]
         for sample, clip in zip(samples, bodies, strict=True)

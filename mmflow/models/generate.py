@@ -1,7 +1,8 @@
 """Text out of a decoder: greedy, beam search and nucleus sampling, all rows of a batch at once, with its cache.
 
-Each function writes what follows the opening token, up to and with the closing one, and pads rows that are done. Padding
-and the opening token are never written: no target has them, and a row that held one could not be told from a short one.
+Each function writes what follows the opening token, up to and with the closing one, and pads rows that are done.
+Padding and the opening token are never written: no target has them, and a row that held one could not be told from a
+short one.
 """
 
 from __future__ import annotations
@@ -50,31 +51,24 @@ def greedy(decoder: Decoder, memory: Memory, marks: Marks, max_tokens: int) -> W
 
 @torch.inference_mode()
 def nucleus(
-    decoder: Decoder,
-    memory: Memory,
-    marks: Marks,
-    max_tokens: int,
-    *,
-    share: float,
-    generator: torch.Generator,
-    temperature: float = 1.0,
+    decoder: Decoder, memory: Memory, marks: Marks, max_tokens: int, *, share: float, generator: torch.Generator
 ) -> Written:
     """Each token drawn from the fewest that have `share` (0 to 1) of the probability (arXiv 1904.09751, section 3.1).
 
     All random numbers are drawn first, one a row and step, so that a row's text depends on its own number alone and not
     on how long the others are.
     """
-    rows = memory.sequence_BRM.shape[0]
-    drawn_BT = torch.rand(rows, max_tokens, generator=generator, device=generator.device).to(memory.sequence_BRM.device)
+    rows, device = memory.sequence_BRM.shape[0], memory.sequence_BRM.device
+    drawn_BT = torch.rand(rows, max_tokens, generator=generator, dtype=torch.float64, device=generator.device)
 
     def choose(log_BV: Tensor, step: int) -> Tensor:
-        sorted_BV, ids_BV = (log_BV / temperature).softmax(-1).sort(-1, descending=True, stable=True)
-        ends_BV = sorted_BV.double().cumsum(-1)
-        # A token is in the nucleus if what is likelier than it does not reach the share: the first always is.
-        mass_B = sorted_BV.double().masked_fill(ends_BV - sorted_BV >= share, 0).sum(-1, keepdim=True)
-        place_B1 = torch.searchsorted(ends_BV, drawn_BT[:, step, None].double() * mass_B, right=True)
-        kept_B1 = (ends_BV - sorted_BV < share).sum(-1, keepdim=True)
-        return ids_BV.gather(1, place_B1.minimum(kept_B1 - 1)).squeeze(1)
+        likelihood_BV, ids_BV = log_BV.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        ends_BV = likelihood_BV.cumsum(-1)
+        # A token is in the nucleus if those that are likelier do not reach the share: the first always is.
+        kept_B1 = (ends_BV - likelihood_BV < share).sum(-1, keepdim=True)
+        drawn_B1 = drawn_BT[:, step, None].to(device) * ends_BV.gather(1, kept_B1 - 1)
+        place_B1 = torch.searchsorted(ends_BV, drawn_B1, right=True).minimum(kept_B1 - 1)
+        return ids_BV.gather(1, place_B1).squeeze(1)
 
     return _one_by_one(decoder, memory, marks, max_tokens, choose)
 
@@ -121,7 +115,7 @@ def beam(
     sequence = sequence.repeat_interleave(width, 0)
     mask = None if mask is None else mask.repeat_interleave(width, 0)
     for step in range(max_tokens):
-        log_BKV = _next(decoder, token, sequence, mask, cache, marks).unflatten(0, (rows, width))
+        log_BKV = _next(decoder, token, sequence, mask, cache, marks).view(rows, width, -1)
         total_BKV = live_BK[..., None] + log_BKV
         # A text that closes counts where it is among the best `width` of all candidates.
         worst_B1 = total_BKV.flatten(1).topk(width).values[:, -1:]
@@ -167,7 +161,7 @@ def _next(
     decoder: Decoder, token_B: Tensor, sequence: Tensor, mask: Tensor | None, cache: Cache, marks: Marks
 ) -> Tensor:
     """Log-probabilities (B, V) of the next token, fp32."""
-    log_BV = decoder(token_B[:, None], sequence, mask, cache)[:, -1].float().log_softmax(-1)
+    log_BV: Tensor = decoder(token_B[:, None], sequence, mask, cache)[:, -1].float().log_softmax(-1)
     # Some tokenizers open and close with one mark.
     log_BV[:, [each for each in (marks.first, marks.pad) if each != marks.last]] = -torch.inf
     return log_BV
