@@ -31,8 +31,8 @@ class Decision:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Ranks and losses fall as a model improves; every other metric rises."""
-    return metric.endswith(("mean_rank", "loss"))
+    """Ranks, losses and perplexities fall as a model improves; every other metric rises."""
+    return metric.endswith(("_rank", "loss", "perplexity"))
 
 
 def finite(metrics: Mapping[str, float], metric: str) -> float | None:

@@ -10,6 +10,7 @@ from mmflow.registry.gate import Decision, decide
 
 RECALL = "unseen_variants/text_to_image/R@1"
 RANK = "unseen_variants/text_to_image/mean_rank"
+LESS_IS_BETTER = (RANK, "s/text_to_image/median_rank", "s/captions/perplexity", "s/captions/token_loss")
 
 
 def gate(challenger, champion, metric=RECALL, min_gain=0.0, floors=None, max_drop=None) -> Decision:
@@ -37,11 +38,12 @@ def test_challenger_needs_its_gain(challenger, champion, min_gain, promoted):
         assert f"{challenger:.6g} against the champion's {champion:.6g}" in decision.reasons[0]
 
 
+@pytest.mark.parametrize("metric", LESS_IS_BETTER)
 @pytest.mark.parametrize(("challenger", "promoted"), [(4.0, True), (5.0, True), (5.1, False)])
-def test_less_is_better_for_ranks_and_losses(challenger, promoted):
-    assert gate({RANK: challenger}, {RANK: 5.0}, metric=RANK).promoted is promoted
-    assert gate({RANK: challenger}, None, metric=RANK, floors={RANK: 5.0}).promoted is promoted
-    drop = gate({RECALL: 1.0, RANK: challenger + 1}, {RECALL: 0.0, RANK: 5.0}, max_drop={RANK: 1.0})
+def test_less_is_better_for_ranks_losses_and_perplexities(metric, challenger, promoted):
+    assert gate({metric: challenger}, {metric: 5.0}, metric=metric).promoted is promoted
+    assert gate({metric: challenger}, None, metric=metric, floors={metric: 5.0}).promoted is promoted
+    drop = gate({RECALL: 1.0, metric: challenger + 1}, {RECALL: 0.0, metric: 5.0}, max_drop={metric: 1.0})
     assert drop.promoted is promoted
 
 
