@@ -21,6 +21,7 @@ QUERIES = 12
 RIGHT_QUERIES = 7  # of the twelve; the rest are wrong, or the grid would flatter
 QUARANTINE_ROWS = 50
 THUMBNAIL_PIXELS = 128
+RECALLS = ("R@10", "R@5", "R@1")
 
 
 def summary(name: str, manifest: Mapping[str, Any]) -> str:
@@ -64,8 +65,11 @@ def gather(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> tuple[dict[
     retrieval = _retrieval(artifacts["evaluate"], loop)
     dataset = _dataset(artifacts["shard"])
     shown = {example["key"] for example in dataset["examples"]}
-    for query in retrieval["queries"]:
+    for query in retrieval.get("queries", ()):
         shown |= {query["key"], *(result["key"] for result in query["results"])}
+    looks, written = _looks(artifacts["evaluate"], loop), _written(artifacts["evaluate"], loop)
+    for row in (*looks.get("rows", ()), *written.get("captions", ()), *written.get("answers", ())):
+        shown.add(row["key"])
     report = {
         "name": loop.recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,6 +91,8 @@ def gather(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> tuple[dict[
             "splits": read_json(artifacts["evaluate"].file("metrics.json")),
         },
         "retrieval": retrieval,
+        "looks": looks,
+        "written": written,
         "comparison": _comparison(artifacts),
         "promotion": {name: artifacts["promote"].manifest[name] for name in PROMOTION},
         "scores": _scores(artifacts["score"]),
@@ -192,12 +198,27 @@ def _retrieval(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
     """Right and wrong answers of the candidate on the headline's split, spread evenly over each kind."""
     split = _headline(loop.recipe.promote.metric)["split"]
     model = loop.recipe.promote.candidate
-    queries = read_json(evaluation.file("retrieval.json"))[model][split]
+    queries = read_json(evaluation.file("retrieval.json")).get(model, {}).get(split, [])
+    if not queries:  # no shared space to find anything in
+        return {}
     right = [query for query in queries if query["rank"] == 1]
     wrong = [query for query in queries if query["rank"] > 1]
     num_right = max(min(RIGHT_QUERIES, len(right)), QUERIES - len(wrong))
     chosen = _spread(right, num_right) + _spread(wrong, QUERIES - num_right)
     return {"split": split, "model": model, "queries": chosen}
+
+
+def _looks(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
+    model = loop.recipe.promote.candidate
+    rows = read_json(evaluation.file("attention.json")).get(model, [])
+    return {"model": model, "rows": rows} if rows else {}
+
+
+def _written(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
+    split = _headline(loop.recipe.promote.metric)["split"]
+    model = loop.recipe.promote.candidate
+    found = read_json(evaluation.file("details.json")).get(model, {}).get(split, {})
+    return {"model": model, "split": split, **found} if found else {}
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
@@ -212,8 +233,10 @@ def _comparison(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
     speed = read_json(artifacts["evaluate"].file("speed.json"))
     share: dict[str, dict[str, float]] = {}
     for split, found in splits.items():
-        teacher, student = (found["models"][name]["text_to_image"] for name in ("teacher", "student"))
-        share[split] = {name: student[name] / teacher[name] for name in ("R@10", "R@5", "R@1") if teacher[name]}
+        teacher, student = (found["models"][name].get("text_to_image", {}) for name in ("teacher", "student"))
+        share[split] = {
+            name: student[name] / teacher[name] for name in RECALLS if teacher.get(name) and name in student
+        }
     return {
         "teacher_parameters": artifacts["pretrain"].manifest["parameters"],
         "student_parameters": artifacts["distill"].manifest["parameters"],

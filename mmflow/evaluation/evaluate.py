@@ -1,61 +1,57 @@
-"""A model's examination on held-out splits, the same rows for every model."""
+"""A model's examination on held-out splits: all that the recipe asks and the model gives, on the same rows for every
+model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.errors import MisuseError
-from mmflow.evaluation.config import ZeroShotConfig
-from mmflow.evaluation.retrieval import chance_metrics, ranks_of_right, retrieval_metrics
+from mmflow.evaluation import classification
+from mmflow.evaluation.answering import answer_accuracy, answering_metrics, commonest_answer
+from mmflow.evaluation.captions import caption_metrics
+from mmflow.evaluation.config import EvaluateConfig
+from mmflow.evaluation.perplexity import perplexity_metrics
+from mmflow.evaluation.predict import class_scores, matching_scores, token_losses, write_texts
+from mmflow.evaluation.retrieval import Found, chance_metrics, find_any, find_one, retrieval_metrics
+from mmflow.evaluation.rows import Captions, Rows
 from mmflow.evaluation.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
-from mmflow.loading.reader import Reader, Sample
+from mmflow.loading.tokens import tokenise
 from mmflow.models.embed import Embeddings, embed_captions, embed_images
 from mmflow.models.package import LoadedModel
-from mmflow.shards.dataset import Dataset
 
 GRID_RESULTS = 5
+SHOWN = 24  # written captions and answers that are kept for people to read
+CONFUSION_CLASSES = 40  # a table of more is not read by anybody
+SEED = 20_190_422  # of the nucleus, the same for every model
 
 Metrics = dict[str, Any]
 
+# What each section of the recipe needs of a model, beside retrieval, which needs embeddings.
+NEEDS = {
+    "zero_shot": ({"embeddings"},),
+    "classification": ({"class_logits"},),
+    "answering": ({"class_logits"}, {"decoded"}),
+    "captions": ({"decoded"},),
+    "long_text": ({"embeddings"},),
+    "matching": ({"matching_logits"},),
+}
+
+COMPARES = frozenset({"embeddings", "matching_logits"})
+
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a held-out split, and those that have a caption in each language."""
+class Retrieved:
+    """Which pictures came first for each caption of the first language."""
 
-    split: str
-    samples: tuple[Sample, ...]
-    captions: Mapping[str, tuple[str, ...]]  # language → caption of each row that has one
-    rows: Mapping[str, NDArray[np.int64]]  # language → those rows
-
-    @property
-    def keys(self) -> list[str]:
-        return [sample.key for sample in self.samples]
-
-    def labels(self, label: str) -> list[str | None]:
-        """The class of each row, None where it has none."""
-        found: list[str | None] = []
-        for sample in self.samples:
-            classes = sample.metadata.get("classes")
-            found.append(classes.get(label) if isinstance(classes, dict) else None)
-        return found
-
-
-def read_rows(dataset: Dataset, split: str, languages: Sequence[str]) -> Rows:
-    """A split's samples and captions. Raises MisuseError where a language has no caption there."""
-    samples = tuple(Reader(dataset, split))
-    captions, rows = {}, {}
-    for language in languages:
-        first = [next((each.text for each in sample.captions if each.language == language), None) for sample in samples]
-        captions[language] = tuple(caption for caption in first if caption is not None)
-        rows[language] = np.array([row for row, caption in enumerate(first) if caption is not None], dtype=np.int64)
-        if not captions[language]:
-            raise MisuseError(f"evaluate.languages: no caption in {language!r} in split {split!r} of {dataset.uri}")
-    return Rows(split, samples, captions, rows)
+    ranks: NDArray[np.int64]  # of the right picture
+    best: NDArray[np.int64]  # (captions, GRID_RESULTS): the nearest pictures, as places in `Captions.pictures`
+    scores: NDArray[np.float32]  # their cosines
 
 
 @dataclass(frozen=True)
@@ -63,64 +59,227 @@ class Examination:
     """What came of one model on one split."""
 
     metrics: Metrics
-    ranks: NDArray[np.int64]  # of the right picture for each caption of the first language
-    best: NDArray[np.int64]  # (captions, GRID_RESULTS): the nearest pictures, as rows of `Rows.rows[first language]`
-    scores: NDArray[np.float32]  # their cosines
+    retrieved: Retrieved | None = None  # None for a model without a shared space
+    details: dict[str, Any] = field(default_factory=dict)  # for people: what was written, what was taken for what
 
 
-def examine(loaded: LoadedModel, rows: Rows, zero_shot: ZeroShotConfig | None, batch_size: int) -> Examination:
-    """Retrieval in both directions in the first language, text to image in the others, and zero-shot classes."""
-    images = embed_images(loaded, rows.samples, batch_size)
-    first, *others = rows.captions
-    similarity = _similarity(loaded, rows, first, images, batch_size)
-    ranks = ranks_of_right(similarity)
-    metrics: Metrics = {
-        "text_to_image": retrieval_metrics(ranks),
-        "image_to_text": retrieval_metrics(ranks_of_right(similarity.T)),
-        "languages": {
+def asked_and_given(settings: EvaluateConfig, gives: frozenset[str]) -> frozenset[str]:
+    """The sections that the recipe asks for and a model with these outputs can be examined in."""
+    asked = {name for name in NEEDS if getattr(settings, name) is not None}
+    found = {name for name in asked if any(needed <= gives for needed in NEEDS[name])}
+    return frozenset(found | ({"retrieval"} if "embeddings" in gives else set()))
+
+
+def check_asked(settings: EvaluateConfig, gives: Sequence[frozenset[str]]) -> None:
+    """Raises MisuseError for a section that none of the models can be examined in, and where nothing is left to do."""
+    possible = {name for each in gives for name in asked_and_given(settings, each)}
+    for name, needed in NEEDS.items():
+        if getattr(settings, name) is not None and name not in possible:
+            either = " or ".join(sorted(output for each in needed for output in each))
+            raise MisuseError(f"evaluate.{name}: no model here gives {either}; leave the section out, or train one")
+    if settings.attention is not None and not any(each & COMPARES for each in gives):
+        raise MisuseError("evaluate.attention: no model here compares pictures with text; leave the section out")
+    if not possible:
+        raise MisuseError(f"evaluate: nothing to measure without a shared space; name one of {', '.join(NEEDS)}")
+
+
+def reads_captions(settings: EvaluateConfig, gives: Sequence[frozenset[str]]) -> bool:
+    """Whether any of the examinations needs captions: of a split of questions there may be none."""
+    found = {name for each in gives for name in asked_and_given(settings, each)}
+    return settings.attention is not None or bool(found & {"retrieval", "captions", "matching"})
+
+
+def examine(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> Examination:
+    """Every examination of one model on one split; retrieval in both directions in the first language, from text to
+    image in the others."""
+    sections = asked_and_given(settings, loaded.model.gives)
+    metrics: Metrics = {}
+    details: dict[str, Any] = {}
+    retrieved, similarity = None, None
+    first = next(iter(rows.captions.values()))
+    if "retrieval" in sections:
+        images = embed_images(loaded, rows.samples, settings.batch_size)
+        similarity = _similarity(loaded, first, images, settings.batch_size)
+        metrics |= _both_ways(similarity, first)
+        metrics["languages"] = {
             language: {
                 "text_to_image": retrieval_metrics(
-                    ranks_of_right(_similarity(loaded, rows, language, images, batch_size))
+                    find_one(_similarity(loaded, captions, images, settings.batch_size), captions.picture_of_text)
                 )
             }
-            for language in others
-        },
-    }
-    if zero_shot is not None:
-        classes = class_embeddings(loaded, zero_shot.prompts, batch_size)
-        metrics["zero_shot"] = zero_shot_metrics(images, classes, list(zero_shot.prompts), rows.labels(zero_shot.label))
-    best = np.argsort(-similarity, axis=1, kind="stable")[:, :GRID_RESULTS]
-    return Examination(metrics, ranks, best, np.take_along_axis(similarity, best, axis=1))
+            for language, captions in list(rows.captions.items())[1:]
+        }
+        retrieved = _retrieved(similarity, first)
+        if settings.long_text is not None:
+            cut = _similarity(loaded, first, images, settings.batch_size, settings.long_text.truncated_tokens)
+            metrics |= _long_text(loaded, first, metrics, _both_ways(cut, first), settings.long_text.truncated_tokens)
+        if settings.zero_shot is not None:
+            zero_shot = settings.zero_shot
+            classes = class_embeddings(loaded, zero_shot.texts, settings.batch_size)
+            names = list(zero_shot.prompts)
+            metrics["zero_shot"] = zero_shot_metrics(images, classes, names, rows.labels(zero_shot.label))
+    if "matching" in sections:
+        metrics |= _matched(loaded, rows, first, similarity, settings)
+    if "classification" in sections:
+        metrics["classification"], details["confusion"] = _classify(loaded, rows, settings)
+    if "answering" in sections:
+        metrics["answering"], details["answers"] = _answer(loaded, rows, settings)
+    if "captions" in sections:
+        metrics["captions"], details["captions"] = _caption(loaded, rows, first, settings)
+    return Examination(metrics, retrieved, {name: value for name, value in details.items() if value})
 
 
-def _similarity(loaded: LoadedModel, rows: Rows, language: str, images: Embeddings, batch_size: int) -> Embeddings:
-    # (captions, pictures) of the rows that have a caption in this language
-    captions = embed_captions(loaded, rows.captions[language], batch_size)
-    similarity: Embeddings = captions @ images[rows.rows[language]].T
+def _similarity(
+    loaded: LoadedModel, captions: Captions, images: Embeddings, batch_size: int, max_tokens: int | None = None
+) -> Embeddings:
+    # (captions, pictures that have one)
+    embedded = embed_captions(loaded, captions.texts, batch_size, max_tokens)
+    similarity: Embeddings = embedded @ images[captions.pictures].T
     return similarity
 
 
-def chance(rows: Rows, zero_shot: ZeroShotConfig | None) -> Metrics:
-    """What guessing, or the commonest class, would give on the same rows."""
-    languages = list(rows.captions)
-    by_language = {language: chance_metrics(len(rows.rows[language])) for language in languages}
-    metrics: Metrics = {
-        "text_to_image": by_language[languages[0]],
-        "image_to_text": by_language[languages[0]],
-        "languages": {language: {"text_to_image": by_language[language]} for language in languages[1:]},
+def _both_ways(similarity: NDArray[np.floating], captions: Captions, prefix: str = "", suffix: str = "") -> Metrics:
+    to_image = find_one(similarity, captions.picture_of_text)
+    to_text: Found = find_any(similarity.T, captions.picture_of_text)
+    return {
+        f"{prefix}text_to_image{suffix}": retrieval_metrics(to_image),
+        f"{prefix}image_to_text{suffix}": retrieval_metrics(to_text),
     }
-    if zero_shot is not None:
-        metrics["zero_shot"] = majority_metrics(list(zero_shot.prompts), rows.labels(zero_shot.label))
+
+
+def _retrieved(similarity: Embeddings, captions: Captions) -> Retrieved:
+    best = np.argsort(-similarity, axis=1, kind="stable")[:, :GRID_RESULTS]
+    ranks = find_one(similarity, captions.picture_of_text).ranks
+    return Retrieved(ranks, best, np.take_along_axis(similarity, best, axis=1))
+
+
+def _long_text(loaded: LoadedModel, captions: Captions, whole: Metrics, cut: Metrics, tokens: int) -> Metrics:
+    lengths = [len(ids) for ids in tokenise(loaded.tokenizer, captions.texts, loaded.config.max_tokens)]
+    before, after = cut["text_to_image"]["R@10"], whole["text_to_image"]["R@10"]
+    return {f"{direction}_truncated": values for direction, values in cut.items()} | {
+        "long_text": {
+            # Of nothing there is no gain that could be stated.
+            "R@10_gain": after / before - 1 if before else 0.0,
+            "longer_share": float(np.mean([length > tokens for length in lengths])),
+            "tokens": float(np.mean(lengths)),
+        }
+    }
+
+
+def _matched(
+    loaded: LoadedModel, rows: Rows, captions: Captions, similarity: Embeddings | None, settings: EvaluateConfig
+) -> Metrics:
+    assert settings.matching is not None
+    shape = (len(captions.texts), len(captions.pictures))
+    pairs = np.full(shape, similarity is None)
+    if similarity is not None:
+        for axis in (0, 1):
+            kept = range(min(settings.matching.candidates, shape[axis]))
+            nearest = np.argsort(-similarity, axis=axis, kind="stable").take(kept, axis=axis)
+            np.put_along_axis(pairs, nearest, True, axis=axis)
+    samples = [rows.samples[row] for row in captions.pictures]
+    scores = matching_scores(loaded, samples, captions.texts, pairs, settings.batch_size)
+    return _both_ways(scores, captions, prefix="matched_")
+
+
+def _classify(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> tuple[Metrics, dict[str, Any]]:
+    assert settings.classification is not None
+    scores = class_scores(loaded, rows.samples, None, settings.batch_size)
+    labels = rows.labels(settings.classification.label)
+    # A class that the model was not taught is one that it never answers, not one that does not count.
+    untaught = sorted({label for label in labels if label is not None} - set(loaded.classes))
+    names = [*loaded.classes, *untaught]
+    scores = np.pad(scores, ((0, 0), (0, len(untaught))), constant_values=-np.inf)
+    metrics, counts = classification.metrics_of(scores, names, labels)
+    shown = {"classes": names, "counts": counts.tolist()} if len(names) <= CONFUSION_CLASSES else {}
+    return metrics, shown
+
+
+def _answer(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> tuple[Metrics, list[dict[str, Any]]]:
+    assert settings.answering is not None
+    asked = rows.questions
+    samples = [rows.samples[question.row] for question in asked]
+    texts = [question.text for question in asked]
+    if "class_logits" in loaded.model.gives:
+        answer = classification.predicted(class_scores(loaded, samples, texts, settings.batch_size))
+        answers = [loaded.classes[number] if number >= 0 else "" for number in answer]
+    else:
+        answers = write_texts(loaded, samples, texts, settings.answering, settings.batch_size, SEED)
+    people = [question.answers for question in asked]
+    shown = [
+        {
+            "key": samples[place].key,
+            "question": texts[place],
+            "answer": answers[place],
+            "people": list(dict.fromkeys(people[place])),
+            "accuracy": answer_accuracy(answers[place], people[place]),
+        }
+        for place in _spread(len(asked))
+    ]
+    return answering_metrics(answers, people), shown
+
+
+def _caption(
+    loaded: LoadedModel, rows: Rows, captions: Captions, settings: EvaluateConfig
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    assert settings.captions is not None
+    samples = [rows.samples[row] for row in captions.pictures]
+    written = write_texts(loaded, samples, None, settings.captions, settings.batch_size, SEED)
+    described = [rows.samples[row] for row in captions.rows]
+    losses, tokens = token_losses(loaded, described, captions.texts, settings.batch_size)
+    people = captions.texts_of_picture
+    shown = [
+        {"key": samples[place].key, "caption": written[place], "people": people[place]}
+        for place in _spread(len(samples))
+    ]
+    return caption_metrics(written, people) | perplexity_metrics(losses, tokens), shown
+
+
+def _spread(count: int) -> list[int]:
+    shown = min(SHOWN, count)
+    return [number * count // shown for number in range(shown)]
+
+
+def chance(rows: Rows, settings: EvaluateConfig, sections: frozenset[str]) -> Metrics:
+    """What guessing, the commonest class or the commonest answer would give on the same rows."""
+    metrics: Metrics = {}
+    first, *others = rows.captions.values()
+    languages = list(rows.captions)[1:]
+    to_image = chance_metrics(len(first.pictures)) if len(first.texts) else {}
+    to_text = chance_metrics(len(first.texts), np.bincount(first.picture_of_text)) if len(first.texts) else {}
+    if "retrieval" in sections:
+        metrics |= {
+            "text_to_image": to_image,
+            "image_to_text": to_text,
+            "languages": {
+                language: {"text_to_image": chance_metrics(len(captions.pictures))}
+                for language, captions in zip(languages, others, strict=True)
+            },
+        }
+    if settings.zero_shot is not None:
+        metrics["zero_shot"] = majority_metrics(list(settings.zero_shot.prompts), rows.labels(settings.zero_shot.label))
+    if "matching" in sections:
+        metrics |= {"matched_text_to_image": to_image, "matched_image_to_text": to_text}
+    if settings.classification is not None:
+        labels = rows.labels(settings.classification.label)
+        names = sorted({label for label in labels if label is not None})
+        metrics["classification"] = classification.majority_metrics(names, labels)
+    if settings.answering is not None:
+        people = [question.answers for question in rows.questions]
+        metrics["answering"] = answering_metrics([commonest_answer(people)] * len(people), people)
     return metrics
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics as one level: {"unseen_variants/text_to_image/R@1": 0.61, …}, the names that gates use."""
+    """Nested metrics as one level: {"unseen_variants/text_to_image/R@1": 0.61, …}, the names that gates use.
+
+    None, which is written for what is no finite number, is NaN, and no gate lets that pass.
+    """
     flat: dict[str, float] = {}
     for name, value in metrics.items():
         path = f"{prefix}/{name}" if prefix else name
         if isinstance(value, Mapping):
             flat |= flatten(value, path)
         else:
-            flat[path] = float(value)
+            flat[path] = math.nan if value is None else float(value)
     return flat

@@ -28,12 +28,13 @@ MODEL_COLORS = {name: f"var(--{name})" for name in ("teacher", "student", "untra
 # These describe how the training went, not what was learned; they stand after the losses.
 TELEMETRY = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second")
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
+LOOKS = {"picture": "what moved the score", "rollout": "attention rollout"}
 FINDS = {"text_to_image": "captions find their picture", "image_to_text": "pictures find their caption"}
 
 
 def is_share(name: str) -> bool:
     """True for metrics between 0 and 1 that people read as percentages."""
-    return bool(re.search(r"\bR@\d+|accuracy|recall|share", name))
+    return bool(re.search(r"\b(R@\d+|mAP|F1|BLEU|ROUGE)|accuracy|recall|precision|share|distinct", name))
 
 
 def format_metric(value: object, name: str) -> str:
@@ -189,6 +190,42 @@ def stage_view(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "bar": Markup(charts.stacked_bar(segments, title=title)) if segments else ""}
 
 
+def look_view(looks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pictures with the maps laid over them, and captions in pieces with a weight each, as CSS takes it."""
+    drawn = []
+    for row in looks.get("rows") or []:
+        maps = [
+            {"name": name, "svg": Markup(charts.heat(row[key], title=f"{name}, {row.get('key')}"))}
+            for key, name in LOOKS.items()
+            if row.get(key)
+        ]
+        pieces = [
+            {"text": piece["text"], "weight": f"{piece['weight']:.3g}" if is_finite(piece.get("weight")) else "0"}
+            for piece in row.get("tokens") or []
+        ]
+        drawn.append({**row, "maps": maps, "pieces": pieces})
+    return drawn
+
+
+def confusion_view(confusion: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns (classes, and none of them where that was answered), a row a class, and each cell's share of it."""
+    names, counts = confusion.get("classes") or [], confusion.get("counts") or []
+    unanswered = any(row[-1] for row in counts)
+    return {
+        "columns": [*names, "none"] if unanswered else names,
+        "rows": [
+            {
+                "name": name,
+                "cells": [
+                    {"count": count, "share": f"{count / max(1, sum(row)):.3g}"}
+                    for count in (row if unanswered else row[:-1])
+                ],
+            }
+            for name, row in zip(names, counts, strict=False)
+        ],
+    }
+
+
 def similarity_chart(scores: Mapping[str, Any]) -> Markup | str:
     """The histogram of image–caption similarities, or "" where none was recorded."""
     similarity = scores.get("similarity") or {}
@@ -224,6 +261,8 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
         },
         curves=curve_charts(report.get("training") or {}),
         similarity=similarity_chart(report.get("scores") or {}),
+        looks=look_view(report.get("looks") or {}),
+        confusion=confusion_view((report.get("written") or {}).get("confusion") or {}),
         picture=lambda key: data_uri(images[key]) if key in images else "",
         meter=meter,
     )

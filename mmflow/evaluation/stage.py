@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from mmflow.artifacts import content_hash, join, read_json, write_json
+from mmflow.evaluation.attention import look
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.evaluation.evaluate import Examination, Metrics, Rows, chance, examine, flatten, read_rows
-from mmflow.models.embed import embed_images
+from mmflow.evaluation.evaluate import (
+    COMPARES,
+    Metrics,
+    Retrieved,
+    asked_and_given,
+    chance,
+    check_asked,
+    examine,
+    flatten,
+    reads_captions,
+)
+from mmflow.evaluation.rows import Captions, Rows, read_rows
+from mmflow.models.embed import image_inputs
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package
 from mmflow.progress import Report
 from mmflow.shards.dataset import open_dataset
 
 METRICS = "metrics.json"  # {split: {"rows", "models": {model: metrics}}}
-RETRIEVAL = "retrieval.json"  # {model: {split: [query, …]}}
+RETRIEVAL = "retrieval.json"  # {model: {split: [query, …]}}, of models with a shared space
+DETAILS = "details.json"  # {model: {split: {"captions", "answers", "confusion"}}}, where they were asked for
+ATTENTION = "attention.json"  # {model: [{"key", "caption", …}]}, where it was asked for
 SPEED = "speed.json"  # {model: {"latency_ms"}}: not part of the fingerprint, because it is never the same twice
 LATENCY_RUNS = 25
 UNTRAINED_SEED = 1_000_003  # far from the seeds that people choose
@@ -34,25 +51,34 @@ def evaluate_models(
     progress: Report,
 ) -> Mapping[str, Any]:
     """Examine the packages (model → URI) and write metrics, retrieval results and speed; the manifest's fields."""
-    data = open_dataset(dataset)
-    splits = [read_rows(data, split, settings.languages) for split in settings.splits]
+    models = list(_models(packages, seed))
+    gives = [loaded.model.gives for _, loaded in models]
+    check_asked(settings, gives)
+    sections = frozenset[str]().union(*(asked_and_given(settings, each) for each in gives))
+    splits = _read_splits(dataset, settings, gives)
     metrics: dict[str, dict[str, Any]] = {
-        rows.split: {"rows": len(rows.samples), "models": {"chance": chance(rows, settings.zero_shot)}}
+        rows.split: {"rows": len(rows.samples), "models": {"chance": chance(rows, settings, sections)}}
         for rows in splits
     }
     retrieval: dict[str, dict[str, Any]] = {}
+    details: dict[str, dict[str, Any]] = {}
     speed = {}
-    models = list(_models(packages, seed))
     for done, (name, loaded) in enumerate(models):
         progress(done, len(models), name)
         for rows in splits:
-            found = examine(loaded, rows, settings.zero_shot, settings.batch_size)
-            metrics[rows.split]["models"][name] = found.metrics
-            retrieval.setdefault(name, {})[rows.split] = _queries(found, rows, settings.languages[0])
+            found = examine(loaded, rows, settings)
+            metrics[rows.split]["models"][name] = _writable(found.metrics)
+            if found.retrieved is not None:
+                captions = rows.captions[settings.languages[0]]
+                retrieval.setdefault(name, {})[rows.split] = _queries(found.retrieved, rows, captions)
+            if found.details:
+                details.setdefault(name, {})[rows.split] = found.details
         speed[name] = {"latency_ms": _latency_ms(loaded, splits[0])}
     progress(len(models), len(models), "")
     write_json(join(uri, METRICS), metrics)
     write_json(join(uri, RETRIEVAL), retrieval)
+    write_json(join(uri, DETAILS), details)
+    write_json(join(uri, ATTENTION), _looks(dict(models), packages, splits[0], settings))
     write_json(join(uri, SPEED), speed)
     return {"fingerprint": content_hash(metrics), "models": list(packages), "splits": list(settings.splits)}
 
@@ -65,13 +91,17 @@ def metrics_of(evaluation: str, model: str) -> dict[str, float]:
 
 def metrics_of_package(package: str, dataset: str, settings: EvaluateConfig) -> dict[str, float]:
     """Another package's metrics on the same rows, by the same flat names: how a champion is put beside a challenger."""
-    data = open_dataset(dataset)
     loaded = load_package(read_package(package))
     found: dict[str, Metrics] = {}
-    for split in settings.splits:
-        rows = read_rows(data, split, settings.languages)
-        found[split] = examine(loaded, rows, settings.zero_shot, settings.batch_size).metrics
+    for rows in _read_splits(dataset, settings, [loaded.model.gives]):
+        found[rows.split] = examine(loaded, rows, settings).metrics
     return flatten(found)
+
+
+def _read_splits(dataset: str, settings: EvaluateConfig, gives: Sequence[frozenset[str]]) -> list[Rows]:
+    data = open_dataset(dataset)
+    captions = reads_captions(settings, gives)
+    return [read_rows(data, split, settings.languages, captions=captions) for split in settings.splits]
 
 
 def _models(packages: Mapping[str, str], seed: int) -> Iterator[tuple[str, LoadedModel]]:
@@ -88,35 +118,74 @@ def _models(packages: Mapping[str, str], seed: int) -> Iterator[tuple[str, Loade
     yield "untrained", replace(teacher, model=fresh)
 
 
-def _queries(found: Examination, rows: Rows, language: str) -> list[dict[str, Any]]:
+def _writable(metrics: Any) -> Any:
+    # JSON has no infinity, which the perplexity of a model that is sure of the wrong word can be.
+    if isinstance(metrics, Mapping):
+        return {name: _writable(value) for name, value in metrics.items()}
+    return metrics if math.isfinite(metrics) else None
+
+
+def _queries(found: Retrieved, rows: Rows, captions: Captions) -> list[dict[str, Any]]:
     """Every caption with the pictures that came first for it."""
-    samples = [rows.samples[row] for row in rows.rows[language]]
-    captions = rows.captions[language]
+    samples = [rows.samples[row] for row in captions.pictures]
     return [
         {
             "caption": caption,
-            "key": samples[query].key,
+            "key": samples[right].key,
             "rank": int(found.ranks[query]),
             "results": [
                 {
-                    "key": samples[row].key,
-                    "caption": captions[row],
+                    "key": samples[picture].key,
+                    "caption": captions.texts_of_picture[picture][0],
                     "score": round(float(score), 4),
-                    "correct": bool(row == query),
+                    "correct": bool(picture == right),
                 }
-                for row, score in zip(found.best[query], found.scores[query], strict=True)
+                for picture, score in zip(found.best[query], found.scores[query], strict=True)
             ],
         }
-        for query, caption in enumerate(captions)
+        for query, (caption, right) in enumerate(zip(captions.texts, captions.picture_of_text, strict=True))
     ]
 
 
+def _looks(
+    models: Mapping[str, LoadedModel], names: Mapping[str, str], rows: Rows, settings: EvaluateConfig
+) -> dict[str, list[dict[str, Any]]]:
+    """What each trained model looked at in some pictures with their own first captions."""
+    if settings.attention is None:
+        return {}
+    captions = rows.captions[settings.languages[0]]
+    shown = min(settings.attention.rows, len(captions.pictures))
+    places = [number * len(captions.pictures) // shown for number in range(shown)]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        if models[name].model.gives & COMPARES:
+            found[name] = []
+            for place in places:
+                sample, caption = rows.samples[captions.pictures[place]], captions.texts_of_picture[place][0]
+                looked = look(models[name], sample, caption)
+                found[name].append(
+                    {
+                        "key": sample.key,
+                        "caption": caption,
+                        "score": round(looked.score, 4),
+                        "picture": looked.picture,
+                        "rollout": looked.rollout,
+                        "tokens": [{"text": piece, "weight": weight} for piece, weight in looked.tokens],
+                    }
+                )
+    return found
+
+
+@torch.inference_mode()
 def _latency_ms(loaded: LoadedModel, rows: Rows) -> float:
-    """Median milliseconds from one stored picture to its embedding."""
-    samples = rows.samples[:1]
+    """Median milliseconds from one stored picture to what the image encoder makes of it, in the shared space where
+    there is one."""
+    samples, model = rows.samples[:1], loaded.model
     times = []
     for _ in range(LATENCY_RUNS):
         began = perf_counter()
-        embed_images(loaded, samples, 1)
+        image = model.encode_image(*image_inputs(loaded, samples))
+        if "embeddings" in model.gives:
+            model.embed_image(image)
         times.append(1000 * (perf_counter() - began))
     return round(median(times), 2)

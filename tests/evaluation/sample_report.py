@@ -123,6 +123,39 @@ def queries() -> list[dict[str, Any]]:
     return made
 
 
+def look(index: int) -> dict[str, Any]:
+    color, shape = CONCEPTS[index * 5]
+    ring = [[math.exp(-((row - 3.5) ** 2 + (column - 3.5) ** 2) / 9) for column in range(8)] for row in range(8)]
+    return {
+        "key": f"{color}-{shape}",
+        "caption": f"{color} {shape}",
+        "score": 0.42 - 0.03 * index,
+        "picture": ring,
+        "rollout": [[0.2 + 0.1 * (column % 3) for column in range(8)] for _ in range(8)],
+        "tokens": [{"text": color, "weight": 0.9}, {"text": f" {shape}", "weight": 0.35 + 0.1 * index}],
+    }
+
+
+def written() -> dict[str, Any]:
+    keys = [f"{color}-{shape}" for color, shape in CONCEPTS[:4]]
+    return {
+        "model": "student",
+        "split": "unseen_variants",
+        "captions": [{"key": key, "caption": f"a {key}", "people": [f"the {key}", key]} for key in keys],
+        "answers": [
+            {
+                "key": key,
+                "question": f"what is a {key}?",
+                "answer": "circle",
+                "people": ["circle", "a circle"],
+                "accuracy": 0.6 if place else 0.0,
+            }
+            for place, key in enumerate(keys)
+        ],
+        "confusion": {"classes": ["circle", "square"], "counts": [[7, 2, 1], [3, 5, 0]]},
+    }
+
+
 def sample_report() -> dict[str, Any]:
     """A fresh, complete report: every section that the page knows is there."""
     summaries = (
@@ -205,6 +238,8 @@ def sample_report() -> dict[str, Any]:
             "splits": {"unseen_concepts": split(160, 0.137, 0.118), "unseen_variants": split(400, 0.683, 0.6618)},
         },
         "retrieval": {"split": "unseen_variants", "model": "student", "queries": queries()},
+        "looks": {"model": "student", "rows": [look(index) for index in range(4)]},
+        "written": written(),
         "comparison": {
             "teacher_parameters": 3_120_000,
             "student_parameters": 1_010_000,

@@ -18,6 +18,8 @@ VOID = {"meta", "img", "br"}
 SECTIONS = {
     "stages": "loop",
     "retrieval": "retrieval",
+    "looks": "looks",
+    "written": "written",
     "training": "training",
     "dataset": "dataset",
     "promotion": "promotion",
@@ -90,7 +92,8 @@ def test_page_is_well_formed_and_whole() -> None:
     assert parsed.open == []
     assert set(SECTIONS.values()) | {"models", "recipe"} <= parsed.ids()
     order = [attrs["id"] for tag, attrs in parsed.elements if tag == "section"]
-    assert order == ["loop", "retrieval", "models", "training", "dataset", "promotion", "scores", "lineage", "recipe"]
+    assert order == ["loop", "retrieval", "looks", "written", "models", *order[5:]]
+    assert order[5:] == ["training", "dataset", "promotion", "scores", "lineage", "recipe"]
 
 
 def test_page_loads_nothing_from_outside() -> None:
@@ -126,9 +129,7 @@ def test_report_of_a_name_alone_is_a_page_without_sections() -> None:
     assert "quickstart · Sunday 22 November 2026, 03:00 UTC" in parsed.text
 
 
-@pytest.mark.parametrize(
-    "section", ["dataset", "training", "evaluation", "retrieval", "comparison", "promotion", "scores", "machine"]
-)
+@pytest.mark.parametrize("section", sorted({*SECTIONS, "evaluation", "comparison", "machine"} - {"stages", "lineage"}))
 def test_empty_section_costs_nobody_the_report(section: str) -> None:
     report = sample_report()
     for key in list(report[section]):
@@ -190,6 +191,7 @@ def test_first_promotion_mentions_no_earlier_version() -> None:
 def test_right_pictures_are_marked_by_a_sign_and_not_only_by_colour() -> None:
     report = sample_report()
     report["retrieval"]["queries"] = report["retrieval"]["queries"][5:7]  # rank 17, then rank 1
+    del report["written"]  # which has signs of its own
     text = Page(render_report(report, sample_images())).text
     missed, found = text[text.index("✗ right one at rank 17") :].split("✓ first", 1)
     assert "✓" not in missed
@@ -203,7 +205,11 @@ def test_pictures_are_inlined_with_their_own_type_and_unknown_ones_show_their_ke
     assert page.data_uri(green).startswith("data:image/png")
     assert page.data_uri(b"<svg onload=alert(1)>") == ""
     parsed = Page(render_report(sample_report(), {"red-circle": red}))
-    assert {attrs["alt"] for tag, attrs in parsed.elements if tag == "img"} == {"red circle"}
+    assert {attrs["alt"] for tag, attrs in parsed.elements if tag == "img"} == {
+        "red circle",
+        "a red-circle",
+        "what is a red-circle?",
+    }
     assert "green-circle" in parsed.text
 
 
@@ -212,6 +218,33 @@ def test_loss_that_ended_in_nan_says_so() -> None:
     report["training"] = {"teacher": {"stage": "pretrain", "curves": {"loss": [[0, 5.0], [10, 4.0], [20, math.nan]]}}}
     text = Page(render_report(report, {})).text
     assert re.search(r"loss\s+teacher NaN", text)
+
+
+def test_maps_lie_over_their_picture_and_weigh_the_captions_pieces() -> None:
+    report = sample_report()
+    report["looks"]["rows"] = report["looks"]["rows"][:1]
+    report["looks"]["rows"][0] |= {"picture": [[0.0, 0.5], [1.0, math.nan]], "rollout": None}
+    parsed = Page(render_report(report, sample_images()))
+    cells = {
+        (attrs["x"], attrs["y"]): attrs["fill-opacity"] for tag, attrs in parsed.elements if "fill-opacity" in attrs
+    }
+    assert cells == {("0", "0"): "0", ("1", "0"): "0.35", ("0", "1"): "0.7"}
+    pieces = [
+        attrs["style"] for tag, attrs in parsed.elements if tag == "span" and "--weight" in (attrs.get("style") or "")
+    ]
+    assert pieces == ["--weight: 0.9", "--weight: 0.35"]
+    assert "what moved the score" in parsed.text
+    assert "attention rollout" not in parsed.text
+
+
+def test_confusions_are_shares_of_their_row_and_no_answer_is_a_column_where_it_was_given() -> None:
+    report = sample_report()
+    parsed = Page(render_report(report, {}))
+    assert re.search(r"is, taken for circle square none circle 7 2 1 square 3 5 0", parsed.text)
+    shares = [attrs["style"] for tag, attrs in parsed.elements if tag == "td" and attrs.get("style")]
+    assert shares == [f"--weight: {share}" for share in ("0.7", "0.2", "0.1", "0.375", "0.625", "0")]
+    report["written"]["confusion"]["counts"] = [[7, 2, 0], [3, 5, 0]]
+    assert "none" not in Page(render_report(report, {})).text[: parsed.text.index("Teacher, student")]
 
 
 def test_missing_figure_prints_as_a_dash() -> None:

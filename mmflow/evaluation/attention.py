@@ -1,0 +1,196 @@
+"""What a model looked at when it compared a picture with a text: weights over the picture and over the text's tokens.
+
+Two ways through attention maps: rollout, which follows where vectors flow, whatever they are used for (arXiv
+2005.00928), and the gradient-weighted one, which follows what raised the score (arXiv 2103.15679).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmflow.loading.reader import Sample
+from mmflow.models.embed import image_inputs, text_inputs
+from mmflow.models.package import LoadedModel
+
+# Shapes: B batch, H heads, T tokens or regions that read, S that are read, S side of a picture where it is squared.
+
+Maps = Sequence[Tensor]  # one a layer, from the first to the last
+SALIENCY_CELLS = 8  # along each side, for encoders without attention: single pixels are noise
+
+
+def rollout(maps_BHTT: Maps) -> Tensor:
+    """(B, T, T): how much of each input every output is made of, if each layer mixed vectors as its map says and added
+    what it read (equation 1: the mean over heads and the identity, half and half, multiplied up). Rows sum to 1."""
+    flow: Tensor | None = None
+    for layer in maps_BHTT:
+        mixed = (layer.mean(1) + torch.eye(layer.shape[-1], device=layer.device)) / 2
+        flow = mixed if flow is None else mixed @ flow
+    assert flow is not None
+    return flow
+
+
+def counted(map_BHTS: Tensor, gradient_BHTS: Tensor) -> Tensor:
+    """(B, T, S): of one layer's map what raised the score, mean over heads (equation 5)."""
+    return (map_BHTS * gradient_BHTS).clamp(min=0).mean(1)
+
+
+def self_relevance(counted_BTT: Sequence[Tensor]) -> Tensor:
+    """(B, T, T): how much each input raised the score through every output of a stack of layers, from what counted in
+    each, first to last (equation 6)."""
+    relevance = torch.eye(counted_BTT[0].shape[-1], device=counted_BTT[0].device).expand_as(counted_BTT[0])
+    for layer in counted_BTT:
+        relevance = relevance + layer @ relevance
+    return relevance
+
+
+def of_pooled(weights_BTT: Tensor, pooling: str, mask_BT: Tensor | None) -> Tensor:
+    """(B, T): the row of what the pooled vector is read from: the first token, the last real one, or the mean of all.
+
+    What a vector keeps of itself is left out: with a mean it is the same for all, and would hide what was read.
+    """
+    rows, tokens = weights_BTT.shape[:2]
+    real_BT = torch.ones(rows, tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    read_BTT = weights_BTT * (1 - torch.eye(tokens, device=weights_BTT.device))
+    if pooling == "mean":
+        share_BT = real_BT.to(weights_BTT) / real_BT.sum(1, keepdim=True)
+        return (share_BT[:, None] @ read_BTT).squeeze(1)
+    place_B = real_BT.sum(1) - 1 if pooling in ("last", "eos") else torch.zeros(rows, dtype=torch.int64)
+    return read_BTT[torch.arange(rows), place_B]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """One picture and one text: weights from 0 to 1, of which the greatest is 1; None where there are none."""
+
+    score: float  # the cosine, or the log-odds that they belong together
+    picture: list[list[float]] | None  # rows of a square grid, by gradients
+    rollout: list[list[float]] | None  # the same by rollout
+    tokens: list[tuple[str, float]]  # pieces that the text is made of, in order
+
+
+def look(loaded: LoadedModel, sample: Sample, text: str) -> Looked:
+    """What raised the cosine of a picture and a text, or for a model without a shared space the odds that they match.
+
+    An encoder that does not attend (a convolutional one) is asked by its gradients with respect to pixels (saliency,
+    arXiv 1312.6034). The model must give embeddings, or matching logits. Through a fusion that has no attention nothing
+    but saliency is seen.
+    """
+    model = loaded.model
+    pixels, frame_mask = image_inputs(loaded, [sample])
+    ids, mask = text_inputs(loaded, [text])
+    pixels.requires_grad_()
+    image = model.encode_image(pixels, frame_mask, attentions=_attends(model.image))
+    read = model.encode_text(ids, mask, attentions=_attends(model.text))
+    maps = {"image": image.attentions or (), "text": read.attentions or ()}
+    if "embeddings" in model.gives:
+        score = (model.embed_image(image) * model.embed_text(read)).sum()
+    else:
+        fused = model.fuse(image, read, attentions=True)
+        odds_12 = model.matching_logits(fused)
+        score = (odds_12[:, 1] - odds_12[:, 0]).sum()
+        between = fused.attentions or {}
+        # A single stream's two ways are slices of one map, and a slice has no gradient of its own.
+        maps |= {"joint": between["joint"]} if "joint" in between else between
+    layers = [layer for each in maps.values() for layer in each]
+    *gradients, of_pixels = torch.autograd.grad(score, [*layers, pixels], allow_unused=True)
+    left = iter(counted(layer, torch.zeros_like(layer) if one is None else one)
+                for layer, one in zip(layers, gradients, strict=True))  # fmt: skip
+    counts = {name: [next(left).detach() for _ in each] for name, each in maps.items()}
+    if "embeddings" in model.gives:
+        weights = _read_by_pooled(loaded, counts, mask)
+    else:
+        weights = _read_by_each_other(counts, ids.shape[1])
+    picture, flow = None, None
+    if pixels.dim() == 4:  # a clip's regions are frames
+        by_pixels = None if of_pixels is None else _saliency(of_pixels)
+        picture = by_pixels if weights["image"] is None else _grid(weights["image"], loaded)
+        if maps["image"]:
+            flows = rollout([layer.detach() for layer in maps["image"]])
+            flow = _grid(of_pooled(flows, _pooling(model.image), None), loaded)
+    return Looked(float(score.detach()), picture, flow, _pieces(loaded, text, weights["text"]))
+
+
+def _attends(encoder: Any) -> bool:
+    backbone = getattr(encoder, "backbone", None)
+    return backbone is None or hasattr(backbone.config, "num_attention_heads")
+
+
+def _pooling(encoder: Any) -> str:
+    return str(getattr(encoder, "pooling", "mean"))
+
+
+def _read_by_pooled(loaded: LoadedModel, counts: Mapping[str, list[Tensor]], mask: Tensor) -> dict[str, Tensor | None]:
+    """(1, R) of the image and (1, T) of the text: what each side's pooled vector read of its own."""
+    sides: dict[str, tuple[Any, Tensor | None]] = {
+        "image": (loaded.model.image, None),
+        "text": (loaded.model.text, mask),
+    }
+    return {
+        name: of_pooled(self_relevance(counts[name]), _pooling(encoder), real) if counts[name] else None
+        for name, (encoder, real) in sides.items()
+    }
+
+
+def _read_by_each_other(counts: Mapping[str, list[Tensor]], num_tokens: int) -> dict[str, Tensor | None]:
+    """(1, R) and (1, T): what counted where one side read the other (equation 10), handed on to its inputs."""
+    ways = {
+        "text_to_image": [each[:, :num_tokens, num_tokens:] for each in counts.get("joint", ())],
+        "image_to_text": [each[:, num_tokens:, :num_tokens] for each in counts.get("joint", ())],
+    } | {name: each for name, each in counts.items() if name in ("text_to_image", "image_to_text")}
+    parts: dict[str, list[Tensor]] = {"image": [], "text": []}
+    for text_BTR in ways["text_to_image"]:
+        parts["image"].append(text_BTR.sum(1))
+        parts["text"].append(text_BTR.sum(2))
+    for image_BRT in ways["image_to_text"]:
+        parts["image"].append(image_BRT.sum(2))
+        parts["text"].append(image_BRT.sum(1))
+    weights: dict[str, Tensor | None] = {}
+    for side, found in parts.items():
+        whole = torch.stack(found).sum(0) if found else None
+        if whole is not None and counts[side]:
+            whole = (whole[:, None] @ self_relevance(counts[side])).squeeze(1)
+        weights[side] = whole
+    return weights
+
+
+def _grid(weights_1R: Tensor, loaded: LoadedModel) -> list[list[float]] | None:
+    """Regions as the square that they lie in; class and register tokens, which come first, are left out."""
+    regions = weights_1R.shape[1]
+    patch = getattr(getattr(loaded.model.image, "backbone", None), "config", None)
+    patch = getattr(patch, "patch_size", None)
+    side = loaded.config.image_pixels // patch if isinstance(patch, int) else math.isqrt(regions)
+    return _scaled(weights_1R[0, regions - side**2 :].view(side, side)) if side > 1 else None
+
+
+def _saliency(gradient_13SS: Tensor) -> list[list[float]] | None:
+    strongest = gradient_13SS.abs().amax(1, keepdim=True)
+    return _scaled(torch.nn.functional.adaptive_avg_pool2d(strongest, SALIENCY_CELLS)[0, 0])
+
+
+def _scaled(weights: Tensor) -> list[list[float]] | None:
+    most = float(weights.max())
+    if not math.isfinite(most) or most <= 0:
+        return None
+    return [[round(float(each) / most, 3) for each in row] for row in weights.clamp(min=0)]
+
+
+def _pieces(loaded: LoadedModel, text: str, weights_1T: Tensor | None) -> list[tuple[str, float]]:
+    encoding = loaded.tokenizer.encode(text)
+    spans = encoding.offsets[: loaded.config.max_tokens]
+    weights = [0.0] * len(spans) if weights_1T is None else weights_1T[0].tolist()
+    # The tokens that stand for no text take most of the attention, and say nothing.
+    pieces, before = list[tuple[str, float]](), 0
+    for (start, end), weight, special in zip(spans, weights, encoding.special_tokens_mask, strict=False):
+        if end > start and not special:
+            pieces.append((text[before:end], weight))  # with the space before it
+            before = end
+    most = max((weight for _, weight in pieces), default=0.0)
+    if not math.isfinite(most) or most <= 0:
+        return [(piece, 0.0) for piece, _ in pieces]
+    return [(piece, round(max(0.0, weight) / most, 3)) for piece, weight in pieces]

@@ -1,0 +1,111 @@
+"""Tiny models with fresh weights, and a split of coloured squares, as examinations take them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer
+
+from mmflow.evaluation.rows import Captions, Rows
+from mmflow.loading.reader import Caption, Sample
+from mmflow.loading.tokens import train_tokenizer
+from mmflow.models.config import ModelConfig
+from mmflow.models.model import build
+from mmflow.models.package import LoadedModel
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+TEXT: dict[str, Any] = {
+    "type": "bert",
+    "options": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 32,
+    },
+}
+IMAGE: dict[str, dict[str, Any]] = {
+    "vit": {
+        "type": "vit",
+        "options": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "patch_size": 8,
+        },
+        "pooling": "first",
+    },
+    "resnet": {
+        "type": "resnet",
+        "options": {"embedding_size": 4, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"},
+        "pooling": "pooler",
+    },
+}
+BASE: dict[str, Any] = {"image_pixels": 16, "max_tokens": 12, "vocabulary_size": 400}
+DECODER: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2}
+
+
+def dual_config(image: str = "vit") -> ModelConfig:
+    return ModelConfig.model_validate({**BASE, "image": IMAGE[image], "text": TEXT, "embedding_width": 8})
+
+
+def matcher_config(kind: str = "single_stream") -> ModelConfig:
+    fusion = {"kind": kind, "width": 16, "layers": 1, "heads": 2}
+    return ModelConfig.model_validate(
+        {**BASE, "image": IMAGE["vit"], "text": TEXT, "embedding_width": None, "fusion": fusion, "heads": ["matching"]}
+    )
+
+
+def answerer_config(**more: Any) -> ModelConfig:
+    fusion = {"kind": "cross_attention", "width": 16, "layers": 1, "heads": 2}
+    fields = {**BASE, "image": IMAGE["vit"], "text": TEXT, "embedding_width": None, "fusion": fusion, **more}
+    return ModelConfig.model_validate(fields)
+
+
+def captioner_config() -> ModelConfig:
+    return ModelConfig.model_validate({**BASE, "image": IMAGE["vit"], "embedding_width": None, "decoder": DECODER})
+
+
+def classifier_config() -> ModelConfig:
+    return ModelConfig.model_validate({**BASE, "image": IMAGE["resnet"], "embedding_width": None, "heads": ["classes"]})
+
+
+def captions_of(colour: str) -> list[str]:
+    return [f"a {colour} square", f"square in {colour}", f"the {colour} one on the left of it all"]
+
+
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([text for colour in COLOURS for text in captions_of(colour)], 400)
+
+
+def loaded_model(config: ModelConfig, classes: tuple[str, ...] = (), seed: int = 0) -> LoadedModel:
+    made = tokenizer()
+    model = build("model", config, made.get_vocab_size(), seed=seed, num_classes=len(classes)).eval()
+    return LoadedModel(model, made, config, classes)
+
+
+def picture(colour: str) -> Sample:
+    body = io.BytesIO()
+    drawn = Image.new("RGB", (20, 20), colour)
+    drawn.paste((128, 128, 128), (0, 0, 10, 7))
+    drawn.save(body, "PNG")
+    captions = tuple(Caption(text, "en") for text in captions_of(colour))
+    questions = [{"question": "what colour is it?", "answers": [colour, colour, "dark"]}]
+    metadata: dict[str, object] = {"classes": {"colour": colour}, "questions": questions}
+    return Sample(colour, body.getvalue(), "png", captions, metadata)
+
+
+def rows() -> Rows:
+    """Six pictures; the first and third have three captions each, the others one."""
+    samples = tuple(picture(colour) for colour in COLOURS)
+    pairs = [
+        (row, caption.text)
+        for row, sample in enumerate(samples)
+        for caption in sample.captions[: 3 if row in (0, 2) else 1]
+    ]
+    captions = Captions(tuple(text for _, text in pairs), np.array([row for row, _ in pairs]))
+    return Rows("held_out", samples, {"en": captions})

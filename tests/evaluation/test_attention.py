@@ -1,0 +1,107 @@
+"""Attention followed through the layers: by plain loops, by a case whose answer is known, and on real tiny models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmflow.evaluation.attention import counted, look, of_pooled, rollout, self_relevance
+from tests.evaluation.models import captions_of, dual_config, loaded_model, matcher_config, picture
+
+HEADS, TOKENS = 3, 5
+
+
+def maps(layers: int, rows: int = TOKENS, columns: int = TOKENS) -> list[Tensor]:
+    return [torch.rand(2, HEADS, rows, columns).softmax(-1) for _ in range(layers)]
+
+
+def test_rollout_multiplies_the_halved_layers_up() -> None:
+    layers = maps(3)
+    found = rollout(layers)
+    for row in range(2):
+        flow = np.eye(TOKENS)
+        for layer in layers:
+            mean = layer[row].mean(0).double().numpy()
+            mixed = np.array([[0.5 * mean[i, j] + 0.5 * (i == j) for j in range(TOKENS)] for i in range(TOKENS)])
+            flow = mixed @ flow
+        np.testing.assert_allclose(found[row].numpy(), flow, atol=1e-6)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, TOKENS))
+
+
+def test_relevance_adds_what_counted_in_each_layer_and_passes_it_on() -> None:
+    layers, gradients = maps(2), [torch.randn(2, HEADS, TOKENS, TOKENS) for _ in range(2)]
+    found = self_relevance([counted(*each) for each in zip(layers, gradients, strict=True)])
+    for row in range(2):
+        relevance = np.eye(TOKENS)
+        for layer, gradient in zip(layers, gradients, strict=True):
+            raised = np.zeros((TOKENS, TOKENS))
+            for head in range(HEADS):
+                raised += np.maximum(0, (layer[row, head] * gradient[row, head]).double().numpy()) / HEADS
+            relevance = relevance + raised @ relevance
+        np.testing.assert_allclose(found[row].numpy(), relevance, atol=1e-5)
+
+
+def test_of_one_layer_that_sums_values_relevance_is_each_ones_part_of_the_score() -> None:
+    values = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.0])
+    (layer,) = maps(1)
+    layer = layer[:1, :1].requires_grad_()
+    (layer[0, 0, 0] @ values).backward()
+    assert layer.grad is not None
+    found = of_pooled(self_relevance([counted(layer, layer.grad)]), "first", None)[0]
+    expected = (layer[0, 0, 0] * values).clamp(min=0)
+    expected[0] = 0  # itself
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ("first", [0.0, 1.0, 2.0, 3.0]),
+        ("pooler", [0.0, 1.0, 2.0, 3.0]),
+        ("last", [8.0, 9.0, 0.0, 11.0]),
+        ("mean", [4.0, 10 / 3, 8 / 3, 7.0]),
+    ],
+)
+def test_the_pooled_vectors_row_is_read_over_real_tokens_and_without_itself(
+    pooling: str, expected: list[float]
+) -> None:
+    weights = torch.arange(16.0).view(1, 4, 4)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    torch.testing.assert_close(of_pooled(weights, pooling, mask)[0], torch.tensor(expected))
+
+
+def test_a_dual_encoder_of_patches_shows_a_grid_by_gradients_and_by_rollout() -> None:
+    loaded = loaded_model(dual_config("vit"))
+    looked = look(loaded, picture("red"), "red circle left")
+    assert -1.001 <= looked.score <= 1.001
+    for grid in (looked.picture, looked.rollout):
+        assert grid is not None
+        assert (len(grid), {len(row) for row in grid}) == (2, {2})
+        assert max(max(row) for row in grid) == 1.0
+        assert min(min(row) for row in grid) >= 0.0
+    assert "".join(piece for piece, _ in looked.tokens) == "red circle left"
+    assert max(weight for _, weight in looked.tokens) == 1.0
+
+
+def test_a_convolutional_encoder_is_asked_by_its_pixels() -> None:
+    looked = look(loaded_model(dual_config("resnet")), picture("red"), "red circle")
+    assert looked.rollout is None
+    assert looked.picture is not None
+    assert (len(looked.picture), len(looked.picture[0])) == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["single_stream", "cross_attention", "co_attention"])
+def test_a_model_that_matches_is_asked_through_its_fusion(kind: str) -> None:
+    looked = look(loaded_model(matcher_config(kind)), picture("blue"), "blue square")
+    assert looked.picture is not None
+    assert len(looked.picture) == 2
+    assert max(weight for _, weight in looked.tokens) == 1.0
+
+
+def test_gradients_change_with_the_text_and_rollout_does_not() -> None:
+    loaded = loaded_model(dual_config("vit"))
+    one, other = (look(loaded, picture("red"), text) for text in captions_of("red")[:2])
+    assert one.rollout == other.rollout
+    assert one.picture != other.picture

@@ -1,0 +1,108 @@
+"""What a model says of rows, in batches, is what it says of each row alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmflow.errors import RecipeError
+from mmflow.evaluation.config import WritingConfig
+from mmflow.evaluation.predict import class_scores, marks_of, matching_scores, text_of, token_losses, write_texts
+from mmflow.models.embed import image_inputs, text_inputs
+from tests.evaluation.models import (
+    COLOURS,
+    answerer_config,
+    captioner_config,
+    captions_of,
+    classifier_config,
+    loaded_model,
+    matcher_config,
+    picture,
+    tokenizer,
+)
+
+SAMPLES = [picture(colour) for colour in COLOURS]
+
+
+def test_classes_of_pictures_are_those_of_each_alone() -> None:
+    loaded = loaded_model(classifier_config(), COLOURS)
+    scores = class_scores(loaded, SAMPLES, None, batch_size=4)
+    assert scores.shape == (6, 6)
+    alone = [class_scores(loaded, [sample], None, batch_size=1)[0] for sample in SAMPLES]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    assert np.ptp(scores, axis=0).max() > 0
+
+
+def test_answers_read_the_question_with_its_own_picture() -> None:
+    loaded = loaded_model(answerer_config(heads=["classes"]), ("red", "green"))
+    questions = [text for colour in COLOURS for text in captions_of(colour)[:1]]
+    scores = class_scores(loaded, SAMPLES, questions, batch_size=4)
+    alone = [
+        class_scores(loaded, [sample], [question], batch_size=1)[0]
+        for sample, question in zip(SAMPLES, questions, strict=True)
+    ]
+    np.testing.assert_allclose(scores, alone, atol=1e-5)
+    assert np.abs(class_scores(loaded, SAMPLES, questions[::-1], batch_size=6) - scores).max() > 1e-4
+
+
+@pytest.mark.parametrize("search", ["greedy", "beam", "nucleus"])
+def test_a_captioner_writes_a_text_a_picture_and_the_same_one_again(search: str) -> None:
+    loaded = loaded_model(captioner_config())
+    writing = WritingConfig.model_validate({"search": search, "max_tokens": 5})
+    texts = write_texts(loaded, SAMPLES, None, writing, batch_size=4, seed=3)
+    assert len(texts) == 6
+    assert texts == write_texts(loaded, SAMPLES, None, writing, batch_size=4, seed=3)
+    assert not any("[" in text for text in texts)
+
+
+def test_a_decoder_of_the_fused_question_answers_in_words() -> None:
+    decoder = {"memory": "fused", "width": 16, "layers": 1, "heads": 2}
+    loaded = loaded_model(answerer_config(decoder=decoder))
+    writing = WritingConfig(search="greedy", max_tokens=4)
+    asked = [captions_of("red")[0]] * 6
+    together = write_texts(loaded, SAMPLES, asked, writing, batch_size=6, seed=0)
+    assert together == [write_texts(loaded, [each], asked[:1], writing, batch_size=1, seed=0)[0] for each in SAMPLES]
+
+
+def test_token_losses_are_those_of_a_plain_loop_over_each_caption() -> None:
+    loaded = loaded_model(captioner_config())
+    captions = [captions_of(colour)[row % 3] for row, colour in enumerate(COLOURS)]
+    losses, counts = token_losses(loaded, SAMPLES, captions, batch_size=4)
+    for row, (sample, caption) in enumerate(zip(SAMPLES, captions, strict=True)):
+        ids = loaded.tokenizer.encode(caption).ids
+        with torch.no_grad():
+            image = loaded.model.encode_image(*image_inputs(loaded, [sample]))
+            odds = loaded.model.decode(image, torch.tensor([ids])).log_softmax(-1)[0]
+        assert counts[row] == len(ids) - 1
+        assert losses[row] == pytest.approx(-sum(float(odds[at, ids[at + 1]]) for at in range(len(ids) - 1)), rel=1e-4)
+
+
+def test_pairs_are_scored_as_each_alone_and_others_not_at_all() -> None:
+    loaded = loaded_model(matcher_config())
+    captions = [text for colour in COLOURS for text in captions_of(colour)[:2]]
+    pairs = np.random.default_rng(0).random((12, 6)) < 0.5
+    scores = matching_scores(loaded, SAMPLES, captions, pairs, batch_size=4)
+    assert (scores == -np.inf).tolist() == (~pairs).tolist()
+    for query, place in np.argwhere(pairs)[::5]:
+        with torch.no_grad():
+            image = loaded.model.encode_image(*image_inputs(loaded, [SAMPLES[place]]))
+            text = loaded.model.encode_text(*text_inputs(loaded, [captions[query]]))
+            odds = loaded.model.matching_logits(loaded.model.fuse(image, text))[0]
+        assert scores[query, place] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5)
+
+
+def test_written_ids_are_text_up_to_the_closing_token() -> None:
+    made = tokenizer()
+    marks = marks_of(made)
+    ids = made.encode("a red square on it").ids
+    assert text_of(made, [*ids[1:], marks.pad, ids[2]]) == "a red square on it"
+    assert text_of(made, [marks.last]) == ""
+
+
+def test_a_tokenizer_without_marks_is_refused_by_the_recipes_key() -> None:
+    from tokenizers import Tokenizer, models
+
+    bare = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "word": 2}, unk_token="<unk>"))
+    with pytest.raises(RecipeError, match=r"model\.decoder: the tokenizer has no token to begin and end"):
+        marks_of(bare)
