@@ -15,7 +15,7 @@ VERSIONS = ("webdataset", "ray", "pyarrow", "xxhash", "numpy")
 
 
 def run() -> list[Row]:
-    """All over the same dataset. A pass gives bytes, as the peers do; the shuffled epoch parses them, as training does."""
+    """All over the same dataset. A pass gives bytes, as the peers do; the shuffled epoch parses, as training does."""
     dataset, count = sharded_jpegs()
     found = rates({name: f"tests.benchmarks.reading:{name}" for name in CONTESTANTS}, dataset, count)
     ray_note = "Ray's start and first pass not counted"
