@@ -1,7 +1,8 @@
 """Global batches as a pure function of (shard sizes, seed, state), so that a position is all there is to save.
 
 The slots of a batch go by the lanes of their epoch. Ranks take equal slices of them, so that each rank reads a few long
-runs of a few shards, and the batch is the same set in the same order for every number of ranks.
+runs of a few shards, and the batch is the same set in the same order for every number of ranks. Buckets loosen the
+first, never the second: what a batch takes of a lane then varies, and ranks reach into their neighbours' lanes.
 """
 
 from __future__ import annotations
