@@ -1,0 +1,160 @@
+"""The stage writes what each model came to, under the names that gates and the report read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmflow.artifacts import join, read_json
+from mmflow.errors import MisuseError
+from mmflow.evaluation.config import EvaluateConfig
+from mmflow.evaluation.report import render_report
+from mmflow.evaluation.stage import evaluate_models, metrics_of, metrics_of_package
+from mmflow.models.config import ModelConfig
+from mmflow.models.encoders import parameter_count
+from mmflow.models.package import write_package
+from mmflow.shards.dataset import Dataset
+from tests.evaluation.models import COLOURS, captioner_config, captions_of, dual_config, loaded_model
+from tests.shards.handmade import Handmade, write_dataset
+
+SETTINGS = EvaluateConfig.model_validate(
+    {
+        "splits": ["held_out"],
+        "captions": {"search": "greedy", "max_tokens": 4},
+        "attention": {"rows": 2},
+        "batch_size": 4,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """A picture a colour, every other one with two captions, in a split; a shard of questions alone in another."""
+    held_out = [
+        Handmade(
+            key=colour,
+            captions=[{"language": "en", "text": text} for text in captions_of(colour)[: 1 + place % 2]],
+            size=(24, 20),
+        )
+        for place, colour in enumerate(COLOURS)
+    ]
+    asked = [{"question": "which?", "answers": ["red"]}]
+    captions = [{"language": "und", "text": "none"}]
+    questions = [Handmade(key="q", captions=captions, metadata={"questions": asked}, size=(24, 20))]
+    shards = [("held_out", held_out), ("questions", questions)]
+    return write_dataset(tmp_path_factory.mktemp("evaluation") / "dataset", shards)
+
+
+def package(uri: Path, config: ModelConfig) -> str:
+    loaded = loaded_model(config, seed=4)
+    written = write_package(
+        str(uri),
+        state=loaded.model.state_dict(),
+        config=config,
+        tokenizer_json=loaded.tokenizer.to_str(),
+        parameters=parameter_count(loaded.model),
+        lineage={},
+    )
+    return written.uri
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A captioner and a dual encoder, which is asked for what it does not give too."""
+    directory = tmp_path_factory.mktemp("packages")
+    return {
+        "teacher": package(directory / "teacher", captioner_config()),
+        "student": package(directory / "student", dual_config()),
+    }
+
+
+def evaluate(uri: Path, dataset: Dataset, packages: dict[str, str]) -> dict[str, Any]:
+    return dict(
+        evaluate_models(
+            str(uri),
+            dataset=dataset.uri,
+            packages=packages,
+            settings=SETTINGS,
+            seed=1,
+            progress=lambda done, total, what: None,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, packages: dict[str, str]) -> str:
+    uri = tmp_path_factory.mktemp("evaluate") / "evaluation"
+    evaluate(uri, dataset, packages)
+    return str(uri)
+
+
+def test_every_model_has_what_it_gives(evaluation: str) -> None:
+    (split,) = read_json(join(evaluation, "metrics.json")).values()
+    assert split["rows"] == 6
+    assert {model: set(found) for model, found in split["models"].items()} == {
+        "chance": {"text_to_image", "image_to_text", "languages"},
+        "teacher": {"captions"},
+        "student": {"text_to_image", "image_to_text", "languages"},
+        "untrained": {"captions"},
+    }
+    assert set(read_json(join(evaluation, "speed.json"))) == {"teacher", "student", "untrained"}
+
+
+def test_every_caption_is_a_query_under_its_pictures_key(evaluation: str) -> None:
+    queries = read_json(join(evaluation, "retrieval.json"))["student"]["held_out"]
+    assert [query["key"] for query in queries] == [
+        "red",
+        "green",
+        "green",
+        "blue",
+        "yellow",
+        "yellow",
+        "black",
+        "white",
+        "white",
+    ]
+    for query in queries:
+        assert [result["correct"] for result in query["results"]].count(True) == (query["rank"] <= 5)
+        assert sum(result["correct"] and result["key"] == query["key"] for result in query["results"]) <= 1
+
+
+def test_a_gate_reads_the_same_metrics_of_a_package_as_of_the_evaluation(
+    evaluation: str, dataset: Dataset, packages: dict[str, str]
+) -> None:
+    for model, uri in packages.items():
+        settings = SETTINGS if model == "teacher" else SETTINGS.model_copy(update={"captions": None})
+        assert metrics_of_package(uri, dataset.uri, settings) == pytest.approx(metrics_of(evaluation, model))
+    assert metrics_of(evaluation, "student")["held_out/text_to_image/R@10"] == 1.0
+
+
+def test_what_was_looked_at_and_written_is_there_for_the_report(evaluation: str) -> None:
+    looks = read_json(join(evaluation, "attention.json"))
+    assert list(looks) == ["student"]
+    assert [look["key"] for look in looks["student"]] == ["red", "yellow"]
+    details = read_json(join(evaluation, "details.json"))
+    assert [row["key"] for row in details["teacher"]["held_out"]["captions"]] == list(COLOURS)
+    report = {
+        "name": "tiny",
+        "looks": {"model": "student", "rows": looks["student"]},
+        "written": {"model": "teacher", "split": "held_out", **details["teacher"]["held_out"]},
+    }
+    page = render_report(report, {})
+    assert "Where it looks" in page
+    assert "What it writes" in page
+
+
+def test_the_same_models_come_to_the_same_fingerprint(
+    tmp_path: Path, dataset: Dataset, packages: dict[str, str]
+) -> None:
+    first, again = (evaluate(tmp_path / name, dataset, packages)["fingerprint"] for name in ("first", "again"))
+    assert first == again
+
+
+def test_a_split_without_captions_is_refused_only_where_they_are_read(
+    tmp_path: Path, dataset: Dataset, packages: dict[str, str]
+) -> None:
+    settings = SETTINGS.model_copy(update={"splits": ["questions"]})
+    with pytest.raises(MisuseError, match=r"evaluate\.languages: no caption in 'en' in split 'questions'"):
+        metrics_of_package(packages["student"], dataset.uri, settings)
