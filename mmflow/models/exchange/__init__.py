@@ -1,0 +1,1 @@
+"""Model packages from and to the formats of others."""
