@@ -75,15 +75,6 @@ def test_every_sample_comes_once_an_epoch_and_only_the_last_batch_is_padded(orde
 
 
 @given(order=orders, epoch=epochs, data=st.data())
-def test_a_position_is_found_without_the_ones_before_it(order: Order, epoch: int, data: st.DataObject) -> None:
-    plan = EpochPlan(order.shard_samples, order.seed, epoch, order.window, order.lanes)
-    every = list(zip(*(found.tolist() for found in plan.locate(np.arange(plan.num_samples))), strict=True))
-    wanted = data.draw(st.lists(st.integers(0, plan.num_samples - 1), min_size=1, max_size=20))
-    found = zip(*(found.tolist() for found in plan.locate(np.array(wanted))), strict=True)
-    assert list(found) == [every[position] for position in wanted]
-
-
-@given(order=orders, epoch=epochs, data=st.data())
 def test_a_batch_may_begin_at_any_position(order: Order, epoch: int, data: st.DataObject) -> None:
     """A training that goes on with another batch size repeats nothing and loses nothing either."""
     stop = data.draw(st.integers(0, len(samples(order)) - 1))
@@ -262,27 +253,10 @@ def test_neighbours_of_a_shard_do_not_stay_together() -> None:
     assert abs(together / 4_096 - 15 / 255) < 0.02
 
 
-def test_windows_and_lanes_of_an_epoch_are_shuffled_each_in_its_own_way() -> None:
-    plan = EpochPlan((4_000,), 7, 0, 100, 4)
-    _, found = plan.locate(np.arange(4_000))
-    # (window, place, lane) to (window and lane, place)
-    places = found.reshape(10, 100, 4).transpose(0, 2, 1).reshape(40, 100)
-    ranks = np.argsort(np.argsort((places - places[:, :1]) % 4_000, axis=1), axis=1)
-    correlations = np.corrcoef(np.argsort(np.argsort(places, axis=1), axis=1))[~np.eye(40, dtype=bool)]
-    assert len({tuple(row) for row in ranks.tolist()}) == 40
-    assert np.abs(correlations).max() < 0.5  # 1/sqrt(100) is one standard deviation
-
-
 def test_a_split_of_one_shard_has_other_samples_in_its_windows_each_epoch() -> None:
     order = Order(shard_samples=(1_000,), global_batch_size=100, seed=3, window=50, lanes=2)
     first = {epoch: frozenset(real(order.batch(LoaderState(epoch)))) for epoch in range(6)}
     assert len(set(first.values())) == 6
-
-
-def test_shards_are_read_in_another_order_each_epoch() -> None:
-    plans = [EpochPlan((10,) * 50, 3, epoch, 1, 1) for epoch in range(4)]
-    lines = [tuple(plan.locate(np.arange(0, 500))[0].tolist()) for plan in plans]
-    assert len({tuple(dict.fromkeys(line)) for line in lines}) == 4
 
 
 def test_order_is_a_fixed_function_that_no_release_may_change() -> None:
