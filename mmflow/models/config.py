@@ -49,8 +49,8 @@ class EncoderConfig(Config):
     type: str | None = None
     """`model_type` in transformers: resnet, vit, convnext, clip_vision_model, bert, roberta, modernbert, …"""
     checkpoint: str | None = None
-    """A local directory as `save_pretrained` writes it, with its weights as safetensors; one of a CLIP, SigLIP or
-    VisionTextDualEncoder gives its tower. In place of `type`."""
+    """A local directory as `save_pretrained` writes it, with its weights as safetensors, or `package:NAME/PATH` for one
+    within an installed Python package; a CLIP, SigLIP or VisionTextDualEncoder gives its tower. In place of `type`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Fields of that type's configuration; a field that the type does not have is an error."""
     frozen_layers: int | Literal["all"] = 0
@@ -207,9 +207,9 @@ class ModelConfig(Config):
         if "masked_language" in self.heads and self.text is None:
             raise ValueError("heads: masked_language needs a text encoder; name one under text")
         if "masked_language" in self.heads and self.text is not None and self.text.windows is not None:
-            raise ValueError("heads: masked_language needs tokens, and text.windows gives windows; leave one of them out")
+            raise ValueError("heads: masked_language needs tokens, and text.windows gives windows; leave one out")
         if "masked_image" in self.heads and self.video is not None:
-            raise ValueError("heads: masked_image needs patches, and video gives frames; leave one of them out")
+            raise ValueError("heads: masked_image needs patches, and video gives frames; leave one out")
         if "masked_image" in self.heads and self.fusion is not None and self.fusion.kind == "cross_attention":
             raise ValueError("heads: in cross_attention no patch reads the text; take both_directions or another fusion")
         meets = self.embedding_width is not None or self.fusion is not None

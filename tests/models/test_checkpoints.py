@@ -191,7 +191,7 @@ def test_a_pickle_is_not_read(broken: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.json", None, "has no config.json; give a directory of this machine"),
+        ("config.json", None, "has no config.json; give a directory that save_pretrained wrote"),
         ("config.json", "{", "/config.json names no model_type"),
         ("config.json", "[]", "/config.json names no model_type"),
         ("config.json", '{"model_type": "vitt"}', "is a 'vitt', which transformers itself does not know; did you mean"),
@@ -244,3 +244,30 @@ def test_a_side_that_a_checkpoint_lacks_is_refused(checkpoints: dict[str, Path])
 def test_weights_of_another_shape_are_refused(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(RecipeError, match=r"^m.image.checkpoint: .*vit does not load \("):
         image_tower(checkpoints["vit"], options={"intermediate_size": 24})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "said"),
+    [
+        ("/nowhere/at/all", "is no directory of this machine; give one that save_pretrained wrote"),
+        ("package:tests/nowhere", "is no directory of this machine; give one that save_pretrained wrote"),
+        ("package:no_such_package/model", "names a package that is not installed here; install 'no_such_package'"),
+        ("package:../vit", "names a package that is not installed here; install '..'"),
+    ],
+)
+def test_a_directory_that_is_not_there_is_named(checkpoint: str, said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        image_tower(Path("unused"), checkpoint=checkpoint)
+    assert str(caught.value) == f"m.image.checkpoint: {checkpoint} {said}"
+
+
+def test_a_package_is_found_and_not_imported(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "carries_weights"
+    shutil.copytree(checkpoints["vit"], package / "model")
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    tower = image_tower(Path("unused"), checkpoint="package:carries_weights/model")
+    expected = image_tower(checkpoints["vit"]).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in tower.state_dict().items())
