@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
@@ -21,10 +21,12 @@ from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
 
+if TYPE_CHECKING:
+    from mmflow.loading.vocabulary import Vocabulary
+
 Inputs = Mapping[str, Artifact]
 PACKAGE = "package"
 JOURNAL = "journal.jsonl"
-TOKENIZER_CAPTIONS = 2_000_000  # a vocabulary is settled long before this many
 
 
 @dataclass(frozen=True)
@@ -200,30 +202,33 @@ def _fetch(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
-    def tokenizer_json() -> str:
-        from mmflow.loading.reader import Reader
-        from mmflow.loading.tokens import train_tokenizer
+    section = recipe.pretrain
+
+    def vocabulary() -> Vocabulary:
+        from mmflow.loading.opening import open_readers
+        from mmflow.loading.vocabulary import learn_vocabulary
         from mmflow.shards.dataset import open_dataset
 
-        reader = Reader(open_dataset(inputs["shard"].uri), recipe.pretrain.loader.split)
-        captions = (caption.text for sample in reader for caption in sample.captions)
-        bounded = (text for _, text in zip(range(TOKENIZER_CAPTIONS), captions, strict=False))
-        return str(train_tokenizer(bounded, recipe.pretrain.model.vocabulary_size).to_str())
+        readers = open_readers(section.loader, open_dataset(inputs["shard"].uri))
+        checkpoint = section.model.text.checkpoint if section.model.text else None
+        key = "pretrain.model.text.checkpoint"
+        return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, checkpoint, key)
 
-    build = partial(_train, recipe, "pretrain", recipe.pretrain, inputs, tokenizer_json)
-    return _training_stage(recipe, "pretrain", recipe.pretrain, inputs, build)
+    build = partial(_train, recipe, "pretrain", section, inputs, vocabulary)
+    return _training_stage(recipe, "pretrain", section, inputs, build)
 
 
 def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
     assert recipe.distill is not None
 
-    def tokenizer_json() -> str:
-        from mmflow.artifacts import read_bytes
-        from mmflow.models.package import TOKENIZER
+    def vocabulary() -> Vocabulary:
+        from mmflow.loading.vocabulary import Vocabulary
+        from mmflow.models.package import load_package, read_package
 
-        return read_bytes(inputs["pretrain"].file(PACKAGE, TOKENIZER)).decode()
+        teacher = load_package(read_package(inputs["pretrain"].file(PACKAGE)))
+        return Vocabulary(teacher.tokenizer.to_str(), teacher.classes)
 
-    build = partial(_train, recipe, "distill", recipe.distill, inputs, tokenizer_json)
+    build = partial(_train, recipe, "distill", recipe.distill, inputs, vocabulary)
     return _training_stage(recipe, "distill", recipe.distill, inputs, build)
 
 
@@ -236,7 +241,31 @@ def _training_stage(
 ) -> Stage:
     settings = {**settings_of(section), "seed": recipe.seed}
     fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
-    return Stage(name=name, kind="training", version=1, settings=settings, inputs=fingerprints, build=build)
+    # What lies elsewhere is known by its content; how batches are prepared changes none of them.
+    loader, model = dict(settings["loader"]), dict(settings["model"])
+    for key in ("workers", "prefetch_batches", "cache"):
+        del loader[key]
+    if section.loader.mixture is not None:
+        from mmflow.shards.dataset import open_dataset
+
+        loader["mixture"] = {**loader["mixture"], "datasets": [each.split for each in section.loader.mixture.datasets]}
+        for number, each in enumerate(section.loader.mixture.datasets):
+            fingerprints[f"mixture {number}"] = open_dataset(each.uri).fingerprint
+    for side, encoder in (("image", section.model.image), ("text", section.model.text)):
+        if encoder is not None and encoder.checkpoint is not None:
+            model[side] = {**model[side], "checkpoint": None}
+            fingerprints[f"{side} checkpoint"] = _checkpoint_hash(f"{name}.model.{side}.checkpoint", encoder.checkpoint)
+    settings |= {"loader": loader, "model": model}
+    return Stage(name=name, kind="training", version=2, settings=settings, inputs=fingerprints, build=build)
+
+
+def _checkpoint_hash(key: str, checkpoint: str) -> str:
+    from mmflow.ingest.listing import fingerprint
+
+    directory = Path(checkpoint)
+    if not directory.is_dir():
+        raise RecipeError(f"{key}: {checkpoint}: no such directory; give one as `save_pretrained` writes it")
+    return fingerprint(checkpoint, sorted(path.name for path in directory.iterdir() if path.is_file()))
 
 
 def _train(
@@ -244,7 +273,7 @@ def _train(
     name: str,
     section: PretrainConfig | DistillConfig,
     inputs: Inputs,
-    tokenizer_json: Callable[[], str],
+    vocabulary: Callable[[], Vocabulary],
     uri: str,
 ) -> Mapping[str, Any]:
     from mmflow.cluster.local import ensure_ray
@@ -264,13 +293,15 @@ def _train(
         "inputs": {each: artifact.fingerprint for each, artifact in inputs.items()},
     }
     if not exists(join(uri, PACKAGE, CARD)):  # a driver killed after the last step has only the commit left to do
+        learnt = vocabulary()
         job = TrainingJob(
             stage=name,
             dataset=inputs["shard"].uri,
-            tokenizer_json=tokenizer_json(),
+            tokenizer_json=learnt.tokenizer_json,
+            classes=learnt.classes,
             model=section.model,
             loader=section.loader,
-            objective=section.objective,
+            objectives=section.objectives,
             training=training,
             seed=recipe.seed,
             package=join(uri, PACKAGE),

@@ -8,10 +8,8 @@ from mmflow.config import Config
 
 
 class LessonsConfig(Config):
-    """Weights of the distillation losses beside the contrastive one."""
+    """Weights of the distillation losses, which the objectives' are added to."""
 
-    contrastive: float = Field(1.0, ge=0)
-    """The objective that the teacher was trained with, on the pairs themselves."""
     soft_labels: float = Field(1.0, ge=0)
     """Kullback–Leibler divergence from the teacher's similarity rows to the student's."""
     features: float = Field(10.0, ge=0)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmflow.distillation.student import SIDES
 from mmflow.objectives.rows import Gather, GlobalRows
 
 # Shapes: B rows of this rank, N rows of all ranks, E the student's width and F the teacher's.
+
+SIDES = ("image_embedding", "text_embedding")
 
 
 def soft_label_loss(

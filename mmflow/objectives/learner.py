@@ -96,4 +96,4 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
         return pixels
     frames = pixels.flatten(0, -4)  # of all clips in a row; pictures stay as they are
     resized = nn.functional.interpolate(frames, (side, side), mode="bilinear", antialias=True)
-    return resized.unflatten(0, pixels.shape[:-3])
+    return resized.reshape(*pixels.shape[:-2], side, side)

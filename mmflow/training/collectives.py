@@ -1,4 +1,4 @@
-"""What objectives exchange between ranks, on any backend: all ranks' rows with their gradients, and rows passed round."""
+"""What objectives exchange between ranks, on any backend: all ranks' rows with gradients, and rows passed round."""
 
 from __future__ import annotations
 

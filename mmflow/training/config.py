@@ -10,7 +10,7 @@ from mmflow.config import Config
 from mmflow.distillation.config import LessonsConfig
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import ModelConfig
-from mmflow.objectives.config import ContrastiveConfig
+from mmflow.objectives.config import ObjectivesConfig
 
 
 class OptimizerConfig(Config):
@@ -55,11 +55,11 @@ class TrainingConfig(Config):
 
 
 class PretrainConfig(Config):
-    """Stage `pretrain`: a dual encoder from scratch, the teacher."""
+    """Stage `pretrain`: a model from scratch or from encoders that others trained, the teacher."""
 
     model: ModelConfig
     loader: LoaderConfig = LoaderConfig()
-    objective: ContrastiveConfig = ContrastiveConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
     training: TrainingConfig = TrainingConfig()
 
 
@@ -70,5 +70,5 @@ class DistillConfig(Config):
     model: ModelConfig
     lessons: LessonsConfig = LessonsConfig()
     loader: LoaderConfig = LoaderConfig()
-    objective: ContrastiveConfig = ContrastiveConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
     training: TrainingConfig = TrainingConfig()

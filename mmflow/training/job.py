@@ -13,29 +13,28 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from torch import Tensor, nn
 
 from mmflow.artifacts import local_path, write_bytes
 from mmflow.distillation.config import LessonsConfig
-from mmflow.distillation.losses import feature_loss, soft_label_loss
 from mmflow.distillation.student import Student
-from mmflow.loading.batches import Batch, normalise
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_loader, steps_per_epoch
 from mmflow.loading.plan import LoaderState
+from mmflow.loading.tokens import read_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
-from mmflow.models.model import Model, build
-from mmflow.models.package import LoadedModel, load_package, portable, read_package, write_package
-from mmflow.objectives.config import ContrastiveConfig
-from mmflow.objectives.contrastive import contrastive_loss
-from mmflow.objectives.rows import GlobalRows, global_rows
+from mmflow.models.model import build
+from mmflow.models.package import load_package, portable, read_package, write_package
+from mmflow.objectives.config import ObjectivesConfig
+from mmflow.objectives.learner import Learner, Ranks
+from mmflow.objectives.objectives import check
+from mmflow.objectives.outputs import special_tokens
 from mmflow.shards.dataset import Dataset, open_dataset
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
-from mmflow.training.collectives import average_buffers, gather_rows
+from mmflow.training.collectives import average_buffers, gather_rows, pass_on
 from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
-from mmflow.training.loop import Losses, train
+from mmflow.training.loop import train
 from mmflow.training.telemetry import Journal
 
 
@@ -48,11 +47,12 @@ class TrainingJob:
     tokenizer_json: str
     model: ModelConfig
     loader: LoaderConfig
-    objective: ContrastiveConfig
+    objectives: ObjectivesConfig
     training: TrainingConfig
     seed: int
     package: str  # URI, where rank 0 writes the trained model
     journal: str  # URI, where rank 0 writes its telemetry
+    classes: tuple[str, ...] = ()  # labels or answers that targets are numbered by
     lineage: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None  # URI of a package
     lessons: LessonsConfig | None = None
@@ -77,11 +77,11 @@ def run_rank(job: TrainingJob, host: Host) -> None:
     """Train to the last step, from the last checkpoint where there is one, and write the package. Collective."""
     prepare_deepspeed()
     dataset = open_dataset(job.dataset)
-    tokenizer = Tokenizer.from_str(job.tokenizer_json)
+    tokenizer = read_tokenizer(job.tokenizer_json)
     steps = total_steps(job.loader, dataset, job.training)
-    module, losses, image_pixels = _lesson(job, tokenizer.get_vocab_size())
+    learner, image_pixels = _learner(job, tokenizer)
     engine = build_engine(
-        module,
+        learner,
         optimizer=job.training.optimizer,
         zero_stage=job.training.zero_stage,
         precision=job.training.precision,
@@ -102,6 +102,7 @@ def run_rank(job: TrainingJob, host: Host) -> None:
         image_pixels=image_pixels,
         max_tokens=job.model.max_tokens,
         seed=job.seed,
+        classes=job.classes,
         cores=job.training.cpus_per_worker,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -120,7 +121,6 @@ def run_rank(job: TrainingJob, host: Host) -> None:
             train(
                 engine,
                 ready,
-                losses,
                 first_step=step,
                 total_steps=steps,
                 log_every=job.training.log_every_steps,
@@ -128,14 +128,13 @@ def run_rank(job: TrainingJob, host: Host) -> None:
                 save=save,
                 journal=journal,
             )
-        _write(job, module)
+        _write(job, learner)
         flush()
 
 
-def _write(job: TrainingJob, module: nn.Module) -> None:
-    average_buffers(module)
-    model = module.model if isinstance(module, Student) else module
-    assert isinstance(model, Model)
+def _write(job: TrainingJob, learner: Learner | Student) -> None:
+    average_buffers(learner)
+    model = (learner.learner if isinstance(learner, Student) else learner).model
     state = whole_state(model)
     if dist.get_rank() == 0:
         write_package(
@@ -145,6 +144,7 @@ def _write(job: TrainingJob, module: nn.Module) -> None:
             tokenizer_json=job.tokenizer_json,
             parameters=parameter_count(model),
             lineage=job.lineage,
+            classes=job.classes,
         )
     dist.barrier()  # no rank leaves before the package is whole
 
@@ -165,60 +165,14 @@ def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
             journal.close()
 
 
-def _lesson(job: TrainingJob, vocabulary_size: int) -> tuple[nn.Module, Losses, int]:
-    """What is trained, by which losses, and the side of the pictures that both sides are shown."""
-    model = build(f"{job.stage}.model", job.model, vocabulary_size, job.seed)
+def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learner | Student, int]:
+    """What is trained, and the side of the pictures that it is shown."""
+    model = build(f"{job.stage}.model", job.model, tokenizer.get_vocab_size(), job.seed, len(job.classes))
+    special = special_tokens(tokenizer)
+    check(f"{job.stage}.objectives", job.objectives, model, special)
+    ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
+    learner = Learner(model, job.model, job.objectives, special, seed=job.seed, ranks=ranks)
     if job.teacher is None or job.lessons is None:
-        return model, partial(_pretraining_losses, job.objective, job.model), job.model.image_pixels
+        return learner, job.model.image_pixels
     teacher = load_package(read_package(job.teacher))
-    teacher.model.requires_grad_(False)
-    losses = partial(_distillation_losses, job.objective, job.lessons, teacher, job.model)
-    pixels = max(job.model.image_pixels, teacher.config.image_pixels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)  # its projections are drawn here: a restart from the first step must draw the same
-        student = Student(model, teacher.config.embedding_width)
-    return student, losses, pixels
-
-
-def _inputs(batch: Batch, device: torch.device, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
-    side = model.image_pixels
-    pixels = normalise(batch.pixels.to(device, non_blocking=True), model.pixel_mean, model.pixel_std)
-    if pixels.shape[-1] != side:
-        pixels = nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-    return pixels, batch.token_ids.to(device), batch.token_mask.to(device)
-
-
-def _contrast(objective: ContrastiveConfig, outputs: dict[str, Tensor], rows: GlobalRows) -> Tensor:
-    image, text, scale = outputs["image_embedding"], outputs["text_embedding"], outputs["logit_scale"]
-    return contrastive_loss(image, text, scale, rows, gather_rows, objective.label_smoothing)
-
-
-def _pretraining_losses(
-    objective: ContrastiveConfig, model: ModelConfig, engine: Any, batch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    outputs = engine(*_inputs(batch, engine.device, model))
-    rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
-    loss = _contrast(objective, outputs, rows)
-    return loss, {"contrastive": loss, "logit_scale": outputs["logit_scale"]}
-
-
-def _distillation_losses(
-    objective: ContrastiveConfig,
-    lessons: LessonsConfig,
-    teacher: LoadedModel,
-    model: ModelConfig,
-    engine: Any,
-    batch: Batch,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    with torch.no_grad():
-        teacher.model.to(engine.device)
-        taught = teacher.model(*_inputs(batch, engine.device, teacher.config))
-    outputs = engine(*_inputs(batch, engine.device, model))
-    rows = global_rows(batch.real.to(engine.device), gather_rows, dist.get_rank())
-    parts = {
-        "contrastive": _contrast(objective, outputs, rows),
-        "soft_labels": soft_label_loss(outputs, taught, rows, gather_rows, lessons.temperature),
-        "features": feature_loss(outputs, taught, rows),
-    }
-    loss = sum((getattr(lessons, name) * part for name, part in parts.items()), torch.zeros((), device=engine.device))
-    return loss, {**parts, "logit_scale": outputs["logit_scale"]}
+    return Student(learner, teacher, job.lessons), max(job.model.image_pixels, teacher.config.image_pixels)

@@ -16,14 +16,10 @@ from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.training.telemetry import Journal
 
-Losses = Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]
-"""(engine, batch) → the loss to descend, (), and the parts to report by name."""
-
 
 def train(
     engine: Any,
     source: Iterator[Batch],
-    losses: Losses,
     *,
     first_step: int,
     total_steps: int,
@@ -34,6 +30,7 @@ def train(
 ) -> None:
     """Run the steps after `first_step` to `total_steps`, saving every `checkpoint_every`.
 
+    The engine's module takes a batch and the step, and gives the loss to descend, (), and the parts to report by name.
     Every rank calls it; rank 0 has a journal. An interval of the journal also ends at each checkpoint, so that a run
     that was resumed writes the same lines as one that was never stopped. Raises TrainingError when the mean loss of an
     interval is not finite, or a weight that would be saved.
@@ -44,7 +41,7 @@ def train(
         began = time.perf_counter()
         batch = next(source)
         interval.waited += time.perf_counter() - began
-        loss, parts = losses(engine, batch)
+        loss, parts = engine(batch, step)
         engine.backward(loss)
         engine.step()
         interval.add(loss, parts, batch)

@@ -10,12 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmflow.distillation.losses import feature_loss, similarities, soft_label_loss
-from mmflow.distillation.student import SIDES, Student
-from mmflow.models.config import ModelConfig
-from mmflow.models.model import build
+from mmflow.distillation.losses import SIDES, feature_loss, similarities, soft_label_loss
 from mmflow.objectives.rows import GlobalRows, global_rows
-from tests.tiny import SMALLEST_MODEL
 
 Outputs = dict[str, Tensor]
 
@@ -151,39 +147,6 @@ def test_a_rank_whose_rows_are_all_padding_adds_zero_and_no_nan() -> None:
     assert loss.item() == 0
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in student.values() if leaf.grad is not None)
     assert student["logit_scale"].grad is not None
-
-
-# --- the student ----------------------------------------------------------------------------------------------------
-
-CONFIG = ModelConfig.model_validate(SMALLEST_MODEL)
-
-
-@pytest.mark.parametrize(("teacher_width", "num_projections"), [(6, 0), (10, 2), (3, 2)])
-def test_student_is_compared_in_its_teacher_s_width(teacher_width: int, num_projections: int) -> None:
-    torch.manual_seed(0)
-    student = Student(build("model", CONFIG, 64, seed=0), teacher_width)
-    batch = torch.randn(5, 3, 16, 16), torch.randint(0, 64, (5, 7)), torch.ones(5, 7, dtype=torch.int64)
-    found = student(*batch)
-    assert len(student.projections) == num_projections
-    for side in SIDES:
-        assert found[side].shape == (5, 6)
-        projected = found[f"projected_{side}"]
-        assert projected.shape == (5, teacher_width)
-        torch.testing.assert_close(projected.norm(dim=1), torch.ones(5))
-        if not num_projections:
-            torch.testing.assert_close(projected, found[side])
-    feature_loss(found, outputs(5, teacher_width, 1), all_real(5)).backward()
-    projections = list(student.projections.parameters())
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in projections)
-    assert student.model.image_projection.weight.grad is not None
-    assert student.model.scale.logit_scale.grad is None  # distances do not depend on the temperature
-
-
-def test_projections_are_no_part_of_the_model_that_is_packaged() -> None:
-    model = build("model", CONFIG, 64, seed=0)
-    student = Student(model, 10)
-    assert set(student.model.state_dict()) == set(model.state_dict())
-    assert not [name for name in student.model.state_dict() if "projections" in name]
 
 
 def test_columns_of_padding_get_no_probability() -> None:

@@ -20,7 +20,7 @@ from tests.training.tiny_training import (
     LOG_EVERY,
     TOTAL_STEPS,
     ZERO_STAGES,
-    model,
+    learner,
 )
 
 each_zero_stage = pytest.mark.parametrize("zero_stage", ZERO_STAGES)
@@ -92,7 +92,7 @@ def test_training_changes_every_weight_and_lowers_the_loss(directory: Path, zero
 @each_zero_stage
 def test_whole_state_is_the_module_s_own(directory: Path, zero_stage: int) -> None:
     """Every parameter in full and every buffer, of the shapes that a package needs, whatever ZeRO made of them."""
-    assert_bit_equal(result(directory, f"straight-{zero_stage}")["before"], dict(model().state_dict()))
+    assert_bit_equal(result(directory, f"straight-{zero_stage}")["before"], dict(learner().state_dict()))
 
 
 @each_zero_stage

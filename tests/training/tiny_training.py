@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from mmflow.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
-from mmflow.models.model import Model, build
-from mmflow.objectives.config import ContrastiveConfig
+from mmflow.models.model import build
+from mmflow.objectives.config import ObjectivesConfig
+from mmflow.objectives.learner import Learner, Parts
+from mmflow.objectives.outputs import SpecialTokens
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.config import OptimizerConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
-from mmflow.training.job import _pretraining_losses
 from mmflow.training.loop import train
 from mmflow.training.telemetry import Journal
 from tests.tiny import SMALLEST_MODEL
@@ -51,13 +51,30 @@ MODEL = ModelConfig.model_validate(
 )
 
 
-def model() -> Model:
-    return build("pretrain.model", MODEL, VOCABULARY, seed=1)
+class Poisoned(Learner):
+    """A learner whose loss, or the gradient of it, is no number at one of its steps."""
+
+    poison: str | None = None
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
+        loss, parts = super().forward(batch, step)
+        if self.poison == "loss" and step == 2:
+            loss = loss * float("nan")
+        if self.poison == "gradient" and step == 3:
+            loss = loss + (loss - loss).sqrt()  # value 0, slope infinite
+        return loss, parts
 
 
-def engine_of(zero_stage: int, precision: str = "fp32") -> Any:
+def learner() -> Poisoned:
+    model = build("pretrain.model", MODEL, VOCABULARY, seed=1)
+    return Poisoned(model, MODEL, ObjectivesConfig(), SpecialTokens(None, (), VOCABULARY), seed=1)
+
+
+def engine_of(zero_stage: int, precision: str = "fp32", poison: str | None = None) -> Any:
+    module = learner()
+    module.poison = poison
     engine = build_engine(
-        model(),
+        module,
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3),
         zero_stage=zero_stage,
         precision=precision,
@@ -91,7 +108,6 @@ def run(engine: Any, directory: Path, *, step: int = 0, state: LoaderState = STA
     seen: list[LoaderState] = []
     journal = Journal(directory / "journal.jsonl")
     settings: dict[str, Any] = {
-        "losses": partial(_pretraining_losses, ContrastiveConfig(), MODEL),
         "first_step": step,
         "total_steps": TOTAL_STEPS,
         "log_every": LOG_EVERY,
@@ -162,27 +178,14 @@ def poisoned(directory: Path) -> None:
     for zero_stage in ZERO_STAGES:
         for kind in ("loss", "gradient"):
             here = directory / f"{kind}-{zero_stage}"
-            engine = engine_of(zero_stage)
+            engine = engine_of(zero_stage, poison=kind)
             try:
-                run(engine, here, losses=poison(kind), log_every=100, checkpoint_every=3)
+                run(engine, here, log_every=100, checkpoint_every=3)
                 said = "trained to the end"
             except TrainingError as error:
                 said = str(error)
             found[kind, zero_stage] = (said, [path.name for path in here.glob("step-*")])
     torch.save(found, directory / "found.pt")
-
-
-def poison(kind: str) -> Callable[[Any, Batch], tuple[Tensor, Mapping[str, Tensor]]]:
-    steps = []
-
-    def losses(engine: Any, batch: Batch) -> tuple[Tensor, Mapping[str, Tensor]]:
-        steps.append(batch)
-        loss, parts = _pretraining_losses(ContrastiveConfig(), MODEL, engine, batch)
-        if len(steps) == (2 if kind == "loss" else 3):
-            loss = loss * float("nan") if kind == "loss" else loss + (loss - loss).sqrt()  # value 0, slope infinite
-        return loss, parts
-
-    return losses
 
 
 def bf16(directory: Path) -> None:
