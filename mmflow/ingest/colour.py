@@ -26,7 +26,7 @@ def is_supported(image: Image.Image) -> bool:
     return image.mode in MODES or (image.mode == "I" and image.format == "PPM")
 
 
-def to_rgb(image: Image.Image, background: Colour, factor: int = 1) -> RGB:
+def to_rgb(image: Image.Image, background: Colour, factor: int = 1) -> Image.Image:
     """A loaded image over the background, each square of `factor` pixels averaged into one; the last may be narrower.
 
     What is transparent is laid over the background before it is averaged, so that no hidden colour bleeds out.
@@ -34,12 +34,17 @@ def to_rgb(image: Image.Image, background: Colour, factor: int = 1) -> RGB:
     width, height = image.size
     greys = _levels(image) if image.mode.startswith("I") else None
     rows = max(1, STRIP_PIXELS // width // factor) * factor
-    strips = []
+    whole: Image.Image | None = None
     for top in range(0, height, rows):
         strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
         opaque = _opaque(strip, background) if greys is None else _from_deep_grey(strip, greys, background)
-        strips.append(np.asarray(opaque.reduce(factor) if factor > 1 else opaque))
-    return strips[0] if len(strips) == 1 else np.concatenate(strips)
+        reduced = opaque.reduce(factor) if factor > 1 else opaque
+        if rows >= height:
+            return reduced
+        whole = whole or Image.new("RGB", (reduced.width, -(-height // factor)))
+        whole.paste(reduced, (0, top // factor))
+    assert whole is not None
+    return whole
 
 
 def _opaque(image: Image.Image, background: Colour) -> Image.Image:
@@ -51,7 +56,9 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     layer = image.convert("RGBA")
     if layer.getchannel("A").getextrema() == (255, 255):
         return layer.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
+    opaque = Image.new("RGB", layer.size, background)
+    opaque.paste(layer, mask=layer)  # the same pixels as `alpha_composite`, at a third of its time
+    return opaque
 
 
 def _levels(image: Image.Image) -> RGB:

@@ -28,7 +28,10 @@ WHITE = (255, 255, 255)
 FULL_COLOUR_QUALITY = 90  # from here on colour is kept at full resolution, as ImageMagick does
 # Most pixels of a side that an encoder takes: libjpeg's JPEG_MAX_DIMENSION, the 14 bits of WebP.
 ENCODER_SIDES = {"jpeg": 65_500, "webp": 16_383}
-REDUCING_GAP = 3  # whole pixels are averaged down to so many times the size asked: quicker, and no eye sees it
+# Whole pixels are averaged down to so many times the size asked, then resampled by an antialiased cubic: for drawings
+# that is 50 dB from Lanczos in full at half its time (OpenCV's area filter: 45 dB).
+REDUCING_GAP = 2
+FILTER = Image.Resampling.BICUBIC
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,26 +89,22 @@ def decode(data: bytes, header: Header, side: int, background: Colour = WHITE) -
 
     The header's image is used up. Raises Rejected where the file ends early or its pixels cannot be decoded.
     """
-    image = _decode_jpeg(data, header, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
-    if image is None:  # strict about stray bytes too; Pillow tells them from a file cut short
-        with _damage_named():
-            image = _decode_with_pillow(header.image, side, background)
-    return _upright(image, header.orientation)
+    return np.asarray(_decode(data, header, side, background))
 
 
-def fit(image: RGB, size: Size) -> RGB:
+def fit(image: RGB | Image.Image, size: Size) -> RGB:
     """The image at that size, (height, width, 3): what its shape has too much is cut off on both sides alike."""
-    height, width = image.shape[:2]
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    width, height = picture.size
     if (width, height) == size:
-        return image
+        return np.asarray(image)
     scale = max(size[0] / width, size[1] / height)
     across, down = min(width, size[0] / scale), min(height, size[1] / scale)
     left, top = (width - across) / 2, (height - down) / 2
     if scale == 1:
-        return np.ascontiguousarray(image[int(top) : int(top) + size[1], int(left) : int(left) + size[0]])
+        return np.asarray(picture.crop((int(left), int(top), int(left) + size[0], int(top) + size[1])))
     box = (left, top, left + across, top + down)
-    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=REDUCING_GAP)
-    return np.asarray(resized)
+    return np.asarray(picture.resize(size, FILTER, box, reducing_gap=REDUCING_GAP))
 
 
 def encode(image: RGB, format: str, quality: int) -> bytes:
@@ -151,7 +150,7 @@ def _still(data: bytes, header: Header, size: Size, settings: ImageConfig) -> tu
         image = _decode_jpeg(data, header) if header.format == "JPEG" else decode(data, header, max(size))
         if image is not None:
             return data, image
-    image = fit(decode(data, header, _needed_side(header.upright_size, size), settings.background), size)
+    image = fit(_decode(data, header, _needed_side(header.upright_size, size), settings.background), size)
     return encode(image, settings.format, settings.quality), image
 
 
@@ -189,7 +188,16 @@ def _decode_jpeg(data: bytes, header: Header, side: int = 0) -> RGB | None:
         return None
 
 
-def _decode_with_pillow(image: Image.Image, side: int, background: Colour) -> RGB:
+def _decode(data: bytes, header: Header, side: int, background: Colour) -> RGB | Image.Image:
+    """As `decode`, but what Pillow decoded stays with Pillow: to hand it out and take it back is two copies."""
+    image = _decode_jpeg(data, header, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
+    if image is not None:  # strict about stray bytes; Pillow tells them from a file cut short
+        return _upright(image, header.orientation)
+    with _damage_named():
+        return _upright(_decode_with_pillow(header.image, side, background), header.orientation)
+
+
+def _decode_with_pillow(image: Image.Image, side: int, background: Colour) -> Image.Image:
     image.draft(None, (side, side))  # a JPEG then shrinks while it is decoded
     image.load()
     rgb = to_rgb(image, background, _factor(image, side))
@@ -197,9 +205,11 @@ def _decode_with_pillow(image: Image.Image, side: int, background: Colour) -> RG
     return rgb
 
 
-def _upright(image: RGB, orientation: int) -> RGB:
+def _upright(image: RGB | Image.Image, orientation: int) -> RGB | Image.Image:
     turns, flip = TURNS[orientation]
-    upright = np.rot90(image, turns) if turns else image
+    if not turns and not flip:
+        return image
+    upright = np.rot90(np.asarray(image), turns)
     return np.ascontiguousarray(upright[:, ::-1] if flip else upright)
 
 

@@ -21,7 +21,7 @@ from mmflow.ingest.reasons import Reason, Rejected
 
 # A record's place: the source's number (11 bits), the unit's in it (24 bits), the row's in that (28 bits).
 SOURCE_BITS, UNIT_BITS, ROW_BITS = 11, 24, 28
-ROWS_PER_CHUNK = 256  # what one task decodes: a second or two of work, so that small corpora spread out as well
+ROWS_PER_CHUNK = 128  # what one task decodes: a second of work, so that small corpora spread out and no core waits long
 BYTES_PER_CHUNK = 16 << 20
 CAPTION = pa.struct([("language", pa.string()), ("text", pa.string())])
 # `place` orders all records of all sources; `chunk` is the reader's batch. `images` are paths or URIs as written,

@@ -29,7 +29,7 @@ from mmflow.ingest.images import PreparedImage, prepare_images
 from mmflow.ingest.reasons import Reason, Rejected
 from mmflow.shards.pieces import PIECE, PREPARED, finished_rows, pack_uri, write_piece_table
 
-PREPARE_VERSION = 1  # raise it when the same records and settings come to make other pieces
+PREPARE_VERSION = 2  # raise it when the same records and settings come to make other pieces
 TRAIN = "train"
 URLS = ("http://", "https://")
 MAX_IMAGE_BYTES = 256 << 20
