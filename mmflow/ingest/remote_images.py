@@ -17,7 +17,8 @@ from mmflow.ingest.config import FetchConfig, SourceConfig
 from mmflow.ingest.fetch_job import fetch_urls
 from mmflow.ingest.fetched import FetchedStore
 from mmflow.ingest.reasons import Reason
-from mmflow.ingest.sources import read_records
+from mmflow.ingest.records import rows_of_chunks
+from mmflow.ingest.sources import PREPARE_CPUS, read_chunks
 from mmflow.ingest.tables import holds_bodies
 from mmflow.ingest.units import Unit
 from mmflow.progress import Report
@@ -77,11 +78,13 @@ def known_images(store: str, identity: str) -> str | None:
 
 def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
     """The distinct URLs that the units' records name as images, sorted."""
-    tables = read_records(units, sources).map_batches(_urls, batch_size=None, batch_format="pyarrow")
+    tables = read_chunks(units, sources).map_batches(
+        _urls, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=PREPARE_CPUS
+    )
     found: set[str] = set()
     batch: Any
     for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-        found.update(batch["url"].to_pylist())
+        found.update(*batch["urls"].to_pylist())
     return sorted(found)
 
 
@@ -91,9 +94,10 @@ def _is_settled(note: Mapping[str, Any], settings: FetchConfig) -> bool:
     return not note["unsettled"] and not (raised and note.get("too_large", 1))
 
 
-def _urls(records: pa.Table) -> pa.Table:
-    images = records["images"].combine_chunks().flatten()
-    return pa.table({"url": pc.unique(images.filter(pc.match_substring_regex(images, SCHEMES)))})
+def _urls(chunks: pa.Table) -> pa.Table:
+    images = rows_of_chunks(chunks)["images"].combine_chunks().flatten()
+    urls = pc.unique(images.filter(pc.match_substring_regex(images, SCHEMES)))
+    return pa.table({"urls": pa.LargeListArray.from_arrays([0, len(urls)], urls)})
 
 
 def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:
