@@ -18,7 +18,7 @@ from mmflow.ingest.fetch_job import fetch_urls
 from mmflow.ingest.fetched import FetchedStore
 from mmflow.ingest.reasons import Reason
 from mmflow.ingest.records import rows_of_chunks
-from mmflow.ingest.sources import PREPARE_CPUS, read_chunks
+from mmflow.ingest.sources import PREPARE_CPUS, read_chunks, read_unit
 from mmflow.ingest.tables import holds_bodies
 from mmflow.ingest.units import Unit
 from mmflow.progress import Report
@@ -26,6 +26,7 @@ from mmflow.progress import Report
 SCHEMES = "^https?://"
 TABLES = ("jsonl", "csv", "parquet", "html")  # kinds whose images may be URLs
 RECORDS_AT_ONCE = 2_000_000  # URLs in this process's memory: 200 MB
+RECORDS_READ_HERE = 20_000  # in 3 s, which is what a Ray Data job costs before it has read one
 MAY_PASS = (Reason.fetch_pending, Reason.fetch_failed)
 
 
@@ -78,10 +79,15 @@ def known_images(store: str, identity: str) -> str | None:
 
 def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
     """The distinct URLs that the units' records name as images, sorted."""
-    tables = read_chunks(units, sources).map_batches(
-        _urls, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=PREPARE_CPUS
-    )
     found: set[str] = set()
+    if sum(RECORDS_AT_ONCE if unit.records is None else unit.records for unit in units) <= RECORDS_READ_HERE:
+        for unit in units:
+            for records in read_unit(unit, sources[unit.source]):
+                found.update(_urls(records).to_pylist())
+        return sorted(found)
+    tables = read_chunks(units, sources).map_batches(
+        _urls_of_chunks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=PREPARE_CPUS
+    )
     batch: Any
     for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
         found.update(*batch["urls"].to_pylist())
@@ -94,9 +100,13 @@ def _is_settled(note: Mapping[str, Any], settings: FetchConfig) -> bool:
     return not note["unsettled"] and not (raised and note.get("too_large", 1))
 
 
-def _urls(chunks: pa.Table) -> pa.Table:
-    images = rows_of_chunks(chunks)["images"].combine_chunks().flatten()
-    urls = pc.unique(images.filter(pc.match_substring_regex(images, SCHEMES)))
+def _urls(records: pa.Table) -> pa.Array:
+    images = records["images"].combine_chunks().flatten()
+    return pc.unique(images.filter(pc.match_substring_regex(images, SCHEMES)))
+
+
+def _urls_of_chunks(chunks: pa.Table) -> pa.Table:
+    urls = _urls(rows_of_chunks(chunks))
     return pa.table({"urls": pa.LargeListArray.from_arrays([0, len(urls)], urls)})
 
 
