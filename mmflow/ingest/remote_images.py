@@ -6,7 +6,7 @@ URLs is an input of its dataset, as the files of its sources are, and the datase
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -38,14 +38,10 @@ def fetch_images(
     settings: FetchConfig,
     report: Report,
 ) -> None:
-    """Fetch what the units' URLs lack into the store, and note what is known of them under `identity`.
+    """Fetch what the units' URLs lack into the store, and note what is known of them under `identity`, the sources'.
 
-    `identity` is the sources'. Does nothing where all of them are settled, unless `settings.refresh` asks again about
-    every one. A body that was too large is settled as long as the bound is not raised. Ray must be initialised.
+    Ray must be initialised.
     """
-    note = _note(store, identity)
-    if exists(note) and not settings.refresh and _is_settled(read_json(note), settings):
-        return
     fingerprints: list[str] = []
     num_urls = unsettled = too_large = 0
     for group in _groups([unit for unit in units if _may_have_urls(unit, sources[unit.source])]):
@@ -58,7 +54,20 @@ def fetch_images(
             fingerprints.append(FetchedStore(store).fingerprint(urls))
     fingerprint = content_hash(fingerprints) if num_urls else None
     found = {"urls": num_urls, "unsettled": unsettled, "too_large": too_large, "max_bytes": settings.max_bytes}
-    write_json(note, {**found, "fingerprint": fingerprint})
+    write_json(_note(store, identity), {**found, "fingerprint": fingerprint})
+
+
+def is_settled(store: str, identity: str, settings: FetchConfig) -> bool:
+    """Whether fetching would learn nothing: all URLs were answered for good, and no `refresh` asks them again.
+
+    A body that was too large is settled as long as the bound is not raised.
+    """
+    note = _note(store, identity)
+    if settings.refresh or not exists(note):
+        return False
+    found = read_json(note)
+    raised = settings.max_bytes > found.get("max_bytes", 0)  # a note of before bounds were noted does not say
+    return not found["unsettled"] and not (raised and found.get("too_large", 1))
 
 
 def may_have_urls(units: Sequence[Unit]) -> bool:
@@ -92,12 +101,6 @@ def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]
     for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
         found.update(*batch["urls"].to_pylist())
     return sorted(found)
-
-
-def _is_settled(note: Mapping[str, Any], settings: FetchConfig) -> bool:
-    """Whether a run of these settings would learn nothing. A note of before bounds were noted does not say."""
-    raised = settings.max_bytes > note.get("max_bytes", 0)
-    return not note["unsettled"] and not (raised and note.get("too_large", 1))
 
 
 def _urls(records: pa.Table) -> pa.Array:

@@ -15,7 +15,7 @@ from mmflow.artifacts import content_hash
 from mmflow.ingest import remote_images
 from mmflow.ingest.config import FetchConfig, SourceConfig
 from mmflow.ingest.fetched import FetchedStore
-from mmflow.ingest.remote_images import fetch_images, known_images, may_have_urls, urls_of
+from mmflow.ingest.remote_images import fetch_images, is_settled, known_images, may_have_urls, urls_of
 from mmflow.ingest.sources import list_units
 from tests.ingest.webserver import Server, in_turn, respond, running
 
@@ -45,7 +45,8 @@ class Recipe:
     def fetch(self, **settings: Any) -> str | None:
         """One run; what is known behind it."""
         fetched = FetchConfig(loopback=True, retries=0, num_tasks=1, **settings)
-        fetch_images(self.store, self.sources, list_units(self.sources), self.identity, fetched, no_progress)
+        if not is_settled(self.store, self.identity, fetched):
+            fetch_images(self.store, self.sources, list_units(self.sources), self.identity, fetched, no_progress)
         return known_images(self.store, self.identity)
 
 
