@@ -125,7 +125,7 @@ def _stage_command(name: str, purpose: str) -> Callable[..., None]:
         from mmflow.stages import Loop
 
         loop = Loop(_recipe(recipe, overrides))
-        loop.check()
+        loop.check((name,))
         if submit:
             _submit(loop, name, submit)
         artifact = loop.run(name)

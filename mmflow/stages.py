@@ -8,7 +8,7 @@ Packages below know how; this file alone knows the order. Each function returns 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,21 +49,24 @@ class Loop:
         self.stages = tuple(name for name in DEFINITIONS if name not in absent)
         self._artifacts: dict[str, Artifact] = {}
 
-    def check(self) -> None:
-        """Find what is wrong with the recipe before anything is made. Raises RecipeError naming the key.
+    def check(self, stages: Collection[str] | None = None) -> None:
+        """Find what is wrong with the recipe before any of the stages (all where none is named) makes anything.
 
-        What only the data can tell, such as a split that no record has, is found by the stage that reads it.
+        Raises RecipeError naming the key. What only the data can tell, such as a split that no record has, is found by
+        the stage that reads it.
         """
         from mmflow.ingest.listing import find
-        from mmflow.models.backbones import encoder_config
 
+        stages = self.stages if stages is None else stages
         for number, source in enumerate(self.recipe.shard.sources):
             try:
                 find(source.uri)
             except MisuseError as error:
                 raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
         for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
-            if section is not None:
+            if section is not None and name in stages:
+                from mmflow.models.backbones import encoder_config  # seconds of imports, which sharding can do without
+
                 for side, encoder in (("image", section.model.image), ("text", section.model.text)):
                     if encoder is not None:
                         encoder_config(f"{name}.model.{side}", encoder)
@@ -185,7 +188,7 @@ def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
 
     settings_json = settings_of_build(settings)
     return Stage(
-        name="shard", kind="dataset", version=2, settings=settings_json, inputs=fingerprints, build=build, tidy=tidy
+        name="shard", kind="dataset", version=3, settings=settings_json, inputs=fingerprints, build=build, tidy=tidy
     )
 
 

@@ -1,7 +1,7 @@
 """Any of Pillow's modes to RGB, a strip at a time: 80 megapixels of palette are 80 MB, and as RGBA four times that.
 
 Each further copy of the whole would stand beside it, and a worker is to stay under 1.5 GiB. So the whole is held once,
-as its decoder made it; a strip of it is converted, laid over the background and reduced before the next is looked at.
+as its decoder made it; a strip of it is converted and reduced before the next is looked at.
 """
 
 from __future__ import annotations
@@ -26,32 +26,46 @@ def is_supported(image: Image.Image) -> bool:
     return image.mode in MODES or (image.mode == "I" and image.format == "PPM")
 
 
-def to_rgb(image: Image.Image, background: Colour, factor: int = 1) -> RGB:
-    """A loaded image over the background, each square of `factor` pixels averaged into one; the last may be narrower.
+def solid(image: Image.Image, background: Colour, factor: int = 1) -> Image.Image:
+    """A loaded image as RGB, or RGBa where it is transparent, each square of `factor` pixels averaged into one.
 
-    What is transparent is laid over the background before it is averaged, so that no hidden colour bleeds out.
+    RGBa are colours multiplied by how opaque they are: averages of these are those of what is seen, so that no hidden
+    colour bleeds out, and the background is laid under a picture that is small by then. The last square of a row may be
+    narrower. `background` is for greys of 16 bits, of which one may stand for it.
     """
     width, height = image.size
     greys = _levels(image) if image.mode.startswith("I") else None
     rows = max(1, STRIP_PIXELS // width // factor) * factor
-    strips = []
+    whole: Image.Image | None = None
     for top in range(0, height, rows):
         strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
-        opaque = _opaque(strip, background) if greys is None else _from_deep_grey(strip, greys, background)
-        strips.append(np.asarray(opaque.reduce(factor) if factor > 1 else opaque))
-    return strips[0] if len(strips) == 1 else np.concatenate(strips)
+        layer = _layer(strip) if greys is None else _from_deep_grey(strip, greys, background)
+        reduced = layer.reduce(factor) if factor > 1 else layer
+        if rows >= height:
+            return reduced
+        whole = whole or Image.new(reduced.mode, (reduced.width, -(-height // factor)))
+        whole.paste(reduced, (0, top // factor))
+    assert whole is not None
+    return whole
 
 
-def _opaque(image: Image.Image, background: Colour) -> Image.Image:
+def flatten(picture: Image.Image, background: Colour) -> RGB:
+    """A picture of `solid` over the background, (height, width, 3) uint8."""
+    if picture.mode == "RGB":
+        return np.asarray(picture)
+    layer = picture.convert("RGBA")
+    opaque = Image.new("RGB", layer.size, background)
+    opaque.paste(layer, mask=layer)
+    return np.asarray(opaque)
+
+
+def _layer(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     see_through = image.info.get("transparency")
     if isinstance(see_through, tuple) and max(see_through) > 255:  # a PNG of 16 bits, which Pillow has made 8
         image.info["transparency"] = tuple(value >> 8 for value in see_through)
-    layer = image.convert("RGBA")
-    if layer.getchannel("A").getextrema() == (255, 255):
-        return layer.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
+    return image.convert("RGBA").convert("RGBa") if image.mode != "RGBa" else image
 
 
 def _levels(image: Image.Image) -> RGB:

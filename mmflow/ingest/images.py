@@ -15,7 +15,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from mmflow.ingest.colour import RGB, Colour, to_rgb
+from mmflow.ingest.colour import RGB, Colour, flatten, solid
 from mmflow.ingest.config import ImageConfig
 from mmflow.ingest.frames import animation_frames, count_frames, evenly_spaced
 from mmflow.ingest.hashes import clip_pixel_hash, pixel_hash, thumbnail, thumbnail_hash
@@ -28,7 +28,11 @@ WHITE = (255, 255, 255)
 FULL_COLOUR_QUALITY = 90  # from here on colour is kept at full resolution, as ImageMagick does
 # Most pixels of a side that an encoder takes: libjpeg's JPEG_MAX_DIMENSION, the 14 bits of WebP.
 ENCODER_SIDES = {"jpeg": 65_500, "webp": 16_383}
-REDUCING_GAP = 3  # whole pixels are averaged down to so many times the size asked: quicker, and no eye sees it
+# Whole pixels are averaged down to so many times the size asked, then resampled by an antialiased cubic: for drawings
+# that is 50 dB from Lanczos in full at half its time (OpenCV's area filter: 45 dB).
+REDUCING_GAP = 2
+FILTER = Image.Resampling.BICUBIC
+QUARTER_TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,26 +90,20 @@ def decode(data: bytes, header: Header, side: int, background: Colour = WHITE) -
 
     The header's image is used up. Raises Rejected where the file ends early or its pixels cannot be decoded.
     """
-    image = _decode_jpeg(data, header, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
-    if image is None:  # strict about stray bytes too; Pillow tells them from a file cut short
-        with _damage_named():
-            image = _decode_with_pillow(header.image, side, background)
-    return _upright(image, header.orientation)
+    return flatten(_decode(data, header, side, background), background)
 
 
-def fit(image: RGB, size: Size) -> RGB:
-    """The image at that size, (height, width, 3): what its shape has too much is cut off on both sides alike."""
-    height, width = image.shape[:2]
+def fit(picture: Image.Image, size: Size) -> Image.Image:
+    """The picture at that size: what its shape has too much is cut off on both sides alike."""
+    width, height = picture.size
     if (width, height) == size:
-        return image
+        return picture
     scale = max(size[0] / width, size[1] / height)
     across, down = min(width, size[0] / scale), min(height, size[1] / scale)
     left, top = (width - across) / 2, (height - down) / 2
     if scale == 1:
-        return np.ascontiguousarray(image[int(top) : int(top) + size[1], int(left) : int(left) + size[0]])
-    box = (left, top, left + across, top + down)
-    resized = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS, box, reducing_gap=REDUCING_GAP)
-    return np.asarray(resized)
+        return picture.crop((int(left), int(top), int(left) + size[0], int(top) + size[1]))
+    return picture.resize(size, FILTER, (left, top, left + across, top + down), reducing_gap=REDUCING_GAP)
 
 
 def encode(image: RGB, format: str, quality: int) -> bytes:
@@ -151,7 +149,8 @@ def _still(data: bytes, header: Header, size: Size, settings: ImageConfig) -> tu
         image = _decode_jpeg(data, header) if header.format == "JPEG" else decode(data, header, max(size))
         if image is not None:
             return data, image
-    image = fit(decode(data, header, _needed_side(header.upright_size, size), settings.background), size)
+    picture = _decode(data, header, _needed_side(header.upright_size, size), settings.background)
+    image = flatten(fit(picture, size), settings.background)
     return encode(image, settings.format, settings.quality), image
 
 
@@ -160,7 +159,8 @@ def _animation(data: bytes, header: Header, size: Size, settings: ImageConfig) -
     with _damage_named():
         numbers = evenly_spaced(count_frames(header.image, data), settings.max_frames)
         for frame in animation_frames(header.image, numbers):
-            image = fit(_upright(to_rgb(frame, settings.background, factor), header.orientation), size)
+            picture = _upright(solid(frame, settings.background, factor), header.orientation)
+            image = flatten(fit(picture, size), settings.background)
             yield encode(image, settings.format, settings.quality), image
 
 
@@ -189,18 +189,28 @@ def _decode_jpeg(data: bytes, header: Header, side: int = 0) -> RGB | None:
         return None
 
 
-def _decode_with_pillow(image: Image.Image, side: int, background: Colour) -> RGB:
+def _decode(data: bytes, header: Header, side: int, background: Colour) -> Image.Image:
+    """As `decode`, but before the background is laid under it."""
+    image = _decode_jpeg(data, header, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
+    if image is not None:  # strict about stray bytes; Pillow tells them from a file cut short
+        return _upright(Image.fromarray(image), header.orientation)
+    with _damage_named():
+        return _upright(_decode_with_pillow(header.image, side, background), header.orientation)
+
+
+def _decode_with_pillow(image: Image.Image, side: int, background: Colour) -> Image.Image:
     image.draft(None, (side, side))  # a JPEG then shrinks while it is decoded
     image.load()
-    rgb = to_rgb(image, background, _factor(image, side))
-    image.close()
-    return rgb
+    picture = solid(image, background, _factor(image, side))
+    if picture is not image:
+        image.close()
+    return picture
 
 
-def _upright(image: RGB, orientation: int) -> RGB:
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
     turns, flip = TURNS[orientation]
-    upright = np.rot90(image, turns) if turns else image
-    return np.ascontiguousarray(upright[:, ::-1] if flip else upright)
+    turned = picture.transpose(QUARTER_TURNS[turns]) if turns else picture
+    return turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else turned
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ are the same at every reading of a unit: a piece made of one is recognised by a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +21,15 @@ from mmflow.ingest.reasons import Reason, Rejected
 
 # A record's place: the source's number (11 bits), the unit's in it (24 bits), the row's in that (28 bits).
 SOURCE_BITS, UNIT_BITS, ROW_BITS = 11, 24, 28
-ROWS_PER_CHUNK = 256  # what one task decodes: a second or two of work, so that small corpora spread out as well
+ROWS_PER_CHUNK = 128  # what one task decodes: a second of work, so that small corpora spread out and no core waits long
 BYTES_PER_CHUNK = 16 << 20
 CAPTION = pa.struct([("language", pa.string()), ("text", pa.string())])
-# `place` orders all records of all sources; `chunk` is the reader's batch. `images` are paths or URIs as written,
-# relative to the URI `root`, or else `bodies` are the files' own bytes; more than one are the frames of a clip. `split`
-# is null where the source names none. `reason` and `detail` are null in a good record; in a rejected one all but
-# `place`, `source` and `chunk` may be null.
+# `place` orders all records of all sources. `images` are paths or URIs as written, relative to the URI `root`, or else
+# `bodies` are the files' own bytes; more than one are the frames of a clip. `split` may be
+# null. `reason` and `detail` are null in a good record; in a rejected one all but `place` and `source` may be.
 RECORDS = pa.schema(
     [
         ("place", pa.int64()),
-        ("chunk", pa.int64()),
         ("source", pa.string()),
         ("key", pa.string()),
         ("split", pa.string()),
@@ -44,6 +42,8 @@ RECORDS = pa.schema(
         ("detail", pa.string()),
     ]
 )
+# A chunk of `RECORDS` as one row, of which a block can hold exactly one.
+CHUNK = pa.schema([("chunk", pa.large_list(pa.struct(list(RECORDS))))])
 # A dot would end webdataset's key early, a slash is a folder, and upper case collides on some file systems.
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")
 SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -72,19 +72,27 @@ class Found:
 def tables_of(found: Iterable[Found], source: SourceConfig, number: int, unit: int, root: str) -> Iterator[pa.Table]:
     """The rows of a unit as tables of `RECORDS`, a table a chunk. Raises ValueError past the bits of `place`."""
     rows: list[Row] = []
-    num_bytes = num_chunks = 0
+    num_bytes = 0
     for each in found:
         row = row_of(each, source, root)
         row["place"] = place_of(number, unit, each.row)
         size = sum(map(len, row.get("bodies") or ()))
         size += sum(len(caption["text"]) for caption in row.get("captions") or ()) + len(row.get("metadata") or "")
         if rows and (len(rows) == ROWS_PER_CHUNK or num_bytes + size > BYTES_PER_CHUNK):
-            yield _table(rows, place_of(number, unit, num_chunks))
-            rows, num_bytes, num_chunks = [], 0, num_chunks + 1
+            yield pa.Table.from_pylist(rows, RECORDS)
+            rows, num_bytes = [], 0
         rows.append(row)
         num_bytes += size
     if rows:
-        yield _table(rows, place_of(number, unit, num_chunks))
+        yield pa.Table.from_pylist(rows, RECORDS)
+
+
+def rows_of_chunks(chunks: pa.Table) -> pa.Table:
+    """The `RECORDS` of rows of `CHUNK`."""
+    if not chunks.num_rows:
+        return RECORDS.empty_table()
+    records = chunks["chunk"].combine_chunks().flatten()
+    return pa.Table.from_arrays(records.flatten(), schema=RECORDS)
 
 
 def place_of(source: int, unit: int, row: int) -> int:
@@ -96,7 +104,7 @@ def place_of(source: int, unit: int, row: int) -> int:
 
 
 def row_of(found: Found, source: SourceConfig, root: str) -> Row:
-    """The row of `RECORDS`, but for its place and chunk."""
+    """The row of `RECORDS`, but for its place."""
     row: Row = {"source": printable(found.name), "root": root}
     try:
         if isinstance(found.what, Rejected):
@@ -178,7 +186,3 @@ def malformed(detail: str) -> Rejected:
 def unreadable(error: OSError) -> Rejected:
     """A verdict of source_damaged, for a file of the kinds of error in `UNREADABLE`."""
     return Rejected(Reason.source_damaged, f"cannot be read: {error.strerror or 'no such file'}")
-
-
-def _table(rows: Sequence[Row], chunk: int) -> pa.Table:
-    return pa.Table.from_pylist([{**row, "chunk": chunk} for row in rows], RECORDS)

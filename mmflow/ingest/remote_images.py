@@ -6,7 +6,7 @@ URLs is an input of its dataset, as the files of its sources are, and the datase
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,8 @@ from mmflow.ingest.config import FetchConfig, SourceConfig
 from mmflow.ingest.fetch_job import fetch_urls
 from mmflow.ingest.fetched import FetchedStore
 from mmflow.ingest.reasons import Reason
-from mmflow.ingest.sources import read_records
+from mmflow.ingest.records import rows_of_chunks
+from mmflow.ingest.sources import PREPARE_CPUS, read_chunks, read_unit
 from mmflow.ingest.tables import holds_bodies
 from mmflow.ingest.units import Unit
 from mmflow.progress import Report
@@ -25,6 +26,7 @@ from mmflow.progress import Report
 SCHEMES = "^https?://"
 TABLES = ("jsonl", "csv", "parquet", "html")  # kinds whose images may be URLs
 RECORDS_AT_ONCE = 2_000_000  # URLs in this process's memory: 200 MB
+RECORDS_READ_HERE = 20_000  # in 3 s, which is what a Ray Data job costs before it has read one
 MAY_PASS = (Reason.fetch_pending, Reason.fetch_failed)
 
 
@@ -36,14 +38,10 @@ def fetch_images(
     settings: FetchConfig,
     report: Report,
 ) -> None:
-    """Fetch what the units' URLs lack into the store, and note what is known of them under `identity`.
+    """Fetch what the units' URLs lack into the store, and note what is known of them under `identity`, the sources'.
 
-    `identity` is the sources'. Does nothing where all of them are settled, unless `settings.refresh` asks again about
-    every one. A body that was too large is settled as long as the bound is not raised. Ray must be initialised.
+    Ray must be initialised.
     """
-    note = _note(store, identity)
-    if exists(note) and not settings.refresh and _is_settled(read_json(note), settings):
-        return
     fingerprints: list[str] = []
     num_urls = unsettled = too_large = 0
     for group in _groups([unit for unit in units if _may_have_urls(unit, sources[unit.source])]):
@@ -56,7 +54,20 @@ def fetch_images(
             fingerprints.append(FetchedStore(store).fingerprint(urls))
     fingerprint = content_hash(fingerprints) if num_urls else None
     found = {"urls": num_urls, "unsettled": unsettled, "too_large": too_large, "max_bytes": settings.max_bytes}
-    write_json(note, {**found, "fingerprint": fingerprint})
+    write_json(_note(store, identity), {**found, "fingerprint": fingerprint})
+
+
+def is_settled(store: str, identity: str, settings: FetchConfig) -> bool:
+    """Whether fetching would learn nothing: all URLs were answered for good, and no `refresh` asks them again.
+
+    A body that was too large is settled as long as the bound is not raised.
+    """
+    note = _note(store, identity)
+    if settings.refresh or not exists(note):
+        return False
+    found = read_json(note)
+    raised = settings.max_bytes > found.get("max_bytes", 0)  # a note of before bounds were noted does not say
+    return not found["unsettled"] and not (raised and found.get("too_large", 1))
 
 
 def may_have_urls(units: Sequence[Unit]) -> bool:
@@ -77,23 +88,29 @@ def known_images(store: str, identity: str) -> str | None:
 
 def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
     """The distinct URLs that the units' records name as images, sorted."""
-    tables = read_records(units, sources).map_batches(_urls, batch_size=None, batch_format="pyarrow")
     found: set[str] = set()
+    if sum(RECORDS_AT_ONCE if unit.records is None else unit.records for unit in units) <= RECORDS_READ_HERE:
+        for unit in units:
+            for records in read_unit(unit, sources[unit.source]):
+                found.update(_urls(records).to_pylist())
+        return sorted(found)
+    tables = read_chunks(units, sources).map_batches(
+        _urls_of_chunks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=PREPARE_CPUS
+    )
     batch: Any
     for batch in tables.iter_batches(batch_size=None, batch_format="pyarrow"):
-        found.update(batch["url"].to_pylist())
+        found.update(*batch["urls"].to_pylist())
     return sorted(found)
 
 
-def _is_settled(note: Mapping[str, Any], settings: FetchConfig) -> bool:
-    """Whether a run of these settings would learn nothing. A note of before bounds were noted does not say."""
-    raised = settings.max_bytes > note.get("max_bytes", 0)
-    return not note["unsettled"] and not (raised and note.get("too_large", 1))
-
-
-def _urls(records: pa.Table) -> pa.Table:
+def _urls(records: pa.Table) -> pa.Array:
     images = records["images"].combine_chunks().flatten()
-    return pa.table({"url": pc.unique(images.filter(pc.match_substring_regex(images, SCHEMES)))})
+    return pc.unique(images.filter(pc.match_substring_regex(images, SCHEMES)))
+
+
+def _urls_of_chunks(chunks: pa.Table) -> pa.Table:
+    urls = _urls(rows_of_chunks(chunks))
+    return pa.table({"urls": pa.LargeListArray.from_arrays([0, len(urls)], urls)})
 
 
 def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:

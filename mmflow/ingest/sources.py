@@ -22,8 +22,7 @@ from mmflow.ingest.img2dataset import list_img2dataset, read_img2dataset
 from mmflow.ingest.lists import read_csv, read_jsonl
 from mmflow.ingest.pages import list_pages, read_pages
 from mmflow.ingest.records import (
-    BYTES_PER_CHUNK,
-    RECORDS,
+    CHUNK,
     SOURCE_BITS,
     UNIT_BITS,
     UNREADABLE,
@@ -38,7 +37,7 @@ from mmflow.ingest.units import Unit
 if TYPE_CHECKING:
     import ray.data
 
-__all__ = ["Unit", "list_units", "read_records", "read_unit", "source_names"]
+__all__ = ["Unit", "list_units", "read_chunks", "read_unit", "source_names"]
 
 # Endings of files, and what lies in such a file.
 KINDS: dict[str, SourceKind] = {
@@ -62,7 +61,6 @@ HASH_THREADS = 8
 READER_CPUS = 0.25
 # With a reader at work two such tasks still fit on two CPUs; at one CPU each, one would stand idle.
 PREPARE_CPUS = 0.85
-CHUNK = pa.schema([("chunk", pa.large_list(pa.struct(list(RECORDS))))])
 
 
 def list_units(sources: Sequence[SourceConfig]) -> list[Unit]:
@@ -97,11 +95,12 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[pa.Table]:
     return tables_of(_guarded(unit, source), source, unit.source, unit.number, unit.uri)
 
 
-def read_records(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> ray.data.Dataset:
-    """A Ray Dataset of the units' `RECORDS`, good or not; each of its blocks is a chunk.
+def read_chunks(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> ray.data.Dataset:
+    """A Ray Dataset of the units' records, good or not; each block is a row of `CHUNK`.
 
-    Ray Data joins small blocks up to 128 MiB: a task behind this would then decode 10⁵ images or none. So a chunk is a
-    row of its own at first, which a block can be cut to, and becomes rows again in the task that asks for it.
+    Ray Data joins small blocks up to a bound: a task behind this would then decode 10⁵ images or none. So a chunk is a
+    row, and the bound is such that no block has two; that also holds for what follows, whose tables should be of a row.
+    A step that cuts blocks (`repartition`) takes a CPU each for its tasks, which leaves one of two to decode.
     """
     import ray.data
 
@@ -113,10 +112,8 @@ def read_records(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> ray.
         batch_format="pyarrow",
         num_cpus=READER_CPUS,
     )
-    chunks.context.target_max_block_size = 2 * BYTES_PER_CHUNK  # so that decoding begins before a tar is read
-    return chunks.repartition(target_num_rows_per_block=1).map_batches(
-        _rows_of_chunks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=PREPARE_CPUS
-    )
+    chunks.context.target_max_block_size = 1  # byte
+    return chunks
 
 
 def source_names(uris: Sequence[str]) -> list[str]:
@@ -247,10 +244,3 @@ def _read_batch(batch: pa.Table, sources: Sequence[SourceConfig]) -> Iterator[pa
         for rows in read_unit(unit, sources[unit.source]):
             records = rows.to_struct_array().combine_chunks()
             yield pa.table([pa.LargeListArray.from_arrays([0, len(records)], records)], schema=CHUNK)
-
-
-def _rows_of_chunks(batch: pa.Table) -> pa.Table:
-    if not batch.num_rows:
-        return RECORDS.empty_table()
-    records = batch["chunk"].combine_chunks().flatten()
-    return pa.Table.from_arrays(records.flatten(), schema=RECORDS)

@@ -29,7 +29,7 @@ from pyarrow import fs
 from mmflow.artifacts import canonical_json, filesystem, join
 from mmflow.errors import MmflowError
 from mmflow.ingest.config import SourceConfig
-from mmflow.ingest.sources import PREPARE_CPUS, read_records
+from mmflow.ingest.sources import PREPARE_CPUS, read_chunks
 from mmflow.ingest.units import Unit
 from mmflow.shards.config import ShardConfig
 from mmflow.shards.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
@@ -141,12 +141,12 @@ def prepare_all(
     if not units:
         return pieces
     expected = sum(unit.records or 0 for unit in units)
-    prepared = read_records(units, sources).map_batches(
+    prepared = read_chunks(units, sources).map_batches(
         partial(prepare_block, preparation=preparation),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        num_cpus=PREPARE_CPUS,  # the same as the step before, with which it is fused
+        num_cpus=PREPARE_CPUS,
     )
     try:
         batch: Any

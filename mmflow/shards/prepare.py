@@ -10,10 +10,9 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,10 @@ from mmflow.ingest.config import CaptionConfig, ImageConfig
 from mmflow.ingest.fetched import FetchedStore
 from mmflow.ingest.images import PreparedImage, prepare_images
 from mmflow.ingest.reasons import Reason, Rejected
+from mmflow.ingest.records import rows_of_chunks
 from mmflow.shards.pieces import PIECE, PREPARED, finished_rows, pack_uri, write_piece_table
 
-PREPARE_VERSION = 1  # raise it when the same records and settings come to make other pieces
+PREPARE_VERSION = 2  # raise it when the same records and settings come to make other pieces
 TRAIN = "train"
 URLS = ("http://", "https://")
 MAX_IMAGE_BYTES = 256 << 20
@@ -64,8 +64,9 @@ class Preparation:
 
 
 def prepare_block(block: Any, preparation: Preparation) -> Any:
-    """Write the pieces of a block of `RECORDS`, one for each chunk of a reader; return their rows of `PIECES`."""
-    return pa.Table.from_pylist([prepare_piece(chunk, preparation) for chunk in _runs(block)], PIECES)
+    """Write the pieces of a block of `CHUNK`, one for each chunk of a reader; return their rows of `PIECES`."""
+    chunks = (rows_of_chunks(block.slice(row, 1)) for row in range(block.num_rows))
+    return pa.Table.from_pylist([prepare_piece(chunk, preparation) for chunk in chunks if chunk.num_rows], PIECES)
 
 
 def prepare_piece(records: pa.Table, preparation: Preparation) -> Row:
@@ -95,7 +96,7 @@ def plan_of(rows: list[Row], preparation: Preparation) -> str:
     for row in rows:
         bodies = [xxhash.xxh3_128_hexdigest(body) for body in row["bodies"] or ()]
         stamps = [] if row["bodies"] else [_stamp(row["root"], image) for image in row["images"] or ()]
-        kept = {name: value for name, value in row.items() if name not in ("chunk", "bodies")}
+        kept = {name: value for name, value in row.items() if name != "bodies"}
         digest.update(canonical_json({**kept, "bodies": bodies, "stamps": stamps}).encode() + b"\n")
     return digest.hexdigest()
 
@@ -215,13 +216,3 @@ def load_image(root: str, image: str) -> bytes:
         if error.errno not in LASTING_ERRORS:
             raise
         raise Rejected(Reason.image_unreadable, f"{image}: {os.strerror(error.errno)}") from error
-
-
-def _runs(block: pa.Table) -> Iterator[pa.Table]:
-    """A block's rows by chunk: Ray Data joins small blocks and cuts large ones."""
-    if not block.num_rows:
-        return
-    chunk = block["chunk"].to_numpy()
-    starts = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-    for start, stop in pairwise(starts):
-        yield block.slice(start, stop - start)

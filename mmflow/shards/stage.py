@@ -82,13 +82,14 @@ def fetch(
     report: Report,
 ) -> None:
     """Fetch the images of the sources that are URLs, where any are not settled; only then is Ray started."""
-    from mmflow.ingest.remote_images import fetch_images, may_have_urls
+    from mmflow.ingest.remote_images import fetch_images, is_settled, may_have_urls
 
     _listed.cache_clear()  # what is there when a run begins is what counts, to its end
     units, parts = listed(sources)
-    if may_have_urls(units):
+    store, identity = join(workspace, FETCHED), _identity(parts)
+    if may_have_urls(units) and not is_settled(store, identity, settings.fetch):
         start_ray()
-        fetch_images(join(workspace, FETCHED), sources, units, _identity(parts), settings.fetch, report)
+        fetch_images(store, sources, units, identity, settings.fetch, report)
 
 
 def build(

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from mmflow.ingest import colour
-from mmflow.ingest.colour import to_rgb
+from mmflow.ingest.colour import flatten, solid
 from mmflow.ingest.header import probe
 from mmflow.ingest.images import decode
-from tests.ingest.picture_files import RGB, chunk, file_of, gradient, png, tiff, ycck
+from tests.ingest.picture_files import chunk, file_of, gradient, png, tiff, ycck
 
 RAMP = gradient(64, 64)
 
@@ -85,17 +85,17 @@ def test_strips_make_no_difference(mode: str, factor: int, monkeypatch: pytest.M
     )
     if mode == "P":
         image.info["transparency"] = bytes(range(0, 256, 2))
-    whole = to_rgb(image, (10, 200, 30), factor)
+    whole = solid(image, (10, 200, 30), factor)
     monkeypatch.setattr(colour, "STRIP_PIXELS", 67 * 10)
-    assert np.array_equal(to_rgb(image, (10, 200, 30), factor), whole)
-    assert whole.shape == (-(-101 // factor), -(-67 // factor), 3)
+    assert np.array_equal(solid(image, (10, 200, 30), factor), whole)
+    assert whole.size == (-(-67 // factor), -(-101 // factor))
 
 
 def test_hidden_colours_do_not_bleed_when_shrunk() -> None:
     pixels = np.zeros((90, 90, 4), np.uint8)
     pixels[..., 0] = 255  # red throughout, and all of it hidden
     pixels[::2, ::2] = (0, 0, 255, 255)
-    shrunk: RGB = to_rgb(Image.fromarray(pixels), (0, 255, 0), 6)
+    shrunk = flatten(solid(Image.fromarray(pixels), (0, 255, 0), 6), (0, 255, 0))
     assert np.abs(shrunk.astype(int) - [0, 191, 64]).max() <= 1
 
 

@@ -15,7 +15,7 @@ from mmflow.artifacts import content_hash
 from mmflow.ingest import remote_images
 from mmflow.ingest.config import FetchConfig, SourceConfig
 from mmflow.ingest.fetched import FetchedStore
-from mmflow.ingest.remote_images import fetch_images, known_images, may_have_urls
+from mmflow.ingest.remote_images import fetch_images, is_settled, known_images, may_have_urls, urls_of
 from mmflow.ingest.sources import list_units
 from tests.ingest.webserver import Server, in_turn, respond, running
 
@@ -45,8 +45,18 @@ class Recipe:
     def fetch(self, **settings: Any) -> str | None:
         """One run; what is known behind it."""
         fetched = FetchConfig(loopback=True, retries=0, num_tasks=1, **settings)
-        fetch_images(self.store, self.sources, list_units(self.sources), self.identity, fetched, no_progress)
+        if not is_settled(self.store, self.identity, fetched):
+            fetch_images(self.store, self.sources, list_units(self.sources), self.identity, fetched, no_progress)
         return known_images(self.store, self.identity)
+
+
+def test_a_long_list_is_read_by_ray_and_gives_the_same_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(tmp_path, [f"https://a.example/{number % 150}.jpg" for number in range(300)])
+    units = list_units(recipe.sources)
+    urls = urls_of(units, recipe.sources)
+    assert len(urls) == 150
+    monkeypatch.setattr(remote_images, "RECORDS_READ_HERE", 0)
+    assert urls_of(units, recipe.sources) == urls
 
 
 def test_urls_are_fetched_once_and_a_failed_one_again(server: Server, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from mmflow.errors import MisuseError
 from mmflow.ingest import listing
 from mmflow.ingest.config import SourceConfig
 from mmflow.ingest.listing import expand_braces
-from mmflow.ingest.records import RECORDS
-from mmflow.ingest.sources import list_units, read_records, source_names
+from mmflow.ingest.records import RECORDS, ROWS_PER_CHUNK, rows_of_chunks
+from mmflow.ingest.sources import list_units, read_chunks, source_names
 from tests.ingest.reading import read, read_all
 
 
@@ -201,12 +201,14 @@ def test_a_ray_dataset_has_a_chunk_in_each_block(ray_cluster: None, tmp_path: Pa
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         tar.add(__file__, "k.jpg")
     sources = [SourceConfig(uri=str(tmp_path / "a" / "r.jsonl")), SourceConfig(uri=str(tmp_path / "b.tar"))]
-    dataset = read_records(list_units(sources), sources)
+    dataset = read_chunks(list_units(sources), sources)
     dataset.context.enable_progress_bars = False
-    blocks = [block for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
+    chunks = [block for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
+    assert [chunk.num_rows for chunk in chunks] == [1] * len(chunks)
+    blocks = [rows_of_chunks(chunk) for chunk in chunks]
     assert all(block.schema.equals(RECORDS) for block in blocks)
-    assert sorted(block.num_rows for block in blocks) == [1, 88, 256, 256]
-    assert all(len(set(block["chunk"].to_pylist())) == 1 for block in blocks)
+    whole, rest = divmod(600, ROWS_PER_CHUNK)
+    assert sorted(block.num_rows for block in blocks) == [1, rest, *[ROWS_PER_CHUNK] * whole]
     rows = sorted((row for block in blocks for row in block.to_pylist()), key=lambda row: row["place"])
     serial = read_all(sources)
     assert [{**row, "metadata": json.loads(row["metadata"])} for row in rows] == serial
