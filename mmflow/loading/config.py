@@ -143,8 +143,10 @@ class CacheConfig(Config):
 class WorkersConfig(Config):
     """Who decodes, beside the step that consumes. Batches are bit-equal whatever is chosen here."""
 
-    kind: Literal["threads", "processes"] = "threads"
-    """Threads start at once and share memory; processes take no turn at the interpreter's lock."""
+    kind: Literal["threads", "processes"] | None = None
+    """Threads start at once; processes take seconds to, and then wait for no turn at the interpreter's lock. None: threads
+    up to four, processes where there are more.
+    """
     count: int | None = Field(None, ge=1)
     """How many a rank has; None: as many as it reserves CPU cores."""
 

@@ -237,6 +237,17 @@ def test_mixed_datasets_have_cursors_of_their_own(
         assert whole([first, second]) == whole([batch])
 
 
+def test_clips_and_labels_are_what_the_recipe_asks_for(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+    config = CONFIG.model_copy(update={"frames": 2, "label": "group"})
+    loader = loader_of(small_dataset, tokenizer, config, classes=("group 1", "group 0"))
+    (batch,) = take(loader, 1)
+    assert batch.pixels.shape == (BATCH, 2, 3, 16, 16)
+    assert batch.frame_mask is not None
+    assert batch.frame_mask.tolist() == [[True, False]] * BATCH  # stills have one frame
+    numbers = [int(key.removeprefix("key-")) % 3 for key in batch.keys]
+    assert batch.targets["label"].tolist() == [{0: 1, 1: 0, 2: -1}[number] for number in numbers]
+
+
 # --- workers --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +268,15 @@ def test_the_cores_of_a_rank_are_its_workers_unless_the_recipe_says(
         next(batches)
         pool = [thread for thread in threading.enumerate() if thread.name.startswith(f"{NAME}_")]
         assert 1 < len(pool) <= 3
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(4, 0), (5, 5)])
+def test_more_workers_than_the_interpreter_s_lock_can_feed_are_processes(
+    small_dataset: Dataset, tokenizer: Tokenizer, cores: int, processes: int
+) -> None:
+    with closing(iter(loader_of(small_dataset, tokenizer, cores=cores))) as batches:
+        next(batches)
+        assert len(worker_processes()) == processes
 
 
 def test_a_consumer_that_stops_early_leaves_no_process_behind(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
