@@ -116,8 +116,8 @@ class Layer(nn.Module):
     def _look(self, queries: Tensor, keys: Tensor, values: Tensor, mask_BR: Tensor | None) -> Tensor:
         if mask_BR is None:
             return self._attend(queries, keys, values, None)
-        # Attention over nothing is NaN, in the backward pass too: a row whose memory is wholly masked (no picture)
-        # looks at all of it, and what it saw is put out.
+        # Attention over nothing is zero by SDPA's kernel for the CPU [torch 2.13], NaN by a plain softmax, and not
+        # promised: a row whose memory is wholly masked (no picture) looks at all of it, and what it saw is put out.
         empty_B1 = ~mask_BR.any(1, keepdim=True)
         seen_BTW = self._attend(queries, keys, values, (mask_BR | empty_B1)[:, None, None])
         return seen_BTW.masked_fill(empty_B1[:, None], 0.0)
