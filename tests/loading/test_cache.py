@@ -95,17 +95,24 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return uris
 
 
-def start(store: Store, number: int, seconds: float) -> subprocess.Popen[str]:
-    shard = store.shard(number)
-    arguments = [
-        shard.uri,
-        shard.checksum,
-        str(shard.size),
-        str(store.kept),
-        str(store.directory / "log"),
-        str(seconds),
-    ]
-    return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True)
+Start = Callable[[Store, int, float], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts another process that reads a shard, and that takes so many seconds to fetch it."""
+    children: list[subprocess.Popen[str]] = []
+
+    def started(store: Store, number: int, seconds: float) -> subprocess.Popen[str]:
+        shard, log = store.shard(number), store.directory / "log"
+        arguments = [shard.uri, shard.checksum, str(shard.size), str(store.kept), str(log), str(seconds)]
+        children.append(subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True))
+        return children[-1]
+
+    yield started
+    for child in children:
+        child.kill()
+        child.wait()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -137,15 +144,15 @@ def test_threads_that_want_a_shard_at_once_fetch_it_once(store: Store, fetched: 
     assert sorted(fetched) == sorted({shard.uri for shard in shards})
 
 
-def test_processes_that_want_a_shard_at_once_fetch_it_once(store: Store) -> None:
-    children = [start(store, 0, seconds=1.0) for _ in range(3)]
+def test_processes_that_want_a_shard_at_once_fetch_it_once(store: Store, start: Start) -> None:
+    children = [start(store, 0, 1.0) for _ in range(3)]
     assert [child.communicate(timeout=60)[0] for child in children] == ["10\n"] * 3
     assert (store.directory / "log").read_text() == "fetched\n"
     assert store.files() == [".tar"]
 
 
-def test_a_killed_process_s_download_is_taken_over(store: Store, fetched: list[str]) -> None:
-    child = start(store, 0, seconds=600)
+def test_a_killed_process_s_download_is_taken_over(store: Store, start: Start, fetched: list[str]) -> None:
+    child = start(store, 0, 600)
     wait_until((store.directory / "log").exists)
     (part,) = store.kept.glob("*.part")
     assert part.stat().st_size == len(store.bodies[0])  # its space was reserved before it came
@@ -163,8 +170,8 @@ def test_a_killed_process_s_download_is_taken_over(store: Store, fetched: list[s
     assert store.files() == [".tar"]
 
 
-def test_what_killed_downloads_left_is_cleaned_up_by_the_next(store: Store) -> None:
-    child, alive = start(store, 0, seconds=600), start(store, 1, seconds=600)
+def test_what_killed_downloads_left_is_cleaned_up_by_the_next(store: Store, start: Start) -> None:
+    child, alive = start(store, 0, 600), start(store, 1, 600)
     log = store.directory / "log"
     wait_until(lambda: log.exists() and log.read_text().count("fetched") == 2)
     child.kill()
@@ -174,8 +181,7 @@ def test_what_killed_downloads_left_is_cleaned_up_by_the_next(store: Store) -> N
     assert store.files() == [".part", ".tar"]
     (part,) = store.kept.glob("*.part")
     assert part.stem == store.shard(1).checksum  # that of the living stays
-    alive.kill()
-    alive.wait()
+    assert alive.poll() is None
 
 
 def test_an_altered_shard_is_refused_and_nothing_of_it_is_kept(store: Store, fetched: list[str]) -> None:
@@ -243,13 +249,13 @@ def test_the_longest_unread_is_deleted_first(tmp_path: Path) -> None:
         store.shard(number).read(1, 0)
         let_go(store)
         time.sleep(0.02)
-    (store.kept / "notes.txt").write_bytes(bytes(SHARD_BYTES))  # somebody's: neither counted nor deleted
+    (store.kept / "notes.tar").write_bytes(bytes(SHARD_BYTES))  # somebody's: neither counted nor deleted
     store.shard(3).read(1, 0)
     assert [store.holds(number) for number in range(4)] == [True, False, True, True]
     let_go(store)
     store.shard(4).read(1, 0)
     assert [store.holds(number) for number in range(5)] == [True, False, False, True, True]
-    assert (store.kept / "notes.txt").exists()
+    assert (store.kept / "notes.tar").exists()
 
 
 def test_a_shard_that_another_process_reads_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_a_row_that_is_not_there_is_misuse(small_dataset: Dataset, row: int) -> 
         Reader(small_dataset, "train").read(0, row)
 
 
-def test_adopted_tars_in_any_order_of_members_are_read(tmp_path: Path) -> None:
+def test_adopted_tars_in_any_order_of_members_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg, png = picture(1, (64, 48)), picture(2, (30, 40), "PNG")
     members = [
         ("a.json", b'{"caption": "from json"}'),
@@ -174,6 +174,12 @@ def test_adopted_tars_in_any_order_of_members_are_read(tmp_path: Path) -> None:
         ("sub/ü", "jpg", jpeg, "deep", {"json": [1, 2]}),
     ]
     assert [reader.read(0, row).image for row in (2, 0, 1)] == [jpeg, png, jpeg]
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(reading.os, "pread", lambda file, size, offset: read.append(size) or pread(file, size, offset))
+    reader.read(0, 0)
+    reader.read(0, 1)
+    assert sorted(read) == sorted([len(png), len(members[0][1]), len(jpeg), len("ünï".encode())])  # and nothing else
 
 
 @pytest.mark.parametrize("member", MEMBERS)
