@@ -144,7 +144,7 @@ class WorkersConfig(Config):
     """Who decodes, beside the step that consumes. Batches are bit-equal whatever is chosen here."""
 
     kind: Literal["threads", "processes"] | None = None
-    """Threads start at once; processes take seconds to, and then wait for no turn at the interpreter's lock. None: threads
+    """Threads start at once; processes take seconds, and then wait for no turn at the interpreter's lock. None: threads
     up to four, processes where there are more.
     """
     count: int | None = Field(None, ge=1)
