@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from mmflow.errors import CorruptArtifactError
-from mmflow.ingest.colour import to_rgb
+from mmflow.ingest.colour import flatten, solid
 from mmflow.ingest.header import TURNS
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
@@ -76,7 +76,7 @@ def read_pixels(picture: Picture, least_side: int, share: tuple[float, float] = 
             pixels: Pixels = _decode_jpeg(picture.body, least_width, least_height)
         else:
             picture.image.load()
-            pixels = to_rgb(picture.image, WHITE)
+            pixels = flatten(solid(picture.image, WHITE), WHITE)
     except Exception as error:
         raise _damaged(picture.body, picture.extension, error) from error
     if turns:
