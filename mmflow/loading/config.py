@@ -137,7 +137,7 @@ class CacheConfig(Config):
     directory: str | None = None
     """A local directory that all processes of the node share; None: mmflow/shards under the user's cache directory."""
     max_bytes: int = Field(100_000_000_000, ge=1)
-    """The shards longest unread are deleted beyond this many bytes."""
+    """The shards longest unread are deleted beyond this many bytes; with less than two shards a lane, all too soon."""
 
 
 class WorkersConfig(Config):
