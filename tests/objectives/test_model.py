@@ -84,3 +84,16 @@ def test_padded_rows_change_nothing(objective: str) -> None:
         total(outputs_of(model, arguments, rows_of(real)), config, step=0)[0] for arguments in (padded, whole)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("objective", EVERYTHING)
+def test_under_autocast_the_loss_stays_fp32_and_near(objective: str) -> None:
+    model = model_of()
+    config = ObjectivesConfig.model_validate({objective: EVERYTHING[objective]})
+    expected, _ = total(outputs_of(model, batch(6), all_real(6)), config, step=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = total(outputs_of(model, batch(6), all_real(6)), config, step=0)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=0.02, rtol=0.02)
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
