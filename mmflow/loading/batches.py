@@ -86,4 +86,5 @@ def normalise(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float
     """uint8 pictures (…, 3, height, width) as float with the mean and deviation that the model was trained with."""
     shift = torch.tensor(mean, device=pixels.device).mul(255).view(3, 1, 1)
     scale = torch.tensor(std, device=pixels.device).mul(255).reciprocal().view(3, 1, 1)
-    return (pixels.float() - shift) * scale
+    # In place: two copies of a batch in floats would be half of its time.
+    return pixels.float().sub_(shift).mul_(scale)
