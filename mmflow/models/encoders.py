@@ -226,5 +226,5 @@ def _checkpoint_activations(key: str, backbone: Any) -> None:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """The number of scalars in a module's parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """The number of scalars in a module's parameters, of those too that ZeRO-3 has left no rank the whole of."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())

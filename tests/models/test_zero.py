@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmflow.models.encoders import parameter_count
 from tests.models.trained_with_zero import CLASSES, CONFIG, VOCABULARY, ZERO_STAGES, build, fresh
 
 
@@ -40,6 +41,7 @@ def test_every_stage_trains_as_stage_0_does(directory: Path, zero_stage: int) ->
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_what_was_trained_loads_into_a_fresh_model_and_into_a_restart(directory: Path, zero_stage: int) -> None:
     found = result(directory, zero_stage)
+    assert found["parameters"] == parameter_count(fresh())
     model = build("pretrain.model", CONFIG, VOCABULARY, seed=2, num_classes=CLASSES)
     model.load_state_dict(found["after"])
     for name, value in model.state_dict().items():

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmflow.models.config import ModelConfig
+from mmflow.models.encoders import parameter_count
 from mmflow.models.heads import patches
 from mmflow.models.model import Model, build
 from mmflow.training.config import OptimizerConfig
@@ -90,7 +91,9 @@ def train(directory: Path, zero_stage: int) -> None:
     again = engine_of(zero_stage)
     again.load_checkpoint(str(directory / f"checkpoint-{zero_stage}"), tag="last")
     states = {"after": whole_state(engine.module.model), "again": whole_state(again.module.model)}
-    torch.save({"losses": losses, **states}, directory / f"{zero_stage}.pt")
+    torch.save(
+        {"losses": losses, "parameters": parameter_count(engine.module.model), **states}, directory / f"{zero_stage}.pt"
+    )
 
 
 def main() -> None:
