@@ -231,14 +231,14 @@ def heat(cells: Sequence[Sequence[float]], *, title: str, color: str = "var(--st
     """A grid of weights from 0 to 1, row by row, as an SVG to lay over a picture: the heavier, the more colour."""
     height, width = len(cells), max(map(len, cells), default=0)
     drawn = [
-        f'<rect x="{column}" y="{row}" width="1.02" height="1.02" fill-opacity="{0.7 * weight:.3g}"/>'
+        f'<rect x="{column}" y="{row}" width="1" height="1" fill-opacity="{0.7 * weight:.3g}"/>'
         for row, weights in enumerate(cells)
         for column, weight in enumerate(weights)
         if is_finite(weight)
     ]
     return (
         f'<svg class="heat" role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="none" '
-        f'style="fill:{escape(color)}"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
+        f'shape-rendering="crispEdges" style="fill:{escape(color)}"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
     )
 
 

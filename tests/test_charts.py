@@ -13,6 +13,7 @@ from mmflow.charts import (
     Segment,
     Series,
     decimate,
+    heat,
     histogram,
     line_chart,
     meter,
@@ -187,3 +188,11 @@ def test_every_chart_names_itself_and_escapes_its_labels() -> None:
         assert root[0].tag == "title"
         assert root[0].text == HOSTILE
         assert root.get("role") == "img"
+
+
+def test_a_heat_map_has_a_cell_a_weight_and_none_where_there_is_no_number() -> None:
+    svg = heat([[0.0, 1.0, 0.5], [math.nan, 0.25]], title="<where>")
+    assert 'viewBox="0 0 3 2"' in svg
+    assert "&lt;where&gt;" in svg
+    cells = re.findall(r'<rect x="(\d)" y="(\d)" width="1" height="1" fill-opacity="([^"]+)"/>', svg)
+    assert cells == [("0", "0", "0"), ("1", "0", "0.7"), ("2", "0", "0.35"), ("1", "1", "0.175")]
