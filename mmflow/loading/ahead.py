@@ -11,23 +11,22 @@ from collections.abc import Callable
 Range = tuple[int, int, int]  # shard, first row, last row
 NUM_THREADS = 4  # one remote connection is slower than a node's network
 FORGET_SECONDS = 60.0  # a loader asks for the same windows at every batch: they are worked on once, while it does
-TICK_SECONDS = 5.0
 
 
 class ReadAhead:
-    """Runs `work(shard, first, last)` for each range that is asked for, in order, and `tick` every few seconds.
+    """Runs `work(shard, first, last)` for each range that is asked for, in order.
 
     The threads start with the first range and end with this object.
     """
 
-    def __init__(self, work: Callable[[int, int, int], None], tick: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[int, int, int], None]) -> None:
         self.failed: dict[int, BaseException] = {}  # shard → what went wrong with it
         self._asked: dict[Range, float] = {}  # when last, the longest ago first
         self._guard = threading.Lock()
         self._queue: queue.Queue[Range | None] = queue.Queue()
         self._started = False
         # Not bound methods: a thread that held this object would keep it, and every file that it has open, for ever.
-        self._loop = (_run, (self._queue, self.failed, work, tick))
+        self._loop = (_run, (self._queue, self.failed, work))
 
     def ask(self, shard: int, first: int, last: int) -> None:
         """Have a range worked on, unless it was asked for of late. Returns at once."""
@@ -57,19 +56,9 @@ class ReadAhead:
 
 
 def _run(
-    ranges: queue.Queue[Range | None],
-    failed: dict[int, BaseException],
-    work: Callable[[int, int, int], None],
-    tick: Callable[[], None],
+    ranges: queue.Queue[Range | None], failed: dict[int, BaseException], work: Callable[[int, int, int], None]
 ) -> None:
-    while True:
-        try:
-            wanted = ranges.get(timeout=TICK_SECONDS)
-        except queue.Empty:
-            tick()
-            continue
-        if wanted is None:
-            return
+    while (wanted := ranges.get()) is not None:
         try:
             work(*wanted)
         except BaseException as error:  # whatever it is belongs to the shard's reader

@@ -23,6 +23,7 @@ import xxhash
 
 from mmflow.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.loading.config import CacheConfig
+from mmflow.loading.held import Copy, delete_unheld, is_at, size_of
 from mmflow.shards.members import READ_BYTES, read_blocks
 
 NAME = re.compile(r"[0-9a-f]{32}\.(tar|part)")  # other files in the directory are not ours to count or delete
@@ -52,6 +53,7 @@ class ShardCache:
         self.max_bytes = max_bytes
         self._shards: weakref.WeakSet[CachedShard] = weakref.WeakSet()
         self._guard = threading.Lock()
+        self._sweeper: threading.Thread | None = None
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[Path, int]]:
         return ShardCache, (self.directory, self.max_bytes)
@@ -76,7 +78,12 @@ class ShardCache:
 
     def open(self, uri: str, checksum: str, size: int) -> Copy:
         """A verified copy, held open; fetched now if there is none. Raises as `CachedShard.open`."""
-        self.release_idle()
+        with self._guard:
+            if self._sweeper is None:
+                self._sweeper = threading.Thread(
+                    target=sweep, args=(weakref.ref(self),), name="mmflow-cache", daemon=True
+                )
+                self._sweeper.start()
         with self._naming():
             self.directory.mkdir(parents=True, exist_ok=True)
         while True:
@@ -96,8 +103,7 @@ class ShardCache:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                # Another has it under way. A shared lock comes when that one ends, though readers hold the shard then.
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                self._wait(descriptor)
                 return
             if not is_at(descriptor, part):  # it was another's, who has finished or was cleaned up after
                 return
@@ -115,6 +121,16 @@ class ShardCache:
                         part.unlink()
         finally:
             os.close(descriptor)
+
+    def _wait(self, descriptor: int) -> None:
+        """Until another's download ends: a shared lock is to be had then, though others hold the shard already."""
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not os.fstat(descriptor).st_size:  # it has no room yet, and may wait for what this process holds
+                    self.release_idle(0)
+                time.sleep(POLL_SECONDS)
 
     def _download(self, uri: str, checksum: str, size: int, descriptor: int) -> None:
         """Copy and verify; a connection that breaks, or a byte that flips on its way, has further attempts."""
@@ -269,53 +285,9 @@ class CachedShard:
         return True
 
 
-class Copy:
-    """An open file of the cache. Its shared lock, which keeps it from deletion, ends with the last reference."""
-
-    __slots__ = ("descriptor", "used")
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.used = time.time()
-        self._touch()
-
-    def __del__(self) -> None:
-        self._touch()
-        os.close(self.descriptor)
-
-    def _touch(self) -> None:
-        with contextlib.suppress(OSError):  # another user's file counts as longer unread than it is
-            os.utime(self.descriptor, (self.used, self.used))
-
-
-def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that has this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def size_of(path: Path) -> int:
-    """In bytes; 0 for a file that is gone."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def delete_unheld(path: Path) -> bool:
-    """Delete a file unless somebody holds a lock on it; whether it is gone."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_at(descriptor, path):  # else this name is another's by now
-            path.unlink()
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
+def sweep(cache: weakref.ref[ShardCache]) -> None:
+    """Release what is idle, as long as there is a cache: a process that does other things for an hour blocks none."""
+    while (found := cache()) is not None:
+        found.release_idle()
+        del found
+        time.sleep(IDLE_SECONDS / 2)

@@ -81,7 +81,7 @@ class Reader:
         # Functions that do not hold this reader: a circle would keep its files open until the next garbage collection.
         self._records = lru_cache(OPEN_SHARDS)(partial(_records_of, dataset, self.shards, frames))
         self._open = lru_cache(OPEN_SHARDS)(partial(_open_shard, dataset, self.shards, cache, self._records))
-        self._ahead = ReadAhead(partial(_prepare, self._open), cache.release_idle if cache else _nothing)
+        self._ahead = ReadAhead(partial(_prepare, self._open))
 
     def __reduce__(self) -> tuple[Callable[..., Reader], tuple[object, ...]]:
         return partial(Reader, frames=self.frames), (self.dataset, self.split, self.cache)

@@ -318,6 +318,31 @@ def test_the_bound_holds_while_many_fetch_at_once(tmp_path: Path) -> None:
     assert SHARD_BYTES <= most[0] <= 4 * SHARD_BYTES
 
 
+def test_processes_that_all_wait_for_room_give_way_to_each_other(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=3 * SHARD_BYTES)
+    caches = [store.cache, ShardCache(store.kept, store.cache.max_bytes)]  # two processes' locks
+    shards = [[store.shard(number, cache=cache) for number in range(6)] for cache in caches]
+
+    def read(thread: int) -> bool:
+        order = [(5 * thread + 3 * step) % 6 + (step % 2) for step in range(12)]
+        return all(
+            shards[thread % 2][number % 6].read(9, thread) == store.bodies[number % 6][thread : thread + 9]
+            for number in order
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(read, range(4))) == [True] * 4
+
+
+def test_what_is_idle_is_let_go_of_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "IDLE_SECONDS", 0.2)
+    shard = store.shard(0)
+    shard.read(1, 0)
+    assert shard._copy is not None
+    wait_until(lambda: shard._copy is None)
+    assert store.holds(0)
+
+
 def test_an_idle_shard_is_let_go_of_and_read_again_without_a_fetch(store: Store, fetched: list[str]) -> None:
     shard = store.shard(0)
     shard.read(1, 0)
