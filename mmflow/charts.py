@@ -238,7 +238,8 @@ def heat(cells: Sequence[Sequence[float]], *, title: str, color: str = "var(--st
     ]
     return (
         f'<svg class="heat" role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="none" '
-        f'shape-rendering="crispEdges" style="fill:{escape(color)}"><title>{escape(title)}</title>{"".join(drawn)}</svg>'
+        f'shape-rendering="crispEdges" style="fill:{escape(color)}">'
+        f"<title>{escape(title)}</title>{''.join(drawn)}</svg>"
     )
 
 
