@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,15 @@ import torch
 from mmflow.errors import RecipeError
 from mmflow.evaluation.config import WritingConfig
 from mmflow.evaluation.predict import class_scores, marks_of, matching_scores, text_of, token_losses, write_texts
-from mmflow.models.embed import image_inputs, text_inputs
+from mmflow.models.config import ModelConfig
+from mmflow.models.embed import embed_images, image_inputs, text_inputs
 from tests.evaluation.models import (
     COLOURS,
     answerer_config,
     captioner_config,
     captions_of,
     classifier_config,
+    dual_config,
     loaded_model,
     matcher_config,
     picture,
@@ -106,3 +110,16 @@ def test_a_tokenizer_without_marks_is_refused_by_the_recipes_key() -> None:
     bare = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "word": 2}, unk_token="<unk>"))
     with pytest.raises(RecipeError, match=r"model\.decoder: the tokenizer has no token to begin and end"):
         marks_of(bare)
+
+
+def test_clips_are_read_frame_by_frame_and_shorter_ones_masked() -> None:
+    config = dual_config().model_dump() | {"video": {"kind": "mean", "max_frames": 2}}
+    loaded = loaded_model(ModelConfig.model_validate(config))
+    still, clip = SAMPLES[0], replace(SAMPLES[1], frames=tuple(sample.image for sample in SAMPLES[2:5]))
+    pixels, mask = image_inputs(loaded, [still, clip])
+    assert mask is not None
+    assert mask.tolist() == [[True, False], [True, True]]
+    # Two of the clip's four frames, from the middles of its halves: the second and the last.
+    torch.testing.assert_close(pixels[1], image_inputs(loaded, [SAMPLES[2], SAMPLES[4]])[0][:, 0])
+    together = embed_images(loaded, [still, clip], 2)
+    np.testing.assert_allclose(together[0], embed_images(loaded, [still], 1)[0], atol=1e-5)
