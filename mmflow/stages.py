@@ -64,12 +64,17 @@ class Loop:
             except MisuseError as error:
                 raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
         for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
-            if section is not None and name in stages:
-                from mmflow.models.backbones import encoder_config  # seconds of imports, which sharding can do without
+            if section is not None and name in stages and not self._is_committed(name):
+                from mmflow.training.check import check_training  # seconds of imports, which sharding can do without
 
-                for side, encoder in (("image", section.model.image), ("text", section.model.text)):
-                    if encoder is not None:
-                        encoder_config(f"{name}.model.{side}", encoder)
+                check_training(name, section)
+
+    def _is_committed(self, name: str) -> bool:
+        try:
+            self.committed(name)
+        except MissingArtifactError:
+            return False
+        return True
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """The stages that `name` takes artifacts from."""
@@ -210,12 +215,13 @@ def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
     def vocabulary() -> Vocabulary:
         from mmflow.loading.opening import open_readers
         from mmflow.loading.vocabulary import learn_vocabulary
+        from mmflow.models.checkpoints import checkpoint_directory
         from mmflow.shards.dataset import open_dataset
 
         readers = open_readers(section.loader, open_dataset(inputs["shard"].uri))
-        checkpoint = section.model.text.checkpoint if section.model.text else None
-        key = "pretrain.model.text.checkpoint"
-        return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, checkpoint, key)
+        key, text = "pretrain.model.text.checkpoint", section.model.text
+        directory = checkpoint_directory(key, text.checkpoint) if text and text.checkpoint else None
+        return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, directory, key)
 
     build = partial(_train, recipe, "pretrain", section, inputs, vocabulary)
     return _training_stage(recipe, "pretrain", section, inputs, build)
@@ -264,11 +270,10 @@ def _training_stage(
 
 def _checkpoint_hash(key: str, checkpoint: str) -> str:
     from mmflow.ingest.listing import fingerprint
+    from mmflow.models.checkpoints import checkpoint_directory
 
-    directory = Path(checkpoint)
-    if not directory.is_dir():
-        raise RecipeError(f"{key}: {checkpoint}: no such directory; give one as `save_pretrained` writes it")
-    return fingerprint(checkpoint, sorted(path.name for path in directory.iterdir() if path.is_file()))
+    directory = checkpoint_directory(key, checkpoint)
+    return fingerprint(str(directory), sorted(path.name for path in directory.iterdir() if path.is_file()))
 
 
 def _train(
@@ -402,7 +407,7 @@ def _score(recipe: Recipe, inputs: Inputs) -> Stage:
     if found is None:
         raise MissingArtifactError(f"{name}: no version holds the champion alias, so there is nothing to score with")
     zero_shot = recipe.evaluate.zero_shot
-    prompts = zero_shot.prompts if zero_shot else {}
+    prompts = zero_shot.texts if zero_shot else {}
     language = recipe.evaluate.languages[0]
 
     def build(uri: str) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -28,7 +29,7 @@ class Vocabulary:
 
 
 def learn_vocabulary(
-    readers: Sequence[Reader], config: LoaderConfig, vocabulary_size: int, checkpoint: str | None, key: str
+    readers: Sequence[Reader], config: LoaderConfig, vocabulary_size: int, checkpoint: Path | None, key: str
 ) -> Vocabulary:
     """The vocabulary of a stage's data: the tokenizer of a text encoder's `checkpoint`, or one trained on the texts.
 

@@ -13,7 +13,6 @@ import math
 import mmap
 import multiprocessing
 import os
-import pickle
 import signal
 import tempfile
 import traceback
@@ -23,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import DupFd
+from multiprocessing.reduction import DupFd, ForkingPickler
 from threading import Barrier
 from typing import Any, Literal, Protocol
 
@@ -124,7 +123,7 @@ class Processes:
     def __init__(self, load: Load, count: int, shape: tuple[int, ...]) -> None:
         # Through shared memory and not through the pipe: a start would block there until its process reads, so that
         # one process would begin only when the one before had.
-        program = pickle.dumps(load)
+        program = ForkingPickler.dumps(load)
         ring_bytes = math.prod(shape)
         self._file = _anonymous_file(ring_bytes + len(program))
         memory = mmap.mmap(self._file, 0)
@@ -259,7 +258,7 @@ def _serve(connection: Connection, descriptor: int, shape: tuple[int, ...]) -> N
     memory = mmap.mmap(descriptor, 0)
     ring_bytes = math.prod(shape)
     ring: Ring = np.frombuffer(memory, np.uint8, ring_bytes).reshape(shape)
-    load: Load = pickle.loads(memory[ring_bytes:])  # noqa: S301 — written by the process that started this one
+    load: Load = ForkingPickler.loads(memory[ring_bytes:])
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number, task = connection.recv()

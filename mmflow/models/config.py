@@ -32,9 +32,9 @@ class WindowsConfig(Config):
 class VideoConfig(Config):
     """Clips of frames (CLIP4Clip, arXiv 2104.08860): the image encoder reads each frame, this makes them one."""
 
-    kind: Literal["mean", "sequential", "cross"] = "mean"
-    """The mean of the frames; the mean after a transformer has put them in order; or a transformer that reads the
-    caption and the frames together and gives the pair a score."""
+    kind: Literal["mean", "sequential"] = "mean"
+    """The mean of the frames, or the mean after a transformer has put them in order. A fusion over the frames with the
+    head matching reads caption and frames together."""
     max_frames: int = Field(12, ge=1)
     """Frames that a clip has at most."""
     layers: int = Field(4, ge=1)
@@ -94,9 +94,7 @@ class TextEncoderConfig(EncoderConfig):
 class FusionConfig(Config):
     """How text and image read each other; what the heads of the model then read."""
 
-    kind: Literal[
-        "concatenation", "gated", "cross_attention", "both_directions", "co_attention", "single_stream"
-    ]
+    kind: Literal["concatenation", "gated", "cross_attention", "both_directions", "co_attention", "single_stream"]
     """concatenation and gated (GMU, arXiv 1702.01992) mix each token with the other side's pooled vector;
     cross_attention: text reads image (ALBEF, arXiv 2107.07651); both_directions: each reads the other (ViLBERT's
     co-attentional layer, arXiv 1908.02265); co_attention: that, and each reads itself too (LXMERT's cross-modality
@@ -149,7 +147,7 @@ Head = Literal["matching", "masked_language", "masked_image", "classes"]
 
 
 class ModelConfig(Config):
-    """What the model is made of. A part that is not named here does not exist: nothing is trained without a gradient."""
+    """What the model is made of. A part that is not named here does not exist: all that is trained has a gradient."""
 
     image: ImageEncoderConfig
     text: TextEncoderConfig | None = None
@@ -211,10 +209,14 @@ class ModelConfig(Config):
         if "masked_image" in self.heads and self.video is not None:
             raise ValueError("heads: masked_image needs patches, and video gives frames; leave one out")
         if "masked_image" in self.heads and self.fusion is not None and self.fusion.kind == "cross_attention":
-            raise ValueError("heads: in cross_attention no patch reads the text; take both_directions or another fusion")
+            raise ValueError(
+                "heads: in cross_attention no patch reads the text; take both_directions or another fusion"
+            )
         meets = self.embedding_width is not None or self.fusion is not None
         if self.text is not None and not meets and "masked_language" not in self.heads:
             raise ValueError("text: nothing reads it; leave it out, or name embedding_width, fusion or masked_language")
         if not meets and self.decoder is None and set(self.heads) <= {"masked_language"}:
-            raise ValueError("image: nothing reads it; name embedding_width, fusion, decoder, or heads masked_image or classes")
+            raise ValueError(
+                "image: nothing reads it; name embedding_width, fusion, decoder, or heads masked_image or classes"
+            )
         return self

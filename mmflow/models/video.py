@@ -54,32 +54,6 @@ class VideoEncoder(nn.Module):
         return Encoded(frames_BFW, pool_mean(frames_BFW, mask_BF), mask_BF, weights)
 
 
-class TightSimilarity(nn.Module):
-    """A transformer that reads a caption and a clip's frames together and gives the pair a score (the tight type of
-    CLIP4Clip, equations 5 to 7): U = [w, z₁ … z_F], s = FC(ReLU(FC(Transformer(U + P + T)[0])))."""
-
-    def __init__(self, key: str, width: int, config: VideoConfig) -> None:
-        super().__init__()
-        _check_heads(key, config, width)
-        self.types = nn.Embedding(2, width)
-        nn.init.normal_(self.types.weight, std=0.02)
-        self.read = Blocks(width, config.heads, config.layers, 1 + config.max_frames)
-        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-
-    def forward(self, captions_AW: Tensor, frames_BFW: Tensor, mask_BF: Tensor | None = None) -> Tensor:
-        """The score of each caption with each clip (A, B), from both in one width: A · B sequences of 1 + F vectors."""
-        num_captions, num_clips = len(captions_AW), len(frames_BFW)
-        mask_BF = _at_least_one(mask_BF, frames_BFW)
-        types_2W = self.types(torch.arange(2, device=frames_BFW.device))
-        captions_AB1W = (captions_AW + types_2W[0])[:, None, None].expand(-1, num_clips, -1, -1)
-        frames_ABFW = (frames_BFW + types_2W[1])[None].expand(num_captions, -1, -1, -1)
-        pairs_PKW = torch.cat([captions_AB1W, frames_ABFW], 2).flatten(0, 1)
-        mask_BK = torch.cat([torch.ones_like(mask_BF[:, :1]), mask_BF], 1)
-        read_PKW, _ = self.read(pairs_PKW, mask_BK.repeat(num_captions, 1))
-        scores_AB: Tensor = self.score(read_PKW[:, 0]).view(num_captions, num_clips)
-        return scores_AB
-
-
 def _at_least_one(mask_BF: Tensor | None, clips_BF: Tensor) -> Tensor:
     # A clip of no frames (a padded row of the batch) is read as its first: attention to nothing is not a number.
     if mask_BF is None:

@@ -18,8 +18,8 @@ class PromoteConfig(Config):
     candidate: Literal["student", "teacher"] = "student"
     """Which of the night's two models stands as challenger."""
     metric: str = Field(pattern=r"^[^/]+/[^/]+/.+$")
-    """The deciding metric, such as `unseen_variants/text_to_image/R@1`. More is better, unless it ends in _rank, loss or
-    perplexity."""
+    """The deciding metric, such as `unseen_variants/text_to_image/R@1`. More is better, unless it ends in _rank, loss
+    or perplexity."""
     min_gain: FiniteFloat = 0.0
     """How much better than the champion the challenger must be. 0 promotes an equal; less than 0 tolerates a loss."""
     floors: dict[str, FiniteFloat] = Field(default_factory=dict)

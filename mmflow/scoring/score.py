@@ -94,7 +94,7 @@ class ScoreShards:
 
         reader = Reader(self.data, split)
         ordinal = next(number for number, shard in enumerate(reader.shards) if shard.name == name)
-        samples = [reader.read(ordinal, row) for row in range(reader.shards[ordinal].samples)]
+        samples = list(reader.samples(ordinal, 0, reader.shards[ordinal].samples))
         captions = [
             next((each.text for each in sample.captions if each.language == self.language), sample.captions[0].text)
             for sample in samples

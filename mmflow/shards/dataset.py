@@ -17,7 +17,6 @@ from mmflow.errors import CorruptArtifactError, MisuseError
 from mmflow.shards.index import MEMBERS, read_index
 
 if TYPE_CHECKING:
-    import ray.data
     import webdataset
 
     from mmflow.loading.cache import ShardCache
@@ -85,14 +84,14 @@ class Dataset:
     def as_webdataset(
         self, split: str, *, shuffle_shards: int | None = None, cache: ShardCache | None = None
     ) -> webdataset.FluidWrapper:
-        """A webdataset pipeline over the split (`mmflow.shards.exports.as_webdataset`)."""
-        from mmflow.shards.exports import as_webdataset
+        """A webdataset pipeline over the split (`mmflow.loading.exports.as_webdataset`)."""
+        from mmflow.loading.exports import as_webdataset
 
         return as_webdataset(self, split, shuffle_shards=shuffle_shards, cache=cache)
 
-    def to_ray_data(self, split: str, *, cache: ShardCache | None = None) -> ray.data.Dataset:
-        """A Ray Dataset of the split's samples (`mmflow.shards.exports.to_ray_data`)."""
-        from mmflow.shards.exports import to_ray_data
+    def to_ray_data(self, split: str, *, cache: ShardCache | None = None) -> Any:
+        """A `ray.data.Dataset` of the split's samples (`mmflow.loading.exports.to_ray_data`)."""
+        from mmflow.loading.exports import to_ray_data
 
         return to_ray_data(self, split, cache=cache)
 

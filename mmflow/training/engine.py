@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmflow.models.learning_rates import learning_rate_factors
 from mmflow.training.config import OptimizerConfig
 
 
@@ -73,9 +74,8 @@ def build_engine(
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 1 << 60,
     }
-    adamw = torch.optim.AdamW(
-        parameter_groups(module, optimizer.weight_decay), lr=optimizer.learning_rate, betas=(0.9, optimizer.beta2)
-    )
+    groups = parameter_groups(module, optimizer.learning_rate, optimizer.weight_decay)
+    adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=(0.9, optimizer.beta2))
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, learning_rate_schedule(optimizer, total_steps))
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=adamw, lr_scheduler=schedule, config=settings, dist_init_required=False
@@ -83,12 +83,18 @@ def build_engine(
     return engine
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; norms, biases and scales, which have at most one dimension, do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def parameter_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; norms, biases and scales, which have at most one dimension, do not. The layers of an
+    encoder with a `layer_decay` learn at rates of their own."""
+    factors = learning_rate_factors(module)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((factors.get(name, 1.0), parameter.dim() > 1), []).append(parameter)
     return [
-        {"params": [each for each in parameters if each.dim() > 1], "weight_decay": weight_decay},
-        {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0},
+        {"params": parameters, "lr": learning_rate * factor, "weight_decay": weight_decay if decays else 0.0}
+        for (factor, decays), parameters in groups.items()
+        if parameters
     ]
 
 

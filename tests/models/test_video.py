@@ -11,7 +11,7 @@ from torch import Tensor
 from mmflow.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, VideoConfig
 from mmflow.models.towers import build_image_encoder
-from mmflow.models.video import TightSimilarity, VideoEncoder
+from mmflow.models.video import VideoEncoder
 from tests.models.backbones import IMAGE
 
 PIXELS = 16
@@ -31,9 +31,8 @@ def clips(batch_size: int, frames: int) -> Tensor:
 
 
 @pytest.mark.parametrize("model_type", IMAGE)
-@pytest.mark.parametrize("kind", ["mean", "cross"])
-def test_the_mean_is_that_of_the_frames_one_by_one(kind: str, model_type: str) -> None:
-    read = encoder(kind, model_type).eval()
+def test_the_mean_is_that_of_the_frames_one_by_one(model_type: str) -> None:
+    read = encoder("mean", model_type).eval()
     pixels = clips(2, 3)
     expected = torch.stack([read.encoder(pixels[:, frame]).pooled_BW for frame in range(3)], 1)
     encoded = read(pixels)
@@ -57,7 +56,7 @@ def test_only_sequential_heeds_the_order_of_frames() -> None:
     assert not torch.allclose(sequential(pixels.flip(1)).pooled_BW, sequential(pixels).pooled_BW, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mean", "sequential", "cross"])
+@pytest.mark.parametrize("kind", ["mean", "sequential"])
 def test_padding_changes_nothing(kind: str) -> None:
     read = encoder(kind).eval()
     pixels = clips(2, 4)
@@ -89,7 +88,7 @@ def test_a_clip_without_frames_is_finite(kind: str) -> None:
     assert all(each.grad is not None and each.grad.isfinite().all() for each in read.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mean", "sequential", "cross"])
+@pytest.mark.parametrize("kind", ["mean", "sequential"])
 def test_a_still_is_a_clip_of_one_frame(kind: str) -> None:
     read = encoder(kind).eval()
     pixels = clips(2, 1)
@@ -101,34 +100,6 @@ def test_maps_are_those_among_frames() -> None:
     assert [each.shape for each in encoded.attentions] == [(2, 2, 3, 3)]
 
 
-def tight() -> TightSimilarity:
-    torch.manual_seed(3)
-    return TightSimilarity("m.video", 8, VideoConfig(kind="cross", max_frames=4, layers=1, heads=2))
-
-
-def test_tight_similarity_equals_the_papers_pair_by_pair() -> None:
-    """CLIP4Clip, equations 5 to 7: U = [w, z₁ … z_F], s = FC(ReLU(FC(Transformer(U + P + T)[0])))."""
-    similarity = tight()
-    captions, frames = torch.randn(3, 8), torch.randn(2, 4, 8)
-    mask = torch.tensor([[True, True, False, False], [True] * 4])
-    scores = similarity(captions, frames, mask)
-    assert scores.shape == (3, 2)
-    for row in range(3):
-        for column in range(2):
-            real = frames[column][mask[column]]
-            union = torch.cat([captions[row : row + 1], real]) + torch.cat(
-                [similarity.types.weight[:1], similarity.types.weight[1:].expand(len(real), -1)]
-            )
-            read, _ = similarity.read(union[None], None)
-            torch.testing.assert_close(scores[row, column], similarity.score(read[0, 0])[0], atol=1e-6, rtol=1e-5)
-
-
-def test_tight_similarity_trains_every_weight() -> None:
-    similarity = tight()
-    similarity(torch.randn(3, 8), torch.randn(2, 4, 8)).square().sum().backward()
-    assert [name for name, each in similarity.named_parameters() if each.grad is None] == []
-
-
 def test_more_frames_than_the_recipe_says_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"^m.video.max_frames: 4, and a clip has 5; raise it"):
         encoder("mean")(clips(1, 5))
@@ -138,5 +109,3 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     said = r"^m.video.heads: 3 do not divide the width, 8; give another number"
     with pytest.raises(RecipeError, match=said):
         encoder("sequential", heads=3)
-    with pytest.raises(RecipeError, match=said):
-        TightSimilarity("m.video", 8, VideoConfig(kind="cross", heads=3))

@@ -20,8 +20,9 @@ def test_matrices_decay_and_norms_biases_and_scales_do_not() -> None:
     )
     module.register_parameter("logit_scale", nn.Parameter(torch.zeros(1)))
     module["frozen"].requires_grad_(False)
-    decayed, others = parameter_groups(module, 0.3)
+    decayed, others = parameter_groups(module, 0.01, 0.3)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert (decayed["lr"], others["lr"]) == (0.01, 0.01)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     assert {names[id(each)] for each in decayed["params"]} == {"linear.weight", "kernel.weight"}
     assert {names[id(each)] for each in others["params"]} == {

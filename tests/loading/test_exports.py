@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from mmflow.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.loading.cache import ShardCache
+from mmflow.loading.exports import RAY_SCHEMA, cut
 from mmflow.loading.reader import Reader
 from mmflow.shards.dataset import Dataset, open_dataset
-from mmflow.shards.exports import RAY_SCHEMA, cut
 from tests.shards.handmade import handmade, write_dataset
 
 

@@ -1,0 +1,37 @@
+"""What is wrong with a training section, found before anything is made: its model is built without its weights."""
+
+from __future__ import annotations
+
+import torch
+
+from mmflow.errors import RecipeError
+from mmflow.models.backbones import encoder_config
+from mmflow.models.model import build
+from mmflow.objectives.objectives import check
+from mmflow.objectives.outputs import SpecialTokens
+from mmflow.training.config import DistillConfig, PretrainConfig
+
+
+def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
+    """Raise RecipeError naming the key where the model cannot be built, or does not give what its objectives read.
+
+    What only the data can tell, such as the tokenizer's size and the number of classes, is taken to be as asked for.
+    """
+    config = section.model
+    encoders = [each for each in (config.image, config.text) if each is not None]
+    for side, encoder in (("image", config.image), ("text", config.text)):
+        if encoder is not None:
+            encoder_config(f"{key}.model.{side}", encoder)
+    frames = section.loader.frames
+    if frames and config.video is None:
+        raise RecipeError(f"{key}.loader.frames: {frames}, but {key}.model.video is missing; name it, or read stills")
+    if config.video is not None and not 0 < frames <= config.video.max_frames:
+        raise RecipeError(
+            f"{key}.loader.frames: {frames}, and the model reads 1 to {config.video.max_frames}; see its video section"
+        )
+    if all(
+        encoder.checkpoint is None for encoder in encoders
+    ):  # weights of a checkpoint would be read, which takes long
+        with torch.device("meta"):
+            model = build(f"{key}.model", config, config.vocabulary_size, seed=0, num_classes=2)
+        check(f"{key}.objectives", section.objectives, model, SpecialTokens(0, (), config.vocabulary_size))
