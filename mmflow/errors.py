@@ -25,6 +25,10 @@ class CorruptArtifactError(MmflowError):
     """Committed bytes that no longer match their manifest."""
 
 
+class CorruptShardError(CorruptArtifactError):
+    """A whole shard that is not what was committed: no single sample of it can be left out."""
+
+
 class BusyArtifactError(MmflowError):
     """Another live process on this machine is building the same artifact."""
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
+from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact, read_json, write_json
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
 from mmflow.ingest.config import OpenclipartConfig, SourceConfig
 from mmflow.progress import progress
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Inputs = Mapping[str, Artifact]
 PACKAGE = "package"
 JOURNAL = "journal.jsonl"
+VOCABULARY = "vocabulary.json"
 
 
 @dataclass(frozen=True)
@@ -210,35 +211,33 @@ def _fetch(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
-    section = recipe.pretrain
-
-    def vocabulary() -> Vocabulary:
+    def vocabulary(section: PretrainConfig | DistillConfig) -> Vocabulary:
         from mmflow.loading.opening import open_readers
         from mmflow.loading.vocabulary import learn_vocabulary
         from mmflow.models.checkpoints import checkpoint_directory
         from mmflow.shards.dataset import open_dataset
 
-        readers = open_readers(section.loader, open_dataset(inputs["shard"].uri))
-        key, text = "pretrain.model.text.checkpoint", section.model.text
-        directory = checkpoint_directory(key, text.checkpoint) if text and text.checkpoint else None
-        return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, directory, key)
+        # Texts alone are read: no frames, no pictures.
+        readers = open_readers(section.loader.model_copy(update={"frames": 0}), open_dataset(inputs["shard"].uri))
+        text = section.model.text
+        checkpoint = text.checkpoint if text else None
+        directory = checkpoint_directory("pretrain.model.text.checkpoint", checkpoint) if checkpoint else None
+        return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, directory, "pretrain")
 
-    build = partial(_train, recipe, "pretrain", section, inputs, vocabulary)
-    return _training_stage(recipe, "pretrain", section, inputs, build)
+    return _training_stage(recipe, "pretrain", recipe.pretrain, inputs, vocabulary)
 
 
 def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
     assert recipe.distill is not None
 
-    def vocabulary() -> Vocabulary:
+    def vocabulary(section: PretrainConfig | DistillConfig) -> Vocabulary:
         from mmflow.loading.vocabulary import Vocabulary
         from mmflow.models.package import load_package, read_package
 
         teacher = load_package(read_package(inputs["pretrain"].file(PACKAGE)))
         return Vocabulary(teacher.tokenizer.to_str(), teacher.classes)
 
-    build = partial(_train, recipe, "distill", recipe.distill, inputs, vocabulary)
-    return _training_stage(recipe, "distill", recipe.distill, inputs, build)
+    return _training_stage(recipe, "distill", recipe.distill, inputs, vocabulary)
 
 
 def _training_stage(
@@ -246,14 +245,17 @@ def _training_stage(
     name: str,
     section: PretrainConfig | DistillConfig,
     inputs: Inputs,
-    build: Callable[[str], Mapping[str, Any]],
+    vocabulary: Callable[[PretrainConfig | DistillConfig], Vocabulary],
 ) -> Stage:
     settings = {**settings_of(section), "seed": recipe.seed}
     fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
-    # What lies elsewhere is known by its content; how batches are prepared changes none of them.
-    loader, model = dict(settings["loader"]), dict(settings["model"])
-    for key in ("workers", "prefetch_batches", "cache"):
+    # What lies elsewhere is known by its content. How batches are prepared, and when a run stops, is left out: a remedy
+    # that an error names must go on from the last checkpoint, not begin anew.
+    loader, model, training = dict(settings["loader"]), dict(settings["model"]), dict(settings["training"])
+    for key in ("workers", "prefetch_batches", "cache", "on_corrupt", "max_skipped"):
         del loader[key]
+    for key in ("max_restarts", "log_every_steps", "checkpoint_every_steps"):
+        del training[key]
     if section.loader.mixture is not None:
         from mmflow.shards.dataset import open_dataset
 
@@ -264,8 +266,31 @@ def _training_stage(
         if encoder is not None and encoder.checkpoint is not None:
             model[side] = {**model[side], "checkpoint": None}
             fingerprints[f"{side} checkpoint"] = _checkpoint_hash(f"{name}.model.{side}.checkpoint", encoder.checkpoint)
-    settings |= {"loader": loader, "model": model}
+    settings |= {"loader": loader, "model": model, "training": training}
+    build = partial(_train, recipe, name, _with_absolute_paths(section), inputs, fingerprints, vocabulary)
     return Stage(name=name, kind="training", version=2, settings=settings, inputs=fingerprints, build=build)
+
+
+def _with_absolute_paths(section: PretrainConfig | DistillConfig) -> PretrainConfig | DistillConfig:
+    """The section as workers can use it, whose working directory is another's."""
+    loader, model = section.loader, section.model
+    if loader.mixture is not None:
+        datasets = [each.model_copy(update={"uri": _absolute(each.uri)}) for each in loader.mixture.datasets]
+        loader = loader.model_copy(update={"mixture": loader.mixture.model_copy(update={"datasets": datasets})})
+    if loader.cache.directory is not None:
+        cache = loader.cache.model_copy(update={"directory": _absolute(loader.cache.directory)})
+        loader = loader.model_copy(update={"cache": cache})
+    for side in ("image", "text"):
+        encoder = getattr(model, side)
+        if encoder is not None and encoder.checkpoint is not None and not encoder.checkpoint.startswith("package:"):
+            changed = encoder.model_copy(update={"checkpoint": _absolute(encoder.checkpoint)})
+            model = model.model_copy(update={side: changed})
+    return section.model_copy(update={"loader": loader, "model": model})
+
+
+def _absolute(uri: str) -> str:
+    path = local_path(uri)
+    return uri if path is None else str(path.absolute())
 
 
 def _checkpoint_hash(key: str, checkpoint: str) -> str:
@@ -276,12 +301,25 @@ def _checkpoint_hash(key: str, checkpoint: str) -> str:
     return fingerprint(str(directory), sorted(path.name for path in directory.iterdir() if path.is_file()))
 
 
+def _kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:
+    """The vocabulary of an earlier run of the stage where there is one: a restart goes through no data before it."""
+    from mmflow.loading.vocabulary import Vocabulary
+
+    if exists(uri):
+        kept = read_json(uri)
+        return Vocabulary(kept["tokenizer_json"], tuple(kept["classes"]))
+    learnt = learn()
+    write_json(uri, {"tokenizer_json": learnt.tokenizer_json, "classes": learnt.classes})
+    return learnt
+
+
 def _train(
     recipe: Recipe,
     name: str,
     section: PretrainConfig | DistillConfig,
     inputs: Inputs,
-    vocabulary: Callable[[], Vocabulary],
+    fingerprints: Mapping[str, str],
+    vocabulary: Callable[[PretrainConfig | DistillConfig], Vocabulary],
     uri: str,
 ) -> Mapping[str, Any]:
     from mmflow.cluster.local import ensure_ray
@@ -298,10 +336,10 @@ def _train(
         "stage": name,
         "identity": uri.rsplit("/", 1)[-1],
         "recipe": recipe.name,
-        "inputs": {each: artifact.fingerprint for each, artifact in inputs.items()},
+        "inputs": dict(fingerprints),
     }
     if not exists(join(uri, PACKAGE, CARD)):  # a driver killed after the last step has only the commit left to do
-        learnt = vocabulary()
+        learnt = _kept_vocabulary(join(uri, VOCABULARY), partial(vocabulary, section))
         job = TrainingJob(
             stage=name,
             dataset=inputs["shard"].uri,

@@ -30,7 +30,7 @@ class Batch:
     real: Tensor  # (B,) bool: False for padding, and for what was left out
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """`label` and `answer`: (B,) int64, the class's number or -1 where it is not known; `answer_ids` and `answer_mask`:
-    (B, A) int64, the answer as tokens."""
+    (B, A) int64, the answer as tokens; `answer_scores`: (B, classes) fp32, what each would earn as the answer."""
     skipped: tuple[str, ...] = ()  # a line for each sample that was left out: which, and why
     state: LoaderState  # where the batch after this one begins
 
@@ -48,7 +48,13 @@ class Batch:
 
 
 def assemble(
-    parts: Sequence[Loaded], pixels_BFSS3: NDArray[np.uint8], state: LoaderState, *, clips: bool, pad_id: int
+    parts: Sequence[Loaded],
+    pixels_BFSS3: NDArray[np.uint8],
+    state: LoaderState,
+    *,
+    clips: bool,
+    pad_id: int,
+    num_classes: int = 0,
 ) -> Batch:
     """The batch of consecutive slots whose pixels lie in a buffer. The buffer is copied: it may be filled again."""
     token_ids, token_mask = pad([row for part in parts for row in part.tokens], pad_id)
@@ -58,6 +64,7 @@ def assemble(
     if parts[0].answers is not None:
         # A row of one token more, so that a batch in which nobody knows an answer has a width too.
         answers = pad([*(row for part in parts for row in part.answers or ()), [pad_id]], pad_id)
+        targets["answer_scores"] = _dense([row for part in parts for row in part.scores], num_classes)
         targets |= {
             name: torch.from_numpy(array[:-1])
             for name, array in zip(("answer_ids", "answer_mask"), answers, strict=True)
@@ -75,6 +82,15 @@ def assemble(
         skipped=tuple(line for part in parts for line in part.skipped),
         state=state,
     )
+
+
+def _dense(scores: Sequence[Mapping[int, float]], num_classes: int) -> Tensor:
+    """(B, classes) fp32, 0 where a row has no score."""
+    dense_BC = torch.zeros(len(scores), num_classes)
+    for row, found in enumerate(scores):
+        for number, score in found.items():
+            dense_BC[row, number] = score
+    return dense_BC
 
 
 def pixels_tensor(views: Sequence[NDArray[np.uint8]]) -> Tensor:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import xxhash
 
-from mmflow.errors import CorruptArtifactError, MisuseError, MmflowError
+from mmflow.errors import CorruptArtifactError, CorruptShardError, MisuseError, MmflowError
 from mmflow.loading.config import CacheConfig
 from mmflow.loading.held import Copy, delete_unheld, is_at, size_of
 from mmflow.shards.members import READ_BYTES, read_blocks
@@ -145,7 +145,7 @@ class ShardCache:
                 continue
             if found == (size, checksum):
                 return
-            wrong = CorruptArtifactError(
+            wrong = CorruptShardError(
                 f"{uri}: {found[0]} bytes, {found[1]}; the manifest has {size} bytes, {checksum}: it was altered after "
                 "its commit; run `mmflow verify` on its dataset"
             )
@@ -195,8 +195,9 @@ class ShardCache:
                             os.posix_fallocate(descriptor, 0, size)
                             return None
                         except OSError as error:
-                            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not shards:
+                            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not total:
                                 raise
+                            os.ftruncate(descriptor, 0)  # a part of the space may have been had
                     if not shards:
                         return coming
                     oldest = shards.pop(0)

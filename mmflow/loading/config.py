@@ -184,3 +184,11 @@ class LoaderConfig(Config):
     prefetch_batches: int = Field(3, ge=1)
     """Batches a rank prepares ahead of the step that consumes them."""
     workers: WorkersConfig = WorkersConfig()
+
+    @model_validator(mode="after")
+    def _one_target(self) -> LoaderConfig:
+        if self.text == "questions" and self.label is not None:
+            raise ValueError("label: the targets of questions are their answers; leave label out, or read captions")
+        if any(not 0 <= weight < math.inf for weight in self.language_weights.values()):
+            raise ValueError(f"language_weights: {self.language_weights} has a weight that is no number from 0 on")
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError
+from mmflow.errors import CorruptArtifactError, CorruptShardError
 from mmflow.loading.config import AugmentConfig
 from mmflow.loading.frames import choose_frames
 from mmflow.loading.plan import Slots
 from mmflow.loading.reader import Reader, Sample
-from mmflow.loading.text import choose_answer, choose_caption, choose_question, drop_tokens
+from mmflow.loading.text import choose_answer, choose_caption, choose_question, drop_tokens, label_of
 from mmflow.loading.tokens import tokenise
 from mmflow.loading.transforms import generator, random_views
 
@@ -57,6 +58,7 @@ class Loaded:
     frames: list[int] = field(default_factory=list)  # that a clip really has
     targets: dict[str, list[int]] = field(default_factory=dict)
     answers: list[list[int]] | None = None  # as tokens, [] where there is none
+    scores: list[Mapping[int, float]] = field(default_factory=list)  # of the answers that are classes
     skipped: list[str] = field(default_factory=list)
 
 
@@ -65,6 +67,7 @@ class _Words:
     text: str = ""
     answer: str | None = None
     targets: Mapping[str, int] = field(default_factory=dict)
+    scores: Mapping[int, float] = field(default_factory=dict)  # class → what it earns as the answer
 
 
 def load_slots(
@@ -92,7 +95,7 @@ def load_slots(
                 uri = reader.dataset.tar_uri(reader.shards[shard])
                 raise CorruptArtifactError(f"{uri}: row {row} ({sample.key}): {error}") from error
         except CorruptArtifactError as error:
-            if settings.on_corrupt == "stop":
+            if settings.on_corrupt == "stop" or isinstance(error, CorruptShardError):
                 raise
             pixels_NFSS3[number] = BLANK
             keys.append("")
@@ -112,6 +115,7 @@ def load_slots(
         frames=frames,
         targets={name: [each.targets.get(name, -1) for each in words] for name in names},
         answers=_answers(tokenizer, words, settings) if settings.text == "questions" else None,
+        scores=[each.scores for each in words] if settings.text == "questions" else [],
         skipped=skipped,
     )
 
@@ -137,9 +141,7 @@ def _show(sample: Sample, epoch: int, settings: ViewSettings, pixels_FSS3: NDArr
 def _choose(sample: Sample, epoch: int, settings: ViewSettings) -> _Words:
     targets = {}
     if settings.label:
-        classes = sample.metadata.get("classes")
-        label = classes.get(settings.label) if isinstance(classes, dict) else None
-        targets["label"] = settings.class_numbers.get(str(label), -1)
+        targets["label"] = settings.class_numbers.get(label_of(sample.metadata, settings.label) or "", -1)
     if settings.text == "captions":
         if len(sample.captions) == 1:  # nothing to draw: half of a caption's cost is its generator
             return _Words(sample.captions[0].text, targets=targets)
@@ -149,7 +151,14 @@ def _choose(sample: Sample, epoch: int, settings: ViewSettings) -> _Words:
     question = choose_question(sample.key, sample.metadata, random)
     answer = choose_answer(question.answers, random)
     targets["answer"] = -1 if answer is None else settings.class_numbers.get(answer, -1)
-    return _Words(question.text, answer, targets)
+    return _Words(question.text, answer, targets, _scores(question.answers, settings))
+
+
+def _scores(answers: Sequence[str], settings: ViewSettings) -> dict[int, float]:
+    """Class → what it earns as the answer: a third for each person who gave it, at most 1 (VQA, arXiv 1505.00468); of
+    fewer than three people, their share."""
+    counts = Counter(settings.class_numbers[answer] for answer in answers if answer in settings.class_numbers)
+    return {number: min(1.0, count / min(3, len(answers))) for number, count in counts.items()}
 
 
 def _tokenise(

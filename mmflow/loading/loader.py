@@ -88,14 +88,14 @@ class Loader:
             ) from error
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        skipped = 0
+        skipped: set[str] = set()  # samples, not how often they came by
         with closing(on_device(self._batches(), self._device)) as ready:
             for batch in ready:
-                skipped += len(batch.skipped)
-                if skipped > self._max_skipped:
+                skipped.update(batch.skipped)
+                if len(skipped) > self._max_skipped:
                     raise TrainingError(
-                        f"loader.max_skipped: {skipped} samples were left out since the start and {self._max_skipped} "
-                        f"may be; mend the dataset, or raise it; the last: {batch.skipped[-1]}"
+                        f"loader.max_skipped: {len(skipped)} samples were left out since the start, at most "
+                        f"{self._max_skipped} may be; mend the dataset, or raise it; the last: {batch.skipped[-1]}"
                     )
                 self.state = batch.state
                 yield batch
@@ -131,7 +131,14 @@ class Loader:
         return rows, max(1, self._settings.frames), side, side, 3
 
     def _assemble(self, parts: Sequence[Loaded], pixels: NDArray[np.uint8], after: LoaderState) -> Batch:
-        return assemble(parts, pixels, after, clips=self._settings.frames > 0, pad_id=self._pad_id)
+        return assemble(
+            parts,
+            pixels,
+            after,
+            clips=self._settings.frames > 0,
+            pad_id=self._pad_id,
+            num_classes=len(self._settings.classes),
+        )
 
 
 def _part(slots: Slots, first: int, last: int) -> Slots:

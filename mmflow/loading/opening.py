@@ -18,12 +18,14 @@ from mmflow.loading.load import ViewSettings
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.mixture import MixtureOrder
 from mmflow.loading.plan import LoaderState, Order
-from mmflow.loading.reader import Reader
+from mmflow.loading.reader import OPEN_SHARDS, Reader
 from mmflow.shards.dataset import Dataset, open_dataset
 
 # Of a sample of 1 to 2 megapixels three quarters of the time hold no lock of the interpreter (decoding, resampling): a
 # fifth thread would wait for the four before it.
 MAX_THREADS = 4
+
+MOST_OPEN_SHARDS = 512  # file descriptors of a process: half of what many systems allow
 
 
 def open_readers(config: LoaderConfig, dataset: Dataset) -> tuple[Reader, ...]:
@@ -35,7 +37,19 @@ def open_readers(config: LoaderConfig, dataset: Dataset) -> tuple[Reader, ...]:
     places = [(dataset, config.split)]
     if config.mixture is not None:
         places += [(open_dataset(each.uri), each.split) for each in config.mixture.datasets]
-    return tuple(Reader(each, split, cache, frames=config.frames > 0) for each, split in places)
+    return tuple(
+        Reader(each, split, cache, frames=config.frames > 0, open_shards=_open_shards(config, each, split))
+        for each, split in places
+    )
+
+
+def _open_shards(config: LoaderConfig, dataset: Dataset, split: str) -> int:
+    """How many shards a batch and the one after it read from: two windows in each lane, as slots go by lanes. With
+    fewer kept open, every batch would open all of them anew."""
+    shards = dataset.shards(split)
+    mean_samples = max(1, dataset.samples(split) // max(1, len(shards)))
+    wanted = 2 * config.lanes * (-(-config.window // mean_samples) + 1)
+    return max(OPEN_SHARDS, min(wanted, len(shards), MOST_OPEN_SHARDS))
 
 
 def order_of(

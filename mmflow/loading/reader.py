@@ -71,20 +71,29 @@ class Reader:
     Without `frames`, a clip is its first frame alone, and the others are not read.
     """
 
-    def __init__(self, dataset: Dataset, split: str, cache: ShardCache | None = None, *, frames: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        cache: ShardCache | None = None,
+        *,
+        frames: bool = True,
+        open_shards: int = OPEN_SHARDS,
+    ) -> None:
         self.dataset = dataset
         self.split = split
         self.cache = cache
         self.frames = frames
+        self.open_shards = open_shards
         self.shards = tuple(shard for shard in dataset.shards(split) if shard.samples)
         self._adopted = dataset.adopted
         # Functions that do not hold this reader: a circle would keep its files open until the next garbage collection.
-        self._records = lru_cache(OPEN_SHARDS)(partial(_records_of, dataset, self.shards, frames))
-        self._open = lru_cache(OPEN_SHARDS)(partial(_open_shard, dataset, self.shards, cache, self._records))
+        self._records = lru_cache(open_shards)(partial(_records_of, dataset, self.shards, frames))
+        self._open = lru_cache(open_shards)(partial(_open_shard, dataset, self.shards, cache, self._records))
         self._ahead = ReadAhead(partial(_prepare, self._open))
 
     def __reduce__(self) -> tuple[Callable[..., Reader], tuple[object, ...]]:
-        return partial(Reader, frames=self.frames), (self.dataset, self.split, self.cache)
+        return partial(Reader, frames=self.frames, open_shards=self.open_shards), (self.dataset, self.split, self.cache)
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
@@ -123,6 +132,19 @@ class Reader:
         read = opened.read if opened.is_here else _read_through(opened.read)
         for row in range(first, stop):
             yield opened.members(row, read)
+
+    def texts(self, *, skip_corrupt: bool = False) -> Iterator[Sample]:
+        """Every sample without its picture, which is not read: `image` is empty. Raises as `read`, or with
+        `skip_corrupt` passes over a sample whose texts are not what was committed."""
+        for shard, info in enumerate(self.shards):
+            opened = self._open(shard)
+            read = opened.read if opened.is_here else _read_through(opened.read)
+            for row in range(info.samples):
+                try:
+                    yield self._parse(opened.members(row, read, image=False))
+                except CorruptArtifactError:
+                    if not skip_corrupt:
+                        raise
 
     def lengths(self, shard: int) -> NDArray[np.int32]:
         """(rows,): an estimate of the tokens of each sample's longest caption. The tar is not touched."""
@@ -171,19 +193,19 @@ class _OpenShard:
     is_here: bool  # on this machine
     cached: CachedShard | None = None
 
-    def members(self, row: int, read: Read) -> Members:
+    def members(self, row: int, read: Read, *, image: bool = True) -> Members:
         """A row's files. The image is read on its own: cut out of a longer read, its bytes would be copied twice."""
         if not 0 <= row < self.num_rows:
             raise MisuseError(f"{self.uri}: no row {row}; it has {self.num_rows}")
         record = UNPACK_RECORD(self.records.packed, row * RECORD_BYTES)
         try:
-            return self._members(row, record, read)
+            return self._members(row, record, read, image)
         except CorruptArtifactError:
             if self.cached is None or not self.cached.mend():
                 raise
-        return self._members(row, record, read)
+        return self._members(row, record, read, image)
 
-    def _members(self, row: int, record: tuple[int, ...], read: Read) -> Members:
+    def _members(self, row: int, record: tuple[int, ...], read: Read, with_image: bool) -> Members:
         (
             base, rest_bytes,
             image_at, image_bytes, image_xxh3, txt_at, txt_bytes, txt_xxh3, json_at, json_bytes, json_xxh3,
@@ -191,11 +213,11 @@ class _OpenShard:
         ) = record  # fmt: skip
         records = self.records
         key = records.keys[key_at : key_at + key_bytes].decode()
-        image = read(image_bytes, image_at)
+        image = read(image_bytes, image_at) if with_image else b""
         rest = read(rest_bytes, base) if rest_bytes else b""
         txt = rest[txt_at - base : txt_at - base + txt_bytes] if txt_bytes else b""
         body = rest[json_at - base : json_at - base + json_bytes] if json_bytes else b""
-        if hash_of(image) != image_xxh3:
+        if with_image and hash_of(image) != image_xxh3:
             raise self.corrupt("image", row, key)
         if hash_of(txt) != txt_xxh3:
             raise self.corrupt("txt", row, key)

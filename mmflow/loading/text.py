@@ -33,25 +33,42 @@ def choose_caption(captions: Sequence[Caption], weights: Mapping[str, float], ra
     return captions[int(np.searchsorted(ends, draw * ends[-1], side="right"))].text if ends[-1] else captions[0].text
 
 
-def choose_question(key: str, metadata: Mapping[str, object], random: np.random.Generator) -> Question:
-    """One of a sample's questions: metadata["questions"] is [{"question": text, "answers": [text, …]}, …].
+def questions_of(key: str, metadata: Mapping[str, object]) -> list[Question]:
+    """A sample's questions: metadata["questions"] is [{"question": text, "answers": [text, …]}, …].
 
-    Draws one number. Raises RecipeError naming the sample where its metadata has no such list.
+    Raises RecipeError naming the sample where its metadata has no such list.
     """
-    draw = random.random()
     found = metadata.get(QUESTIONS)
     if not isinstance(found, list) or not found:
         raise RecipeError(
             f"loader.text: questions, but sample {key} has none; its metadata needs "
             '"questions": [{"question": "…", "answers": ["…"]}, …], or read captions instead'
         )
-    chosen = found[int(draw * len(found))]
-    if not isinstance(chosen, dict) or not isinstance(chosen.get("question"), str):
-        raise RecipeError(f'loader.text: sample {key} has {str(chosen)[:80]!r} for a question, not {{"question": "…"}}')
-    answers = chosen.get("answers") or []
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise RecipeError(f"loader.text: sample {key} has {str(answers)[:80]!r} for answers, not a list of texts")
-    return Question(chosen["question"], tuple(answers))
+    questions = []
+    for each in found:
+        if not isinstance(each, dict) or not isinstance(each.get("question"), str):
+            raise RecipeError(
+                f'loader.text: sample {key} has {str(each)[:80]!r} for a question; write {{"question": "…"}}'
+            )
+        answers = each.get("answers") or []
+        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+            raise RecipeError(f"loader.text: sample {key} has {str(answers)[:80]!r} for answers; write a list of texts")
+        questions.append(Question(each["question"], tuple(answers)))
+    return questions
+
+
+def choose_question(key: str, metadata: Mapping[str, object], random: np.random.Generator) -> Question:
+    """One of a sample's questions. Draws one number. Raises as `questions_of`."""
+    draw = random.random()
+    questions = questions_of(key, metadata)
+    return questions[int(draw * len(questions))]
+
+
+def label_of(metadata: Mapping[str, object], name: str | None) -> str | None:
+    """A sample's class of that name; None where it has none."""
+    classes = metadata.get("classes")
+    value = classes.get(name) if isinstance(classes, dict) and name is not None else None
+    return value if isinstance(value, str) else None
 
 
 def choose_answer(answers: Sequence[str], random: np.random.Generator) -> str | None:
@@ -65,5 +82,7 @@ def choose_answer(answers: Sequence[str], random: np.random.Generator) -> str | 
 
 def drop_tokens(tokens: Sequence[int], share: float, random: np.random.Generator) -> list[int]:
     """The tokens less a random share, the first and last always kept; all of them where nothing would be left."""
+    if len(tokens) < 3:
+        return list(tokens)
     kept = [token for token, keep in zip(tokens[1:-1], random.random(len(tokens) - 2) >= share, strict=True) if keep]
     return [tokens[0], *kept, tokens[-1]] if kept else list(tokens)

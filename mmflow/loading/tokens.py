@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,15 @@ def read_tokenizer(text: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _portable(tokenizer: Tokenizer) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+    return read_tokenizer, (tokenizer.to_str(),)
+
+
+# By itself a tokenizer comes to another process as its JSON, which forgets that `encode_special_tokens` was set: the
+# same caption would give other tokens there (tokenizers#1839).
+copyreg.pickle(Tokenizer, _portable)
 
 
 def tokenise(

@@ -62,6 +62,8 @@ def load_backbone(key: str, config: SideConfig, *, image_pixels: int = 0, vocabu
         return backbone
     tower = f"{_side(config)}_model"
     backbone, missing = trained(key, config.checkpoint, settings, _model_class, tower)
+    if image_pixels:  # before parts are dropped, which a refitted backbone has again
+        backbone = fit_pixels(key, backbone, image_pixels)
     _drop_unread(backbone, config.pooling)
     absent = sorted(missing & set(backbone.state_dict()))
     if absent:
@@ -71,7 +73,7 @@ def load_backbone(key: str, config: SideConfig, *, image_pixels: int = 0, vocabu
         )
     if vocabulary_size:
         fit_vocabulary(key, config.checkpoint, backbone, vocabulary_size)
-    return fit_pixels(key, backbone, image_pixels) if image_pixels else backbone
+    return backbone
 
 
 def _fresh_config(key: str, model_type: str) -> Any:

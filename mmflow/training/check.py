@@ -25,13 +25,21 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     frames = section.loader.frames
     if frames and config.video is None:
         raise RecipeError(f"{key}.loader.frames: {frames}, but {key}.model.video is missing; name it, or read stills")
-    if config.video is not None and not 0 < frames <= config.video.max_frames:
+    if config.video is not None and frames != config.video.max_frames:
+        # Evaluation shows as many as the model reads: more than were trained would be read at untrained positions.
         raise RecipeError(
-            f"{key}.loader.frames: {frames}, and the model reads 1 to {config.video.max_frames}; see its video section"
+            f"{key}.loader.frames: {frames}, and {key}.model.video.max_frames is {config.video.max_frames}; "
+            "make them equal"
         )
-    if all(
-        encoder.checkpoint is None for encoder in encoders
-    ):  # weights of a checkpoint would be read, which takes long
+    wanted = {
+        "answering": ("text", "questions", section.loader.text == "questions"),
+        "classification": ("label", "the name of a class in the samples' metadata", section.loader.label is not None),
+    }
+    for name, (option, value, is_set) in wanted.items():
+        if name in section.objectives.named and not is_set:
+            raise RecipeError(f"{key}.objectives.{name}: its targets are nowhere; set {key}.loader.{option} to {value}")
+    # A checkpoint's weights would be read, which takes long: what is built on one is checked when it is built.
+    if all(encoder.checkpoint is None for encoder in encoders):
         with torch.device("meta"):
             model = build(f"{key}.model", config, config.vocabulary_size, seed=0, num_classes=2)
         check(f"{key}.objectives", section.objectives, model, SpecialTokens(0, (), config.vocabulary_size))

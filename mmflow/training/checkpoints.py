@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mmflow.errors import CorruptArtifactError
 from mmflow.loading.plan import LoaderState
@@ -26,7 +27,7 @@ def write_checkpoint(engine: Any, directory: Path, step: int, state: LoaderState
     engine.save_checkpoint(
         str(directory), tag=TAG, client_state={"step": step, "loader": asdict(state)}, save_latest=False
     )
-    torch.save(torch.get_rng_state(), directory / f"random-{dist.get_rank()}.pt")
+    torch.save(_random_state(engine.device), directory / f"random-{dist.get_rank()}.pt")
 
 
 def read_checkpoint(engine: Any, directory: Path) -> tuple[int, LoaderState]:
@@ -43,5 +44,13 @@ def read_checkpoint(engine: Any, directory: Path) -> tuple[int, LoaderState]:
         raise CorruptArtifactError(f"{not_whole} ({' '.join(str(error).split())[:300]})") from error
     if found is None or "step" not in client_state or engine.global_steps != client_state["step"]:
         raise CorruptArtifactError(not_whole)
-    torch.set_rng_state(random_state)
+    torch.set_rng_state(random_state["cpu"])
+    if engine.device.type == "cuda":
+        torch.cuda.set_rng_state(random_state["cuda"], engine.device)
     return int(client_state["step"]), LoaderState(**client_state["loader"])
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """What dropout draws from: on an accelerator its own numbers, not the CPU's."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,8 +46,11 @@ def train(
         engine.backward(loss)
         engine.step()
         interval.add(loss, parts, batch)
-        if journal and batch.skipped:
-            journal.event(step, "skipped", samples=list(batch.skipped))
+        if batch.skipped:
+            if journal:
+                journal.event(step, "skipped", samples=list(batch.skipped))
+            else:  # another rank's journal counts them; its log names them
+                warnings.warn(f"step {step}: left out: {'; '.join(batch.skipped)}", stacklevel=1)
         checkpoint_due = step % checkpoint_every == 0 and step < total_steps
         if step % log_every == 0 or step == total_steps or checkpoint_due:
             metrics = interval.close()

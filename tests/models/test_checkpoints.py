@@ -159,9 +159,12 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(checkpoints: dict[str, Pat
         text_tower(checkpoints["roberta"], vocabulary=vocabulary)
 
 
-def test_a_checkpoint_of_another_resolution_has_its_positions_resampled(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize("pooling", ["pooler", "mean"])
+def test_a_checkpoint_of_another_resolution_has_its_positions_resampled(
+    checkpoints: dict[str, Path], pooling: str
+) -> None:
     """As DINOv2 does in its forward; nothing else changes."""
-    tower = image_tower(checkpoints["vit"], pixels=32).eval()
+    tower = image_tower(checkpoints["vit"], pixels=32, pooling=pooling).eval()
     pixels = torch.randn(2, 3, 32, 32)
     whole = original(checkpoints["vit"])
     expected = whole(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
