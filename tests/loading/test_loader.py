@@ -343,7 +343,7 @@ def test_too_many_skipped_samples_end_the_iteration(damaged: Dataset, tokenizer:
     with pytest.raises(TrainingError) as caught:
         take(loader, 2 * STEPS)
     assert str(caught.value).startswith(
-        "loader.max_skipped: 2 samples were left out since the start, at most 1 may be; mend the dataset, or raise it; the"
+        "loader.max_skipped: 2 samples were left out since the start, at most 1 may be; mend the dataset, or raise it;"
     )
     assert "key-14" in str(caught.value)
     assert loader.state.epoch == 1  # it got through the first epoch
