@@ -15,6 +15,7 @@ import yaml
 
 from mmflow.cli import app
 from mmflow.recipe import load_recipe
+from mmflow.training.check import check_training
 from tests.tiny import tiny_fields, write_recipe, write_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,14 @@ def test_the_recipes_in_readme_and_beside_it_are_valid(tmp_path: Path) -> None:
     assert load_recipe(write_recipe(tmp_path / "own.yaml", fields)).shard.sources[0].uri.startswith("s3://")
     for path in (ROOT / "pipelines").rglob("*.yaml"):
         assert load_recipe(str(path)).name == path.stem
+
+
+@pytest.mark.parametrize("fragment", [block for block in BLOCKS if block.startswith("pretrain:")])
+def test_a_training_section_in_readme_is_one(fragment: str, tmp_path: Path) -> None:
+    fields = yaml.safe_load((ROOT / "pipelines/quickstart.yaml").read_text())
+    fields["pretrain"] |= yaml.safe_load(fragment)["pretrain"]
+    recipe = load_recipe(write_recipe(tmp_path / "own.yaml", fields))
+    check_training("pretrain", recipe.pretrain)
 
 
 def test_the_scheduler_starts_and_stops(recipe: str, tmp_path: Path) -> None:
