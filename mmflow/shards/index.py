@@ -97,18 +97,27 @@ def read_commit(uri: str) -> ShardCommit:
 
 
 def read_column(uri: str, name: str) -> pa.Array:
-    """One column of the index. Raises as `read_index`."""
-    return read_columns(uri, [name])[0][name].combine_chunks()
+    """One column of a dataset's table: an index, or one of its small tables. Raises as `read_index`."""
+    return _read(uri, [name])[name].combine_chunks()
 
 
 def read_columns(uri: str, names: Sequence[str]) -> tuple[pa.Table, ShardCommit]:
-    """Some columns of the index, in the order given, and what it says of its shard. Raises as `read_index`."""
+    """Some columns of an index, in the order given, and what it says of its shard. Raises as `read_index`."""
+    table = _read(uri, names)
+    try:
+        return table, ShardCommit(**json.loads((table.schema.metadata or {})[COMMIT]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptArtifactError(f"{uri}: not a shard's index ({error}); delete it and rebuild") from error
+
+
+def _read(uri: str, names: Sequence[str]) -> pa.Table:
     data = read_bytes(uri)
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=list(names), use_threads=False).select(names)
-        return table, ShardCommit(**json.loads(table.schema.metadata[COMMIT]))
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise CorruptArtifactError(f"{uri}: not a shard's index ({error}); delete it and rebuild") from error
+        return pq.ParquetFile(pa.BufferReader(data)).read(columns=list(names), use_threads=False).select(names)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise CorruptArtifactError(
+            f"{uri}: no table with {', '.join(names)} ({error}); delete it and rebuild the dataset"
+        ) from error
 
 
 def read_index_and_commit(uri: str) -> tuple[pa.Table, ShardCommit]:

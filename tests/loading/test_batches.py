@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -44,9 +46,15 @@ def test_a_batch_is_its_parts_one_after_another_padded_to_its_longest_text() -> 
     assert batch.pixels.is_contiguous(memory_format=torch.channels_last)
     assert batch.frame_mask is None
     assert batch.pixels[2, 1, 3, 0] == buffer[2, 0, 3, 0, 1]
-    integers = (batch.token_ids, batch.token_mask, *batch.targets.values())
+    integers = (batch.token_ids, batch.token_mask, *(batch.targets[name] for name in ("label", "answer_ids")))
     assert {each.dtype for each in integers} == {torch.int64}
     assert batch.real.dtype == torch.bool
+
+
+def test_scores_of_answers_are_spread_over_all_classes() -> None:
+    parts = [replace(part(1, 2), scores=[{2: 1.0}, {0: 0.5, 1: 1.0}])]
+    batch = assemble(parts, pixels(2), AFTER, clips=False, pad_id=PAD, num_classes=3)
+    assert batch.targets["answer_scores"].tolist() == [[0, 0, 1], [0.5, 1, 0]]
 
 
 def test_a_batch_keeps_its_pixels_when_the_buffer_is_filled_again() -> None:

@@ -316,12 +316,11 @@ def test_reader_is_safe_between_threads(small_dataset: Dataset) -> None:
     assert found == [f"key-{STARTS[ordinal] + row}" for ordinal, row in wanted]
 
 
-def test_more_shards_than_stay_open_are_read(clips: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "OPEN_SHARDS", 2)
+def test_more_shards_than_stay_open_are_read(clips: Dataset, tmp_path: Path) -> None:
     shards = [
         ("train", [Handmade(key=f"k{number}", captions=[{"language": "en", "text": "one"}])]) for number in range(5)
     ]
-    reader = Reader(write_dataset(tmp_path / "many", shards), "train")
+    reader = Reader(write_dataset(tmp_path / "many", shards), "train", open_shards=2)
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert [reader.read(shard, 0).key for shard in (0, 4, 1, 3, 2, 0)] == ["k0", "k4", "k1", "k3", "k2", "k0"]
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
