@@ -17,11 +17,13 @@ import pyarrow.dataset
 import pytest
 
 from mmflow.artifacts import MANIFEST
+from mmflow.models.package import load_package, read_package
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry.tracking import tracking_uri
 from mmflow.registry.versions import champion, list_versions
 from mmflow.shards.verify import verify_dataset
-from mmflow.training.telemetry import read_journal
+from mmflow.stages import Loop
+from mmflow.training.telemetry import curves, read_journal
 from pipelines.run import run_pipeline
 from tests.tiny import tiny_fields, write_recipe, write_shapes
 
@@ -108,6 +110,41 @@ def test_a_second_run_builds_nothing(recipe: Recipe, report: dict[str, Any]) -> 
     again = read_report(recipe)
     assert statuses(again) == dict.fromkeys(STAGES, "reused")
     assert fingerprints(again) == fingerprints(report)
+
+
+def test_what_an_error_advises_goes_on_with_the_same_training(
+    recipe: Recipe, report: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = recipe.model_dump(mode="json")
+    fields["pretrain"]["loader"] |= {"on_corrupt": "skip", "max_skipped": 7, "workers": {"kind": "processes"}}
+    fields["pretrain"]["training"] |= {"max_restarts": 9, "log_every_steps": 3, "checkpoint_every_steps": 7}
+    changed = load_recipe(write_recipe(tmp_path / "advised.yaml", fields))
+    same, advised = (Loop(each).plan("pretrain").directory(recipe.workspace) for each in (recipe, changed))
+    assert advised == same
+
+
+def test_a_fused_model_trains_by_several_objectives_at_once(
+    recipe: Recipe, report: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = recipe.model_dump(mode="json")
+    fields["pretrain"]["model"] |= {
+        "fusion": {"kind": "cross_attention", "width": 8, "layers": 1, "heads": 2},
+        "heads": ["matching", "masked_language", "classes"],
+    }
+    fields["pretrain"]["objectives"] = {
+        "contrastive": {},
+        "matching": {"weight": [[0, 0.5], [4, 1.0]]},
+        "masked_language": {},
+        "classification": {"weight": 0.5},
+    }
+    fields["pretrain"]["loader"]["label"] = "shape"
+    fields["pretrain"]["training"] |= {"epochs": 1, "zero_stage": 3}
+    trained = Loop(load_recipe(write_recipe(tmp_path / "fused.yaml", fields))).run("pretrain")
+    loaded = load_package(read_package(trained.file("package")))
+    assert loaded.model.gives >= {"embeddings", "fused", "matching_logits", "masked_language_logits", "class_logits"}
+    assert loaded.classes == ("bar", "circle", "square")
+    losses = curves(read_journal(Path(trained.file("journal.jsonl"))))
+    assert {"loss", "contrastive", "matching", "masked_language", "classification"} <= losses.keys()
 
 
 def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
