@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact, read_json, write_json
+from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
 from mmflow.ingest.config import OpenclipartConfig, SourceConfig
 from mmflow.progress import progress
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmflow.loading.vocabulary import Vocabulary
 
 Inputs = Mapping[str, Artifact]
+Section = PretrainConfig | DistillConfig
 PACKAGE = "package"
 JOURNAL = "journal.jsonl"
 VOCABULARY = "vocabulary.json"
@@ -65,17 +66,10 @@ class Loop:
             except MisuseError as error:
                 raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
         for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
-            if section is not None and name in stages and not self._is_committed(name):
+            if section is not None and name in stages:
                 from mmflow.training.check import check_training  # seconds of imports, which sharding can do without
 
                 check_training(name, section)
-
-    def _is_committed(self, name: str) -> bool:
-        try:
-            self.committed(name)
-        except MissingArtifactError:
-            return False
-        return True
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """The stages that `name` takes artifacts from."""
@@ -211,18 +205,10 @@ def _fetch(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
-    def vocabulary(section: PretrainConfig | DistillConfig) -> Vocabulary:
-        from mmflow.loading.opening import open_readers
-        from mmflow.loading.vocabulary import learn_vocabulary
-        from mmflow.models.checkpoints import checkpoint_directory
-        from mmflow.shards.dataset import open_dataset
+    def vocabulary(section: Section) -> Vocabulary:
+        from mmflow.training.stage import vocabulary_of_data
 
-        # Texts alone are read: no frames, no pictures.
-        readers = open_readers(section.loader.model_copy(update={"frames": 0}), open_dataset(inputs["shard"].uri))
-        text = section.model.text
-        checkpoint = text.checkpoint if text else None
-        directory = checkpoint_directory("pretrain.model.text.checkpoint", checkpoint) if checkpoint else None
-        return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, directory, "pretrain")
+        return vocabulary_of_data("pretrain", section, inputs["shard"].uri)
 
     return _training_stage(recipe, "pretrain", recipe.pretrain, inputs, vocabulary)
 
@@ -230,12 +216,11 @@ def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
 def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
     assert recipe.distill is not None
 
-    def vocabulary(section: PretrainConfig | DistillConfig) -> Vocabulary:
+    def vocabulary(section: Section) -> Vocabulary:
         from mmflow.loading.vocabulary import Vocabulary
-        from mmflow.models.package import load_package, read_package
+        from mmflow.models.package import read_package, read_vocabulary
 
-        teacher = load_package(read_package(inputs["pretrain"].file(PACKAGE)))
-        return Vocabulary(teacher.tokenizer.to_str(), teacher.classes)
+        return Vocabulary(*read_vocabulary(read_package(inputs["pretrain"].file(PACKAGE))))
 
     return _training_stage(recipe, "distill", recipe.distill, inputs, vocabulary)
 
@@ -243,83 +228,26 @@ def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
 def _training_stage(
     recipe: Recipe,
     name: str,
-    section: PretrainConfig | DistillConfig,
+    section: Section,
     inputs: Inputs,
-    vocabulary: Callable[[PretrainConfig | DistillConfig], Vocabulary],
+    vocabulary: Callable[[Section], Vocabulary],
 ) -> Stage:
-    settings = {**settings_of(section), "seed": recipe.seed}
-    fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
-    # What lies elsewhere is known by its content. How batches are prepared, and when a run stops, is left out: a remedy
-    # that an error names must go on from the last checkpoint, not begin anew.
-    loader, model, training = dict(settings["loader"]), dict(settings["model"]), dict(settings["training"])
-    for key in ("workers", "prefetch_batches", "cache", "on_corrupt", "max_skipped"):
-        del loader[key]
-    for key in ("max_restarts", "log_every_steps", "checkpoint_every_steps"):
-        del training[key]
-    if section.loader.mixture is not None:
-        from mmflow.shards.dataset import open_dataset
+    from mmflow.training.stage import identity, with_absolute_paths
 
-        loader["mixture"] = {**loader["mixture"], "datasets": [each.split for each in section.loader.mixture.datasets]}
-        for number, each in enumerate(section.loader.mixture.datasets):
-            fingerprints[f"mixture {number}"] = open_dataset(each.uri).fingerprint
-    for side, encoder in (("image", section.model.image), ("text", section.model.text)):
-        if encoder is not None and encoder.checkpoint is not None:
-            model[side] = {**model[side], "checkpoint": None}
-            fingerprints[f"{side} checkpoint"] = _checkpoint_hash(f"{name}.model.{side}.checkpoint", encoder.checkpoint)
-    settings |= {"loader": loader, "model": model, "training": training}
-    build = partial(_train, recipe, name, _with_absolute_paths(section), inputs, fingerprints, vocabulary)
+    settings, elsewhere = identity(name, section)
+    fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()} | elsewhere
+    settings["seed"] = recipe.seed
+    build = partial(_train, recipe, name, with_absolute_paths(section), inputs, fingerprints, vocabulary)
     return Stage(name=name, kind="training", version=2, settings=settings, inputs=fingerprints, build=build)
-
-
-def _with_absolute_paths(section: PretrainConfig | DistillConfig) -> PretrainConfig | DistillConfig:
-    """The section as workers can use it, whose working directory is another's."""
-    loader, model = section.loader, section.model
-    if loader.mixture is not None:
-        datasets = [each.model_copy(update={"uri": _absolute(each.uri)}) for each in loader.mixture.datasets]
-        loader = loader.model_copy(update={"mixture": loader.mixture.model_copy(update={"datasets": datasets})})
-    if loader.cache.directory is not None:
-        cache = loader.cache.model_copy(update={"directory": _absolute(loader.cache.directory)})
-        loader = loader.model_copy(update={"cache": cache})
-    for side in ("image", "text"):
-        encoder = getattr(model, side)
-        if encoder is not None and encoder.checkpoint is not None and not encoder.checkpoint.startswith("package:"):
-            changed = encoder.model_copy(update={"checkpoint": _absolute(encoder.checkpoint)})
-            model = model.model_copy(update={side: changed})
-    return section.model_copy(update={"loader": loader, "model": model})
-
-
-def _absolute(uri: str) -> str:
-    path = local_path(uri)
-    return uri if path is None else str(path.absolute())
-
-
-def _checkpoint_hash(key: str, checkpoint: str) -> str:
-    from mmflow.ingest.listing import fingerprint
-    from mmflow.models.checkpoints import checkpoint_directory
-
-    directory = checkpoint_directory(key, checkpoint)
-    return fingerprint(str(directory), sorted(path.name for path in directory.iterdir() if path.is_file()))
-
-
-def _kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:
-    """The vocabulary of an earlier run of the stage where there is one: a restart goes through no data before it."""
-    from mmflow.loading.vocabulary import Vocabulary
-
-    if exists(uri):
-        kept = read_json(uri)
-        return Vocabulary(kept["tokenizer_json"], tuple(kept["classes"]))
-    learnt = learn()
-    write_json(uri, {"tokenizer_json": learnt.tokenizer_json, "classes": learnt.classes})
-    return learnt
 
 
 def _train(
     recipe: Recipe,
     name: str,
-    section: PretrainConfig | DistillConfig,
+    section: Section,
     inputs: Inputs,
     fingerprints: Mapping[str, str],
-    vocabulary: Callable[[PretrainConfig | DistillConfig], Vocabulary],
+    vocabulary: Callable[[Section], Vocabulary],
     uri: str,
 ) -> Mapping[str, Any]:
     from mmflow.cluster.local import ensure_ray
@@ -327,6 +255,7 @@ def _train(
     from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
     from mmflow.shards.dataset import open_dataset
     from mmflow.training.job import TrainingJob, total_steps
+    from mmflow.training.stage import kept_vocabulary
     from mmflow.training.telemetry import watch
     from mmflow.training.workers import train_on_ray
 
@@ -339,7 +268,7 @@ def _train(
         "inputs": dict(fingerprints),
     }
     if not exists(join(uri, PACKAGE, CARD)):  # a driver killed after the last step has only the commit left to do
-        learnt = _kept_vocabulary(join(uri, VOCABULARY), partial(vocabulary, section))
+        learnt = kept_vocabulary(join(uri, VOCABULARY), partial(vocabulary, section))
         job = TrainingJob(
             stage=name,
             dataset=inputs["shard"].uri,

@@ -40,10 +40,11 @@ class Student(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
         """The loss to descend at a step, (), and by name each objective's part, each lesson's, and the logit scale."""
         (teacher,) = self._teacher
+        rows = self.learner.rows(batch)
         with torch.no_grad():
             teacher.model.to(batch.pixels.device)
-            taught = embeddings(self.learner.outputs(teacher.model, teacher.config, batch, step))
-        outputs = self.learner.outputs(self.learner.model, self.learner.config, batch, step)
+            taught = embeddings(self.learner.outputs(teacher.model, teacher.config, batch, step, rows))
+        outputs = self.learner.outputs(self.learner.model, self.learner.config, batch, step, rows)
         loss, parts = total(outputs, self.learner.objectives, step)
         learnt = embeddings(outputs)
         for side in SIDES:

@@ -77,7 +77,7 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     One without a token of its own for padding (CLIP's) pads with the last one, as transformers does: padding is masked
     and its id is read by nobody. Raises RecipeError where there is neither.
     """
-    found = {role: _id_of(tokenizer, names) for role, names in NAMES.items()}
+    found = {role: id_of(tokenizer, names) for role, names in NAMES.items()}
     pad = found.pop("pad")
     if pad is None:
         pad = found["last"]
@@ -165,12 +165,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], 
     return ids, mask
 
 
-def padding_waste(mask: NDArray[np.int64]) -> float:
-    """The share of a batch's places that hold padding, of a mask (B, T)."""
-    return 1.0 - float(mask.sum()) / mask.size
-
-
-def _id_of(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
+def id_of(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
     return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
 
 

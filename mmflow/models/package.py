@@ -138,12 +138,7 @@ def load_package(package: Package) -> LoadedModel:
     from mmflow.loading.tokens import read_tokenizer
     from mmflow.models.model import build
 
-    files = {name: read_bytes(join(package.uri, name)) for name in package.card["files"]}
-    for name, data in files.items():
-        if hashlib.sha256(data).hexdigest() != package.card["files"][name]:
-            raise CorruptArtifactError(
-                f"{join(package.uri, name)}: altered since it was committed; restore or retrain it"
-            )
+    files = {name: _read_file(package, name) for name in package.card["files"]}
     fields = json.loads(files[CONFIG])
     fields.pop("model_type")
     classes = tuple(fields.pop("classes", ()))
@@ -152,6 +147,19 @@ def load_package(package: Package) -> LoadedModel:
     model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
     model.load_state_dict(load(files[WEIGHTS]))
     return LoadedModel(model.eval(), tokenizer, config, classes)
+
+
+def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:
+    """The package's tokenizer.json as text, and its classes; the weights are not read. Raises as `load_package`."""
+    classes = json.loads(_read_file(package, CONFIG)).get("classes", ())
+    return _read_file(package, TOKENIZER).decode(), tuple(classes)
+
+
+def _read_file(package: Package, name: str) -> bytes:
+    data = read_bytes(join(package.uri, name))
+    if hashlib.sha256(data).hexdigest() != package.card["files"][name]:
+        raise CorruptArtifactError(f"{join(package.uri, name)}: altered since it was committed; restore or retrain it")
+    return data
 
 
 def _json(value: Any) -> bytes:

@@ -15,8 +15,8 @@ from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.objectives import total
-from mmflow.objectives.outputs import Outputs, SpecialTokens
-from mmflow.objectives.rows import Gather, PassOn, global_rows
+from mmflow.objectives.outputs import MaskingTokens, Outputs
+from mmflow.objectives.rows import Gather, GlobalRows, PassOn, global_rows
 
 Parts = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ class Learner(nn.Module):
         model: Model,
         config: ModelConfig,
         objectives: ObjectivesConfig,
-        special: SpecialTokens,
+        special: MaskingTokens,
         *,
         seed: int,
         ranks: Ranks = ALONE,
@@ -60,11 +60,15 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
         """The loss to descend at a step, (), and what to report by name: each objective's own, and the logit scale."""
-        outputs = self.outputs(self.model, self.config, batch, step)
+        outputs = self.outputs(self.model, self.config, batch, step, self.rows(batch))
         loss, parts = total(outputs, self.objectives, step)
         return loss, parts | scales(outputs)
 
-    def outputs(self, model: Model, config: ModelConfig, batch: Batch, step: int) -> Outputs:
+    def rows(self, batch: Batch) -> GlobalRows:
+        """Which rows of all ranks are real: an exchange, so once a batch, however many models are shown it."""
+        return global_rows(batch.real, self.ranks.gather, self.ranks.rank)
+
+    def outputs(self, model: Model, config: ModelConfig, batch: Batch, step: int, rows: GlobalRows) -> Outputs:
         """What a model gives for a batch. Another step draws other masks and negatives, a resumed one the same."""
         device = batch.pixels.device
         return Outputs(
@@ -75,7 +79,7 @@ class Learner(nn.Module):
             frame_mask=batch.frame_mask,
             keys=batch.keys,
             targets=batch.targets,
-            rows=global_rows(batch.real, self.ranks.gather, self.ranks.rank),
+            rows=rows,
             gather=self.ranks.gather,
             pass_on=self.ranks.pass_on,
             special=self.special,

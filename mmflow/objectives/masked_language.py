@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmflow.objectives.chance import draw_seed, uniform
 from mmflow.objectives.config import MaskedLanguageConfig
-from mmflow.objectives.outputs import Outputs, SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens, Outputs
 from mmflow.objectives.rows import mean_cross_entropy
 
 # Shapes: B rows of this rank, T tokens, M chosen ones of all rows, W width, V vocabulary.
@@ -40,7 +40,7 @@ def masked_language(outputs: Outputs, config: MaskedLanguageConfig) -> Tensor:
 
 
 def hide_words(
-    token_ids_BT: Tensor, there_BT: Tensor, rows_B: Tensor, special: SpecialTokens, share: float, seed: int
+    token_ids_BT: Tensor, there_BT: Tensor, rows_B: Tensor, special: MaskingTokens, share: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Token ids (B, T) with words hidden, and where they must be guessed (B, T) bool.
 

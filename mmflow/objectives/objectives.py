@@ -18,7 +18,7 @@ from mmflow.objectives.contrastive import contrastive
 from mmflow.objectives.masked_image import masked_image
 from mmflow.objectives.masked_language import masked_language
 from mmflow.objectives.matching import matching
-from mmflow.objectives.outputs import Outputs, SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens, Outputs
 from mmflow.objectives.sigmoid import sigmoid
 
 OBJECTIVES: dict[str, Callable[[Outputs, Any], Tensor]] = {
@@ -65,7 +65,7 @@ def needs(name: str, section: ObjectiveConfig) -> tuple[str, ...]:
     }[name]
 
 
-def check(key: str, objectives: ObjectivesConfig, model: Model, special: SpecialTokens) -> None:
+def check(key: str, objectives: ObjectivesConfig, model: Model, special: MaskingTokens) -> None:
     """Raise RecipeError where an objective reads what model or tokenizer do not give. `key` is the recipe's, for the
     message."""
     gives = {*model.gives, "decoded from the question" if model.decodes_fused else "decoded from the image"}

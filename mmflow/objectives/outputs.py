@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmflow.errors import TrainingError
-from mmflow.loading.tokens import MASK, SPECIAL
+from mmflow.loading.tokens import NAMES, SPECIAL, id_of
 from mmflow.models.encoders import Encoded
 from mmflow.models.fused import Fused
 from mmflow.models.model import Model
@@ -27,7 +27,7 @@ from mmflow.objectives.rows import Gather, GlobalRows, PassOn
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
+class MaskingTokens:
     """What masked language modelling must know of a tokenizer."""
 
     mask: int | None  # None: the tokenizer has no token to hide a word behind
@@ -35,12 +35,12 @@ class SpecialTokens:
     vocabulary_size: int
 
 
-def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
+def masking_tokens(tokenizer: Tokenizer) -> MaskingTokens:
     """Those that the tokenizer marks as special, and those of our own, which carry no mark."""
     marked = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     named = {number for token in SPECIAL if (number := tokenizer.token_to_id(token)) is not None}
-    found = [number for token in (MASK, "<mask>") if (number := tokenizer.token_to_id(token)) is not None]
-    return SpecialTokens(found[0] if found else None, tuple(sorted(marked | named)), tokenizer.get_vocab_size())
+    mask = id_of(tokenizer, NAMES["mask"])
+    return MaskingTokens(mask, tuple(sorted(marked | named)), tokenizer.get_vocab_size())
 
 
 class Outputs:
@@ -59,7 +59,7 @@ class Outputs:
         rows: GlobalRows,
         gather: Gather,
         pass_on: PassOn,
-        special: SpecialTokens,
+        special: MaskingTokens,
         generator: torch.Generator,
     ) -> None:
         """`pixels` are normalised. `keys` (B of them, or none) tell rows of one sample, which are never each other's

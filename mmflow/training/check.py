@@ -8,8 +8,9 @@ from mmflow.errors import RecipeError
 from mmflow.models.backbones import encoder_config
 from mmflow.models.model import build
 from mmflow.objectives.objectives import check
-from mmflow.objectives.outputs import SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens
 from mmflow.training.config import DistillConfig, PretrainConfig
+from mmflow.training.stage import encoders_of
 
 
 def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
@@ -18,10 +19,6 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     What only the data can tell, such as the tokenizer's size and the number of classes, is taken to be as asked for.
     """
     config = section.model
-    encoders = [each for each in (config.image, config.text) if each is not None]
-    for side, encoder in (("image", config.image), ("text", config.text)):
-        if encoder is not None:
-            encoder_config(f"{key}.model.{side}", encoder)
     frames = section.loader.frames
     if frames and config.video is None:
         raise RecipeError(f"{key}.loader.frames: {frames}, but {key}.model.video is missing; name it, or read stills")
@@ -38,8 +35,12 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     for name, (option, value, is_set) in wanted.items():
         if name in section.objectives.named and not is_set:
             raise RecipeError(f"{key}.objectives.{name}: its targets are nowhere; set {key}.loader.{option} to {value}")
-    # A checkpoint's weights would be read, which takes long: what is built on one is checked when it is built.
-    if all(encoder.checkpoint is None for encoder in encoders):
+    encoders = encoders_of(config)
+    if any(encoder.checkpoint is not None for encoder in encoders.values()):
+        # Its weights would be read, which takes long: all else is checked when the model is built.
+        for side, encoder in encoders.items():
+            encoder_config(f"{key}.model.{side}", encoder)
+    else:
         with torch.device("meta"):
             model = build(f"{key}.model", config, config.vocabulary_size, seed=0, num_classes=2)
-        check(f"{key}.objectives", section.objectives, model, SpecialTokens(0, (), config.vocabulary_size))
+        check(f"{key}.objectives", section.objectives, model, MaskingTokens(0, (), config.vocabulary_size))

@@ -28,7 +28,7 @@ from mmflow.models.package import load_package, portable, read_package, write_pa
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Ranks
 from mmflow.objectives.objectives import check
-from mmflow.objectives.outputs import special_tokens
+from mmflow.objectives.outputs import masking_tokens
 from mmflow.shards.dataset import Dataset, open_dataset
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.collectives import average_buffers, gather_rows, pass_on
@@ -168,7 +168,7 @@ def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
 def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learner | Student, int]:
     """What is trained, and the side of the pictures that it is shown."""
     model = build(f"{job.stage}.model", job.model, tokenizer.get_vocab_size(), job.seed, len(job.classes))
-    special = special_tokens(tokenizer)
+    special = masking_tokens(tokenizer)
     check(f"{job.stage}.objectives", job.objectives, model, special)
     ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
     learner = Learner(model, job.model, job.objectives, special, seed=job.seed, ranks=ranks)

@@ -19,7 +19,7 @@ from mmflow.models.model import build
 from mmflow.models.package import LoadedModel
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner
-from mmflow.objectives.outputs import SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens
 from tests.tiny import SMALLEST_MODEL
 
 VOCABULARY = 64
@@ -37,7 +37,7 @@ def teacher(**changes: Any) -> LoadedModel:
 def student_of(teacher: LoadedModel, lessons: LessonsConfig, weight: float = 1.0, **changes: Any) -> Student:
     mine = config(**changes)
     objectives = ObjectivesConfig.model_validate({"contrastive": {"weight": weight}})
-    special = SpecialTokens(None, (), VOCABULARY)
+    special = MaskingTokens(None, (), VOCABULARY)
     return Student(
         Learner(build("model", mine, VOCABULARY, seed=0), mine, objectives, special, seed=0), teacher, lessons
     )
@@ -77,9 +77,10 @@ def test_loss_is_the_weighted_sum_of_objectives_and_lessons() -> None:
     student.eval()
     loss, parts = student(batch(16), 1)
     torch.testing.assert_close(loss, 0.25 * parts["contrastive"] + 0.5 * parts["soft_labels"] + 3 * parts["features"])
-    outputs = student.learner.outputs(student.learner.model, student.learner.config, batch(16), 1)
+    learner, rows = student.learner, student.learner.rows(batch(16))
+    outputs = learner.outputs(learner.model, learner.config, batch(16), 1, rows)
     learnt = embeddings(outputs)
-    told = embeddings(student.learner.outputs(taught.model, taught.config, batch(16), 1))
+    told = embeddings(learner.outputs(taught.model, taught.config, batch(16), 1, rows))
     learnt |= {f"projected_{side}": learnt[side] for side in SIDES}
     torch.testing.assert_close(parts["soft_labels"], soft_label_loss(learnt, told, outputs.rows, outputs.gather, 2.0))
     torch.testing.assert_close(parts["features"], feature_loss(learnt, told, outputs.rows))
@@ -108,7 +109,8 @@ def test_each_side_sees_the_picture_at_its_own_size() -> None:
     student = student_of(teacher(image_pixels=32), LessonsConfig())
     loss, _ = student(batch(32), 1)
     assert torch.isfinite(loss)
-    shown = student.learner.outputs(student.learner.model, student.learner.config, batch(32), 1)
+    learner = student.learner
+    shown = learner.outputs(learner.model, learner.config, batch(32), 1, learner.rows(batch(32)))
     assert shown.pixels.shape == (5, 3, 16, 16)
 
 

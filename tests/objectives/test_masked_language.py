@@ -12,10 +12,10 @@ from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.fused import Fused
 from mmflow.objectives.config import MaskedLanguageConfig
 from mmflow.objectives.masked_language import hide_words, masked_language
-from mmflow.objectives.outputs import SpecialTokens, special_tokens
+from mmflow.objectives.outputs import MaskingTokens, masking_tokens
 from tests.objectives.tiny import SPECIAL, VOCABULARY, TinyModel, batch, gradients, outputs_of, rows_of
 
-MANY = SpecialTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=1000)
+MANY = MaskingTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=1000)
 
 
 def test_words_are_hidden_eighty_ten_ten() -> None:
@@ -97,10 +97,10 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
 
 
 def test_special_tokens_of_our_own_tokenizer_and_of_a_marked_one() -> None:
-    ours = special_tokens(train_tokenizer(["red apple", "green pear"], 64))
+    ours = masking_tokens(train_tokenizer(["red apple", "green pear"], 64))
     assert (ours.mask, ours.ids) == (4, (0, 1, 2, 3, 4))
     marked = Tokenizer(models.WordLevel({"red": 0, "apple": 1}, unk_token="red"))
     marked.add_special_tokens(["<s>", "<mask>"])
-    assert special_tokens(marked) == SpecialTokens(mask=3, ids=(2, 3), vocabulary_size=4)
+    assert masking_tokens(marked) == MaskingTokens(mask=3, ids=(2, 3), vocabulary_size=4)
     unmarked = Tokenizer(models.WordLevel({"red": 0, "apple": 1}, unk_token="red"))
-    assert special_tokens(unmarked) == SpecialTokens(mask=None, ids=(), vocabulary_size=2)
+    assert masking_tokens(unmarked) == MaskingTokens(mask=None, ids=(), vocabulary_size=2)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from mmflow.errors import RecipeError
 from mmflow.objectives.config import ContrastiveConfig, ObjectivesConfig
 from mmflow.objectives.objectives import OBJECTIVES, check, total
-from mmflow.objectives.outputs import SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens
 from tests.objectives.tiny import SPECIAL, TinyModel, all_real, batch, gradients, outputs_of, rows_of
 
 EVERYTHING = {name: {} for name in OBJECTIVES}
@@ -163,7 +163,7 @@ def test_what_the_model_does_not_give_is_named_with_the_key_and_the_remedy(
 
 def test_a_tokenizer_without_a_mask_cannot_hide_words() -> None:
     config = ObjectivesConfig.model_validate({"masked_language": {}})
-    bare = SpecialTokens(mask=None, ids=(), vocabulary_size=5)
+    bare = MaskingTokens(mask=None, ids=(), vocabulary_size=5)
     with pytest.raises(RecipeError, match=r"recipe.masked_language: .*\[MASK\] or <mask>"):
         check("recipe", config, Giving(*ALL), bare)  # type: ignore[arg-type]
 

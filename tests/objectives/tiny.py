@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from mmflow.models.encoders import Encoded
 from mmflow.models.fused import Fused
 from mmflow.models.scale import LogitScale
-from mmflow.objectives.outputs import Outputs, SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens, Outputs
 from mmflow.objectives.rows import Gather, GlobalRows, PassOn, global_rows
 
 SIDE, PATCH, WIDTH, SHARED, VOCABULARY, CLASSES, TOKENS = 8, 4, 5, 4, 23, 3, 7
-SPECIAL = SpecialTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=VOCABULARY)
+SPECIAL = MaskingTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=VOCABULARY)
 
 
 def alone(rows: Tensor) -> Tensor:

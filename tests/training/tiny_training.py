@@ -22,7 +22,7 @@ from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Parts
-from mmflow.objectives.outputs import SpecialTokens
+from mmflow.objectives.outputs import MaskingTokens
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.config import OptimizerConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
@@ -67,7 +67,7 @@ class Poisoned(Learner):
 
 def learner() -> Poisoned:
     model = build("pretrain.model", MODEL, VOCABULARY, seed=1)
-    return Poisoned(model, MODEL, ObjectivesConfig(), SpecialTokens(None, (), VOCABULARY), seed=1)
+    return Poisoned(model, MODEL, ObjectivesConfig(), MaskingTokens(None, (), VOCABULARY), seed=1)
 
 
 def engine_of(zero_stage: int, precision: str = "fp32", poison: str | None = None) -> Any:

@@ -1,0 +1,89 @@
+"""What tells one training from another before it begins, and what it learns of its data first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmflow.artifacts import exists, local_path, read_json, write_json
+from mmflow.ingest.listing import fingerprint
+from mmflow.loading.opening import open_readers
+from mmflow.loading.vocabulary import Vocabulary, learn_vocabulary
+from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
+from mmflow.models.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from mmflow.shards.dataset import open_dataset
+from mmflow.training.config import DistillConfig, PretrainConfig
+
+Section = PretrainConfig | DistillConfig
+# How batches are prepared, and when a run stops: a remedy that an error names must go on from the last checkpoint, not
+# begin anew.
+OPERATIONAL = {
+    "loader": {"workers", "prefetch_batches", "cache", "on_corrupt", "max_skipped"},
+    "training": {"max_restarts", "log_every_steps", "checkpoint_every_steps"},
+}
+
+
+def identity(key: str, section: Section) -> tuple[dict[str, Any], dict[str, str]]:
+    """What of a section decides about the weights, and the fingerprints of what it names that lies elsewhere, which is
+    known by its content. `key` is the recipe's, for errors."""
+    settings = section.model_dump(mode="json", exclude=OPERATIONAL)
+    fingerprints = {}
+    if section.loader.mixture is not None:
+        datasets = section.loader.mixture.datasets
+        settings["loader"]["mixture"]["datasets"] = [each.split for each in datasets]
+        for number, each in enumerate(datasets):
+            fingerprints[f"mixture {number}"] = open_dataset(each.uri).fingerprint
+    for side, encoder in encoders_of(section.model).items():
+        if encoder.checkpoint is not None:
+            settings["model"][side]["checkpoint"] = None
+            directory = checkpoint_directory(f"{key}.model.{side}.checkpoint", encoder.checkpoint)
+            files = sorted(path.name for path in directory.iterdir() if path.is_file())
+            fingerprints[f"{side} checkpoint"] = fingerprint(str(directory), files)
+    return settings, fingerprints
+
+
+def encoders_of(model: ModelConfig) -> dict[str, ImageEncoderConfig | TextEncoderConfig]:
+    """The encoders that a model has, by the names of their sections."""
+    sides: dict[str, ImageEncoderConfig | TextEncoderConfig | None] = {"image": model.image, "text": model.text}
+    return {side: each for side, each in sides.items() if each is not None}
+
+
+def with_absolute_paths(section: Section) -> Section:
+    """The section as workers can use it, whose working directory is another's."""
+    loader, model = section.loader, section.model
+    if loader.mixture is not None:
+        datasets = [each.model_copy(update={"uri": _absolute(each.uri)}) for each in loader.mixture.datasets]
+        loader = loader.model_copy(update={"mixture": loader.mixture.model_copy(update={"datasets": datasets})})
+    if loader.cache.directory is not None:
+        cache = loader.cache.model_copy(update={"directory": _absolute(loader.cache.directory)})
+        loader = loader.model_copy(update={"cache": cache})
+    for side, encoder in encoders_of(model).items():
+        if encoder.checkpoint is not None and not encoder.checkpoint.startswith(IN_PACKAGE):
+            changed = encoder.model_copy(update={"checkpoint": _absolute(encoder.checkpoint)})
+            model = model.model_copy(update={side: changed})
+    return section.model_copy(update={"loader": loader, "model": model})
+
+
+def _absolute(uri: str) -> str:
+    path = local_path(uri)
+    return uri if path is None else str(path.absolute())
+
+
+def vocabulary_of_data(key: str, section: Section, dataset: str) -> Vocabulary:
+    """The vocabulary of the dataset at a URI. Raises as `learn_vocabulary`."""
+    # Texts alone are read: no frames, no pictures.
+    readers = open_readers(section.loader.model_copy(update={"frames": 0}), open_dataset(dataset))
+    text = section.model.text
+    checkpoint = text.checkpoint if text else None
+    directory = checkpoint_directory(f"{key}.model.text.checkpoint", checkpoint) if checkpoint else None
+    return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, directory, key)
+
+
+def kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:
+    """The vocabulary of an earlier run of the stage where there is one: a restart goes through no data before it."""
+    if exists(uri):
+        kept = read_json(uri)
+        return Vocabulary(kept["tokenizer_json"], tuple(kept["classes"]))
+    learnt = learn()
+    write_json(uri, {"tokenizer_json": learnt.tokenizer_json, "classes": learnt.classes})
+    return learnt
