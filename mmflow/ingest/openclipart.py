@@ -6,27 +6,20 @@ and twice-escaped entities go on as they are: ingest shall find them, and its qu
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import subprocess
-import tarfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
-import pyarrow as pa
-
-from mmflow.errors import MisuseError
+from mmflow.ingest.debian import package_tree
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 INSTALLED = PurePosixPath("usr/share/openclipart")
 LICENSE = "CC-PDDC"  # the dedication that the packages' copyright file quotes
 PUBLIC_DOMAIN = ("", "http://web.resource.org/cc/PublicDomain", "http://creativecommons.org/licenses/publicdomain/")
 RESOURCE = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}resource"
-AR_MAGIC = b"!<arch>\n"
-AR_HEADER_BYTES = 60
 
 
 def write_openclipart(
@@ -45,7 +38,14 @@ def write_openclipart(
         shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        tree = _tree(scratch, package_directory)
+        tree = package_tree(
+            scratch,
+            PACKAGES,
+            corpus="openclipart",
+            under=INSTALLED,
+            parts=("png", "svg"),
+            package_directory=package_directory,
+        )
         if tree == package_directory:
             shutil.copytree(tree / "png", directory / "png", symlinks=True)
         else:
@@ -103,86 +103,3 @@ def _work(svg: Path) -> ElementTree.Element | None:
 def _text(work: ElementTree.Element, name: str) -> str:
     element = work.find("{*}" + name)
     return "" if element is None else "".join(element.itertext())
-
-
-# --- the packages -----------------------------------------------------------------------------------------------------
-
-
-def _tree(scratch: Path, package_directory: Path | None) -> Path:
-    """The directory with the trees `png` and `svg`: the one given, or one unpacked into `scratch`."""
-    if package_directory is not None and _is_tree(package_directory):
-        return package_directory
-    if package_directory is None:
-        _download(scratch)
-    packages = package_directory or scratch
-    for name in PACKAGES:
-        found = sorted(packages.glob(f"{name}_*.deb"))
-        if not found:
-            raise MisuseError(
-                f"{packages}: neither the trees png and svg nor {name}_*.deb; "
-                "give corpus.package_directory the packages' /usr/share/openclipart or their two .deb files"
-            )
-        _unpack(found[-1], scratch)
-    if not _is_tree(scratch / INSTALLED):
-        raise MisuseError(f"{packages}: the packages lack {INSTALLED}/png or svg; download them again")
-    return scratch / INSTALLED
-
-
-def _is_tree(directory: Path) -> bool:
-    return all((directory / name).is_dir() for name in ("png", "svg"))
-
-
-def _download(directory: Path) -> None:
-    """Fetch the packages with the system's own client, from wherever it is set up to fetch them."""
-    try:
-        subprocess.run(["apt-get", "download", *PACKAGES], cwd=directory, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise MisuseError(
-            "corpus openclipart comes through apt-get, which this machine lacks; bring the Debian packages "
-            f"{' and '.join(PACKAGES)} here and name their folder as corpus.package_directory"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        complaints = [line for line in error.stderr.splitlines() if line.startswith("E:")] or error.stderr.splitlines()
-        raise MisuseError(
-            f"apt-get download {' '.join(PACKAGES)}: {complaints[0] if complaints else 'failed'}; run `apt-get update`"
-            " first, or name a folder with the packages as corpus.package_directory"
-        ) from error
-
-
-def _unpack(package: Path, directory: Path) -> None:
-    """Unpack what a .deb has below usr/share/openclipart, by Python alone: dpkg is absent where Debian is."""
-    try:
-        with package.open("rb") as file:
-            for name in _ar_members(file):
-                if name.startswith("data.tar"):
-                    _unpack_tar(file, name, directory)
-                    return
-    except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
-        raise MisuseError(f"{package}: a damaged package ({error}); download it again") from error
-    raise MisuseError(f"{package}: not a Debian package, it has no data.tar; download it again")
-
-
-def _unpack_tar(file: IO[bytes], name: str, directory: Path) -> None:
-    # Ubuntu's packages are zstd, which Python 3.11 cannot read; tarfile finds out by itself what else it is.
-    stream = pa.CompressedInputStream(file, "zstd") if name.endswith(".zst") else file
-    with tarfile.open(fileobj=stream, mode="r|" if name.endswith(".zst") else "r|*") as tar:
-        for member in tar:
-            if PurePosixPath(member.name).is_relative_to(INSTALLED):
-                tar.extract(member, directory, filter="data")
-
-
-def _ar_members(file: IO[bytes]) -> Iterator[str]:
-    """The names of an ar archive's members; at each, the file stands at the member's first byte."""
-    end = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    if file.read(len(AR_MAGIC)) != AR_MAGIC:
-        return
-    position = len(AR_MAGIC)
-    while len(header := file.read(AR_HEADER_BYTES)) == AR_HEADER_BYTES:
-        size = int(header[48:58])
-        position += AR_HEADER_BYTES
-        if position + size > end:  # tarfile would take a stream that is cut between two members for a whole one
-            raise EOFError(f"cut short at byte {end}")
-        yield header[:16].decode("ascii", "replace").rstrip(" /")
-        position += size + size % 2  # a member begins at an even byte
-        file.seek(position)

@@ -210,7 +210,7 @@ def test_a_damaged_package_is_named(tmp_path: Path, damage: Any, told: str) -> N
 
 
 def test_an_empty_package_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match=r"neither the trees png and svg nor openclipart-png_\*\.deb"):
+    with pytest.raises(MisuseError, match=r"neither png and svg nor openclipart-png_\*\.deb"):
         write_openclipart(tmp_path / "corpus", package_directory=tmp_path)
 
 
