@@ -171,7 +171,7 @@ PURPOSES = {
     "promote": "Register the candidate in MLflow, and make it champion if the gate holds.",
     "score": "Score the whole dataset with the champion: embeddings, best class, similarity.",
 }
-for _name, _purpose in {"corpus": "Draw the demonstration corpus that a recipe names.", **PURPOSES}.items():
+for _name, _purpose in {"corpus": "Draw the demonstration corpora that a recipe names.", **PURPOSES}.items():
     app.command(_name, epilog=f"Example: mmflow {_name} pipelines/quickstart.yaml")(_stage_command(_name, _purpose))
 
 

@@ -17,7 +17,7 @@ from mmflow.artifacts import local_path
 from mmflow.config import Config
 from mmflow.errors import RecipeError
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.ingest.config import CorpusConfig
+from mmflow.ingest.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
 from mmflow.registry.config import PromoteConfig
 from mmflow.scoring.config import ScoreConfig
 from mmflow.shards.config import ShardConfig
@@ -42,8 +42,9 @@ class Recipe(Config):
     """Where artifacts go: a path, s3:// or gs://."""
     seed: int = Field(0, ge=0)
     """Of initial weights, sample order, augmentation and dropout."""
-    corpus: CorpusConfig | None = None
-    """A demonstration corpus to make first, which `shard` then reads; leave it out and name `shard.sources`."""
+    corpus: CorporaConfig | None = None
+    """A demonstration corpus to make first, or a list of them, which `shard` then reads as its sources; leave it out
+    and name `shard.sources`."""
     shard: ShardConfig = ShardConfig()
     pretrain: PretrainConfig
     distill: DistillConfig | None = None
@@ -145,10 +146,14 @@ def _override(fields: dict[str, Any], override: str) -> None:
     fields[last] = _parse(text, key)
 
 
+# What pydantic puts into a location beside keys.
+NOT_A_KEY = re.compile(f"function-|({ONE_CORPUS}|{SEVERAL_CORPORA})$")
+
+
 def _explain(error: ValidationError) -> str:
     """The first mistake in words, and how many more there are; a misspelt key before the missing one it stands for."""
     first, *others = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    location = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    location = [part for part in first["loc"] if not (isinstance(part, str) and NOT_A_KEY.match(part))]
     written, section = _as_written(location)
     key = ".".join(map(str, written))
     if first["type"] == "extra_forbidden":
@@ -178,11 +183,14 @@ def _as_written(location: Sequence[int | str]) -> tuple[list[int | str], type[Ba
     section: type[BaseModel] = Recipe
     kinds: list[type[BaseModel]] = [Recipe]
     for part in location:
+        if isinstance(part, int):  # an item of a list of sections
+            written.append(part)
+            continue
         if len(kinds) > 1:
             kinds = [kind for kind in kinds if part in typing.get_args(kind.model_fields["name"].annotation)]
             continue
         written.append(part)
-        if isinstance(part, int) or not kinds:  # an item of a list of sections; a key of a plain mapping
+        if not kinds:  # a key of a plain mapping
             continue
         section = kinds[0]
         field = section.model_fields.get(part)
@@ -194,7 +202,8 @@ def _sections_of(annotation: Any) -> list[type[BaseModel]]:
     """The Configs within an annotation such as `DistillConfig | None` or `list[SourceConfig]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for each in typing.get_args(annotation) for found in _sections_of(each)]
+    # Once each: a corpus may be one or a list of the same kinds.
+    return list(dict.fromkeys(found for each in typing.get_args(annotation) for found in _sections_of(each)))
 
 
 def settings_of(section: Config | None) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ def summary(name: str, manifest: Mapping[str, Any]) -> str:
     totals = manifest.get("totals", {})
     match name:
         case "corpus":
-            return f"{manifest['records']:,} drawings"
+            return f"{manifest['records']:,} records"
         case "shard":
             shards = sum(1 for shard in manifest["shards"] if shard["samples"])
             return f"{totals['samples']:,} samples in {shards} shards, {totals['quarantined']:,} records quarantined"

@@ -7,16 +7,14 @@ Packages below know how; this file alone knows the order. Each function returns 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
-from mmflow.ingest.config import OpenclipartConfig, SourceConfig
+from mmflow.ingest.config import SourceConfig
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -107,60 +105,34 @@ class Loop:
 
 
 def _corpus(recipe: Recipe, inputs: Inputs) -> Stage:
-    settings = recipe.corpus
-    assert settings is not None
+    from mmflow.ingest.stage import corpora_of, identity, write_corpora
+
+    assert recipe.corpus is not None
+    corpora = corpora_of(recipe.corpus)
 
     def build(uri: str) -> Mapping[str, Any]:
-        from mmflow.ingest.openclipart import write_openclipart
-        from mmflow.ingest.openmoji import write_openmoji
-
         directory = local_path(uri)
         if directory is None:
             raise MisuseError(f"{uri}: a demonstration corpus is drawn on a local disk; use a local workspace")
         with progress("corpus") as report:
-            if isinstance(settings, OpenclipartConfig):
-                packages = settings.package_directory
-                records = write_openclipart(
-                    directory,
-                    package_directory=None if packages is None else Path(packages),
-                    progress=lambda done, total: report(done, total, ""),
-                )
-            else:
-                records = write_openmoji(
-                    directory,
-                    image_pixels=settings.image_pixels,
-                    unseen_concept_share=settings.unseen_concept_share,
-                    unseen_variant_share=settings.unseen_variant_share,
-                    seed=settings.seed,
-                    progress=lambda done, total: report(done, total, ""),
-                )
-        return {"records": records, "fingerprint": _directory_hash(directory)}
+            return write_corpora(directory, corpora, report)
 
-    # Where the packages lie is left out: the same packages are the same corpus.
-    identity = {name: value for name, value in settings_of(settings).items() if name != "package_directory"}
-    return Stage(name="corpus", kind="corpus", version=1, settings=identity, build=build)
-
-
-def _directory_hash(directory: Path) -> str:
-    """sha256 over the names and bytes of a directory's files, those of the commit protocol aside."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        if (path.is_file() and not path.name.startswith(".") and path.parent != directory) or path.suffix == ".jsonl":
-            digest.update(f"{path.relative_to(directory)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+    return Stage(name="corpus", kind="corpus", version=1, settings=identity(corpora), build=build)
 
 
 # --- shard ----------------------------------------------------------------------------------------------------------
 
 
 def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
+    from mmflow.ingest.stage import RECORDS, corpora_of, places
     from mmflow.shards.grow import SOURCES, settings_of_build
     from mmflow.shards.stage import FETCHED, inputs_of_evaluation, inputs_of_sources
 
     settings = recipe.shard
     sources = settings.sources
-    if "corpus" in inputs:
-        sources = [SourceConfig(kind="jsonl", uri=inputs["corpus"].file("records.jsonl"))]
+    if recipe.corpus is not None:
+        found = places(inputs["corpus"].uri, corpora_of(recipe.corpus))
+        sources = [SourceConfig(kind="jsonl", uri=join(place, RECORDS)) for place in found]
         fingerprints = {"corpus": inputs["corpus"].fingerprint}
     else:
         fingerprints = inputs_of_sources(sources, recipe.workspace)
@@ -405,7 +377,7 @@ def _score(recipe: Recipe, inputs: Inputs) -> Stage:
 
 
 DEFINITIONS: Mapping[str, Definition] = {
-    "corpus": Definition((), _corpus, "Draw the demonstration corpus that the recipe names."),
+    "corpus": Definition((), _corpus, "Draw the demonstration corpora that the recipe names."),
     "shard": Definition(("corpus",), _shard, "Clean a corpus and shard it into a dataset of WebDataset tars.", _fetch),
     "pretrain": Definition(("shard",), _pretrain, "Train the teacher on the dataset."),
     "distill": Definition(("shard", "pretrain"), _distill, "Train the smaller student, with the teacher's help."),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from mmflow.config import Config
 
@@ -161,3 +161,24 @@ class OpenclipartConfig(Config):
 
 CorpusConfig = Annotated[OpenmojiConfig | OpenclipartConfig, Field(discriminator="name")]
 """A demonstration corpus; each has its own options."""
+ONE_CORPUS, SEVERAL_CORPORA = "one corpus", "several corpora"  # which of the two a recipe has; no key has a space
+
+
+def _how_many(corpus: Any) -> str:
+    return SEVERAL_CORPORA if isinstance(corpus, list) else ONE_CORPUS
+
+
+def _told_apart(corpora: list[CorpusConfig]) -> list[CorpusConfig]:
+    names = [corpus.name for corpus in corpora]
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise ValueError(f"{repeated[0]} is named twice; its records would be repeated")
+    return corpora
+
+
+CorporaConfig = Annotated[
+    Annotated[CorpusConfig, Tag(ONE_CORPUS)]
+    | Annotated[list[CorpusConfig], Field(min_length=1), AfterValidator(_told_apart), Tag(SEVERAL_CORPORA)],
+    Discriminator(_how_many),
+]
+"""One demonstration corpus, or a list of them."""
