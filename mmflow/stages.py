@@ -93,7 +93,9 @@ class Loop:
         return self._artifacts[name]
 
     def run(self, name: str) -> Artifact:
-        """The stage's artifact, built now if it was not there."""
+        """The stage's artifact, built now if it was not there, and before a dataset the corpora that it is made of."""
+        if name == "shard" and "corpus" in self.stages and "corpus" not in self._artifacts:
+            self.run("corpus")
         before = DEFINITIONS[name].before if name in self.stages else None
         if before is not None:
             before(self.recipe, {each: self.committed(each) for each in self.inputs_of(name)})
