@@ -33,7 +33,7 @@ CHARACTERS_PER_TOKEN = 4.4  # BERT's word pieces on English captions, white spac
 def clean_captions(captions: Sequence[Caption], settings: CaptionConfig) -> list[Caption]:
     """The captions cleaned, in order, without repeats; those out of bounds are dropped.
 
-    Raises Rejected where none is left, with the fate of the first that had any text.
+    Raises Rejected where one is required and none is left, with the fate of the first that had any text.
     """
     kept: dict[tuple[str, str], Caption] = {}
     fate: Rejected | None = None
@@ -45,7 +45,7 @@ def clean_captions(captions: Sequence[Caption], settings: CaptionConfig) -> list
                 fate = rejected
         else:
             kept.setdefault((cleaned["language"], cleaned["text"]), cleaned)
-    if not kept:
+    if not kept and settings.required:
         raise fate or Rejected(Reason.caption_missing, f"{len(captions)} captions, none with text")
     return list(kept.values())
 

@@ -100,8 +100,10 @@ class ImageConfig(Config):
 
 
 class CaptionConfig(Config):
-    """The bounds that a caption must meet once cleaned; a record without any left is rejected."""
+    """The bounds that a caption must meet once cleaned."""
 
+    required: bool = True
+    """A record without any caption left is rejected; false where a class or questions can stand in for captions."""
     min_characters: int = Field(2, ge=1)
     """Shorter captions are dropped."""
     max_characters: int = Field(20_000, ge=1)
@@ -159,7 +161,25 @@ class OpenclipartConfig(Config):
     """Folder with the packages' trees (/usr/share/openclipart) or .deb files, where apt-get cannot download them."""
 
 
-CorpusConfig = Annotated[OpenmojiConfig | OpenclipartConfig, Field(discriminator="name")]
+class EasyVqaConfig(Config):
+    """Questions and answers on drawn shapes, of a package that pip installs."""
+
+    name: Literal["easy_vqa"]
+    """easy_vqa: 48,248 questions with one of 13 answers on 5,000 pictures that have no captions; splits train, test."""
+
+
+class FashionMnistConfig(Config):
+    """Pictures of ten classes, of a Debian package: 31 MB that the package client downloads."""
+
+    name: Literal["fashion_mnist"]
+    """fashion_mnist: 70,000 articles of clothing, their class as `article` and as their caption; splits train, test."""
+    package_directory: str | None = None
+    """Folder with the package's four files or its .deb file, where apt-get cannot download it."""
+
+
+CorpusConfig = Annotated[
+    OpenmojiConfig | OpenclipartConfig | EasyVqaConfig | FashionMnistConfig, Field(discriminator="name")
+]
 """A demonstration corpus; each has its own options."""
 ONE_CORPUS, SEVERAL_CORPORA = "one corpus", "several corpora"  # which of the two a recipe has; no key has a space
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mmflow.artifacts import join
-from mmflow.ingest.config import CorpusConfig, OpenclipartConfig, OpenmojiConfig
+from mmflow.ingest.config import CorpusConfig, EasyVqaConfig, FashionMnistConfig, OpenclipartConfig, OpenmojiConfig
+from mmflow.ingest.easy_vqa import write_easy_vqa
+from mmflow.ingest.fashion_mnist import write_fashion_mnist
 from mmflow.ingest.openclipart import write_openclipart
 from mmflow.ingest.openmoji import write_openmoji
 from mmflow.progress import Report
@@ -88,6 +90,14 @@ def _openclipart(directory: Path, settings: OpenclipartConfig, progress: Progres
     write_openclipart(directory, package_directory=_path(settings.package_directory), progress=progress)
 
 
+def _easy_vqa(directory: Path, settings: EasyVqaConfig, progress: Progress) -> None:
+    write_easy_vqa(directory, progress=progress)
+
+
+def _fashion_mnist(directory: Path, settings: FashionMnistConfig, progress: Progress) -> None:
+    write_fashion_mnist(directory, package_directory=_path(settings.package_directory), progress=progress)
+
+
 def _path(directory: str | None) -> Path | None:
     return None if directory is None else Path(directory)
 
@@ -95,5 +105,7 @@ def _path(directory: str | None) -> Path | None:
 WRITERS: Mapping[str, Callable[[Path, Any, Progress], None]] = {
     "openmoji": _openmoji,
     "openclipart": _openclipart,
+    "easy_vqa": _easy_vqa,
+    "fashion_mnist": _fashion_mnist,
 }
 """A corpus's name → what writes it into a directory, which may hold what a killed run left."""

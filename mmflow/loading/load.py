@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError, CorruptShardError
+from mmflow.errors import CorruptArtifactError, CorruptShardError, RecipeError
 from mmflow.loading.config import AugmentConfig
 from mmflow.loading.frames import choose_frames
 from mmflow.loading.plan import Slots
@@ -37,6 +37,7 @@ class ViewSettings:
     language_weights: Mapping[str, float] = field(default_factory=dict)
     frames: int = 0  # of a clip; 0: the still
     text: Literal["captions", "questions"] = "captions"
+    reads_text: bool = True  # whether the model does; one of pictures alone takes samples without a caption
     truncation: Literal["head", "sentences"] = "head"
     label: str | None = None
     classes: tuple[str, ...] = ()  # the labels, or the answers where the text is questions
@@ -143,6 +144,13 @@ def _choose(sample: Sample, epoch: int, settings: ViewSettings) -> _Words:
     if settings.label:
         targets["label"] = settings.class_numbers.get(label_of(sample.metadata, settings.label) or "", -1)
     if settings.text == "captions":
+        if not sample.captions:
+            if settings.reads_text:
+                raise RecipeError(
+                    f"loader.text: captions, but sample {sample.key} has none; shard with captions.required: true, "
+                    "read questions, or leave model.text out"
+                )
+            return _Words(targets=targets)
         if len(sample.captions) == 1:  # nothing to draw: half of a caption's cost is its generator
             return _Words(sample.captions[0].text, targets=targets)
         random = generator(settings.seed, epoch, sample.key, "text")

@@ -85,6 +85,7 @@ def open_loader(
     image_pixels: int,
     max_tokens: int,
     seed: int,
+    reads_text: bool = True,
     classes: tuple[str, ...] = (),
     cores: int = 1,
     rank: int = 0,
@@ -92,7 +93,8 @@ def open_loader(
     device: torch.device | None = None,
     state: LoaderState = START,
 ) -> Loader:
-    """A rank's loader of a stage's dataset. `cores` is what the rank has, `classes` what its targets are numbered by.
+    """A rank's loader of a stage's dataset. `cores` is what the rank has, `classes` what its targets are numbered by;
+    a model that `reads_text` needs some of every sample.
 
     Rank 0 looks whether every shard is there, so that one that is gone is named now and not in the midst of an epoch:
     raises MissingArtifactError or CorruptArtifactError.
@@ -110,6 +112,7 @@ def open_loader(
         language_weights=config.language_weights,
         frames=config.frames,
         text=config.text,
+        reads_text=reads_text,
         truncation=config.truncation,
         label=config.label,
         classes=classes,

@@ -86,6 +86,7 @@ def build_dataset(
         sorted(pieces),
         duplicates=settings.duplicates,
         max_images=settings.captions.max_images,
+        captions_required=settings.captions.required,
         known=[index_uri(base.uri, shard.name) for shard in kept] if base else [],
         known_common=read_common(base.uri) if base else None,
         evaluation=[

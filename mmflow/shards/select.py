@@ -81,6 +81,7 @@ def select_records(
     *,
     duplicates: DuplicatesConfig,
     max_images: int | None,
+    captions_required: bool = True,
     known: Sequence[str] = (),
     known_common: Hashes | None = None,
     evaluation: Sequence[str] = (),
@@ -90,10 +91,11 @@ def select_records(
 
     `known` are the indexes of the dataset that is being grown, `evaluation` those of the datasets in
     `duplicates.against`: their samples stay, and reject what is like them. `known_common` are the captions that were
-    common in the former, which its samples no longer show. Of the others held-out records stay before
-    those of `train`, then the first by place. Each round is about what is left by those before it, so the survivor that
-    a record goes for may go in a later one. `progress(done, total)` counts rounds. Raises MisuseError where
-    `evaluation` cannot be compared with, MissingArtifactError or CorruptArtifactError where a file cannot be read.
+    common in the former, which its samples no longer show; a record of no others goes if `captions_required`. Of the
+    others held-out records stay before those of `train`, then the first by place. Each round is about what is left by
+    those before it, so the survivor that a record goes for may go in a later one. `progress(done, total)` counts
+    rounds. Raises MisuseError where `evaluation` cannot be compared with, MissingArtifactError or CorruptArtifactError
+    where a file cannot be read.
     """
     required = ["pixel_hash"] * duplicates.exact + ["perceptual_hash"] * (duplicates.radius is not None)
     if evaluation and not required and duplicates.caption_similarity is None:
@@ -119,7 +121,7 @@ def select_records(
     _reject_repeats(tables, verdicts, Reason.key_repeated)
     report()
     if max_images is not None:
-        common = _reject_common(tables, verdicts, max_images, known_common)
+        common = _reject_common(tables, verdicts, max_images, known_common, captions_required)
         report()
     if duplicates.exact:
         _reject_repeats(tables, verdicts, Reason.duplicate_exact)
@@ -144,8 +146,11 @@ def _reject_repeats(tables: Sequence[Any], verdicts: Verdicts, reason: Reason) -
         verdicts.add(reason, places, owners, np.ones(len(places)))
 
 
-def _reject_common(tables: Sequence[Any], verdicts: Verdicts, max_images: int, known: Hashes | None) -> Hashes:
-    """Find the captions of more than so many images, which are returned, and reject the records of no others.
+def _reject_common(
+    tables: Sequence[Any], verdicts: Verdicts, max_images: int, known: Hashes | None, required: bool
+) -> Hashes:
+    """Find the captions of more than so many images, which are returned, and reject the records of no others, unless
+    they can do without.
 
     Those `known` to be common stay so: how many images there were is no longer known, and is given as 0.
     """
@@ -158,7 +163,7 @@ def _reject_common(tables: Sequence[Any], verdicts: Verdicts, max_images: int, k
     hashes, counts = np.concatenate([hashes, before]), np.concatenate([counts, np.zeros(len(before), counts.dtype)])
     order = np.argsort(hashes)
     common: Hashes = hashes[order]
-    if len(common):
+    if len(common) and required:
         arguments = (gone, ray.put(common), ray.put(counts[order]))
         for places, amounts in _results([ray.remote(find_common).remote(table, *arguments) for table in tables]):
             verdicts.add(Reason.caption_too_common, places, places, amounts)

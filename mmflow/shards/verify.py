@@ -189,8 +189,9 @@ def check_bodies(place: str, index: pa.Table, rows: Sequence[int]) -> Iterator[s
                 if (header.width, header.height) != (entry["width"], entry["height"]):
                     size = f"{header.width}×{header.height}"
                     yield f"{where}: the image is {size}, the index has {entry['width']}×{entry['height']}"
-            if not read_texts(bodies["txt"], bodies["json"])[0]:
-                yield f"{where}: no caption"
+            captions, counted = len(read_texts(bodies["txt"], bodies["json"])[0]), len(entry["languages"] or ())
+            if captions != counted:
+                yield f"{where}: captions: {captions}, the index has {counted}"
         except Rejected as rejected:
             yield f"{where}: {rejected.reason}: {rejected.detail}"
         except (ValueError, RecursionError) as error:

@@ -90,7 +90,8 @@ def write_shard(uri: str, name: str, rows: list[Row], settings: str, read: Read)
 
 
 def without_common(row: Row, common: frozenset[int]) -> Row:
-    """The row without the captions that too many images share. One is left, or the row would have been rejected."""
+    """The row without the captions that too many images share. Where captions are required one is left, or the row
+    would have been rejected."""
     if not common or row["reason"] is not None:
         return row
     kept = [
@@ -124,7 +125,7 @@ def committed(uri: str, name: str, plan: str) -> ShardCommit | None:
 def add_sample(tar: TarWriter, row: Row, read: Callable[[int, int], bytes]) -> Row:
     """Append a sample's members; return its line of the index, but for the row.
 
-    A clip's further frames stand behind the JSON as <key>.001.jpg and so on.
+    Without a caption the text is empty. A clip's further frames stand behind the JSON as <key>.001.jpg and so on.
     """
     key, extension, captions = row["key"], row["image_extension"], row["captions"]
     metadata = json.loads(row["metadata"])
@@ -133,8 +134,8 @@ def add_sample(tar: TarWriter, row: Row, read: Callable[[int, int], bytes]) -> R
         "image_extension": extension,
         "width": row["width"],
         "height": row["height"],
-        "caption_tokens": max(estimate_tokens(caption["text"]) for caption in captions),
-        "caption_characters": max(len(caption["text"]) for caption in captions),
+        "caption_tokens": max((estimate_tokens(caption["text"]) for caption in captions), default=0),
+        "caption_characters": max((len(caption["text"]) for caption in captions), default=0),
         "languages": [caption["language"] for caption in captions],
         "license": metadata.get("license") if isinstance(metadata.get("license"), str) else None,
         "pixel_hash": row["pixel_hash"],
@@ -143,7 +144,8 @@ def add_sample(tar: TarWriter, row: Row, read: Callable[[int, int], bytes]) -> R
     }
     image = _whole(read, row["image_bytes"], row["image_offset"], key)
     json_body = canonical_json({"captions": captions, "metadata": metadata}).encode()
-    bodies = (image, captions[0]["text"].encode(), json_body)
+    text = captions[0]["text"] if captions else ""
+    bodies = (image, text.encode(), json_body)
     for member, suffix, body in zip(MEMBERS, (extension, "txt", "json"), bodies, strict=True):
         entry[f"{member}_offset"] = tar.add(f"{key}.{suffix}", body)
         entry[f"{member}_bytes"] = len(body)

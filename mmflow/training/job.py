@@ -102,6 +102,7 @@ def run_rank(job: TrainingJob, host: Host) -> None:
         image_pixels=image_pixels,
         max_tokens=job.model.max_tokens,
         seed=job.seed,
+        reads_text=any(part is not None for part in (job.model.text, job.model.decoder, job.teacher)),
         classes=job.classes,
         cores=job.training.cpus_per_worker,
         rank=dist.get_rank(),
