@@ -177,8 +177,19 @@ class FashionMnistConfig(Config):
     """Folder with the package's four files or its .deb file, where apt-get cannot download it."""
 
 
+class GimpHelpConfig(Config):
+    """Long texts: a manual's pictures, of a Debian package: 50 MB that the package client downloads."""
+
+    name: Literal["gimp_help"]
+    """gimp_help: GIMP's manual in English; a picture has a caption, tagged en, and the section that it stands in,
+    tagged en-x-section; the metadata's `page` says which pictures share text."""
+    package_directory: str | None = None
+    """Folder with the package's tree (/usr/share/gimp/2.0/help) or its .deb file, where apt-get cannot download it."""
+
+
 CorpusConfig = Annotated[
-    OpenmojiConfig | OpenclipartConfig | EasyVqaConfig | FashionMnistConfig, Field(discriminator="name")
+    OpenmojiConfig | OpenclipartConfig | EasyVqaConfig | FashionMnistConfig | GimpHelpConfig,
+    Field(discriminator="name"),
 ]
 """A demonstration corpus; each has its own options."""
 ONE_CORPUS, SEVERAL_CORPORA = "one corpus", "several corpora"  # which of the two a recipe has; no key has a space

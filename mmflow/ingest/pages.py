@@ -57,9 +57,10 @@ class Picture:
 
 @dataclass(slots=True)
 class Page:
-    """What a page holds: its pieces of text in order, and its images."""
+    """What a page holds: its pieces of text in order, the words before each and in all, and its images."""
 
     text: list[str] = field(default_factory=list)
+    words: list[int] = field(default_factory=lambda: [0])
     pictures: list[Picture] = field(default_factory=list)
     base: str = ""
 
@@ -92,12 +93,9 @@ def read_pages(unit: Unit) -> Iterator[Found]:
             row += 1
             yield Found(row, label, error if isinstance(error, Rejected) else malformed(f"not HTML: {error}"))
             continue
-        words = [0]
-        for piece in page.text:
-            words.append(words[-1] + len(piece.split()))
         for number, picture in enumerate(page.pictures, 1):
             row += 1
-            yield Found(row, f"{label}:{number}", _record(page, picture, words, name, label))
+            yield Found(row, f"{label}:{number}", _record(page, picture, name, label))
 
 
 def parse_page(data: bytes) -> Page:
@@ -156,6 +154,7 @@ class _Parser(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._unread and (text := " ".join(data.split())):
             self.page.text.append(text)
+            self.page.words.append(self.page.words[-1] + text.count(" ") + 1)
 
     def finish(self) -> None:
         """End what is open."""
@@ -167,14 +166,25 @@ class _Parser(HTMLParser):
         del self._open[place:]
 
 
-def _record(page: Page, picture: Picture, words: list[int], name: str, label: str) -> Fields | Rejected:
-    figure = _ancestor(picture.within, "figure")
-    caption = _text(page, figure.caption) if figure is not None and figure.caption is not None else ""
+def text_of(page: Page, element: Element) -> str:
+    """All text within an element, its white space collapsed."""
+    return " ".join(page.text[element.start : element.end])
+
+
+def section_of(page: Page, picture: Picture) -> str:
+    """The text of the smallest element around an image that is long enough for a section; "" where it is too long."""
     section: Element | None = picture.within
-    while section is not None and words[section.end] - words[section.start] < SECTION_WORDS.start:
+    while section is not None and page.words[section.end] - page.words[section.start] < SECTION_WORDS.start:
         section = section.above
-    fits = section is not None and words[section.end] - words[section.start] in SECTION_WORDS
-    texts = [caption or " ".join(picture.alt.split()), _text(page, section) if section is not None and fits else ""]
+    if section is None or page.words[section.end] - page.words[section.start] not in SECTION_WORDS:
+        return ""
+    return text_of(page, section)
+
+
+def _record(page: Page, picture: Picture, name: str, label: str) -> Fields | Rejected:
+    figure = _ancestor(picture.within, "figure")
+    caption = text_of(page, figure.caption) if figure is not None and figure.caption is not None else ""
+    texts = [caption or " ".join(picture.alt.split()), section_of(page, picture)]
     fields = Fields(captions=[(None, text) for text in dict.fromkeys(texts) if text], metadata={"page": label})
     try:
         if picture.address.startswith("data:"):
@@ -217,10 +227,6 @@ def _inline(address: str) -> bytes:
         return base64.b64decode(unquote(body), validate=False) if head.endswith(";base64") else unquote(body).encode()
     except (binascii.Error, ValueError) as error:
         raise malformed(f"{head[:100]}: not base64 ({error})") from error
-
-
-def _text(page: Page, element: Element) -> str:
-    return " ".join(page.text[element.start : element.end])
 
 
 def _ancestor(element: Element, tag: str) -> Element | None:

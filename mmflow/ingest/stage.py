@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from mmflow.artifacts import join
-from mmflow.ingest.config import CorpusConfig, EasyVqaConfig, FashionMnistConfig, OpenclipartConfig, OpenmojiConfig
+from mmflow.ingest.config import (
+    CorpusConfig,
+    EasyVqaConfig,
+    FashionMnistConfig,
+    GimpHelpConfig,
+    OpenclipartConfig,
+    OpenmojiConfig,
+)
 from mmflow.ingest.easy_vqa import write_easy_vqa
 from mmflow.ingest.fashion_mnist import write_fashion_mnist
+from mmflow.ingest.gimp_help import write_gimp_help
 from mmflow.ingest.openclipart import write_openclipart
 from mmflow.ingest.openmoji import write_openmoji
 from mmflow.progress import Report
@@ -98,6 +106,10 @@ def _fashion_mnist(directory: Path, settings: FashionMnistConfig, progress: Prog
     write_fashion_mnist(directory, package_directory=_path(settings.package_directory), progress=progress)
 
 
+def _gimp_help(directory: Path, settings: GimpHelpConfig, progress: Progress) -> None:
+    write_gimp_help(directory, package_directory=_path(settings.package_directory), progress=progress)
+
+
 def _path(directory: str | None) -> Path | None:
     return None if directory is None else Path(directory)
 
@@ -107,5 +119,6 @@ WRITERS: Mapping[str, Callable[[Path, Any, Progress], None]] = {
     "openclipart": _openclipart,
     "easy_vqa": _easy_vqa,
     "fashion_mnist": _fashion_mnist,
+    "gimp_help": _gimp_help,
 }
 """A corpus's name → what writes it into a directory, which may hold what a killed run left."""
