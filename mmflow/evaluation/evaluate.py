@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mmflow.errors import MisuseError
 from mmflow.evaluation import classification
 from mmflow.evaluation.answering import answer_accuracy, answering_metrics, commonest_answer
-from mmflow.evaluation.captions import caption_metrics
+from mmflow.evaluation.captions import caption_metrics, typical_caption
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.perplexity import perplexity_metrics
 from mmflow.evaluation.predict import class_scores, matching_scores, token_losses, write_texts
@@ -241,7 +241,7 @@ def _spread(count: int) -> list[int]:
 
 
 def chance(rows: Rows, settings: EvaluateConfig, sections: frozenset[str]) -> Metrics:
-    """What guessing, the commonest class or the commonest answer would give on the same rows."""
+    """What guessing, the commonest class or answer, or one typical caption for all would give on the same rows."""
     metrics: Metrics = {}
     first, *others = rows.captions.values()
     languages = list(rows.captions)[1:]
@@ -267,6 +267,9 @@ def chance(rows: Rows, settings: EvaluateConfig, sections: frozenset[str]) -> Me
     if settings.answering is not None:
         people = [question.answers for question in rows.questions]
         metrics["answering"] = answering_metrics([commonest_answer(people)] * len(people), people)
+    if "captions" in sections:
+        described = first.texts_of_picture
+        metrics["captions"] = caption_metrics([typical_caption(first.texts)] * len(described), described)
     return metrics
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.captions import bleu, caption_metrics, cider, rouge_l, words
+from mmflow.evaluation.captions import bleu, caption_metrics, cider, rouge_l, typical_caption, words
 
 CAPTIONS = [
     "a brown dog runs through the grass",
@@ -88,6 +88,12 @@ def test_one_caption_for_every_picture_shows() -> None:
     found = caption_metrics(["a dog in the grass"] * 6, REFERENCES)
     assert found["distinct"] == 0.0
     assert found["CIDEr"] < sum(COCO_CIDER) / 6
+
+
+def test_the_typical_caption_shares_most_words_with_the_others() -> None:
+    assert typical_caption(["a blue sky", "a red car", "a red bus", "red car, parked", "snow"]) == "a red car"
+    assert typical_caption(["cat", *["a dog"] * 600]) == "a dog"
+    assert typical_caption([]) == ""
 
 
 def test_saying_nothing_earns_nothing() -> None:

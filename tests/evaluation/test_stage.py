@@ -94,7 +94,7 @@ def test_every_model_has_what_it_gives(evaluation: str) -> None:
     (split,) = read_json(join(evaluation, "metrics.json")).values()
     assert split["rows"] == 6
     assert {model: set(found) for model, found in split["models"].items()} == {
-        "chance": {"text_to_image", "image_to_text", "languages"},
+        "chance": {"text_to_image", "image_to_text", "languages", "captions"},
         "teacher": {"captions"},
         "student": {"text_to_image", "image_to_text", "languages"},
         "untrained": {"captions"},
