@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from mmflow.config import Config
 from mmflow.distillation.config import LessonsConfig
@@ -30,6 +30,42 @@ class OptimizerConfig(Config):
     """Largest norm of the gradient over all parameters."""
 
 
+class CheckpointsConfig(Config):
+    """Which checkpoints are kept, and what becomes of a run that cannot write one."""
+
+    keep_last: int = Field(2, ge=1)
+    """The newest are kept; 2, so that there is one before it in case the newest cannot be read."""
+    keep_best: int = Field(0, ge=0)
+    """Kept besides: those with the best `best_metric`."""
+    best_metric: str = "loss"
+    """A metric of the journal's line that ends at the checkpoint."""
+    best_is: Literal["lowest", "highest"] = "lowest"
+    """Which value of `best_metric` is the best."""
+    without_room: Literal["go_on", "stop"] = "go_on"
+    """A disk too full for a checkpoint: train on from the older ones and say so, or end the run."""
+
+
+class GuardsConfig(Config):
+    """What watches over a run that nobody watches."""
+
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient that is not a number: end the run; or leave the step out, which costs a look at every
+    gradient; or go back to the last checkpoint, and look only on the way to where it happened."""
+    on_spike: Literal["ignore", "record", "rewind"] = "record"
+    """A loss far above those before it: a line in the journal; or back to the last checkpoint, and on without the
+    batches that spiked and the one before them."""
+    spike_deviations: float = Field(8.0, gt=0)
+    """How far above the median of the window: in deviations, by the median absolute one."""
+    spike_window: int = Field(200, ge=10)
+    """Steps that a loss is measured against; none is a spike before half of them are known."""
+    max_rewinds: int = Field(3, ge=0)
+    """Times that a process goes back; the next trouble ends the run."""
+    hung_after_minutes: float = Field(30.0, gt=0)
+    """An exchange between workers that takes longer has failed; who did not come to it is named."""
+    memory_headroom: float = Field(0.1, ge=0, lt=1)
+    """Share of the machine's and the accelerator's memory below which the journal warns."""
+
+
 class TrainingConfig(Config):
     """Where and how long."""
 
@@ -42,16 +78,37 @@ class TrainingConfig(Config):
     """What DeepSpeed shards over the workers: 1 optimizer states, 2 and gradients, 3 and parameters."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of forward and backward; the optimizer always keeps fp32 masters."""
-    num_workers: int = Field(1, ge=1)
-    """Ray Train workers, one accelerator each where there are any."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Ray Train workers, one accelerator each where there are any. [least, most] goes on with the nodes there are: a
+    lost one shrinks the group, one that returns grows it, batches and their order stay."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores each worker reserves; also its torch threads where there is no accelerator."""
     checkpoint_every_steps: int = Field(500, ge=1)
     """A killed worker costs at most this many steps."""
+    checkpoint_every_minutes: float | None = Field(None, gt=0)
+    """A checkpoint also where the last one is this old, at the next line of the journal."""
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    guards: GuardsConfig = GuardsConfig()
     max_restarts: int = Field(3, ge=0)
     """Times that the workers are restarted from the last checkpoint before the stage fails."""
     log_every_steps: int = Field(10, ge=1)
     """A line of the journal is the mean of this many steps."""
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that the training goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The most workers that there is work for."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _workers_in_order(self) -> TrainingConfig:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"num_workers: {self.num_workers} is not [least, most]; turn it round")
+        return self
 
 
 class PretrainConfig(Config):

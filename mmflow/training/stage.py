@@ -15,11 +15,20 @@ from mmflow.shards.dataset import open_dataset
 from mmflow.training.config import DistillConfig, PretrainConfig
 
 Section = PretrainConfig | DistillConfig
-# How batches are prepared, and when a run stops: a remedy that an error names must go on from the last checkpoint, not
-# begin anew.
+# How batches are prepared, by how many workers, and when a run stops: a remedy that an error names must go on from the
+# last checkpoint, not begin anew.
 OPERATIONAL = {
     "loader": {"workers", "prefetch_batches", "cache", "on_corrupt", "max_skipped"},
-    "training": {"max_restarts", "log_every_steps", "checkpoint_every_steps"},
+    "training": {
+        "num_workers",
+        "cpus_per_worker",
+        "max_restarts",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "checkpoint_every_minutes",
+        "checkpoints",
+        "guards",
+    },
 }
 
 
