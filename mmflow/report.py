@@ -95,7 +95,7 @@ def gather(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> tuple[dict[
         "written": written,
         "comparison": _comparison(artifacts),
         "promotion": {name: artifacts["promote"].manifest[name] for name in PROMOTION},
-        "scores": _scores(artifacts["score"]),
+        "scores": _scores(artifacts["score"]) if "score" in artifacts else {},
         "lineage": _lineage(artifacts),
     }
     return report, _pictures(artifacts["shard"], shown)

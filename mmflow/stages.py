@@ -44,9 +44,13 @@ class Loop:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        absent = {"corpus"} if recipe.corpus is None else set()
-        absent |= {"distill"} if recipe.distill is None else set()
-        self.stages = tuple(name for name in DEFINITIONS if name not in absent)
+        self._absent = {
+            name: "this recipe has no such section" for name in ("corpus", "distill") if getattr(recipe, name) is None
+        }
+        candidate = recipe.distill if recipe.promote.candidate == "student" else recipe.pretrain
+        if candidate is not None and candidate.model.embedding_width is None:
+            self._absent["score"] = "the candidate has no space to compare in: its model.embedding_width is null"
+        self.stages = tuple(name for name in DEFINITIONS if name not in self._absent)
         self._artifacts: dict[str, Artifact] = {}
 
     def check(self, stages: Collection[str] | None = None) -> None:
@@ -76,7 +80,7 @@ class Loop:
     def plan(self, name: str) -> Stage:
         """The stage, ready to run. Raises MissingArtifactError where a stage before it is not committed."""
         if name not in self.stages:
-            raise RecipeError(f"{name}: this recipe has no such section")
+            raise RecipeError(f"{name}: {self._absent[name]}")
         return DEFINITIONS[name].make(self.recipe, {each: self.committed(each) for each in self.inputs_of(name)})
 
     def committed(self, name: str) -> Artifact:

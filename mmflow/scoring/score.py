@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mmflow.artifacts import content_hash, exists, file_sha256, join, publish, read_bytes
 from mmflow.errors import MmflowError
+from mmflow.loading.reader import Sample
 from mmflow.models.embed import Embeddings
 from mmflow.models.package import read_package
 from mmflow.progress import Report
@@ -40,7 +42,8 @@ def score_dataset(
 
     Columns: `key`, `split`, `row` (in its shard), `image_embedding` and `caption_embedding` (fixed-size lists of
     float16, unit length), `similarity` (their cosine), `best_class` and `class_similarity` (null without `prompts`).
-    Raises MmflowError where the rows written are not the rows of the dataset.
+    What is of a caption is null where a sample has none. Raises MmflowError where the rows written are not the rows of
+    the dataset.
     """
     import ray
 
@@ -95,19 +98,17 @@ class ScoreShards:
         reader = Reader(self.data, split)
         ordinal = next(number for number, shard in enumerate(reader.shards) if shard.name == name)
         samples = list(reader.samples(ordinal, 0, reader.shards[ordinal].samples))
-        captions = [
-            next((each.text for each in sample.captions if each.language == self.language), sample.captions[0].text)
-            for sample in samples
-        ]
+        captions = [_caption(sample, self.language) for sample in samples]
         images = embed_images(self.loaded, samples, self.batch_size)
-        texts = embed_captions(self.loaded, captions, self.batch_size)
+        texts = embed_captions(self.loaded, [caption or "" for caption in captions], self.batch_size)
+        without = np.array([caption is None for caption in captions])
         columns = {
             "key": pa.array([sample.key for sample in samples]),
             "split": pa.array([split] * len(samples)).dictionary_encode(),
             "row": pa.array(np.arange(len(samples))),
             "image_embedding": _vectors(images),
-            "caption_embedding": _vectors(texts),
-            "similarity": pa.array((images * texts).sum(axis=1)),
+            "caption_embedding": _vectors(texts, without),
+            "similarity": pa.array((images * texts).sum(axis=1), mask=without),
             "best_class": pa.nulls(len(samples), pa.string()),
             "class_similarity": pa.nulls(len(samples), pa.float32()),
         }
@@ -119,9 +120,16 @@ class ScoreShards:
         return pa.table(columns)
 
 
-def _vectors(embeddings: Embeddings) -> pa.Array:
+def _caption(sample: Sample, language: str) -> str | None:
+    """The first caption in the language, or else in any."""
+    preferred = sorted(sample.captions, key=lambda each: each.language != language)
+    return preferred[0].text if preferred else None
+
+
+def _vectors(embeddings: Embeddings, without: NDArray[np.bool_] | None = None) -> pa.Array:
     flat = pa.array(embeddings.astype(np.float16).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
+    mask = None if without is None else pa.array(without)
+    return pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1], mask=mask)
 
 
 def _file(uri: str, shard: str) -> str:
@@ -138,7 +146,7 @@ def _summary(uri: str, shards: Sequence[tuple[str, int]], digest: str, version: 
         if table.num_rows != samples:
             raise MmflowError(f"{_file(uri, name)}: {table.num_rows} rows for {samples} samples; delete it and rerun")
         files.append({"name": name, "rows": samples, "bytes": len(data), "sha256": file_sha256(_file(uri, name))})
-        similarity = np.clip(table["similarity"].to_numpy(), -1, 1)
+        similarity = np.clip(table["similarity"].drop_null().to_numpy(), -1, 1)
         counts += np.histogram(similarity, bins=HISTOGRAM_EDGES)[0]
         for each in table["best_class"].value_counts().to_pylist():
             if each["values"] is not None:
