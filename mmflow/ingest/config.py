@@ -191,7 +191,7 @@ class EmojiStylesConfig(Config):
     """Emoji as other artists draw them, of npm packages: 90 MB that npm downloads."""
 
     name: Literal["emoji_styles"]
-    """emoji_styles: 3,786 stills of Google's and 3,389 of Fluent's 3D ones, with openmoji's names and concepts."""
+    """emoji_styles: 3,786 stills of Google's and 3,375 of Fluent's 3D ones, with openmoji's names and concepts."""
     styles: list[Literal["google", "fluent_3d"]] = Field(default=["google", "fluent_3d"], min_length=1)
     """Whose."""
     unseen_concept_share: float = Field(0.1, ge=0, lt=1)
