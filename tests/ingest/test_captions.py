@@ -116,6 +116,13 @@ def test_a_record_without_a_caption_left_is_rejected_with_the_reason(texts: list
     assert rejected.value.reason is reason
 
 
+@pytest.mark.parametrize("texts", [[], [" \u200b "], ["IMG_1234.jpg", "x"]])
+def test_a_record_does_without_captions_where_none_is_required(texts: list[str]) -> None:
+    settings = CaptionConfig(required=False)
+    assert clean_captions([caption(text) for text in texts], settings) == []
+    assert clean_captions([caption(text) for text in [*texts, "a fox"]], settings) == [caption("a fox")]
+
+
 def test_token_estimates_are_near_what_tokenizers_give() -> None:
     assert estimate_tokens("坐电动轮椅的女人 中等肤色") in range(11, 15)
     assert estimate_tokens("a woman in a motorized wheelchair, medium skin tone") in range(9, 15)

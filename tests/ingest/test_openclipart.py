@@ -15,6 +15,7 @@ import pytest
 from mmflow.errors import MisuseError
 from mmflow.ingest.openclipart import PACKAGES, write_openclipart
 from mmflow.recipe import load_recipe
+from tests.ingest.debian_files import ar
 
 SVG = """<?xml version="1.0" encoding="{encoding}"?>
 <svg xmlns="http://www.w3.org/2000/svg" width="9"><title>not this one</title>
@@ -67,13 +68,6 @@ def data_tar(kind: str) -> bytes:
         if kind == "png":
             add(tar, f"./usr/share/openclipart/png/{LINK}", link=TARGET)
     return stream.getvalue()
-
-
-def ar(members: dict[str, bytes]) -> bytes:
-    body = b"!<arch>\n"
-    for name, data in members.items():
-        body += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
-    return body
 
 
 def compressed(data: bytes, ending: str) -> bytes:

@@ -145,6 +145,18 @@ def test_questions_come_with_one_of_their_own_answers(reader: Reader, tokenizer:
         load(reader, tokenizer, slots((0, 0)), settings)
 
 
+def test_a_sample_without_a_caption_is_for_models_that_read_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    samples = [Handmade(key="bare", captions=[], metadata={"classes": {"group": "a"}, "questions": QUESTIONS[1:2]})]
+    reader = Reader(write_dataset(tmp_path / "dataset", [("train", samples)]), "train")
+    settings = replace(PLAIN, label="group", classes=("a",))
+    with pytest.raises(RecipeError, match=r"^loader\.text: captions, but sample bare has none; shard with"):
+        load(reader, tokenizer, slots((0, 0)), settings)
+    loaded, _ = load(reader, tokenizer, slots((0, 0)), replace(settings, reads_text=False))
+    assert (loaded.targets, loaded.real) == ({"label": [0]}, [True])
+    loaded, _ = load(reader, tokenizer, slots((0, 0)), replace(PLAIN, text="questions", classes=("yes",)))
+    assert loaded.tokens == [tokenizer.encode("is it red").ids]
+
+
 def test_clips_give_ascending_frames_and_are_blank_past_their_last(reader: Reader, tokenizer: Tokenizer) -> None:
     settings = replace(PLAIN, frames=3)
     loaded, pixels = load(reader, tokenizer, slots((0, 0), (0, 1), (0, 3)), settings)

@@ -106,8 +106,9 @@ def write_dataset(
 def _add(tar: TarWriter, sample: Handmade) -> dict[str, Any]:
     seed = xxhash.xxh3_64_intdigest(sample.key.encode())
     images = [picture(seed ^ frame, sample.size) for frame in range(sample.num_frames)]
-    text = canonical_json({"captions": sample.captions, "metadata": sample.metadata}).encode()
-    longest = max((caption["text"] for caption in sample.captions), key=len)
+    fields = canonical_json({"captions": sample.captions, "metadata": sample.metadata}).encode()
+    texts = [caption["text"] for caption in sample.captions]
+    longest = max(texts, key=len, default="")
     entry: dict[str, Any] = {
         "key": sample.key,
         "image_extension": "jpg",
@@ -119,11 +120,10 @@ def _add(tar: TarWriter, sample: Handmade) -> dict[str, Any]:
         "license": sample.metadata.get("license"),
         "pixel_hash": xxhash.xxh3_64_intdigest(images[0]),
         "perceptual_hash": seed,
-        "caption_hashes": [
-            xxhash.xxh3_64_intdigest(caption["text"].casefold().encode()) for caption in sample.captions
-        ],
+        "caption_hashes": [xxhash.xxh3_64_intdigest(text.casefold().encode()) for text in texts],
     }
-    bodies = (("image", "jpg", images[0]), ("txt", "txt", sample.captions[0]["text"].encode()), ("json", "json", text))
+    text = texts[0] if texts else ""
+    bodies = (("image", "jpg", images[0]), ("txt", "txt", text.encode()), ("json", "json", fields))
     for member, suffix, body in bodies:
         entry[f"{member}_offset"] = tar.add(f"{sample.key}.{suffix}", body)
         entry[f"{member}_bytes"] = len(body)

@@ -26,12 +26,16 @@ from mmflow.artifacts import canonical_json
 from mmflow.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.ingest.config import SourceConfig
 from mmflow.ingest.sources import list_units, read_unit
+from mmflow.loading.reader import Reader
+from mmflow.loading.text import questions_of
 from mmflow.shards.build import read_group
 from mmflow.shards.dataset import Dataset, fingerprint_of, open_dataset, read_sample, shard_name
+from mmflow.shards.describe import write_description
 from mmflow.shards.exchange import deal, extents_of_splits, shards_of_splits
 from mmflow.shards.pieces import remove_pieces
 from mmflow.shards.prepare import Preparation, prepare_piece
 from mmflow.shards.select import select_records
+from mmflow.shards.verify import verify_dataset
 from mmflow.shards.write import plan_of, write_shards
 from tests.shards.conftest import NUM_GOOD, SETTINGS, Build, Corpus, contents, write_corpus
 
@@ -311,6 +315,33 @@ def test_a_common_caption_is_dropped_from_all_and_rejects_who_has_no_other(build
     assert sorted(sample["txt"] for sample in samples) == [f"drawing {number}" for number in range(1, 6)]
     assert all(len(sample["json"]["captions"]) == 1 for sample in samples)
     assert dataset.manifest["totals"]["reasons"] == {"caption_too_common": 1}
+
+
+def test_no_record_needs_a_caption_where_none_is_required(build: Build, tmp_path: Path) -> None:
+    asked = [{"question": "is it noise?", "answers": ["yes"]}]
+    records: list[dict[str, Any]] = []
+    for number in range(9):
+        Image.effect_noise((32, 32), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        captions: list[dict[str, str]] = [{"text": "clip art"}] if number >= 3 else []  # too common
+        captions += [{"text": f"drawing {number}"}] if number >= 6 else [{"text": "x"}]  # too short
+        records.append({"key": f"k{number}", "image": f"{number}.png", "captions": captions, "questions": asked})
+    del records[0]["captions"]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    captions_settings = SETTINGS.captions.model_copy(update={"required": False, "max_images": 5})
+    duplicates = SETTINGS.duplicates.model_copy(update={"radius": 0, "caption_similarity": 0.3})
+    settings = SETTINGS.model_copy(update={"captions": captions_settings, "duplicates": duplicates})
+    dataset = build(tmp_path / "d", str(tmp_path / "records.jsonl"), settings=settings)
+    assert dataset.manifest["totals"]["reasons"] == {"duplicate_caption": 2}
+    samples = {sample.key: sample for sample in Reader(dataset, "train")}
+    assert {key: [caption.text for caption in sample.captions] for key, sample in samples.items()} == {
+        **{f"k{number}": [] for number in range(6)},
+        "k6": ["drawing 6"],
+    }
+    assert [question.text for question in questions_of("k0", samples["k0"].metadata)] == ["is it noise?"]
+    rows = [row for shard in dataset.shards("train") for row in dataset.index(shard).to_pylist()]
+    assert {row["caption_tokens"] for row in rows if row["key"] != "k6"} == {0}
+    assert verify_dataset(dataset.uri) == []
+    assert "k0" in Path(write_description(dataset.uri)).read_text()
 
 
 def test_what_is_evaluated_on_is_not_trained_on(build: Build, corpus: Corpus, tmp_path: Path) -> None:
