@@ -14,20 +14,34 @@ from mmflow.objectives.config import ObjectivesConfig
 
 
 class OptimizerConfig(Config):
-    """AdamW with a linear warm-up and a cosine decay. Norms, biases and scales are not decayed."""
+    """An optimizer, and its learning rate from a linear warm-up on. Norms, biases and scales are not decayed."""
 
+    name: Literal["adamw", "muon", "lamb"] = "adamw"
+    """AdamW (arXiv 1711.05101); Muon for the matrices of hidden layers, at AdamW's learning rate and decay (arXiv
+    2502.16982), and AdamW for all else; LAMB (arXiv 1904.00962), for the largest batches."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     final_learning_rate: float = Field(0.0, ge=0)
-    """Where the cosine ends."""
+    """Where the schedule ends."""
     warmup_steps: int = Field(100, ge=0)
     """Steps of linear warm-up."""
+    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
+    """How the rate falls after the warm-up: along a cosine, on a straight line, or not at all until the last steps
+    (wsd: warm-up, stable, decay)."""
+    decay_share: float | None = Field(None, gt=0, le=1)
+    """For wsd: the share of all steps over which it falls at the end; 0.2 where left out."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay of matrices."""
     beta2: float = Field(0.98, gt=0, lt=1)
     """Decay of the second moment; 0.98 forgives the rare large gradient sooner than 0.999."""
     gradient_clipping: float = Field(1.0, gt=0)
     """Largest norm of the gradient over all parameters."""
+
+    @model_validator(mode="after")
+    def _decay_is_of_wsd(self) -> OptimizerConfig:
+        if self.decay_share is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_share: schedule {self.schedule} reads none; take schedule wsd, or leave it out")
+        return self
 
 
 class CheckpointsConfig(Config):
@@ -73,11 +87,24 @@ class TrainingConfig(Config):
     """Passes over the split."""
     global_batch_size: int = Field(256, ge=2)
     """Samples of a step over all workers; the same whatever their number."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most samples that a worker takes through the model at once; its share of a batch comes in as many parts, with the
+    gradient of the whole (GradCache, arXiv 2101.06983): less memory, and where an objective compares all samples of a
+    batch one more forward pass. Batch norms see a part. null takes all at once."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a running average of the weights, of which a step leaves this share, and package it in their place. In the
+    first steps it is younger: (1 + step) / (10 + step)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shards over the workers: 1 optimizer states, 2 and gradients, 3 and parameters."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward; the optimizer always keeps fp32 masters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in the CPU's memory and step there; zero_stage 1 to 3."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of forward and backward; the optimizer always keeps fp32 masters. fp16, with a loss scale, is for GPUs that have
+    no bf16; zero_stage 1 to 3."""
+    compile: bool = False
+    """Compile encoders, fusion and decoder with torch.compile: minutes at the start, faster steps after. Not with
+    zero_stage 3."""
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Ray Train workers, one accelerator each where there are any. [least, most] goes on with the nodes there are: a
     lost one shrinks the group, one that returns grows it, batches and their order stay."""
@@ -108,6 +135,15 @@ class TrainingConfig(Config):
     def _workers_in_order(self) -> TrainingConfig:
         if self.least_workers > self.most_workers:
             raise ValueError(f"num_workers: {self.num_workers} is not [least, most]; turn it round")
+        return self
+
+    @model_validator(mode="after")
+    def _zero_stage_fits(self) -> TrainingConfig:
+        if self.zero_stage == 0 and (self.offload_optimizer or self.precision == "fp16"):
+            asked = "offload_optimizer" if self.offload_optimizer else "precision: fp16"
+            raise ValueError(f"{asked}: at zero_stage 0 there is none; take zero_stage 1, 2 or 3, or leave it out")
+        if self.zero_stage == 3 and self.compile:
+            raise ValueError("compile: zero_stage 3 gathers parameters in midst of a graph; take 2, or leave it out")
         return self
 
 

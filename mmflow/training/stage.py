@@ -7,21 +7,24 @@ from typing import Any
 
 from mmflow.artifacts import exists, local_path, read_json, write_json
 from mmflow.ingest.listing import fingerprint
-from mmflow.loading.opening import open_readers
+from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.vocabulary import Vocabulary, learn_vocabulary
 from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
-from mmflow.models.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from mmflow.models.config import VOCABULARY_SIZE, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.shards.dataset import open_dataset
 from mmflow.training.config import DistillConfig, PretrainConfig
 
 Section = PretrainConfig | DistillConfig
-# How batches are prepared, by how many workers, and when a run stops: a remedy that an error names must go on from the
-# last checkpoint, not begin anew.
+# How batches are prepared, by how many workers, in what memory, and when a run stops: a remedy that an error names must
+# go on from the last checkpoint, not begin anew.
 OPERATIONAL = {
     "loader": {"workers", "prefetch_batches", "cache", "on_corrupt", "max_skipped"},
     "training": {
         "num_workers",
         "cpus_per_worker",
+        "micro_batch_size",
+        "offload_optimizer",
+        "compile",
         "max_restarts",
         "log_every_steps",
         "checkpoint_every_steps",
@@ -30,18 +33,25 @@ OPERATIONAL = {
         "guards",
     },
 }
+# What a recipe could not say once. Where it says nothing of these it is the recipe that it was.
+LATER = {"ema_decay": None, "name": "adamw", "schedule": "cosine", "decay_share": None}
 
 
 def identity(key: str, section: Section) -> tuple[dict[str, Any], dict[str, str]]:
     """What of a section decides about the weights, and the fingerprints of what it names that lies elsewhere, which is
     known by its content. `key` is the recipe's, for errors."""
     settings = section.model_dump(mode="json", exclude=OPERATIONAL)
+    settings["model"]["vocabulary_size"] = section.model.vocabulary_size or VOCABULARY_SIZE
+    for said in (settings["training"], settings["training"]["optimizer"]):
+        for name in [name for name, unsaid in LATER.items() if name in said and said[name] == unsaid]:
+            del said[name]
     fingerprints = {}
     if section.loader.mixture is not None:
         datasets = section.loader.mixture.datasets
         settings["loader"]["mixture"]["datasets"] = [each.split for each in datasets]
         for number, each in enumerate(datasets):
-            fingerprints[f"mixture {number}"] = open_dataset(each.uri).fingerprint
+            place = f"{key}.loader.mixture.datasets.{number}.uri"
+            fingerprints[f"mixture {number}"] = open_mixed(place, each.uri).fingerprint
     for side, encoder in encoders_of(section.model).items():
         if encoder.checkpoint is not None:
             settings["model"][side]["checkpoint"] = None
@@ -85,7 +95,8 @@ def vocabulary_of_data(key: str, section: Section, dataset: str) -> Vocabulary:
     text = section.model.text
     checkpoint = text.checkpoint if text else None
     directory = checkpoint_directory(f"{key}.model.text.checkpoint", checkpoint) if checkpoint else None
-    return learn_vocabulary(readers, section.loader, section.model.vocabulary_size, directory, key)
+    size = section.model.vocabulary_size or VOCABULARY_SIZE
+    return learn_vocabulary(readers, section.loader, size, directory, key)
 
 
 def kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:
