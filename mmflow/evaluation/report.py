@@ -61,7 +61,8 @@ def headline(evaluation: Mapping[str, Any]) -> dict[str, str] | None:
     wanted = evaluation.get("headline") or {}
     split_name, direction, metric = (str(wanted.get(key)) for key in ("split", "direction", "metric"))
     split = (evaluation.get("splits") or {}).get(split_name) or {}
-    values = {name: (model.get(direction) or {}).get(metric) for name, model in (split.get("models") or {}).items()}
+    models = sorted((split.get("models") or {}).items(), key=lambda each: rank_of_model(each[0]))
+    values = {name: (model.get(direction) or {}).get(metric) for name, model in models}
     values = {name: value for name, value in values.items() if is_finite(value)}
     if not values:
         return None

@@ -175,6 +175,16 @@ def test_headline_is_the_student_held_against_the_others() -> None:
     assert "✓ Promoted. openmoji-dual-encoder version 3 is the new champion, after version 2." in text
 
 
+def test_headline_is_the_teacher_where_there_is_no_student_whatever_the_order_of_the_models() -> None:
+    report = sample_report()
+    models = report["evaluation"]["splits"]["unseen_variants"]["models"]
+    del models["student"]
+    report["evaluation"]["splits"]["unseen_variants"]["models"] = dict(sorted(models.items()))
+    text = Page(render_report(report, {})).text
+    assert "68.3% of captions find their picture first on unseen variants (400 rows)." in text
+    assert "teacher, text → image R@1; untrained 0.40%, chance 0.25%" in text
+
+
 def test_refusal_names_its_reason_beside_the_headline() -> None:
     report = sample_report()
     report["promotion"] |= {"decision": "refused", "reasons": ["R@1 is 66.2%, the champion has 71.3%"]}
