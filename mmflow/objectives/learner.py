@@ -68,8 +68,17 @@ class Learner(nn.Module):
         """Which rows of all ranks are real: an exchange, so once a batch, however many models are shown it."""
         return global_rows(batch.real, self.ranks.gather, self.ranks.rank)
 
-    def outputs(self, model: Model, config: ModelConfig, batch: Batch, step: int, rows: GlobalRows) -> Outputs:
-        """What a model gives for a batch. Another step draws other masks and negatives, a resumed one the same."""
+    def outputs(
+        self,
+        model: Model,
+        config: ModelConfig,
+        batch: Batch,
+        step: int,
+        rows: GlobalRows,
+        attentions: frozenset[str] = frozenset(),
+    ) -> Outputs:
+        """What a model gives for a batch, with the attention maps of the sides asked for. Another step draws other
+        masks and negatives, a resumed one the same."""
         device = batch.pixels.device
         return Outputs(
             model,
@@ -84,6 +93,7 @@ class Learner(nn.Module):
             pass_on=self.ranks.pass_on,
             special=self.special,
             generator=torch.Generator(device).manual_seed(self.seed * 1_000_003 + step),
+            attentions=attentions,
         )
 
 

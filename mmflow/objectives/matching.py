@@ -30,8 +30,10 @@ def matching(outputs: Outputs, config: MatchingConfig) -> Tensor:
     own_B = outputs.rows.columns_B if everywhere else torch.arange(len(real_B), device=device)
     real_N = outputs.rows.real_N if everywhere else real_B
     wrong_text_B, wrong_image_B = _wrong_partners(outputs, config, gather, real_N)
-    images, texts = _joined(outputs.image, gather), _joined(outputs.text, gather)
-    fused = model.fuse(_rows(images, torch.cat((own_B, wrong_image_B))), _rows(texts, torch.cat((wrong_text_B, own_B))))
+    images, texts = joined(outputs.image, gather), joined(outputs.text, gather)
+    fused = model.fuse(
+        chosen_rows(images, torch.cat((own_B, wrong_image_B))), chosen_rows(texts, torch.cat((wrong_text_B, own_B)))
+    )
     logits = torch.cat((model.matching_logits(outputs.fused), model.matching_logits(fused)))
     belongs = torch.arange(len(logits), device=device) < len(real_B)
     there = torch.cat((real_B, real_B & (wrong_text_B >= 0), real_B & (wrong_image_B >= 0)))
@@ -62,7 +64,7 @@ def _stay(rows: Tensor) -> Tensor:
     return rows
 
 
-def _joined(encoded: Encoded, gather: Gather) -> Encoded:
+def joined(encoded: Encoded, gather: Gather) -> Encoded:
     """The rows of all ranks, their sequences padded to the longest of any."""
     sequence_BTW, mask_BT = encoded.sequence_BTW, encoded.mask_BT
     length = sequence_BTW.shape[1]
@@ -72,7 +74,8 @@ def _joined(encoded: Encoded, gather: Gather) -> Encoded:
     return Encoded(gather(pad(sequence_BTW, (0, 0, 0, more))), gather(encoded.pooled_BW), mask_NT)
 
 
-def _rows(encoded: Encoded, chosen_C: Tensor) -> Encoded:
+def chosen_rows(encoded: Encoded, chosen_C: Tensor) -> Encoded:
+    """The rows of these numbers (C,), in their order."""
     mask_BT = encoded.mask_BT
     return Encoded(
         encoded.sequence_BTW[chosen_C], encoded.pooled_BW[chosen_C], None if mask_BT is None else mask_BT[chosen_C]

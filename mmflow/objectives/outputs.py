@@ -61,9 +61,11 @@ class Outputs:
         pass_on: PassOn,
         special: MaskingTokens,
         generator: torch.Generator,
+        attentions: frozenset[str] = frozenset(),
     ) -> None:
         """`pixels` are normalised. `keys` (B of them, or none) tell rows of one sample, which are never each other's
-        negatives. `generator` must be in the same state on every rank, and be another's at every step."""
+        negatives. `generator` must be in the same state on every rank, and be another's at every step. `attentions` are
+        the sides, image and text, whose encoders must give their maps."""
         self.model = model
         self.pixels = pixels
         self.token_ids = token_ids
@@ -76,16 +78,19 @@ class Outputs:
         self.pass_on = pass_on
         self.special = special
         self.generator = generator
+        self.attentions = attentions
 
     @cached_property
     def image(self) -> Encoded:
         """The pictures, or clips, as their encoder leaves them."""
-        return self.model.encode_image(self.pixels, self.frame_mask)
+        return self.model.encode_image(self.pixels, self.frame_mask, attentions="image" in self.attentions)
 
     @cached_property
     def text(self) -> Encoded | None:
         """The texts as their encoder leaves them; None for a model that reads none."""
-        return None if self.model.text is None else self.model.encode_text(self.token_ids, self.token_mask)
+        if self.model.text is None:
+            return None
+        return self.model.encode_text(self.token_ids, self.token_mask, attentions="text" in self.attentions)
 
     @cached_property
     def image_embedding(self) -> Tensor:
