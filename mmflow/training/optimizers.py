@@ -1,0 +1,167 @@
+"""The optimizers: AdamW as torch has it, and two whose update depends on a parameter as a whole.
+
+Under ZeRO an optimizer steps flat tensors that cut through parameters. Muon's orthogonal matrix and LAMB's norms would
+be those of arbitrary pieces, so both look up where the parameters lie and exchange what they need of the other ranks'
+pieces: LAMB two numbers a parameter, Muon the matrix. All else stays sharded. They step after DeepSpeed has averaged
+and clipped the whole batch's gradient. (DeepSpeed's own Muon clips its orthogonal matrices in place of gradients, at
+ZeRO 3 makes one of every micro-batch, and compiles itself on a CPU; its LAMB takes the norms of the pieces.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from mmflow.training.config import OptimizerConfig
+from mmflow.training.fragments import Fragment
+
+EPS = 1e-8
+MUON = "muon"  # key of a parameter group
+MOMENTUM = 0.95  # Muon's authors' https://kellerjordan.github.io/posts/muon/
+QUINTIC = (3.4445, -4.7750, 2.0315)  # the same authors' coefficients
+ITERATIONS = 5
+
+
+def build_optimizer(groups: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names. Muon takes the groups whose `muon` is True."""
+    betas = (0.9, config.beta2)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)  # type: ignore[arg-type]
+    return {"muon": Muon, "lamb": Lamb}[config.name](groups, config.learning_rate, betas)
+
+
+class WholeParameterOptimizer(torch.optim.Optimizer):
+    """Steps parameters, or under ZeRO the flat tensors that hold fragments of them."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]], learning_rate: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": learning_rate, "betas": betas})  # type: ignore[arg-type]
+        self._fragments: Mapping[Tensor, Sequence[Fragment]] = {}
+        self._device: torch.device | None = None
+
+    def bind(self, fragments: Mapping[Tensor, Sequence[Fragment]], device: torch.device) -> None:
+        """Where parameters lie, once an engine has cut them up, and the device on which ranks exchange tensors."""
+        self._fragments = fragments
+        self._device = device
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, self.state[parameter], group)
+
+    def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Muon(WholeParameterOptimizer):
+    """Momentum made orthogonal (https://kellerjordan.github.io/posts/muon/), for groups of matrices; AdamW for others.
+
+    The update is as long as AdamW's (arXiv 2502.16982, section 2.2), so AdamW's learning rate and decay serve both.
+    """
+
+    def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        if not group[MUON]:
+            _adamw_step(parameter, gradient, state, group)
+            return
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+        direction = gradient.lerp(momentum, MOMENTUM)  # Nesterov's
+        rate = group["lr"]
+        parameter.mul_(1 - rate * group["weight_decay"])
+        if parameter not in self._fragments:
+            parameter.add_(orthogonal(direction), alpha=-rate * _length(parameter.shape))
+            return
+        assert self._device is not None
+        for fragment in self._fragments[parameter]:
+            whole = fragment.whole(direction, self._device)
+            if fragment.numel:  # every rank must exchange; only those that hold a piece go on
+                update = orthogonal(whole).flatten().narrow(0, fragment.start, fragment.numel)
+                fragment.of(parameter).add_(update.to(parameter), alpha=-rate * _length(fragment.shape))
+
+
+def _length(shape: torch.Size) -> float:
+    """0.2 √max(A, B): an orthogonal matrix times this has entries of AdamW's usual size (arXiv 2502.16982, eq. 4)."""
+    return 0.2 * math.sqrt(max(shape))
+
+
+def orthogonal(matrix_AB: Tensor) -> Tensor:
+    """The matrix (A, B) with all its singular values brought near to 1, in bf16: Newton and Schulz's iteration with
+    coefficients that hurry, as `torch.optim.Muon` has it."""
+    a, b, c = QUINTIC
+    turned = matrix_AB.shape[0] > matrix_AB.shape[1]
+    x = matrix_AB.bfloat16()
+    x = x.T if turned else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if turned else x
+
+
+class Lamb(WholeParameterOptimizer):
+    """Adam's direction, made as long as the parameter that it changes (LAMB, arXiv 1904.00962, algorithm 2, φ the
+    identity). What does not decay, norms and biases and scales, keeps Adam's length, as in the authors' code."""
+
+    def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        if not group["weight_decay"]:
+            _adamw_step(parameter, gradient, state, group)
+            return
+        _begin_adam(parameter, state)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        step = float(state["step"])
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = state["exp_avg_sq"].div(1 - beta2**step).sqrt_().add_(EPS)
+        update = state["exp_avg"].div(1 - beta1**step).div_(scale).add_(parameter, alpha=group["weight_decay"])
+        pieces = list(self._pieces(parameter, update))
+        squares_P2 = torch.stack([torch.stack([each.square().sum() for each in piece]) for piece in pieces])
+        if parameter in self._fragments:
+            squares_P2 = squares_P2.to(self._device)
+            dist.all_reduce(squares_P2)
+        lengths_P, updates_P = squares_P2.sqrt().unbind(1)
+        ratios_P = torch.where((lengths_P > 0) & (updates_P > 0), lengths_P / updates_P, 1.0)
+        for (weights, change), ratio in zip(pieces, ratios_P.tolist(), strict=True):
+            weights.add_(change, alpha=-group["lr"] * ratio)
+
+    def _pieces(self, parameter: Tensor, update: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is here of each parameter and of its update."""
+        if parameter not in self._fragments:
+            yield parameter, update
+        for fragment in self._fragments.get(parameter, ()):
+            yield fragment.of(parameter), fragment.of(update)
+
+
+def _begin_adam(parameter: Tensor, state: dict[str, Any]) -> None:
+    if not state:
+        state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter)}
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _adamw_step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+    _begin_adam(parameter, state)
+    beta1, beta2 = group["betas"]
+    moments = [state["exp_avg"]], [state["exp_avg_sq"]]
+    adamw(  # type: ignore[no-untyped-call]
+        [parameter],
+        [gradient],
+        *moments,
+        [],
+        [state["step"]],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=EPS,
+        maximize=False,
+    )
