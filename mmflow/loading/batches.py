@@ -31,6 +31,8 @@ class Batch:
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """`label` and `answer`: (B,) int64, the class's number or -1 where it is not known; `answer_ids` and `answer_mask`:
     (B, A) int64, the answer as tokens; `answer_scores`: (B, classes) fp32, what each would earn as the answer."""
+    readings: tuple[tuple[Tensor, Tensor], ...] = ()  # token ids and mask as other models read the texts, (B, T) each
+    places: NDArray[np.int64] | None = None  # (B, 4): dataset, shard, row and view, by which what is stored is found
     skipped: tuple[str, ...] = ()  # a line for each sample that was left out: which, and why
     state: LoaderState  # where the batch after this one begins
 
@@ -44,6 +46,7 @@ class Batch:
             token_mask=change(self.token_mask),
             real=change(self.real),
             targets={name: change(target) for name, target in self.targets.items()},
+            readings=tuple((change(ids), change(mask)) for ids, mask in self.readings),
         )
 
 
@@ -55,6 +58,7 @@ def assemble(
     clips: bool,
     pad_id: int,
     num_classes: int = 0,
+    reading_pad_ids: Sequence[int] = (),
 ) -> Batch:
     """The batch of consecutive slots whose pixels lie in a buffer. The buffer is copied: it may be filled again."""
     token_ids, token_mask = pad([row for part in parts for row in part.tokens], pad_id)
@@ -79,9 +83,19 @@ def assemble(
         token_mask=torch.from_numpy(token_mask),
         real=torch.tensor([each for part in parts for each in part.real]),
         targets=targets,
+        readings=tuple(
+            _tensors([row for part in parts for row in part.readings[number]], pad_of_reading)
+            for number, pad_of_reading in enumerate(reading_pad_ids)
+        ),
+        places=np.array([place for part in parts for place in part.places], np.int64).reshape(-1, 4),
         skipped=tuple(line for part in parts for line in part.skipped),
         state=state,
     )
+
+
+def _tensors(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    ids, mask = pad(rows, pad_id)
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def _dense(scores: Sequence[Mapping[int, float]], num_classes: int) -> Tensor:

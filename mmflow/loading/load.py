@@ -26,6 +26,14 @@ from mmflow.loading.transforms import generator, random_views
 BLANK = 128  # where there is no picture: mid grey, the same whatever else is in the batch
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads the texts of a batch."""
+
+    tokenizer: Tokenizer
+    max_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViewSettings:
     """What makes a view of a sample, beside its key and its epoch."""
@@ -42,6 +50,8 @@ class ViewSettings:
     label: str | None = None
     classes: tuple[str, ...] = ()  # the labels, or the answers where the text is questions
     on_corrupt: Literal["stop", "skip"] = "stop"
+    stored_views: int = 0  # epoch e shows view e modulo this, of which something is stored; 0: a new one every epoch
+    readings: tuple[Reading, ...] = ()  # of other models, from whose tokens none is dropped
 
     @cached_property
     def class_numbers(self) -> dict[str, int]:
@@ -61,6 +71,8 @@ class Loaded:
     answers: list[list[int]] | None = None  # as tokens, [] where there is none
     scores: list[Mapping[int, float]] = field(default_factory=list)  # of the answers that are classes
     skipped: list[str] = field(default_factory=list)
+    places: list[tuple[int, int, int, int]] = field(default_factory=list)  # dataset, shard, row, view
+    readings: list[list[list[int]]] = field(default_factory=list)  # tokens, of each further reading
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,9 @@ def load_slots(
     unless it is to be skipped: then its slot is no longer real. MissingArtifactError for a shard that is gone, always.
     """
     keys, real, frames, words, skipped = [], [], [], [], []
-    epochs = slots.epoch.tolist()
-    places = zip(slots.dataset.tolist(), slots.shard.tolist(), slots.row.tolist(), slots.real.tolist(), strict=True)
-    for number, (dataset, shard, row, is_real) in enumerate(places):
+    epochs = (slots.epoch % settings.stored_views if settings.stored_views else slots.epoch).tolist()
+    places = list(zip(slots.dataset.tolist(), slots.shard.tolist(), slots.row.tolist(), epochs, strict=True))
+    for number, ((dataset, shard, row, _), is_real) in enumerate(zip(places, slots.real.tolist(), strict=True)):
         reader = readers[dataset]
         try:
             sample = reader.read(shard, row)
@@ -108,16 +120,19 @@ def load_slots(
         keys.append(sample.key)
         real.append(is_real)
         words.append(_choose(sample, epochs[number], settings))
+    own_reading = Reading(tokenizer, settings.max_tokens)
     names = (["label"] if settings.label else []) + (["answer"] if settings.text == "questions" else [])
     return Loaded(
         keys=keys,
-        tokens=_tokenise(tokenizer, keys, epochs, [each.text for each in words], settings),
+        tokens=_drop(_tokenise(own_reading, keys, epochs, words, settings), keys, epochs, settings),
         real=real,
         frames=frames,
         targets={name: [each.targets.get(name, -1) for each in words] for name in names},
         answers=_answers(tokenizer, words, settings) if settings.text == "questions" else None,
         scores=[each.scores for each in words] if settings.text == "questions" else [],
         skipped=skipped,
+        places=places,
+        readings=[_tokenise(each, keys, epochs, words, settings) for each in settings.readings],
     )
 
 
@@ -170,19 +185,24 @@ def _scores(answers: Sequence[str], settings: ViewSettings) -> dict[int, float]:
 
 
 def _tokenise(
-    tokenizer: Tokenizer, keys: Sequence[str], epochs: Sequence[int], texts: Sequence[str], settings: ViewSettings
+    reading: Reading, keys: Sequence[str], epochs: Sequence[int], words: Sequence[_Words], settings: ViewSettings
 ) -> list[list[int]]:
     randoms = None
     if settings.truncation == "sentences":
         randoms = [generator(settings.seed, epoch, key, "window") for key, epoch in zip(keys, epochs, strict=True)]
-    tokens = tokenise(tokenizer, texts, settings.max_tokens, randoms)
+    return tokenise(reading.tokenizer, [each.text for each in words], reading.max_tokens, randoms)
+
+
+def _drop(
+    tokens: list[list[int]], keys: Sequence[str], epochs: Sequence[int], settings: ViewSettings
+) -> list[list[int]]:
     share = settings.augment.token_dropout
-    if share:
-        tokens = [
-            drop_tokens(row, share, generator(settings.seed, epoch, key, "dropout"))
-            for row, key, epoch in zip(tokens, keys, epochs, strict=True)
-        ]
-    return tokens
+    if not share:
+        return tokens
+    return [
+        drop_tokens(row, share, generator(settings.seed, epoch, key, "dropout"))
+        for row, key, epoch in zip(tokens, keys, epochs, strict=True)
+    ]
 
 
 def _answers(tokenizer: Tokenizer, words: Sequence[_Words], settings: ViewSettings) -> list[list[int]]:

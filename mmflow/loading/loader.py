@@ -61,6 +61,7 @@ class Loader:
         self._settings = settings
         self._load = partial(load_slots, self.readers, tokenizer, settings)
         self._pad_id = special_tokens(tokenizer).pad
+        self._reading_pad_ids = [special_tokens(each.tokenizer).pad for each in settings.readings]
         self._rank, self._world_size = rank, world_size
         self._kind, self._count = kind, count
         self._prefetch_batches = prefetch_batches
@@ -138,6 +139,7 @@ class Loader:
             clips=self._settings.frames > 0,
             pad_id=self._pad_id,
             num_classes=len(self._settings.classes),
+            reading_pad_ids=self._reading_pad_ids,
         )
 
 

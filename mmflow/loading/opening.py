@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from mmflow.errors import MissingArtifactError, MisuseError
 from mmflow.loading.apportion import stages
 from mmflow.loading.bucketing import Buckets
 from mmflow.loading.cache import node_cache
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.load import ViewSettings
+from mmflow.loading.load import Reading, ViewSettings
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.mixture import MixtureOrder
 from mmflow.loading.plan import LoaderState, Order
@@ -31,16 +32,28 @@ MOST_OPEN_SHARDS = 512  # file descriptors of a process: half of what many syste
 def open_readers(config: LoaderConfig, dataset: Dataset) -> tuple[Reader, ...]:
     """A reader of the stage's own dataset, and of each that is mixed in.
 
-    Raises MisuseError for a split that is not there, MissingArtifactError for a dataset that is not.
+    Raises MisuseError for a split that is not there, MissingArtifactError for a dataset that is not; both name the key.
     """
     cache = node_cache(config.cache)
-    places = [(dataset, config.split)]
-    if config.mixture is not None:
-        places += [(open_dataset(each.uri), each.split) for each in config.mixture.datasets]
+    places = [("loader.split", dataset, config.split)]
+    for number, each in enumerate(config.mixture.datasets if config.mixture is not None else ()):
+        key = f"loader.mixture.datasets.{number}"
+        places.append((f"{key}.split", open_mixed(f"{key}.uri", each.uri), each.split))
+    for key, mixed, split in places:
+        if split not in mixed.splits:
+            raise MisuseError(f"{key}: {mixed.uri} has no split {split!r}; there are {', '.join(mixed.splits)}")
     return tuple(
-        Reader(each, split, cache, frames=config.frames > 0, open_shards=_open_shards(config, each, split))
-        for each, split in places
+        Reader(mixed, split, cache, frames=config.frames > 0, open_shards=_open_shards(config, mixed, split))
+        for _, mixed, split in places
     )
+
+
+def open_mixed(key: str, uri: str) -> Dataset:
+    """The dataset of a mixture. Raises MissingArtifactError naming `key` where there is none."""
+    try:
+        return open_dataset(uri)
+    except MissingArtifactError as error:
+        raise MissingArtifactError(f"{key}: {error}") from error
 
 
 def _open_shards(config: LoaderConfig, dataset: Dataset, split: str) -> int:
@@ -87,6 +100,8 @@ def open_loader(
     seed: int,
     reads_text: bool = True,
     classes: tuple[str, ...] = (),
+    stored_views: int = 0,
+    readings: tuple[Reading, ...] = (),
     cores: int = 1,
     rank: int = 0,
     world_size: int = 1,
@@ -94,7 +109,8 @@ def open_loader(
     state: LoaderState = START,
 ) -> Loader:
     """A rank's loader of a stage's dataset. `cores` is what the rank has, `classes` what its targets are numbered by;
-    a model that `reads_text` needs some of every sample.
+    a model that `reads_text` needs some of every sample. Of what is stored beside the samples there are `stored_views`;
+    `readings` are those of other models that are shown the same batches.
 
     Rank 0 looks whether every shard is there, so that one that is gone is named now and not in the midst of an epoch:
     raises MissingArtifactError or CorruptArtifactError.
@@ -117,6 +133,8 @@ def open_loader(
         label=config.label,
         classes=classes,
         on_corrupt=config.on_corrupt,
+        stored_views=stored_views,
+        readings=readings,
     )
     return Loader(
         order_of(config, readers, global_batch_size, seed),
