@@ -67,6 +67,11 @@ class AnsweringConfig(WritingConfig):
     """The likeliest token at each step; the likeliest text among several; or tokens drawn from the likeliest."""
 
 
+class MaskedWordsConfig(Config):
+    """Words of captions hidden one at a time and guessed by the head `masked_language`; it has no settings of its own.
+    """
+
+
 class LongTextConfig(Config):
     """Retrieval by whole captions against retrieval by their beginnings, by the same model."""
 
@@ -103,6 +108,7 @@ class EvaluateConfig(Config):
     """Captions written by the decoder against people's, and how much theirs surprise it."""
     long_text: LongTextConfig | None = None
     matching: MatchingConfig | None = None
+    masked_language: MaskedWordsConfig | None = None
     attention: AttentionConfig | None = None
     batch_size: int = Field(256, ge=1)
     """Rows embedded at a time."""
