@@ -68,8 +68,7 @@ class AnsweringConfig(WritingConfig):
 
 
 class MaskedWordsConfig(Config):
-    """Words of captions hidden one at a time and guessed by the head `masked_language`; it has no settings of its own.
-    """
+    """Words of captions hidden one at a time and guessed by the head `masked_language`. It has no settings."""
 
 
 class LongTextConfig(Config):
