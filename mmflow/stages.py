@@ -67,11 +67,17 @@ class Loop:
                 find(source.uri)
             except MisuseError as error:
                 raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
-        for name, section in (("pretrain", self.recipe.pretrain), ("distill", self.recipe.distill)):
-            if section is not None and name in stages:
-                from mmflow.training.check import check_training  # seconds of imports, which sharding can do without
+        trained: dict[str, Section] = {"pretrain": self.recipe.pretrain}
+        if self.recipe.distill is not None:
+            trained["distill"] = self.recipe.distill
+        for name in (each for each in trained if each in stages):
+            from mmflow.training.check import check_training  # seconds of imports, which sharding can do without
 
-                check_training(name, section)
+            check_training(name, trained[name])
+        if not {*trained, "evaluate"}.isdisjoint(stages):
+            from mmflow.evaluation.asked import check_evaluation
+
+            check_evaluation(self.recipe.evaluate, trained)
 
     def inputs_of(self, name: str) -> tuple[str, ...]:
         """The stages that `name` takes artifacts from."""
@@ -263,7 +269,7 @@ def _train(
             teacher=inputs["pretrain"].file(PACKAGE) if isinstance(section, DistillConfig) else None,
             lessons=section.lessons if isinstance(section, DistillConfig) else None,
         )
-        ensure_ray(num_cpus=training.num_workers * training.cpus_per_worker)
+        ensure_ray(num_cpus=training.least_workers * training.cpus_per_worker)
         run = TrainingRun(
             experiment=recipe.name,
             name=name,
@@ -284,7 +290,7 @@ def _train(
         "parameters": package.parameters,
         "steps": steps,
         "global_batch_size": training.global_batch_size,
-        "num_workers": training.num_workers,
+        "num_workers": training.most_workers,
         "zero_stage": training.zero_stage,
     }
 

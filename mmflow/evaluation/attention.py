@@ -7,20 +7,23 @@ Two ways through attention maps: rollout, which follows where vectors flow, what
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmflow.loading.reader import Sample
 from mmflow.models.embed import image_inputs, text_inputs
+from mmflow.models.hierarchical import HierarchicalEncoder
 from mmflow.models.package import LoadedModel
 
 # Shapes: B batch, H heads, T tokens or regions that read, S that are read, S side of a picture where it is squared.
 
 Maps = Sequence[Tensor]  # one a layer, from the first to the last
+_QUERY = {"image": "image query", "text": "text query"}
 SALIENCY_CELLS = 8  # along each side, for encoders without attention: single pixels are noise
 
 
@@ -50,7 +53,8 @@ def self_relevance(counted_BTT: Sequence[Tensor]) -> Tensor:
 
 
 def of_pooled(weights_BTT: Tensor, pooling: str, mask_BT: Tensor | None) -> Tensor:
-    """(B, T): the row of what the pooled vector is read from: the first token, the last real one, or the mean of all.
+    """(B, T): the row of what the pooled vector is read from: the first token, the last real one, the end of what was
+    padded, or the mean of all.
 
     What a vector keeps of itself is left out: with a mean it is the same for all, and would hide what was read.
     """
@@ -60,8 +64,9 @@ def of_pooled(weights_BTT: Tensor, pooling: str, mask_BT: Tensor | None) -> Tens
     if pooling == "mean":
         share_BT = real_BT.to(weights_BTT) / real_BT.sum(1, keepdim=True)
         return (share_BT[:, None] @ read_BTT).squeeze(1)
-    place_B = real_BT.sum(1) - 1 if pooling in ("last", "eos") else torch.zeros(rows, dtype=torch.int64)
-    return read_BTT[torch.arange(rows), place_B]
+    if pooling in ("last", "eos"):
+        return read_BTT[torch.arange(rows), real_BT.sum(1) - 1]
+    return read_BTT[:, -1 if pooling == "end" else 0]
 
 
 @dataclass(frozen=True)
@@ -83,37 +88,72 @@ def look(loaded: LoadedModel, sample: Sample, text: str) -> Looked:
     """
     model = loaded.model
     pixels, frame_mask = image_inputs(loaded, [sample])
-    ids, mask = text_inputs(loaded, [text])
+    ids, mask = _whole_length(model.text, *text_inputs(loaded, [text]))
     pixels.requires_grad_()
-    image = model.encode_image(pixels, frame_mask, attentions=_attends(model.image))
-    read = model.encode_text(ids, mask, attentions=_attends(model.text))
-    maps = {"image": image.attentions or (), "text": read.attentions or ()}
-    if "embeddings" in model.gives:
-        score = (model.embed_image(image) * model.embed_text(read)).sum()
-    else:
-        fused = model.fuse(image, read, attentions=True)
-        odds_12 = model.matching_logits(fused)
-        score = (odds_12[:, 1] - odds_12[:, 0]).sum()
-        between = fused.attentions or {}
-        # A single stream's two ways are slices of one map, and a slice has no gradient of its own.
-        maps |= {"joint": between["joint"]} if "joint" in between else between
-    layers = [layer for each in maps.values() for layer in each]
-    *gradients, of_pixels = torch.autograd.grad(score, [*layers, pixels], allow_unused=True)
+    with _differentiable(model):
+        image = model.encode_image(pixels, frame_mask, attentions=_attends(model.image))
+        read = model.encode_text(ids, mask, attentions=_attends(model.text))
+        encoded = {"image": image, "text": read}
+        maps = {side: each.attentions or () for side, each in encoded.items()}
+        maps |= {_QUERY[side]: (each.pooling_BH1T,) for side, each in encoded.items() if each.pooling_BH1T is not None}
+        if "embeddings" in model.gives:
+            score = (model.embed_image(image) * model.embed_text(read)).sum()
+        else:
+            fused = model.fuse(image, read, attentions=True)
+            odds_12 = model.matching_logits(fused)
+            score = (odds_12[:, 1] - odds_12[:, 0]).sum()
+            between = fused.attentions or {}
+            # A single stream's two ways are slices of one map, and a slice has no gradient of its own.
+            maps |= {"joint": between["joint"]} if "joint" in between else between
+        layers = [layer for each in maps.values() for layer in each]
+        *gradients, of_pixels = torch.autograd.grad(score, [*layers, pixels], allow_unused=True)
     left = iter(counted(layer, torch.zeros_like(layer) if one is None else one)
                 for layer, one in zip(layers, gradients, strict=True))  # fmt: skip
     counts = {name: [next(left).detach() for _ in each] for name, each in maps.items()}
     if "embeddings" in model.gives:
-        weights = _read_by_pooled(loaded, counts, mask)
+        encoders: dict[str, Any] = {"image": model.image, "text": model.text}
+        weights = {
+            side: _read_by_pooled(
+                self_relevance(counts[side]) if counts[side] else None,
+                counts[_QUERY[side]][0] if _QUERY[side] in counts else None,
+                _pooling(encoder),
+                encoded[side].mask_BT,
+            )
+            for side, encoder in encoders.items()
+        }
     else:
-        weights = _read_by_each_other(counts, ids.shape[1])
+        weights = _read_by_each_other(counts, read.sequence_BTW.shape[1])
     picture, flow = None, None
     if pixels.dim() == 4:  # a clip's regions are frames
         by_pixels = None if of_pixels is None else _saliency(of_pixels)
         picture = by_pixels if weights["image"] is None else _grid(weights["image"], loaded)
         if maps["image"]:
             flows = rollout([layer.detach() for layer in maps["image"]])
-            flow = _grid(of_pooled(flows, _pooling(model.image), None), loaded)
-    return Looked(float(score.detach()), picture, flow, _pieces(loaded, text, weights["text"]))
+            query = None if image.pooling_BH1T is None else image.pooling_BH1T.detach().mean(1)
+            read_1R = _read_by_pooled(flows, query, _pooling(model.image), None)
+            flow = None if read_1R is None else _grid(read_1R, loaded)
+    by_token = _of_tokens(model.text, weights["text"], ids.shape[1])
+    return Looked(float(score.detach()), picture, flow, _pieces(loaded, text, by_token))
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    # Before the first weight that asks for a gradient there is none: the maps of a frozen encoder would have none too.
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def _whole_length(encoder: Any, ids_1T: Tensor, mask_1T: Tensor) -> tuple[Tensor, Tensor]:
+    """The text as SigLIP reads it, to its whole length, of which the last place is pooled: shorter, the maps would be
+    cut, and a cut map has no gradient."""
+    more = max(0, getattr(encoder, "whole_length", 0) - ids_1T.shape[1])
+    return nn.functional.pad(ids_1T, (0, more)), nn.functional.pad(mask_1T, (0, more))
 
 
 def _attends(encoder: Any) -> bool:
@@ -122,19 +162,17 @@ def _attends(encoder: Any) -> bool:
 
 
 def _pooling(encoder: Any) -> str:
-    return str(getattr(encoder, "pooling", "mean"))
+    return "end" if getattr(encoder, "whole_length", 0) else str(getattr(encoder, "pooling", "mean"))
 
 
-def _read_by_pooled(loaded: LoadedModel, counts: Mapping[str, list[Tensor]], mask: Tensor) -> dict[str, Tensor | None]:
-    """(1, R) of the image and (1, T) of the text: what each side's pooled vector read of its own."""
-    sides: dict[str, tuple[Any, Tensor | None]] = {
-        "image": (loaded.model.image, None),
-        "text": (loaded.model.text, mask),
-    }
-    return {
-        name: of_pooled(self_relevance(counts[name]), _pooling(encoder), real) if counts[name] else None
-        for name, (encoder, real) in sides.items()
-    }
+def _read_by_pooled(
+    weights_BTT: Tensor | None, query_B1T: Tensor | None, pooling: str, mask_BT: Tensor | None
+) -> Tensor | None:
+    """(B, T): what the pooled vector read of its side; None of an encoder that does not attend. A learned query that
+    pools reads the layers' outputs (equation 10), and is none of them."""
+    if weights_BTT is None:
+        return None
+    return of_pooled(weights_BTT, pooling, mask_BT) if query_B1T is None else (query_B1T @ weights_BTT).squeeze(1)
 
 
 def _read_by_each_other(counts: Mapping[str, list[Tensor]], num_tokens: int) -> dict[str, Tensor | None]:
@@ -157,6 +195,13 @@ def _read_by_each_other(counts: Mapping[str, list[Tensor]], num_tokens: int) -> 
             whole = (whole[:, None] @ self_relevance(counts[side])).squeeze(1)
         weights[side] = whole
     return weights
+
+
+def _of_tokens(encoder: Any, weights_1T: Tensor | None, num_tokens: int) -> Tensor | None:
+    """(1, T): of a document that is read by windows, each token's weight is that of its window."""
+    if weights_1T is None or not isinstance(encoder, HierarchicalEncoder):
+        return weights_1T
+    return weights_1T[:, (torch.arange(num_tokens) - 1).clamp(min=0) // encoder.fresh_tokens]
 
 
 def _grid(weights_1R: Tensor, loaded: LoadedModel) -> list[list[float]] | None:

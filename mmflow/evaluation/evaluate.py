@@ -4,21 +4,30 @@ model."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmflow.errors import MisuseError
 from mmflow.evaluation import classification
 from mmflow.evaluation.answering import answer_accuracy, answering_metrics, commonest_answer
+from mmflow.evaluation.asked import asked_and_given
 from mmflow.evaluation.captions import caption_metrics, typical_caption
 from mmflow.evaluation.config import EvaluateConfig
+from mmflow.evaluation.masked_words import masked_word_metrics
 from mmflow.evaluation.perplexity import perplexity_metrics
 from mmflow.evaluation.predict import class_scores, matching_scores, token_losses, write_texts
-from mmflow.evaluation.retrieval import Found, chance_metrics, find_any, find_one, retrieval_metrics
+from mmflow.evaluation.retrieval import (
+    Found,
+    chance_metrics,
+    find_any,
+    find_one,
+    nearest,
+    reordered,
+    retrieval_metrics,
+)
 from mmflow.evaluation.rows import Captions, Rows
 from mmflow.evaluation.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
 from mmflow.loading.tokens import tokenise
@@ -31,18 +40,6 @@ CONFUSION_CLASSES = 40  # a table of more is not read by anybody
 SEED = 20_190_422  # of the nucleus, the same for every model
 
 Metrics = dict[str, Any]
-
-# What each section of the recipe needs of a model, beside retrieval, which needs embeddings.
-NEEDS = {
-    "zero_shot": ({"embeddings"},),
-    "classification": ({"class_logits"},),
-    "answering": ({"class_logits"}, {"decoded"}),
-    "captions": ({"decoded"},),
-    "long_text": ({"embeddings"},),
-    "matching": ({"matching_logits"},),
-}
-
-COMPARES = frozenset({"embeddings", "matching_logits"})
 
 
 @dataclass(frozen=True)
@@ -61,32 +58,6 @@ class Examination:
     metrics: Metrics
     retrieved: Retrieved | None = None  # None for a model without a shared space
     details: dict[str, Any] = field(default_factory=dict)  # for people: what was written, what was taken for what
-
-
-def asked_and_given(settings: EvaluateConfig, gives: frozenset[str]) -> frozenset[str]:
-    """The sections that the recipe asks for and a model with these outputs can be examined in."""
-    asked = {name for name in NEEDS if getattr(settings, name) is not None}
-    found = {name for name in asked if any(needed <= gives for needed in NEEDS[name])}
-    return frozenset(found | ({"retrieval"} if "embeddings" in gives else set()))
-
-
-def check_asked(settings: EvaluateConfig, gives: Sequence[frozenset[str]]) -> None:
-    """Raises MisuseError for a section that none of the models can be examined in, and where nothing is left to do."""
-    possible = {name for each in gives for name in asked_and_given(settings, each)}
-    for name, needed in NEEDS.items():
-        if getattr(settings, name) is not None and name not in possible:
-            either = " or ".join(sorted(output for each in needed for output in each))
-            raise MisuseError(f"evaluate.{name}: no model here gives {either}; leave the section out, or train one")
-    if settings.attention is not None and not any(each & COMPARES for each in gives):
-        raise MisuseError("evaluate.attention: no model here compares pictures with text; leave the section out")
-    if not possible:
-        raise MisuseError(f"evaluate: nothing to measure without a shared space; name one of {', '.join(NEEDS)}")
-
-
-def reads_captions(settings: EvaluateConfig, gives: Sequence[frozenset[str]]) -> bool:
-    """Whether any of the examinations needs captions: of a split of questions there may be none."""
-    found = {name for each in gives for name in asked_and_given(settings, each)}
-    return settings.attention is not None or bool(found & {"retrieval", "captions", "matching"})
 
 
 def examine(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> Examination:
@@ -120,8 +91,13 @@ def examine(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> Examin
             metrics["zero_shot"] = zero_shot_metrics(images, classes, names, rows.labels(zero_shot.label))
     if "matching" in sections:
         metrics |= _matched(loaded, rows, first, similarity, settings)
+    if "masked_language" in sections:
+        pictures = [rows.samples[row] for row in first.pictures]
+        metrics["masked_language"] = masked_word_metrics(
+            loaded, pictures, first.texts, first.picture_of_text, settings.batch_size
+        )
     if "classification" in sections:
-        metrics["classification"], details["confusion"] = _classify(loaded, rows, settings)
+        metrics["classification"], details["confusion"] = _classify(loaded, rows, first, settings)
     if "answering" in sections:
         metrics["answering"], details["answers"] = _answer(loaded, rows, settings)
     if "captions" in sections:
@@ -138,13 +114,10 @@ def _similarity(
     return similarity
 
 
-def _both_ways(similarity: NDArray[np.floating], captions: Captions, prefix: str = "", suffix: str = "") -> Metrics:
+def _both_ways(similarity: NDArray[np.floating], captions: Captions) -> Metrics:
     to_image = find_one(similarity, captions.picture_of_text)
     to_text: Found = find_any(similarity.T, captions.picture_of_text)
-    return {
-        f"{prefix}text_to_image{suffix}": retrieval_metrics(to_image),
-        f"{prefix}image_to_text{suffix}": retrieval_metrics(to_text),
-    }
+    return {"text_to_image": retrieval_metrics(to_image), "image_to_text": retrieval_metrics(to_text)}
 
 
 def _retrieved(similarity: Embeddings, captions: Captions) -> Retrieved:
@@ -171,20 +144,31 @@ def _matched(
 ) -> Metrics:
     assert settings.matching is not None
     shape = (len(captions.texts), len(captions.pictures))
-    pairs = np.full(shape, similarity is None)
-    if similarity is not None:
-        for axis in (0, 1):
-            kept = range(min(settings.matching.candidates, shape[axis]))
-            nearest = np.argsort(-similarity, axis=axis, kind="stable").take(kept, axis=axis)
-            np.put_along_axis(pairs, nearest, True, axis=axis)
+    if similarity is None:
+        by_caption = by_picture = np.ones(shape, dtype=np.bool_)
+    else:
+        by_caption, by_picture = (nearest(similarity, settings.matching.candidates, axis) for axis in (1, 0))
     samples = [rows.samples[row] for row in captions.pictures]
-    scores = matching_scores(loaded, samples, captions.texts, pairs, settings.batch_size)
-    return _both_ways(scores, captions, prefix="matched_")
+    pairs = np.argwhere(by_caption | by_picture)
+    odds = np.zeros(shape, dtype=np.float32)
+    odds[tuple(pairs.T)] = matching_scores(loaded, samples, captions.texts, pairs, settings.batch_size)
+    # Each direction has the candidates of its own alone: with the other's too it would read more than it was allowed.
+    to_image = odds if similarity is None else reordered(similarity, odds, by_caption)
+    to_text = odds if similarity is None else reordered(similarity, odds, by_picture)
+    return {
+        "matched_text_to_image": retrieval_metrics(find_one(to_image, captions.picture_of_text)),
+        "matched_image_to_text": retrieval_metrics(find_any(to_text.T, captions.picture_of_text)),
+    }
 
 
-def _classify(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> tuple[Metrics, dict[str, Any]]:
+def _classify(
+    loaded: LoadedModel, rows: Rows, captions: Captions, settings: EvaluateConfig
+) -> tuple[Metrics, dict[str, Any]]:
     assert settings.classification is not None
-    scores = class_scores(loaded, rows.samples, None, settings.batch_size)
+    # With a fusion a picture is read with its first caption, with nothing where it has none.
+    own = dict(zip(captions.pictures.tolist(), captions.texts_of_picture, strict=True))
+    texts = [own.get(row, [""])[0] for row in range(len(rows.samples))] if "fused" in loaded.model.gives else None
+    scores = class_scores(loaded, rows.samples, texts, settings.batch_size)
     labels = rows.labels(settings.classification.label)
     # A class that the model was not taught is one that it never answers, not one that does not count.
     untaught = sorted({label for label in labels if label is not None} - set(loaded.classes))

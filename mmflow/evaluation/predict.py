@@ -9,18 +9,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
-from torch import Tensor
 
-from mmflow.errors import RecipeError
 from mmflow.evaluation.config import WritingConfig
 from mmflow.loading.reader import Sample
 from mmflow.loading.tokens import special_tokens
-from mmflow.models.embed import batched, device_of, image_inputs, text_inputs
+from mmflow.models.embed import image_inputs, text_inputs
 from mmflow.models.encoders import Encoded
-from mmflow.models.generate import Marks, Memory, beam, greedy, nucleus
+from mmflow.models.generate import Memory, beam, greedy, nucleus
+from mmflow.models.marks import marks_of
 from mmflow.models.package import LoadedModel
 
-# Shapes: N rows, C classes, B batch, T tokens, V vocabulary, Q captions, P pictures.
+# Shapes: N rows or pairs, C classes, B batch, T tokens, V vocabulary.
 
 Scores = NDArray[np.float32]
 
@@ -45,9 +44,9 @@ def write_texts(
     batch_size: int,
     seed: int,
 ) -> list[str]:
-    """(N,) what the decoder writes of each picture, or in answer to each question. Raises RecipeError where the
-    tokenizer has no token to begin or to end with."""
-    marks = marks_of(loaded.tokenizer)
+    """(N,) what the decoder writes of each picture, or in answer to each question. Raises RecipeError as
+    `marks_of`."""
+    marks = marks_of("model", loaded.tokenizer)
     longest = min(writing.max_tokens or loaded.config.max_tokens - 1, loaded.config.max_tokens)
     generator = torch.Generator().manual_seed(seed)
     decoder = loaded.model.decoder
@@ -66,14 +65,6 @@ def write_texts(
             written = nucleus(decoder, memory, marks, longest, share=writing.nucleus, generator=generator)
         texts += [text_of(loaded.tokenizer, ids) for ids in written.token_ids_BT.tolist()]
     return texts
-
-
-def marks_of(tokenizer: Tokenizer) -> Marks:
-    """What text begins, ends and is padded with. Raises RecipeError where the tokenizer lacks one of them."""
-    special = special_tokens(tokenizer)
-    if special.first is None or special.last is None:
-        raise RecipeError("model.decoder: the tokenizer has no token to begin and end text with; use one that has both")
-    return Marks(special.first, special.last, special.pad)
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -114,22 +105,30 @@ def matching_scores(
     loaded: LoadedModel,
     samples: Sequence[Sample],
     captions: Sequence[str],
-    pairs: NDArray[np.bool_],
+    pairs_N2: NDArray[np.int64],
     batch_size: int,
 ) -> Scores:
-    """(Q, P): the log-odds that caption q and picture p belong together where `pairs` (Q, P) is True, else -inf."""
-    images = _concatenated([_encoded(loaded, batch, None, slice(None))[0] for batch in batched(samples, batch_size)])
-    texts = loaded.model.encode_text(*text_inputs(loaded, captions))
-    scores = np.full(pairs.shape, -np.inf, dtype=np.float32)
-    chosen = np.argwhere(pairs)
-    for start in range(0, len(chosen), batch_size):
-        text_rows, image_rows = (
-            torch.from_numpy(column).to(device_of(loaded)) for column in chosen[start : start + batch_size].T
-        )
-        fused = loaded.model.fuse(_take(images, image_rows), _take(texts, text_rows))
-        odds_B2 = loaded.model.matching_logits(fused).float()
-        scores[tuple(chosen[start : start + batch_size].T)] = (odds_B2[:, 1] - odds_B2[:, 0]).cpu().numpy()
-    return scores
+    """(N,): the log-odds that the caption and the picture of each pair, places in `captions` and in `samples`, belong
+    together.
+
+    A batch of pictures is encoded at a time, with the captions of a batch of its pairs, so that memory holds no more
+    sequences than that: those of a whole split would be gigabytes.
+    """
+    scores_N = np.zeros(len(pairs_N2), dtype=np.float32)
+    for first in range(0, len(samples), batch_size):
+        here = np.flatnonzero((pairs_N2[:, 1] >= first) & (pairs_N2[:, 1] < first + batch_size))
+        if not len(here):
+            continue
+        images, _ = _encoded(loaded, samples, None, slice(first, first + batch_size))
+        here = here[np.argsort(pairs_N2[here, 0], kind="stable")]  # pairs of one caption stand together
+        for start in range(0, len(here), batch_size):
+            chosen = here[start : start + batch_size]
+            texts, text_rows = np.unique(pairs_N2[chosen, 0], return_inverse=True)
+            text = loaded.model.encode_text(*text_inputs(loaded, [captions[place] for place in texts]))
+            fused = loaded.model.fuse(_take(images, pairs_N2[chosen, 1] - first), _take(text, text_rows))
+            odds_B2 = loaded.model.matching_logits(fused).float()
+            scores_N[chosen] = (odds_B2[:, 1] - odds_B2[:, 0]).cpu().numpy()
+    return scores_N
 
 
 def _encoded(
@@ -139,22 +138,6 @@ def _encoded(
     return image, None if texts is None else loaded.model.encode_text(*text_inputs(loaded, texts[rows]))
 
 
-def _concatenated(parts: Sequence[Encoded]) -> Encoded:
-    # Clips of a batch are as long as its longest: pad to the longest of all.
-    longest = max(part.sequence_BTW.shape[1] for part in parts)
-
-    def padded(rows_BT: Tensor) -> Tensor:
-        more = (0, 0) * (rows_BT.dim() - 2) + (0, longest - rows_BT.shape[1])
-        return torch.nn.functional.pad(rows_BT, more)
-
-    masks = [part.mask_BT for part in parts if part.mask_BT is not None]
-    return Encoded(
-        torch.cat([padded(part.sequence_BTW) for part in parts]),
-        torch.cat([part.pooled_BW for part in parts]),
-        torch.cat([padded(mask) for mask in masks]) if masks else None,
-    )
-
-
-def _take(encoded: Encoded, rows: Tensor) -> Encoded:
-    mask = encoded.mask_BT
-    return Encoded(encoded.sequence_BTW[rows], encoded.pooled_BW[rows], None if mask is None else mask[rows])
+def _take(encoded: Encoded, rows: NDArray[np.integer]) -> Encoded:
+    rows_B, mask = torch.from_numpy(rows).to(encoded.sequence_BTW.device), encoded.mask_BT
+    return Encoded(encoded.sequence_BTW[rows_B], encoded.pooled_BW[rows_B], None if mask is None else mask[rows_B])

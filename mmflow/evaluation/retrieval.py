@@ -70,6 +70,28 @@ def find_any(similarity_QC: NDArray[np.floating], query_of_C: NDArray[np.integer
     return Found(ranks, precision)
 
 
+def nearest(similarity_QC: NDArray[np.floating], count: int, axis: int) -> NDArray[np.bool_]:
+    """(Q, C): True for the `count` greatest along an axis: 1 for each query's candidates, 0 for each candidate's
+    queries. The first of equals come first."""
+    chosen_QC = np.zeros(similarity_QC.shape, dtype=np.bool_)
+    kept = range(min(count, similarity_QC.shape[axis]))
+    places = np.argsort(-similarity_QC, axis=axis, kind="stable").take(kept, axis=axis)
+    np.put_along_axis(chosen_QC, places, True, axis=axis)
+    return chosen_QC
+
+
+def reordered(
+    similarity_QC: NDArray[np.floating], scores_QC: NDArray[np.floating], chosen_QC: NDArray[np.bool_]
+) -> NDArray[np.floating]:
+    """The cosines `similarity_QC` with the scores in the place of those that are `chosen_QC`, lifted above all others:
+    the chosen come first, in the order of their scores, then the others in that of their cosines."""
+    found_QC = similarity_QC.copy()
+    scores = scores_QC[chosen_QC]
+    if len(scores):
+        found_QC[chosen_QC] = scores - np.fmin.reduce(scores) + 2  # a cosine is at most 1; a NaN stays one
+    return found_QC
+
+
 def retrieval_metrics(found: Found, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
     """{"R@1", …, "mAP"} as shares from 0 to 1, {"mean_rank", "median_rank"} from 1."""
     metrics = {f"R@{k}": float((found.ranks <= k).mean()) for k in recall_at}

@@ -12,18 +12,15 @@ from typing import Any
 import torch
 
 from mmflow.artifacts import content_hash, join, read_json, write_json
+from mmflow.evaluation.asked import COMPARES, asked_and_given, check_asked, reads_captions
 from mmflow.evaluation.attention import look
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.evaluate import (
-    COMPARES,
     Metrics,
     Retrieved,
-    asked_and_given,
     chance,
-    check_asked,
     examine,
     flatten,
-    reads_captions,
 )
 from mmflow.evaluation.rows import Captions, Rows, read_rows
 from mmflow.models.embed import image_inputs
@@ -52,8 +49,8 @@ def evaluate_models(
 ) -> Mapping[str, Any]:
     """Examine the packages (model → URI) and write metrics, retrieval results and speed; the manifest's fields."""
     models = list(_models(packages, seed))
+    check_asked(settings, {name: loaded.model.gives for name, loaded in models if name in packages})
     gives = [loaded.model.gives for _, loaded in models]
-    check_asked(settings, gives)
     sections = frozenset[str]().union(*(asked_and_given(settings, each) for each in gives))
     splits = _read_splits(dataset, settings, gives)
     metrics: dict[str, dict[str, Any]] = {
@@ -100,7 +97,7 @@ def metrics_of_package(package: str, dataset: str, settings: EvaluateConfig) -> 
 
 def _read_splits(dataset: str, settings: EvaluateConfig, gives: Sequence[frozenset[str]]) -> list[Rows]:
     data = open_dataset(dataset)
-    captions = reads_captions(settings, gives)
+    captions = any(reads_captions(settings, each) for each in gives)
     return [read_rows(data, split, settings.languages, captions=captions) for split in settings.splits]
 
 

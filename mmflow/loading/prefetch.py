@@ -76,7 +76,8 @@ def on_device(source: Generator[Batch, None, None], device: torch.device) -> Gen
     side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copies() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
-        with closing(source):
+        # A thread begins on the first device, on which every rank's pinning would otherwise take its memory.
+        with torch.cuda.device(device), closing(source):
             for batch in source:
                 with torch.cuda.stream(side):
                     copy = batch.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))

@@ -30,17 +30,28 @@ class WindowsConfig(Config):
 
 
 class VideoConfig(Config):
-    """Clips of frames (CLIP4Clip, arXiv 2104.08860): the image encoder reads each frame, this makes them one."""
+    """Clips of frames (CLIP4Clip, arXiv 2104.08860): the image encoder reads each, this compares them with text."""
 
-    kind: Literal["mean", "sequential"] = "mean"
-    """The mean of the frames, or the mean after a transformer has put them in order. A fusion over the frames with the
-    head matching reads caption and frames together."""
+    kind: Literal["mean", "sequential", "tight"] = "mean"
+    """mean: a clip is the mean of its frames. sequential: the same after a transformer has put them in order. tight: a
+    transformer reads a caption and a clip's frames together and scores the pair, without embeddings. Each pair is then
+    a forward: contrastive reads B² of them a batch, retrieval every caption with every clip."""
     max_frames: int = Field(12, ge=1)
     """Frames that a clip has at most."""
-    layers: int = Field(4, ge=1)
-    """Layers of the transformer; a mean has none."""
-    heads: int = Field(8, ge=1)
-    """Its attention heads; they divide the width."""
+    layers: int | None = Field(None, ge=1)
+    """Layers of the transformer, of which a mean has none; the paper has 4."""
+    heads: int | None = Field(None, ge=1)
+    """Its attention heads. They divide the image encoder's width; of tight, which reads captions too, the
+    embedding_width."""
+
+    @model_validator(mode="after")
+    def _transformer_has_layers(self) -> VideoConfig:
+        for name in ("layers", "heads"):
+            if self.kind != "mean" and getattr(self, name) is None:
+                raise ValueError(f"{name}: {self.kind} needs their number; give it")
+            if self.kind == "mean" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: a mean has none; leave it out, or take sequential or tight")
+        return self
 
 
 class EncoderConfig(Config):
@@ -144,6 +155,13 @@ class DecoderConfig(Config):
 
 
 Head = Literal["matching", "masked_language", "masked_image", "classes"]
+GIVES: dict[Head, str] = {
+    "matching": "matching_logits",
+    "masked_language": "masked_language_logits",
+    "masked_image": "masked_image_pixels",
+    "classes": "class_logits",
+}
+VOCABULARY_SIZE = 4096  # where a recipe names none
 
 
 class ModelConfig(Config):
@@ -153,13 +171,15 @@ class ModelConfig(Config):
     text: TextEncoderConfig | None = None
     """Leave it out for a captioner or a classifier of pictures."""
     embedding_width: int | None = Field(256, ge=1)
-    """Width of the space in which image and text are compared by cosine; null where the model has none."""
+    """Width of the space in which image and text are compared by cosine, or of what reads both where `video` is tight;
+    null where the model has neither."""
     image_pixels: int = Field(64, ge=8)
     """Side of the square picture that the image encoder sees."""
     max_tokens: int = Field(32, ge=4)
     """Tokens of a caption past this many are cut, the closing one kept."""
-    vocabulary_size: int = Field(4096, ge=64)
-    """Word pieces of the tokenizer that is trained on the dataset's captions; fewer where it has fewer."""
+    vocabulary_size: int | None = Field(None, ge=64)
+    """Word pieces of the tokenizer that is trained on the dataset's captions, fewer where it has fewer; None: 4,096. A
+    text checkpoint brings its own tokenizer, and a student has its teacher's: leave it out there."""
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Of red, green and blue between 0 and 1; a pretrained image encoder wants those that it was trained with."""
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -180,12 +200,35 @@ class ModelConfig(Config):
     decoder: DecoderConfig | None = None
     """Writes text about the picture: a caption, or with memory: fused the answer to a question."""
 
+    @property
+    def tight(self) -> bool:
+        """Whether text and clips are compared pair by pair, and not by embeddings."""
+        return self.video is not None and self.video.kind == "tight"
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """The names of what such a model can compute, by which objectives and examinations find what they need."""
+        memory = None if self.decoder is None else self.decoder.memory
+        parts = {
+            "embeddings": self.embedding_width is not None and not self.tight,
+            "pair_scores": self.tight,
+            "fused": self.fusion is not None,
+            "decoded": self.decoder is not None,
+            "decoded from the image": memory == "image",
+            "decoded from the question": memory == "fused",
+        }
+        return frozenset(name for name, there in parts.items() if there) | {GIVES[head] for head in self.heads}
+
     @model_validator(mode="after")
     def _not_set_twice(self) -> ModelConfig:
         for name in ("vocab_size", "image_size"):
             for encoder in (self.image, self.text):
                 if encoder is not None and name in encoder.options:
                     raise ValueError(f"{name} follows from vocabulary_size and image_pixels; leave it out of options")
+        if self.text is not None and self.text.checkpoint is not None and self.vocabulary_size is not None:
+            raise ValueError(
+                f"vocabulary_size: {self.vocabulary_size}, and text.checkpoint brings its own tokenizer; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -196,6 +239,10 @@ class ModelConfig(Config):
             raise ValueError("fusion: there is no text encoder to fuse with; name one under text")
         if self.bias is not None and self.embedding_width is None:
             raise ValueError("bias: there are no similarities without embedding_width; leave it out")
+        if self.tight and self.embedding_width is None:
+            raise ValueError("video: tight reads captions and frames in one width; give embedding_width")
+        if self.tight and self.bias is not None:
+            raise ValueError("bias: it shifts cosines, and video of kind tight has none; leave it out")
         if len(set(self.heads)) < len(self.heads):
             raise ValueError(f"heads: {', '.join(self.heads)} names one twice")
         if "matching" in self.heads and self.fusion is None:

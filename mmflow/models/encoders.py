@@ -13,7 +13,7 @@ from mmflow.errors import RecipeError
 from mmflow.models.config import EncoderConfig, ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.depth import freeze
 from mmflow.models.patch_dropout import PatchDropout
-from mmflow.models.pooling import AttentionPooling, pool_eos, pool_last, pool_mean
+from mmflow.models.pooling import AttentionPooling, pool_by_probe, pool_eos, pool_last, pool_mean
 
 # Shapes: B batch, T tokens or regions, W the encoder's width, H and S height and width of a picture in pixels.
 
@@ -27,6 +27,8 @@ class Encoded(NamedTuple):
     """True where a token is real; None where all are."""
     attentions: tuple[Tensor, ...] | None = None
     """Each layer's weights (B, heads, T, T), where they were asked for and the backbone attends."""
+    pooling_BH1T: Tensor | None = None
+    """The weights of the learned query that pools the sequence, where they were asked for and one does."""
 
 
 class Encoder(nn.Module):
@@ -87,13 +89,16 @@ class ImageEncoder(Encoder):
         with self._maps(attentions) as asked:
             output = self.backbone(inputs, **asked)
         sequence_BTW = _normed_sequence(self.backbone, output.last_hidden_state)
+        weights_BH1T = None
         if self.attention_pooling is not None:
-            pooled_BW = self.attention_pooling(sequence_BTW, None)
+            pooled_BW, weights_BH1T = self.attention_pooling(sequence_BTW, None, maps=attentions)
+        elif self.pooling == "pooler" and attentions and self.backbone.config.model_type == "siglip_vision_model":
+            pooled_BW, weights_BH1T = pool_by_probe(self.backbone.head, sequence_BTW)
         elif self.pooling == "pooler":
             pooled_BW = output.pooler_output.flatten(1)
         else:
             pooled_BW = sequence_BTW[:, 0] if self.pooling == "first" else sequence_BTW.mean(1)
-        return Encoded(sequence_BTW, pooled_BW, None, output.get("attentions") if attentions else None)
+        return Encoded(sequence_BTW, pooled_BW, None, output.get("attentions") if attentions else None, weights_BH1T)
 
 
 class TextEncoder(Encoder):
@@ -133,13 +138,16 @@ class TextEncoder(Encoder):
         sequence_BTW = output.last_hidden_state[:, :num_tokens]
         # A slice of a map is not on the way to what is made of it, and would have no gradient: cut where there is need.
         maps = tuple(_cut(each, num_tokens) for each in output.attentions) if attentions else None
-        return Encoded(sequence_BTW, self._pool(sequence_BTW, mask_BT, inputs, output), mask_BT, maps)
+        weights_BH1T = None
+        if self.attention_pooling is not None:
+            pooled_BW, weights_BH1T = self.attention_pooling(sequence_BTW, mask_BT, maps=attentions)
+        else:
+            pooled_BW = self._pool(sequence_BTW, mask_BT, inputs, output)
+        return Encoded(sequence_BTW, pooled_BW, mask_BT, maps, weights_BH1T)
 
     def _pool(self, sequence_BTW: Tensor, mask_BT: Tensor, ids_BT: Tensor, output: Any) -> Tensor:
         pooled_BW: Tensor
-        if self.attention_pooling is not None:
-            pooled_BW = self.attention_pooling(sequence_BTW, mask_BT)
-        elif self.pooling == "pooler":
+        if self.pooling == "pooler":
             pooled_BW = output.pooler_output.flatten(1)
         elif self.pooling == "first":
             pooled_BW = sequence_BTW[:, 0]

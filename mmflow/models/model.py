@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import MisuseError, RecipeError
+from mmflow.errors import MisuseError
 from mmflow.models.config import ModelConfig
 from mmflow.models.decoder import Cache, Decoder
 from mmflow.models.encoders import Encoded
@@ -19,16 +19,10 @@ from mmflow.models.fused import Fused
 from mmflow.models.fusion import READS, Fusion, build_fusion
 from mmflow.models.heads import build_head
 from mmflow.models.scale import LogitScale, Scale
+from mmflow.models.tight import TightSimilarity
 from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder
 
-# Shapes: B batch, T tokens, R regions, W width, H and S height and width in pixels, E the width of the shared space.
-
-GIVES = {
-    "matching": "matching_logits",
-    "masked_language": "masked_language_logits",
-    "masked_image": "masked_image_pixels",
-    "classes": "class_logits",
-}
+# Shapes: A captions, B batch, T tokens, R regions, W width, H and S height and width in pixels, E the width of the shared space.
 
 
 class Model(nn.Module):
@@ -41,32 +35,26 @@ class Model(nn.Module):
         *,
         embedding_width: int | None,
         temperature: float,
-        bias: float | None = None,
+        bias: float | None,
+        gives: frozenset[str],
     ) -> None:
         super().__init__()
+        self.gives = gives  # as ModelConfig names it
         self.image = image
         self.text = text
         self.embedding_width = embedding_width
         self.image_projection: nn.Linear | None = None
         self.text_projection: nn.Linear | None = None
         self.scale: LogitScale | None = None
-        if text is not None and embedding_width is not None:
+        if text is not None and embedding_width is not None and "embeddings" in gives:
             self.image_projection = nn.Linear(image.width, embedding_width, bias=False)
             self.text_projection = nn.Linear(text.width, embedding_width, bias=False)
             self.scale = LogitScale(temperature, bias)
+        self.similarity: TightSimilarity | None = None
         self.fusion: Fusion | None = None
         self.heads = nn.ModuleDict()
         self.decoder: Decoder | None = None
-        self.decodes_fused = False
         self.register_load_state_dict_pre_hook(_accept_older_names)  # type: ignore[no-untyped-call]
-
-    @property
-    def gives(self) -> frozenset[str]:
-        """The names of what this model can compute, by which objectives find what they need."""
-        parts = {"embeddings": self.scale, "fused": self.fusion, "decoded": self.decoder}
-        return frozenset(name for name, part in parts.items() if part is not None) | {
-            GIVES[name] for name in self.heads
-        }
 
     def encode_image(self, pixels: Tensor, frame_mask_BF: Tensor | None = None, *, attentions: bool = False) -> Encoded:
         """Normalised pictures (B, 3, H, S), or clips (B, F, 3, H, S) with the mask of their frames (B, F)."""
@@ -86,11 +74,18 @@ class Model(nn.Module):
         """(B, E) of unit length, fp32."""
         return _unit(_there(self.text_projection, "shared space")(text.pooled_BW))
 
+    def score_pairs(self, captions_AW: Tensor, clips: Encoded) -> Tensor:
+        """(A, B): the score of each of some captions' pooled vectors with each clip, a forward for each pair."""
+        scores_AB: Tensor = _there(self.similarity, "tight similarity")(captions_AW, clips.sequence_BTW, clips.mask_BT)
+        return scores_AB
+
     def fuse(self, image: Encoded, text: Encoded | None, *, attentions: bool = False) -> Fused:
         """Image and text after they read each other; without a fusion each side as its encoder left it, pooled the
-        image's."""
+        image's. Raises MisuseError where there is a fusion and no text."""
         if self.fusion is None:
             return Fused(None if text is None else text.sequence_BTW, image.sequence_BTW, image.pooled_BW, None)
+        if text is None:
+            raise MisuseError("model.fusion: it reads text with each picture, and none is given; give captions")
         fused: Fused = self.fusion(image, text, attentions=attentions)
         return fused
 
@@ -115,8 +110,13 @@ class Model(nn.Module):
         return output
 
     def memory(self, image: Encoded, text: Encoded | None = None) -> Encoded:
-        """What the decoder reads: the picture, or the tokens of a question after they read the picture."""
-        if not self.decodes_fused or text is None:
+        """What the decoder reads: the picture, or the tokens of a question after they read the picture. Raises
+        MisuseError for a question that the decoder does not read, and where it lacks the one that it does."""
+        asks = "decoded from the question" in self.gives
+        if asks == (text is None):
+            reads, given = ("fused", "there is no question") if asks else ("image", "there is a question")
+            raise MisuseError(f"model.decoder.memory: {reads}, and {given}; examine a model in what it was trained for")
+        if text is None:
             return image
         sequence_BTW = self.fuse(image, text).text_BTW
         assert sequence_BTW is not None  # `build` has seen to it
@@ -171,19 +171,35 @@ def build(key: str, config: ModelConfig, vocabulary_size: int, seed: int, num_cl
         if config.text is not None:
             text = build_text_encoder(f"{key}.text", config.text, vocabulary_size, config.max_tokens)
         model = Model(
-            image, text, embedding_width=config.embedding_width, temperature=config.temperature, bias=config.bias
+            image,
+            text,
+            embedding_width=config.embedding_width,
+            temperature=config.temperature,
+            bias=config.bias,
+            gives=config.gives,
         )
-        model.decodes_fused = config.decoder is not None and config.decoder.memory == "fused"
+        if config.tight and config.video is not None and text is not None:
+            assert config.embedding_width is not None  # `ModelConfig` has seen to these
+            assert config.video.layers is not None
+            assert config.video.heads is not None
+            model.similarity = TightSimilarity(
+                f"{key}.video",
+                config.embedding_width,
+                image_width=image.width,
+                text_width=text.width,
+                layers=config.video.layers,
+                heads=config.video.heads,
+                max_frames=config.video.max_frames,
+            )
+        decodes_fused = "decoded from the question" in model.gives
         if config.fusion is not None and text is not None:
-            reads = {READS[head] for head in config.heads} | ({"text"} if model.decodes_fused else set())
+            reads = {READS[head] for head in config.heads} | ({"text"} if decodes_fused else set())
             model.fusion = build_fusion(f"{key}.fusion", config.fusion, image.width, text.width, frozenset(reads))
         for name in config.heads:
             model.heads[name] = build_head(f"{key}.heads", name, config, image, text, vocabulary_size, num_classes)
         if config.decoder is not None:
-            width = config.fusion.width if config.fusion and model.decodes_fused else image.width
+            width = config.fusion.width if config.fusion and decodes_fused else image.width
             model.decoder = Decoder(
                 config.decoder, memory_width=width, vocabulary_size=vocabulary_size, max_tokens=config.max_tokens
             )
-        if not model.gives:
-            raise RecipeError(f"{key}: it gives nothing to train on; name embedding_width, heads or a decoder")
         return model

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from mmflow.models.attention import Attention
 
-# Shapes: B batch, T tokens or regions, W width. Masks are True where a token is real; None where all are.
+# Shapes: B batch, T tokens or regions, K of them or one, W width, H heads, D width of a head. Masks are True where a
+# token is real; None where all are.
 
 ATTENTION_HEAD_WIDTH = 64  # of a learned query's heads, as in every ViT since the first
 
@@ -49,12 +52,32 @@ class AttentionPooling(nn.Module):
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, sequence_BTW: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """(B, W)."""
+    def forward(
+        self, sequence_BTW: Tensor, mask_BT: Tensor | None, *, maps: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, W), and where `maps` is set the query's weights (B, H, 1, T), else None."""
         query_B1W = self.query.expand(sequence_BTW.shape[0], -1, -1)
-        read_B1W, _ = self.attention(query_B1W, sequence_BTW, mask_BT)
+        read_B1W, weights_BH1T = self.attention(query_B1W, sequence_BTW, mask_BT, maps=maps)
         pooled_BW: Tensor = self.norm(read_B1W[:, 0])
-        return pooled_BW
+        return pooled_BW, weights_BH1T
+
+
+def pool_by_probe(head: Any, sequence_BTW: Tensor) -> tuple[Tensor, Tensor]:
+    """What SigLIP's own pooler (arXiv 2303.15343; arXiv 2106.04560, section 3.2) makes of a sequence, (B, W), and its
+    weights (B, H, 1, T), which `nn.MultiheadAttention` gives only as copies without a gradient."""
+    attention = head.attention
+
+    def part(number: int, inputs_BKW: Tensor) -> Tensor:
+        weight, bias = (each.chunk(3)[number] for each in (attention.in_proj_weight, attention.in_proj_bias))
+        projected_BKW = nn.functional.linear(inputs_BKW, weight, bias)
+        return projected_BKW.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+
+    query_BH1D = part(0, head.probe.expand(len(sequence_BTW), -1, -1))
+    key_BHTD, value_BHTD = part(1, sequence_BTW), part(2, sequence_BTW)
+    weights_BH1T = (query_BH1D @ key_BHTD.transpose(-1, -2) * query_BH1D.shape[-1] ** -0.5).softmax(-1)
+    read_B1W = attention.out_proj((weights_BH1T @ value_BHTD).transpose(1, 2).flatten(2))
+    pooled_BW: Tensor = (read_B1W + head.mlp(head.layernorm(read_B1W)))[:, 0]
+    return pooled_BW, weights_BH1T
 
 
 def _last_B(mask_BT: Tensor) -> Tensor:

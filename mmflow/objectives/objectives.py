@@ -68,7 +68,7 @@ def needs(name: str, section: ObjectiveConfig) -> tuple[str, ...]:
 def check(key: str, objectives: ObjectivesConfig, model: Model, special: MaskingTokens) -> None:
     """Raise RecipeError where an objective reads what model or tokenizer do not give. `key` is the recipe's, for the
     message."""
-    gives = {*model.gives, "decoded from the question" if model.decodes_fused else "decoded from the image"}
+    gives = set(model.gives)
     if model.scale is not None and model.scale.logit_bias is not None:
         gives.add("bias")
     if special.mask is not None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import torch
 
 from mmflow.errors import RecipeError
+from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
+from mmflow.models.checkpoints import checkpoint_directory
+from mmflow.models.config import VOCABULARY_SIZE
+from mmflow.models.marks import with_marks
 from mmflow.models.model import build
 from mmflow.objectives.objectives import check
 from mmflow.objectives.outputs import MaskingTokens
+from mmflow.objectives.parts import check_trained
 from mmflow.training.config import DistillConfig, PretrainConfig
 from mmflow.training.stage import encoders_of
+
+TAUGHT = ("embedding_width",)  # what lessons train
 
 
 def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
@@ -35,6 +42,7 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     for name, (option, value, is_set) in wanted.items():
         if name in section.objectives.named and not is_set:
             raise RecipeError(f"{key}.objectives.{name}: its targets are nowhere; set {key}.loader.{option} to {value}")
+    check_trained(key, config, section.objectives, TAUGHT if isinstance(section, DistillConfig) else ())
     encoders = encoders_of(config)
     if any(encoder.checkpoint is not None for encoder in encoders.values()):
         # Its weights would be read, which takes long: all else is checked when the model is built.
@@ -42,5 +50,9 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
             encoder_config(f"{key}.model.{side}", encoder)
     else:
         with torch.device("meta"):
-            model = build(f"{key}.model", config, config.vocabulary_size, seed=0, num_classes=2)
-        check(f"{key}.objectives", section.objectives, model, MaskingTokens(0, (), config.vocabulary_size))
+            vocabulary_size = config.vocabulary_size or VOCABULARY_SIZE
+            model = build(f"{key}.model", config, vocabulary_size, seed=0, num_classes=2)
+        check(f"{key}.objectives", section.objectives, model, MaskingTokens(0, (), vocabulary_size))
+    if isinstance(section, PretrainConfig) and config.text is not None and config.text.checkpoint is not None:
+        place = f"{key}.model.text.checkpoint"
+        with_marks(f"{key}.model", config, load_tokenizer(checkpoint_directory(place, config.text.checkpoint), place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from mmflow.loading.plan import LoaderState
 from mmflow.loading.tokens import read_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
+from mmflow.models.marks import with_marks
 from mmflow.models.model import build
 from mmflow.models.package import load_package, portable, read_package, write_package
 from mmflow.objectives.config import ObjectivesConfig
@@ -78,6 +79,7 @@ def run_rank(job: TrainingJob, host: Host) -> None:
     prepare_deepspeed()
     dataset = open_dataset(job.dataset)
     tokenizer = read_tokenizer(job.tokenizer_json)
+    job = replace(job, model=with_marks(f"{job.stage}.model", job.model, tokenizer))
     steps = total_steps(job.loader, dataset, job.training)
     learner, image_pixels = _learner(job, tokenizer)
     engine = build_engine(

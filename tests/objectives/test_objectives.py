@@ -22,10 +22,9 @@ EVERYTHING = {name: {} for name in OBJECTIVES}
 class Giving(TinyModel):
     """A model that says what it gives."""
 
-    def __init__(self, *gives: str, bias: bool = True, decodes_fused: bool = False) -> None:
+    def __init__(self, *gives: str, bias: bool = True) -> None:
         super().__init__()
         self.gives = frozenset(gives)
-        self.decodes_fused = decodes_fused
         if not bias:
             self.scale.logit_bias = None
 
@@ -131,6 +130,7 @@ ALL = (
     "masked_image_pixels",
     "class_logits",
     "decoded",
+    "decoded from the image",
 )
 
 
@@ -145,7 +145,7 @@ ALL = (
         ({"masked_language": {}}, Giving("fused"), "recipe.masked_language: it needs masked_language_logits"),
         ({"masked_image": {}}, Giving(), "recipe.masked_image: it needs masked_image_pixels"),
         ({"captioning": {}}, Giving(), "recipe.captioning: it needs decoded; give the model a decoder"),
-        ({"captioning": {}}, Giving("decoded", decodes_fused=True), "set the model's decoder.memory to image"),
+        ({"captioning": {}}, Giving("decoded", "decoded from the question"), "set the model's decoder.memory to image"),
         ({"answering": {}}, Giving("fused"), "recipe.answering: it needs class_logits; add classes"),
         ({"answering": {"by": "generation"}}, Giving("fused", "decoded"), "decoder.memory to fused"),
         ({"classification": {}}, Giving(), "recipe.classification: it needs class_logits; add classes"),
@@ -174,7 +174,8 @@ def test_what_is_given_passes() -> None:
     uniform = ObjectivesConfig.model_validate({"matching": {"negatives": "uniform"}})
     check("recipe", uniform, Giving("fused", "matching_logits"), SPECIAL)  # type: ignore[arg-type]
     written = ObjectivesConfig.model_validate({"answering": {"by": "generation"}})
-    check("recipe", written, Giving("fused", "decoded", decodes_fused=True), SPECIAL)  # type: ignore[arg-type]
+    answers = Giving("fused", "decoded", "decoded from the question")
+    check("recipe", written, answers, SPECIAL)  # type: ignore[arg-type]
 
 
 def test_the_loss_can_be_descended() -> None:

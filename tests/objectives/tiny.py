@@ -38,8 +38,6 @@ def unit(rows: int, width: int, seed: int) -> Tensor:
 class TinyModel(nn.Module):
     """Gives all that `Model` can, by the same names; every row on its own, nothing random."""
 
-    decodes_fused = False
-
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
@@ -56,11 +54,11 @@ class TinyModel(nn.Module):
         self.classes = nn.Linear(WIDTH, CLASSES)
         self.decoder = nn.Embedding(VOCABULARY, WIDTH)
 
-    def encode_image(self, pixels: Tensor, frame_mask: Tensor | None = None) -> Encoded:
+    def encode_image(self, pixels: Tensor, frame_mask: Tensor | None = None, *, attentions: bool = False) -> Encoded:
         sequence = self.image(pixels).flatten(2).transpose(1, 2).tanh()
         return Encoded(sequence, sequence.mean(1))
 
-    def encode_text(self, token_ids: Tensor, token_mask: Tensor) -> Encoded:
+    def encode_text(self, token_ids: Tensor, token_mask: Tensor, *, attentions: bool = False) -> Encoded:
         mask = token_mask.bool()
         sequence = self.text(token_ids).masked_fill(~mask[..., None], 0.0)
         return Encoded(sequence, sequence.sum(1) / mask.sum(1, keepdim=True).clamp(min=1), mask)

@@ -50,7 +50,6 @@ def import_checkpoint(uri: str, directory: str | Path) -> Package:
         text=text,
         embedding_width=width,
         max_tokens=reads.max_position_embeddings - offset,
-        vocabulary_size=max(64, tokenizer.get_vocab_size()),  # 64 is the least that a recipe may ask for
         temperature=math.exp(-shared["logit_scale"].item()),
         bias=None if bias is None else bias.item(),
         **_pictures(directory, encoder_config("model.image", image)),
