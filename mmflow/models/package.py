@@ -139,10 +139,7 @@ def load_package(package: Package) -> LoadedModel:
     from mmflow.models.model import build
 
     files = {name: _read_file(package, name) for name in package.card["files"]}
-    fields = json.loads(files[CONFIG])
-    fields.pop("model_type")
-    classes = tuple(fields.pop("classes", ()))
-    config = ModelConfig.model_validate(fields)
+    config, classes = _parse(files[CONFIG])
     tokenizer = read_tokenizer(files[TOKENIZER].decode())
     model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
     model.load_state_dict(load(files[WEIGHTS]))
@@ -151,8 +148,21 @@ def load_package(package: Package) -> LoadedModel:
 
 def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:
     """The package's tokenizer.json as text, and its classes; the weights are not read. Raises as `load_package`."""
-    classes = json.loads(_read_file(package, CONFIG)).get("classes", ())
-    return _read_file(package, TOKENIZER).decode(), tuple(classes)
+    _, classes = _parse(_read_file(package, CONFIG))
+    return _read_file(package, TOKENIZER).decode(), classes
+
+
+def read_config(package: Package) -> ModelConfig:
+    """What the package's model is made of; the weights are not read. Raises as `load_package`."""
+    config, _ = _parse(_read_file(package, CONFIG))
+    return config
+
+
+def _parse(config_json: bytes) -> tuple[ModelConfig, tuple[str, ...]]:
+    fields = json.loads(config_json)
+    fields.pop("model_type")
+    classes = tuple(fields.pop("classes", ()))
+    return ModelConfig.model_validate(fields), classes
 
 
 def _read_file(package: Package, name: str) -> bytes:
