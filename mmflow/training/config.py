@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from mmflow.config import Config
-from mmflow.distillation.config import LessonsConfig
+from mmflow.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import ModelConfig
 from mmflow.objectives.config import ObjectivesConfig
@@ -157,11 +157,18 @@ class PretrainConfig(Config):
 
 
 class DistillConfig(Config):
-    """Stage `distill`: a smaller model that learns from the teacher's package and from the pairs. It uses the
-    teacher's tokenizer."""
+    """Stage `distill`: a smaller model that learns from its teachers' packages and from the pairs. It uses the
+    tokenizer of the teacher that `pretrain` trained."""
 
     model: ModelConfig
     lessons: LessonsConfig = LessonsConfig()
+    teachers: list[TeacherConfig] = Field(default_factory=list)
+    """Teachers beside that one; their probabilities are averaged. They may have tokenizers and image sizes of their
+    own."""
+    cache: CacheConfig | None = None
+    """Leave it out for teachers that are live at every step."""
+    initialise: InitialiseConfig | None = None
+    """Leave it out for a student that begins from scratch, or from its encoders' checkpoints."""
     loader: LoaderConfig = LoaderConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
     training: TrainingConfig = TrainingConfig()
