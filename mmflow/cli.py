@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmflow import __version__
+from mmflow.cli_models import QUICKSTART, models
 from mmflow.errors import MisuseError, MmflowError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Image–text corpora in, better multimodal models out, every night. `mmflow quickstart` shows the whole loop.",
 )
-models = typer.Typer(no_args_is_help=True, help="Registered versions of a model: list, show, rollback.")
 cluster = typer.Typer(no_args_is_help=True, help="The Ray cluster's launcher file.")
 app.add_typer(models, name="models")
 app.add_typer(cluster, name="cluster")
@@ -37,8 +37,6 @@ Overrides = Annotated[
 Submit = Annotated[
     str | None, typer.Option("--submit", metavar="ADDRESS", help="Run as a Ray job there, e.g. http://head:8265.")
 ]
-RecipeOption = Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="Whose workspace to look in.")]
-QUICKSTART = Path(__file__).parent.parent / "pipelines" / "quickstart.yaml"
 
 
 @app.callback()
@@ -239,47 +237,6 @@ def describe_dataset(dataset: DatasetUri) -> None:
     from mmflow.shards.describe import write_description
 
     print(write_description(dataset))
-
-
-@models.command("list", epilog="Example: mmflow models list --recipe pipelines/quickstart.yaml")
-def models_list(recipe: RecipeOption = str(QUICKSTART)) -> None:
-    """Every version of the recipe's model: number, aliases, when, and the deciding metric."""
-    from mmflow.registry.tracking import tracking_uri
-    from mmflow.registry.versions import list_versions
-
-    loaded = _recipe(recipe, None)
-    for version in list_versions(loaded.promote.model, uri=tracking_uri(loaded.workspace)):
-        metric = version.metrics.get(loaded.promote.metric)
-        figure = f"{metric:.4f}" if metric is not None else "?"
-        aliases = ", ".join(version.aliases) or "-"
-        print(f"{version.version}\t{aliases}\t{version.created:%Y-%m-%d %H:%M}\t{loaded.promote.metric} {figure}")
-
-
-@models.command("show", epilog="Example: mmflow models show 1 --recipe pipelines/quickstart.yaml")
-def models_show(version: int, recipe: RecipeOption = str(QUICKSTART)) -> None:
-    """One version: its package, digest, lineage and metrics."""
-    from mmflow.registry.tracking import tracking_uri
-    from mmflow.registry.versions import list_versions
-
-    loaded = _recipe(recipe, None)
-    found = {each.version: each for each in list_versions(loaded.promote.model, uri=tracking_uri(loaded.workspace))}
-    if version not in found:
-        raise MmflowError(f"{loaded.promote.model}: no version {version}; there are {sorted(found) or 'none'}")
-    shown = found[version]
-    facts = {"package": shown.package_uri, "digest": shown.digest, "aliases": ", ".join(shown.aliases), **shown.tags}
-    for name, value in [*facts.items(), *sorted(shown.metrics.items())]:
-        print(f"{name}\t{value}")
-
-
-@models.command("rollback", epilog='Example: mmflow models rollback "complaints since Tuesday"')
-def models_rollback(reason: str, recipe: RecipeOption = str(QUICKSTART)) -> None:
-    """Make the version that was champion before champion again, and keep the reason."""
-    from mmflow.registry.tracking import tracking_uri
-    from mmflow.registry.versions import rollback
-
-    loaded = _recipe(recipe, None)
-    version = rollback(loaded.promote.model, reason, uri=tracking_uri(loaded.workspace))
-    print(f"{loaded.promote.model}: version {version.version} is champion again")
 
 
 @cluster.command("check", epilog="Example: mmflow cluster check cluster.yaml")

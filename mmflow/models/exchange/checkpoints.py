@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmflow.artifacts import file_sha256
+from mmflow.artifacts import exists, file_sha256, join
 from mmflow.errors import MisuseError
 from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
 from mmflow.models.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import Model, build
-from mmflow.models.package import Package, portable, write_package
+from mmflow.models.package import CARD, Package, portable, write_package
 
 LAYOUTS = ("clip", "siglip", "vision-text-dual-encoder")
 SHARED = ("visual_projection.weight", "text_projection.weight", "logit_scale", "logit_bias")
@@ -30,8 +30,11 @@ def import_checkpoint(uri: str, directory: str | Path) -> Package:
     """Publish a package made of a CLIP, SigLIP or VisionTextDualEncoder directory (`save_pretrained`'s: config.json,
     safetensors, tokenizer.json and the image processor's file).
 
-    Raises MisuseError for another layout or a file that is not there, RecipeError for weights that do not fit.
+    Raises MisuseError for another layout, a file that is not there, and where a package is already; RecipeError for
+    weights that do not fit.
     """
+    if exists(join(uri, CARD)):
+        raise MisuseError(f"{uri}: a model package is there already; name another directory")
     directory = Path(directory)
     layout = _json(directory, "config.json").get("model_type")
     if layout not in LAYOUTS:
