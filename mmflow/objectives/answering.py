@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from mmflow.objectives.captioning import next_token_loss
+from mmflow.objectives.captioning import next_token_loss, next_tokens
 from mmflow.objectives.config import AnsweringConfig
 from mmflow.objectives.outputs import Outputs
 from mmflow.objectives.rows import GlobalRows, mean_cross_entropy
@@ -27,9 +27,17 @@ def answering(outputs: Outputs, config: AnsweringConfig) -> Tensor:
     logits_BC = outputs.model.class_logits(outputs.fused)
     if config.targets == "scores":
         return answer_scores_loss(logits_BC, outputs.target("answer_scores"), outputs.rows)
-    answer_B = outputs.target("answer")
-    known_B = outputs.rows.real_B & (answer_B >= 0)
-    return mean_cross_entropy(logits_BC, answer_B, known_B, outputs.gather, config.label_smoothing)
+    known_B, gather = answering_places(outputs, config), outputs.gather_places("answering")
+    return mean_cross_entropy(logits_BC, outputs.target("answer"), known_B, gather, config.label_smoothing)
+
+
+def answering_places(outputs: Outputs, config: AnsweringConfig) -> Tensor:
+    """(B,) bool the answers that are known, (B, A) the words to be written; scores are there for every real row."""
+    if config.by == "generation":
+        return next_tokens(outputs.target("answer_mask"), outputs.rows.real_B)
+    if config.targets == "scores":
+        return outputs.rows.real_B
+    return outputs.rows.real_B & (outputs.target("answer") >= 0)
 
 
 def answer_scores_loss(logits_BC: Tensor, scores_BC: Tensor, rows: GlobalRows) -> Tensor:
@@ -39,7 +47,7 @@ def answer_scores_loss(logits_BC: Tensor, scores_BC: Tensor, rows: GlobalRows) -
 
 
 def _written(outputs: Outputs, config: AnsweringConfig) -> Tensor:
-    answer_ids_BA, answer_mask_BA = outputs.target("answer_ids"), outputs.target("answer_mask")
+    answer_ids_BA = outputs.target("answer_ids")
     logits_BAV = outputs.model.decode(outputs.model.memory(outputs.image, outputs.text), answer_ids_BA)
-    there_BA = answer_mask_BA.bool() & outputs.rows.real_B[:, None]
-    return next_token_loss(logits_BAV, answer_ids_BA, there_BA, outputs.gather, config.label_smoothing)
+    places_BA, gather = answering_places(outputs, config), outputs.gather_places("answering")
+    return next_token_loss(logits_BAV, answer_ids_BA, places_BA, gather, config.label_smoothing)

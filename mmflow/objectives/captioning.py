@@ -5,6 +5,7 @@ loss = −mean over words t of log p(w_t | image, w_0 … w_{t−1})
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmflow.objectives.config import CaptioningConfig
@@ -18,8 +19,20 @@ def captioning(outputs: Outputs, config: CaptioningConfig) -> Tensor:
     """The objective of a batch, ()."""
     token_ids_BT = outputs.token_ids
     logits_BTV = outputs.model.decode(outputs.model.memory(outputs.image), token_ids_BT)
-    there_BT = outputs.token_mask.bool() & outputs.rows.real_B[:, None]
-    return next_token_loss(logits_BTV, token_ids_BT, there_BT, outputs.gather, config.label_smoothing)
+    places_BT = captioning_places(outputs, config)
+    gather = outputs.gather_places("captioning")
+    return next_token_loss(logits_BTV, token_ids_BT, places_BT, gather, config.label_smoothing)
+
+
+def captioning_places(outputs: Outputs, config: CaptioningConfig) -> Tensor:
+    """(B, T) bool: the words to be written."""
+    return next_tokens(outputs.token_mask, outputs.rows.real_B)
+
+
+def next_tokens(token_mask_BT: Tensor, real_B: Tensor) -> Tensor:
+    """(B, T) bool: every token that is there but a row's first, which is given."""
+    there_BT = token_mask_BT.bool() & real_B[:, None]
+    return there_BT & (torch.arange(there_BT.shape[1], device=there_BT.device) > 0)
 
 
 def next_token_loss(

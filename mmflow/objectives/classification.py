@@ -16,7 +16,11 @@ from mmflow.objectives.rows import mean_cross_entropy
 
 def classification(outputs: Outputs, config: ClassificationConfig) -> Tensor:
     """The objective of a batch, (). A row whose label is −1, unknown, counts nowhere."""
-    label_B = outputs.target("label")
-    known_B = outputs.rows.real_B & (label_B >= 0)
     logits_BC = outputs.model.class_logits(outputs.fused)
-    return mean_cross_entropy(logits_BC, label_B, known_B, outputs.gather, config.label_smoothing)
+    known_B, gather = classification_places(outputs, config), outputs.gather_places("classification")
+    return mean_cross_entropy(logits_BC, outputs.target("label"), known_B, gather, config.label_smoothing)
+
+
+def classification_places(outputs: Outputs, config: ClassificationConfig) -> Tensor:
+    """(B,) bool: the labels that are known."""
+    return outputs.rows.real_B & (outputs.target("label") >= 0)

@@ -5,6 +5,7 @@ One forward a step, because ZeRO-3 gathers parameters by the order of a forward'
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from mmflow.loading.batches import Batch, normalise
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model
+from mmflow.models.scale import Scale
 from mmflow.objectives.config import ObjectivesConfig
+from mmflow.objectives.micro_batches import MicroBatch, averaging, comparing, count_places, pulled
 from mmflow.objectives.objectives import total
 from mmflow.objectives.outputs import MaskingTokens, Outputs
 from mmflow.objectives.rows import Gather, GlobalRows, PassOn, global_rows
@@ -58,11 +61,49 @@ class Learner(nn.Module):
         self.seed = seed
         self.ranks = ranks
 
-    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
-        """The loss to descend at a step, (), and what to report by name: each objective's own, and the logit scale."""
-        outputs = self.outputs(self.model, self.config, batch, step, self.rows(batch))
-        loss, parts = total(outputs, self.objectives, step)
-        return loss, parts | scales(outputs)
+    def forward(self, batch: Batch, step: int, micro_batch: MicroBatch | None = None) -> tuple[Tensor, Parts]:
+        """The loss to descend at a step, (), and what to report by name: each objective's own, and the logit scale.
+
+        Of a micro-batch the losses that are means over places, and the pull of those that compare rows; before their
+        slopes are known, nothing but its embeddings.
+        """
+        if micro_batch is None:
+            outputs = self.outputs(self.model, self.config, batch, step, self.rows(batch))
+            loss, parts = total(outputs, self.objectives, step)
+            return loss, parts | scales(outputs)
+        outputs = self.outputs(self.model, self.config, batch, step, micro_batch.rows, places=micro_batch.places)
+        embedded = _embedded(outputs) if self.compares else {}  # first in each pass, or dropout would not be the same
+        if micro_batch.slopes is None:
+            return torch.zeros(()), embedded
+        loss, parts = pulled(embedded, micro_batch.slopes), Parts()
+        means = averaging(self.objectives)
+        if means.named:
+            mean, parts = total(outputs, means, step)
+            loss = loss + mean
+        return loss, parts
+
+    @property
+    def compares(self) -> bool:
+        """Whether an objective compares all rows of a batch."""
+        return bool(comparing(self.objectives).named)
+
+    def places(self, batch: Batch, step: int, rows: GlobalRows, cuts: Sequence[slice]) -> dict[str, Tensor]:
+        """How many places each micro-batch of every rank has, by objective: an exchange, once a batch."""
+        outputs = self.outputs(self.model, self.config, batch, step, rows, unseen=True)
+        return count_places(outputs, self.objectives, cuts)
+
+    def compare(
+        self, batch: Batch, step: int, rows: GlobalRows, embedded: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Parts, Parts]:
+        """The loss of the objectives that compare rows, from the embeddings of all of them; what to report; and the
+        slopes by each tensor in `embedded`. No weight is read. Collective."""
+        leaves = {name: each.detach().requires_grad_() for name, each in embedded.items()}
+        outputs = self.outputs(self.model, self.config, batch, step, rows, unseen=True)
+        outputs.image_embedding, outputs.text_embedding = leaves["image_embedding"], leaves["text_embedding"]
+        outputs.scale = Scale(leaves["logit_scale"], leaves.get("logit_bias"))
+        loss, parts = total(outputs, comparing(self.objectives), step)
+        slopes = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return loss.detach(), parts | scales(outputs), dict(zip(leaves, slopes, strict=True))
 
     def rows(self, batch: Batch) -> GlobalRows:
         """Which rows of all ranks are real: an exchange, so once a batch, however many models are shown it."""
@@ -76,13 +117,21 @@ class Learner(nn.Module):
         step: int,
         rows: GlobalRows,
         attentions: frozenset[str] = frozenset(),
+        places: Mapping[str, Tensor] | None = None,
+        *,
+        unseen: bool = False,
     ) -> Outputs:
         """What a model gives for a batch, with the attention maps of the sides asked for. Another step draws other
-        masks and negatives, a resumed one the same."""
+        masks and negatives, a resumed one the same. Of pictures that stay `unseen` there is the shape alone."""
         device = batch.pixels.device
+        if unseen:
+            side = config.image_pixels
+            pixels = torch.empty((*batch.pixels.shape[:-2], side, side), device="meta")
+        else:
+            pixels = _resized(normalise(batch.pixels, config.pixel_mean, config.pixel_std), config.image_pixels)
         return Outputs(
             model,
-            pixels=_resized(normalise(batch.pixels, config.pixel_mean, config.pixel_std), config.image_pixels),
+            pixels=pixels,
             token_ids=batch.token_ids,
             token_mask=batch.token_mask,
             frame_mask=batch.frame_mask,
@@ -94,7 +143,14 @@ class Learner(nn.Module):
             special=self.special,
             generator=torch.Generator(device).manual_seed(self.seed * 1_000_003 + step),
             attentions=attentions,
+            places=places,
         )
+
+
+def _embedded(outputs: Outputs) -> Parts:
+    """All that the objectives that compare rows read."""
+    embeddings = {"image_embedding": outputs.image_embedding, "text_embedding": outputs.text_embedding}
+    return embeddings | scales(outputs)
 
 
 def scales(outputs: Outputs) -> Parts:

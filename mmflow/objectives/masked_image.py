@@ -22,16 +22,33 @@ from mmflow.objectives.rows import mean_of
 def masked_image(outputs: Outputs, config: MaskedImageConfig) -> Tensor:
     """The objective of a batch, (); with a fusion the caption helps to paint."""
     model, pixels_B3SS = outputs.model, outputs.pixels
-    hidden_B1SS = hidden_squares(
-        pixels_B3SS.shape[-1], config.square_pixels, config.share, outputs.rows.columns_B, draw_seed(outputs.generator)
-    )
+    hidden_B1SS = _hidden(outputs, config)
     # 0 is the mean colour of normalised pixels.
     seen = model.encode_image(pixels_B3SS.masked_fill(hidden_B1SS, 0.0), outputs.frame_mask)
     painted_BPL = model.masked_image_pixels(model.fuse(seen, outputs.text))
-    side = int(model.heads["masked_image"].side)  # type: ignore[arg-type]
-    hidden_BPL = patches(hidden_B1SS.expand_as(pixels_B3SS), side) & outputs.rows.real_B[:, None, None]
-    error_BPL = (painted_BPL.float() - patches(pixels_B3SS, side).float()).abs()
-    return mean_of(error_BPL[hidden_BPL], outputs.gather)
+    hidden_BPL = _in_patches(hidden_B1SS, outputs)
+    error_BPL = (painted_BPL.float() - patches(pixels_B3SS, _side(outputs)).float()).abs()
+    return mean_of(error_BPL[hidden_BPL], outputs.gather_places("masked_image"))
+
+
+def masked_image_places(outputs: Outputs, config: MaskedImageConfig) -> Tensor:
+    """(B, P, L) bool: the pixels to be painted."""
+    return _in_patches(_hidden(outputs, config), outputs)
+
+
+def _hidden(outputs: Outputs, config: MaskedImageConfig) -> Tensor:
+    seed = draw_seed(outputs.generator)
+    side = outputs.pixels.shape[-1]
+    return hidden_squares(side, config.square_pixels, config.share, outputs.rows.columns_B, seed)
+
+
+def _in_patches(hidden_B1SS: Tensor, outputs: Outputs) -> Tensor:
+    hidden_BPL = patches(hidden_B1SS.expand_as(outputs.pixels), _side(outputs))
+    return hidden_BPL & outputs.rows.real_B[:, None, None]
+
+
+def _side(outputs: Outputs) -> int:
+    return int(outputs.model.heads["masked_image"].side)  # type: ignore[arg-type]
 
 
 def hidden_squares(image_pixels: int, square_pixels: int, share: float, rows_B: Tensor, seed: int) -> Tensor:

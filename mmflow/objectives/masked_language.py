@@ -22,21 +22,26 @@ from mmflow.objectives.rows import mean_cross_entropy
 def masked_language(outputs: Outputs, config: MaskedLanguageConfig) -> Tensor:
     """The objective of a batch, ()."""
     model, token_ids_BT = outputs.model, outputs.token_ids
-    hidden_BT, chosen_BT = hide_words(
-        token_ids_BT,
-        outputs.token_mask.bool() & outputs.rows.real_B[:, None],
-        outputs.rows.columns_B,
-        outputs.special,
-        config.share,
-        draw_seed(outputs.generator),
-    )
+    hidden_BT, chosen_BT = _hidden(outputs, config)
     fused = model.fuse(outputs.image, model.encode_text(hidden_BT, outputs.token_mask))
     assert fused.text_BTW is not None, "check() has seen that the model has the head"
     # The head sees the chosen words alone, as one long text: a vocabulary's logits for all the others cost six times
     # as much.
     logits_MV = model.masked_language_logits(fused._replace(text_BTW=fused.text_BTW[chosen_BT][None]))[0]
     words_M = token_ids_BT[chosen_BT]
-    return mean_cross_entropy(logits_MV, words_M, torch.ones_like(words_M, dtype=torch.bool), outputs.gather)
+    everywhere_M = torch.ones_like(words_M, dtype=torch.bool)
+    return mean_cross_entropy(logits_MV, words_M, everywhere_M, outputs.gather_places("masked_language"))
+
+
+def masked_language_places(outputs: Outputs, config: MaskedLanguageConfig) -> Tensor:
+    """(B, T) bool: the words to be guessed."""
+    return _hidden(outputs, config)[1]
+
+
+def _hidden(outputs: Outputs, config: MaskedLanguageConfig) -> tuple[Tensor, Tensor]:
+    there_BT = outputs.token_mask.bool() & outputs.rows.real_B[:, None]
+    seed = draw_seed(outputs.generator)
+    return hide_words(outputs.token_ids, there_BT, outputs.rows.columns_B, outputs.special, config.share, seed)
 
 
 def hide_words(

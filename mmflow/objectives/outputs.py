@@ -62,10 +62,12 @@ class Outputs:
         special: MaskingTokens,
         generator: torch.Generator,
         attentions: frozenset[str] = frozenset(),
+        places: Mapping[str, Tensor] | None = None,
     ) -> None:
         """`pixels` are normalised. `keys` (B of them, or none) tell rows of one sample, which are never each other's
         negatives. `generator` must be in the same state on every rank, and be another's at every step. `attentions` are
-        the sides, image and text, whose encoders must give their maps."""
+        the sides, image and text, whose encoders must give their maps. `places` are given for a micro-batch: by
+        objective, how many places to learn from each micro-batch of every rank has, (parts,) int64."""
         self.model = model
         self.pixels = pixels
         self.token_ids = token_ids
@@ -79,6 +81,7 @@ class Outputs:
         self.special = special
         self.generator = generator
         self.attentions = attentions
+        self.places = places
 
     @cached_property
     def image(self) -> Encoded:
@@ -121,6 +124,13 @@ class Outputs:
             return self.rows.columns_B
         hashes = [xxhash.xxh3_64_intdigest(key.encode()) - (1 << 63) for key in self.keys]
         return torch.tensor(hashes, device=self.rows.real_B.device)
+
+    def gather_places(self, objective: str) -> Gather:
+        """What tells an objective how many places each part of the batch has, given how many there are here."""
+        if self.places is None:
+            return self.gather
+        places = self.places[objective]
+        return lambda _: places
 
     def target(self, name: str) -> Tensor:
         """A target of the batch. Raises TrainingError where the loader gives none of that name."""

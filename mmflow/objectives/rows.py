@@ -1,7 +1,8 @@
 """Which rows of a global batch are real, and means over all ranks in which padding counts nowhere.
 
 A mean here is a rank's part: the mean over ranks of the parts is the mean over the whole batch, in value and gradient,
-because DeepSpeed averages gradients over ranks.
+because DeepSpeed averages gradients over ranks. Where a rank's rows come in micro-batches it averages over these too,
+and each has a part.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class GlobalRows:
     real_B: Tensor  # bool
     real_N: Tensor  # bool
     first: int  # the first of this rank's rows among the N
+    parts: int | None = None  # of the loss, over all ranks, where these rows are a micro-batch; else one a rank
 
     @property
     def columns_B(self) -> Tensor:
@@ -44,11 +46,16 @@ class GlobalRows:
     def share(self) -> Tensor:
         """What a real row weighs in this rank's part of the mean over all real rows, ()."""
         # Clamped for a batch of which every sample was skipped as corrupt.
-        return self.num_ranks / self.real_N.sum().clamp(min=1)
+        return (self.parts or self.num_ranks) / self.real_N.sum().clamp(min=1)
 
     def mean(self, values_B: Tensor) -> Tensor:
         """This rank's part of the mean over all real rows."""
         return values_B.masked_fill(~self.real_B, 0.0).sum() * self.share
+
+    def micro_batch(self, where: slice, num_micro_batches: int) -> GlobalRows:
+        """Some of this rank's rows, one of the micro-batches that they come in."""
+        parts = self.num_ranks * num_micro_batches
+        return GlobalRows(self.real_B[where], self.real_N, self.first + where.start, parts)
 
 
 def global_rows(real_B: Tensor, gather: Gather, rank: int) -> GlobalRows:

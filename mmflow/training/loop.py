@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmflow.errors import TrainingError
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
+from mmflow.training.descent import descend
 from mmflow.training.telemetry import Journal
 
 
@@ -42,8 +43,7 @@ def train(
         began = time.perf_counter()
         batch = next(source)
         interval.waited += time.perf_counter() - began
-        loss, parts = engine(batch, step)
-        engine.backward(loss)
+        loss, parts = descend(engine, batch, step)
         engine.step()
         interval.add(loss, parts, batch)
         if batch.skipped:

@@ -1,0 +1,90 @@
+"""The gradient of one step: of a whole batch at once, or of one that goes through the model in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmflow.loading.batches import Batch
+from mmflow.models.scale import Scale
+from mmflow.objectives.learner import Parts
+from mmflow.objectives.micro_batches import MicroBatch
+
+
+def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
+    """Forward and backward of this rank's part of a batch; the loss, () without a graph, and its parts by name.
+
+    What is left is `engine.step()`. Collective.
+    """
+    num_micro_batches = engine.gradient_accumulation_steps()
+    if num_micro_batches == 1:
+        loss, parts = engine(batch, step)
+        engine.backward(loss)
+        return loss.detach(), parts
+    return _in_micro_batches(engine, batch, step, num_micro_batches)
+
+
+def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: int) -> tuple[Tensor, Parts]:
+    learner, size = engine.module, engine.train_micro_batch_size_per_gpu()
+    cuts = [slice(start, min(start + size, len(batch.real))) for start in range(0, len(batch.real), size)]
+    rows = learner.rows(batch)
+    places = learner.places(batch, step, rows, cuts)
+    pieces = [
+        (_rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, slopes={})) for cut in cuts
+    ]
+    loss, parts = torch.zeros((), device=batch.real.device), Parts()
+    states: list[list[Tensor]] = []
+    if learner.compares:
+        embedded = []
+        with torch.no_grad():
+            for piece, known in pieces:
+                states.append(_random_state(engine.device))
+                embedded.append(engine(piece, step, replace(known, slopes=None))[1])
+        loss, parts, slopes = learner.compare(batch, step, rows, _together(embedded))
+        pieces = [
+            (piece, replace(known, slopes=_slopes_of(slopes, cut, num_micro_batches)))
+            for (piece, known), cut in zip(pieces, cuts, strict=True)
+        ]
+    for number, (piece, known) in enumerate(pieces):
+        if number:
+            engine.step()  # of what only accumulates so far; the last one is the caller's
+        if states:
+            _set_random_state(states[number], engine.device)  # what was dropped must be dropped again
+        part_of_loss, more = engine(piece, step, known)
+        engine.backward(part_of_loss)
+        loss = loss + part_of_loss.detach() / num_micro_batches
+        for name, value in more.items():
+            parts[name] = parts.get(name, 0.0) + value.detach() / num_micro_batches
+    return loss, parts
+
+
+def _rows_of(batch: Batch, cut: slice) -> Batch:
+    return replace(batch.map_tensors(lambda each: each[cut]), keys=batch.keys[cut], skipped=())
+
+
+def _together(embedded: Sequence[Parts]) -> Parts:
+    """Of all micro-batches: their rows in order, and the scale, which is the same for each."""
+    return {
+        name: first if name in Scale._fields else torch.cat([each[name] for each in embedded])
+        for name, first in embedded[0].items()
+    }
+
+
+def _slopes_of(slopes: Parts, cut: slice, num_micro_batches: int) -> Parts:
+    """Those of a micro-batch. DeepSpeed divides the gradient of each by their number; the scale has a part in each."""
+    return {name: slope if name in Scale._fields else slope[cut] * num_micro_batches for name, slope in slopes.items()}
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
