@@ -63,7 +63,8 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
 
 
 def _rows_of(batch: Batch, cut: slice) -> Batch:
-    return replace(batch.map_tensors(lambda each: each[cut]), keys=batch.keys[cut], skipped=())
+    places = None if batch.places is None else batch.places[cut]
+    return replace(batch.map_tensors(lambda each: each[cut]), keys=batch.keys[cut], places=places, skipped=())
 
 
 def _together(embedded: Sequence[Parts]) -> Parts:

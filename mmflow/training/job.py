@@ -24,7 +24,7 @@ from mmflow.loading.tokens import read_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.marks import with_marks
-from mmflow.models.model import build
+from mmflow.models.model import Model, build
 from mmflow.models.package import load_package, portable, read_package, write_package
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Ranks
@@ -34,7 +34,7 @@ from mmflow.shards.dataset import Dataset, open_dataset
 from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
 from mmflow.training.collectives import average_buffers, gather_rows, pass_on
 from mmflow.training.config import TrainingConfig
-from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
+from mmflow.training.engine import build_engine, compile_parts, prepare_deepspeed, whole_state
 from mmflow.training.loop import train
 from mmflow.training.telemetry import Journal
 
@@ -82,6 +82,8 @@ def run_rank(job: TrainingJob, host: Host) -> None:
     job = replace(job, model=with_marks(f"{job.stage}.model", job.model, tokenizer))
     steps = total_steps(job.loader, dataset, job.training)
     learner, image_pixels = _learner(job, tokenizer)
+    if job.training.compile:
+        compile_parts(_model(learner))
     engine = build_engine(
         learner,
         optimizer=job.training.optimizer,
@@ -89,6 +91,9 @@ def run_rank(job: TrainingJob, host: Host) -> None:
         precision=job.training.precision,
         global_batch_size=job.training.global_batch_size,
         total_steps=steps,
+        micro_batch_size=job.training.micro_batch_size,
+        offload_optimizer=job.training.offload_optimizer,
+        ema_decay=job.training.ema_decay,
     )
     # Dropout must differ between ranks, or every rank drops the same units.
     torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
@@ -131,14 +136,18 @@ def run_rank(job: TrainingJob, host: Host) -> None:
                 save=save,
                 journal=journal,
             )
-        _write(job, learner)
+        _write(job, learner, averaged_by=engine if job.training.ema_decay is not None else None)
         flush()
 
 
-def _write(job: TrainingJob, learner: Learner | Student) -> None:
+def _model(learner: Learner | Student) -> Model:
+    return (learner.learner if isinstance(learner, Student) else learner).model
+
+
+def _write(job: TrainingJob, learner: Learner | Student, averaged_by: Any) -> None:
     average_buffers(learner)
-    model = (learner.learner if isinstance(learner, Student) else learner).model
-    state = whole_state(model)
+    model = _model(learner)
+    state = whole_state(model, averaged_by)
     if dist.get_rank() == 0:
         write_package(
             job.package,
