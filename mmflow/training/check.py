@@ -43,6 +43,8 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
         if name in section.objectives.named and not is_set:
             raise RecipeError(f"{key}.objectives.{name}: its targets are nowhere; set {key}.loader.{option} to {value}")
     check_trained(key, config, section.objectives, TAUGHT if isinstance(section, DistillConfig) else ())
+    if section.training.micro_batch_size is not None:
+        _check_micro_batches(key, section)
     encoders = encoders_of(config)
     if any(encoder.checkpoint is not None for encoder in encoders.values()):
         # Its weights would be read, which takes long: all else is checked when the model is built.
@@ -56,3 +58,12 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     if isinstance(section, PretrainConfig) and config.text is not None and config.text.checkpoint is not None:
         place = f"{key}.model.text.checkpoint"
         with_marks(f"{key}.model", config, load_tokenizer(checkpoint_directory(place, config.text.checkpoint), place))
+
+
+def _check_micro_batches(key: str, section: PretrainConfig | DistillConfig) -> None:
+    """Raise RecipeError where something reads the whole batch that is more than its embeddings."""
+    reads = "matching, which fuses each picture with another's caption," if section.objectives.matching else None
+    if isinstance(section, DistillConfig):
+        reads = "lessons, which compare with a teacher,"
+    if reads is not None:
+        raise RecipeError(f"{key}.training.micro_batch_size: {reads} must see the whole batch at once; leave it out")

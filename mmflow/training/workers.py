@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmflow.errors import TrainingError
+from mmflow.training.engine import check_fp16
 from mmflow.training.job import TrainingJob, run_rank
 
 CHECKPOINTS = "checkpoints"
@@ -26,6 +27,8 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     accelerated = ray.cluster_resources().get("GPU", 0) >= job.training.num_workers  # type: ignore[no-untyped-call]
+    if job.training.precision == "fp16":
+        check_fp16(f"{job.stage}.training", accelerated)
     resources = {"CPU": job.training.cpus_per_worker} | ({"GPU": 1} if accelerated else {})
     trainer = TorchTrainer(
         _run_worker,
