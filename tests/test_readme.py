@@ -31,6 +31,9 @@ ELSEWHERE = {
     "mmflow shard pipelines/recipes/openclipart.yaml": "tests/ingest/test_openclipart.py",  # it downloads 156 MB
     "mmflow pretrain recipe.yaml --submit http://head:8265": "tests/cluster/test_submit.py",
     "mmflow cluster check cluster.yaml": "tests/cluster/test_lint.py",
+    "mmflow models import downloads/clip-vit-base-patch32 models/clip": "tests/test_cli.py",
+    "mmflow models export models/clip exported/clip": "tests/test_cli.py",
+    "mmflow models export models/clip exported/clip-onnx --format onnx": "tests/test_cli.py",
     "mmflow schedule pipelines/nightly.yaml": "test_the_scheduler_starts_and_stops",
 }
 
@@ -68,7 +71,7 @@ def test_readme_shows_commands_of_every_kind() -> None:
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("mmflow") and each not in ELSEWHERE])
 def test_an_mmflow_command_of_readme_succeeds(command: str, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     workspace = load_recipe(recipe).workspace
-    words = shlex.split(command.replace("pipelines/quickstart.yaml", recipe))[1:]
+    words = shlex.split(re.sub(r"pipelines/(quickstart|recipes/\w+)\.yaml", recipe, command))[1:]
     words = [word.replace("distill.training.epochs=20", "distill.training.epochs=1") for word in words]
     datasets = [str(path) for path in Path(workspace, "shard").iterdir()]
     words = [re.sub(r"workspace/quickstart/shard/[0-9a-f]{16}", datasets[0], word) for word in words]
