@@ -22,7 +22,8 @@ from mmflow.models.scale import LogitScale, Scale
 from mmflow.models.tight import TightSimilarity
 from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder
 
-# Shapes: A captions, B batch, T tokens, R regions, W width, H and S height and width in pixels, E the width of the shared space.
+# Shapes: B batch, A captions, T tokens, R regions, W width, H and S height and width in pixels, E the width of the
+# shared space.
 
 
 class Model(nn.Module):

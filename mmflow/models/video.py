@@ -1,4 +1,7 @@
-"""Clips: frames through the image encoder, then made one as CLIP4Clip does (arXiv 2104.08860, section 3.3)."""
+"""Clips: frames through the image encoder, then made one as CLIP4Clip does (arXiv 2104.08860, section 3.3).
+
+Its third way, which keeps the frames apart until it reads them with a caption, is in `tight`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,9 @@ class VideoEncoder(nn.Module):
         self.max_frames = config.max_frames
         self.order = None
         if config.kind == "sequential":
-            _check_heads(key, config, self.width)
+            assert config.layers is not None
+            assert config.heads is not None
+            check_heads(key, config.heads, self.width)
             self.order = Blocks(self.width, config.heads, config.layers, config.max_frames)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, *, attentions: bool = False) -> Encoded:
@@ -63,6 +68,7 @@ def _at_least_one(mask_BF: Tensor | None, clips_BF: Tensor) -> Tensor:
     return mask_BF | (first_F & ~mask_BF.any(1, keepdim=True))
 
 
-def _check_heads(key: str, config: VideoConfig, width: int) -> None:
-    if width % config.heads:
-        raise RecipeError(f"{key}.heads: {config.heads} do not divide the width, {width}; give another number")
+def check_heads(key: str, heads: int, width: int) -> None:
+    """Raise RecipeError where the heads do not divide the width. `key` is the recipe's."""
+    if width % heads:
+        raise RecipeError(f"{key}.heads: {heads} do not divide the width, {width}; give another number")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmflow.objectives.config import ContrastiveConfig
 from mmflow.objectives.outputs import Outputs
+from mmflow.objectives.pairwise import pair_score_loss
 from mmflow.objectives.rows import Gather, GlobalRows
 from mmflow.objectives.tiled import pair_surprisals
 
@@ -19,7 +20,9 @@ from mmflow.objectives.tiled import pair_surprisals
 
 
 def contrastive(outputs: Outputs, config: ContrastiveConfig) -> Tensor:
-    """The objective of a batch, ()."""
+    """The objective of a batch, (). A model that scores pairs reads each of the global batch."""
+    if "pair_scores" in outputs.model.gives:
+        return pair_score_loss(outputs.pair_scores, outputs.rows, outputs.gather, config.label_smoothing)
     scale, _ = outputs.scale
     embeddings = outputs.image_embedding, outputs.text_embedding
     return contrastive_loss(*embeddings, scale, outputs.rows, outputs.gather, config.label_smoothing)

@@ -35,7 +35,8 @@ OBJECTIVES: dict[str, Callable[[Outputs, Any], Tensor]] = {
 batch."""
 
 _REMEDIES = {
-    "embeddings": "give the model a text encoder and an embedding_width",
+    "similarities": "give the model a text encoder and an embedding_width",
+    "embeddings": "give the model a text encoder and an embedding_width, and no video of kind tight",
     "bias": "give the model a bias (SigLIP's is -10)",
     "fused": "give the model a fusion",
     "decoded": "give the model a decoder",
@@ -56,7 +57,7 @@ def needs(name: str, section: ObjectiveConfig) -> tuple[str, ...]:
     if isinstance(section, AnsweringConfig):
         return ("fused", *(("class_logits",) if section.by == "classes" else ("decoded", "decoded from the question")))
     return {
-        "contrastive": ("embeddings",),
+        "contrastive": ("similarities",),
         "sigmoid": ("embeddings", "bias"),
         "masked_language": ("masked_language_logits", "a token that hides a word"),
         "masked_image": ("masked_image_pixels",),
@@ -69,6 +70,8 @@ def check(key: str, objectives: ObjectivesConfig, model: Model, special: Masking
     """Raise RecipeError where an objective reads what model or tokenizer do not give. `key` is the recipe's, for the
     message."""
     gives = set(model.gives)
+    if gives & {"embeddings", "pair_scores"}:
+        gives.add("similarities")
     if model.scale is not None and model.scale.logit_bias is not None:
         gives.add("bias")
     if special.mask is not None:

@@ -107,6 +107,12 @@ class Outputs:
         return self.model.embed_text(self.text)
 
     @cached_property
+    def pair_scores(self) -> Tensor:
+        """(N, B): the score of each text of all ranks with each clip of this one."""
+        assert self.text is not None, "check() has seen that the model gives pair scores"
+        return self.model.score_pairs(self.gather(self.text.pooled_BW), self.image)
+
+    @cached_property
     def scale(self) -> Scale:
         """What cosines are multiplied by and shifted by, (1,) each."""
         scale: Scale = self.model.scale()  # type: ignore[misc]

@@ -137,7 +137,7 @@ ALL = (
 @pytest.mark.parametrize(
     ("objectives", "model", "said"),
     [
-        ({"contrastive": {}}, Giving("fused"), "recipe.contrastive: it needs embeddings; give the model"),
+        ({"contrastive": {}}, Giving("fused"), "recipe.contrastive: it needs similarities; give the model"),
         ({"sigmoid": {}}, Giving("embeddings", bias=False), "recipe.sigmoid: it needs bias; give the model a bias"),
         ({"matching": {}}, Giving("embeddings"), "recipe.matching: it needs fused; give the model a fusion"),
         ({"matching": {}}, Giving("fused", "embeddings"), "recipe.matching: it needs matching_logits; add matching"),
