@@ -58,20 +58,30 @@ def run() -> list[Row]:
 
 def in_strips(batch: int) -> dict[str, float]:
     """`contrastive_loss`, of one rank."""
+    return _measured(batch, loss_in_strips(batch))
+
+
+def dense(batch: int) -> dict[str, float]:
+    """transformers' loss on one matrix."""
+    return _measured(batch, dense_loss())
+
+
+def loss_in_strips(batch: int, device: str = "cpu") -> Callable[..., Any]:
+    """mmflow's loss of pictures, texts (B, E) and the logit scale (1,)."""
     import torch
 
     from mmflow.objectives.contrastive import contrastive_loss
     from mmflow.objectives.rows import global_rows
 
-    rows = global_rows(torch.ones(batch, dtype=torch.bool), lambda each: each, rank=0)
-    return _measured(batch, lambda image, text, scale: contrastive_loss(image, text, scale, rows, lambda each: each))
+    rows = global_rows(torch.ones(batch, dtype=torch.bool, device=device), lambda each: each, rank=0)
+    return lambda image, text, scale: contrastive_loss(image, text, scale, rows, lambda each: each)
 
 
-def dense(batch: int) -> dict[str, float]:
-    """transformers' loss on one matrix, of which it takes both directions."""
+def dense_loss() -> Callable[..., Any]:
+    """transformers', of one matrix that it takes both directions of."""
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-    return _measured(batch, lambda image, text, scale: image_text_contrastive_loss((scale * text) @ image.T))
+    return lambda image, text, scale: image_text_contrastive_loss((scale * text) @ image.T)
 
 
 def _measured(batch: int, loss_of: Callable[..., Any]) -> dict[str, float]:
