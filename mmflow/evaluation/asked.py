@@ -11,7 +11,7 @@ from mmflow.training.config import DistillConfig, PretrainConfig
 
 Gives = frozenset[str]  # ModelConfig's `gives`
 
-# What each section of the recipe needs of a model, one or the other, beside retrieval, which needs embeddings.
+# What each section of the recipe needs of a model, one or the other, beside retrieval, which needs similarities.
 NEEDS: dict[str, tuple[Gives, ...]] = {
     "zero_shot": (Gives({"embeddings"}),),
     "classification": (Gives({"class_logits"}),),
@@ -21,7 +21,8 @@ NEEDS: dict[str, tuple[Gives, ...]] = {
     "matching": (Gives({"matching_logits"}),),
     "masked_language": (Gives({"masked_language_logits"}),),
 }
-COMPARES = Gives({"embeddings", "matching_logits"})
+SIMILARITIES = Gives({"embeddings", "pair_scores"})
+COMPARES = SIMILARITIES | {"matching_logits"}
 
 _SHARED_SPACE = "a text encoder and an embedding_width"
 _REMEDIES = {
@@ -39,7 +40,7 @@ def asked_and_given(settings: EvaluateConfig, gives: Gives) -> frozenset[str]:
     """The sections that the recipe asks for and a model that gives this can be examined in."""
     asked = {name for name in NEEDS if getattr(settings, name) is not None}
     found = {name for name in asked if any(needed <= gives for needed in NEEDS[name])}
-    return frozenset(found | ({"retrieval"} if "embeddings" in gives else set()))
+    return frozenset(found | ({"retrieval"} if SIMILARITIES & gives else set()))
 
 
 def check_asked(settings: EvaluateConfig, gives: Mapping[str, Gives]) -> None:

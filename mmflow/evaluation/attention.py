@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmflow.evaluation.asked import SIMILARITIES
 from mmflow.loading.reader import Sample
 from mmflow.models.embed import image_inputs, text_inputs
 from mmflow.models.hierarchical import HierarchicalEncoder
@@ -83,8 +84,8 @@ def look(loaded: LoadedModel, sample: Sample, text: str) -> Looked:
     """What raised the cosine of a picture and a text, or for a model without a shared space the odds that they match.
 
     An encoder that does not attend (a convolutional one) is asked by its gradients with respect to pixels (saliency,
-    arXiv 1312.6034). The model must give embeddings, or matching logits. Through a fusion that has no attention nothing
-    but saliency is seen.
+    arXiv 1312.6034). The model must give embeddings, pair scores or matching logits. Through a fusion that has no
+    attention nothing but saliency is seen.
     """
     model = loaded.model
     pixels, frame_mask = image_inputs(loaded, [sample])
@@ -98,6 +99,8 @@ def look(loaded: LoadedModel, sample: Sample, text: str) -> Looked:
         maps |= {_QUERY[side]: (each.pooling_BH1T,) for side, each in encoded.items() if each.pooling_BH1T is not None}
         if "embeddings" in model.gives:
             score = (model.embed_image(image) * model.embed_text(read)).sum()
+        elif "pair_scores" in model.gives:
+            score = model.score_pairs(read.pooled_BW, image).sum()
         else:
             fused = model.fuse(image, read, attentions=True)
             odds_12 = model.matching_logits(fused)
@@ -110,7 +113,7 @@ def look(loaded: LoadedModel, sample: Sample, text: str) -> Looked:
     left = iter(counted(layer, torch.zeros_like(layer) if one is None else one)
                 for layer, one in zip(layers, gradients, strict=True))  # fmt: skip
     counts = {name: [next(left).detach() for _ in each] for name, each in maps.items()}
-    if "embeddings" in model.gives:
+    if model.gives & SIMILARITIES:
         encoders: dict[str, Any] = {"image": model.image, "text": model.text}
         weights = {
             side: _read_by_pooled(

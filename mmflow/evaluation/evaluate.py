@@ -18,7 +18,7 @@ from mmflow.evaluation.captions import caption_metrics, typical_caption
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.masked_words import masked_word_metrics
 from mmflow.evaluation.perplexity import perplexity_metrics
-from mmflow.evaluation.predict import class_scores, matching_scores, token_losses, write_texts
+from mmflow.evaluation.predict import class_scores, matching_scores, pair_scores, token_losses, write_texts
 from mmflow.evaluation.retrieval import (
     Found,
     chance_metrics,
@@ -48,7 +48,7 @@ class Retrieved:
 
     ranks: NDArray[np.int64]  # of the right picture
     best: NDArray[np.int64]  # (captions, GRID_RESULTS): the nearest pictures, as places in `Captions.pictures`
-    scores: NDArray[np.float32]  # their cosines
+    scores: NDArray[np.float32]  # their similarities
 
 
 @dataclass(frozen=True)
@@ -69,28 +69,32 @@ def examine(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> Examin
     retrieved, similarity = None, None
     first = next(iter(rows.captions.values()))
     if "retrieval" in sections:
-        images = embed_images(loaded, rows.samples, settings.batch_size)
-        similarity = _similarity(loaded, first, images, settings.batch_size)
+        images = None
+        if "embeddings" in loaded.model.gives:
+            images = embed_images(loaded, rows.samples, settings.batch_size)
+        similarity = _similarity(loaded, rows, first, images, settings.batch_size)
         metrics |= _both_ways(similarity, first)
         metrics["languages"] = {
             language: {
                 "text_to_image": retrieval_metrics(
-                    find_one(_similarity(loaded, captions, images, settings.batch_size), captions.picture_of_text)
+                    find_one(_similarity(loaded, rows, captions, images, settings.batch_size), captions.picture_of_text)
                 )
             }
             for language, captions in list(rows.captions.items())[1:]
         }
         retrieved = _retrieved(similarity, first)
-        if settings.long_text is not None:
-            cut = _similarity(loaded, first, images, settings.batch_size, settings.long_text.truncated_tokens)
+        if settings.long_text is not None and images is not None:
+            cut = _similarity(loaded, rows, first, images, settings.batch_size, settings.long_text.truncated_tokens)
             metrics |= _long_text(loaded, first, metrics, _both_ways(cut, first), settings.long_text.truncated_tokens)
-        if settings.zero_shot is not None:
+        if settings.zero_shot is not None and images is not None:
             zero_shot = settings.zero_shot
             classes = class_embeddings(loaded, zero_shot.texts, settings.batch_size)
             names = list(zero_shot.prompts)
             metrics["zero_shot"] = zero_shot_metrics(images, classes, names, rows.labels(zero_shot.label))
     if "matching" in sections:
-        metrics |= _matched(loaded, rows, first, similarity, settings)
+        # What bounds the pairs that are matched are cosines: a model that scores pairs anyway matches them all.
+        cosines = similarity if "embeddings" in loaded.model.gives else None
+        metrics |= _matched(loaded, rows, first, cosines, settings)
     if "masked_language" in sections:
         pictures = [rows.samples[row] for row in first.pictures]
         metrics["masked_language"] = masked_word_metrics(
@@ -106,9 +110,17 @@ def examine(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> Examin
 
 
 def _similarity(
-    loaded: LoadedModel, captions: Captions, images: Embeddings, batch_size: int, max_tokens: int | None = None
+    loaded: LoadedModel,
+    rows: Rows,
+    captions: Captions,
+    images: Embeddings | None,
+    batch_size: int,
+    max_tokens: int | None = None,
 ) -> Embeddings:
-    # (captions, pictures that have one)
+    """(captions, pictures that have one): cosines with the `images`, or without them the scores of all pairs."""
+    if images is None:
+        clips = [rows.samples[row] for row in captions.pictures]
+        return pair_scores(loaded, clips, captions.texts, batch_size, max_tokens)
     embedded = embed_captions(loaded, captions.texts, batch_size, max_tokens)
     similarity: Embeddings = embedded @ images[captions.pictures].T
     return similarity
