@@ -8,11 +8,12 @@ Packages below know how; this file alone knows the order. Each function returns 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
+from mmflow.distillation.config import TeacherConfig
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
 from mmflow.ingest.config import SourceConfig
 from mmflow.progress import progress
@@ -21,6 +22,7 @@ from mmflow.training.config import DistillConfig, PretrainConfig
 
 if TYPE_CHECKING:
     from mmflow.loading.vocabulary import Vocabulary
+    from mmflow.training.job import TrainingJob
 
 Inputs = Mapping[str, Artifact]
 Section = PretrainConfig | DistillConfig
@@ -198,7 +200,18 @@ def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
 
 
 def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
+    from mmflow.registry.tracking import tracking_uri
+    from mmflow.registry.versions import package_of
+
     assert recipe.distill is not None
+    section = recipe.distill
+    tracking = tracking_uri(recipe.workspace)
+    teachers = [
+        TeacherConfig(package=package_of(each.model, each.version, uri=tracking), weight=each.weight)
+        if each.model is not None and each.version is not None
+        else each
+        for each in section.teachers
+    ]
 
     def vocabulary(section: Section) -> Vocabulary:
         from mmflow.loading.vocabulary import Vocabulary
@@ -206,7 +219,7 @@ def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
 
         return Vocabulary(*read_vocabulary(read_package(inputs["pretrain"].file(PACKAGE))))
 
-    return _training_stage(recipe, "distill", recipe.distill, inputs, vocabulary)
+    return _training_stage(recipe, "distill", section.model_copy(update={"teachers": teachers}), inputs, vocabulary)
 
 
 def _training_stage(
@@ -266,10 +279,10 @@ def _train(
             package=join(uri, PACKAGE),
             journal=join(uri, JOURNAL),
             lineage=lineage,
-            teacher=inputs["pretrain"].file(PACKAGE) if isinstance(section, DistillConfig) else None,
-            lessons=section.lessons if isinstance(section, DistillConfig) else None,
         )
         ensure_ray(num_cpus=training.least_workers * training.cpus_per_worker)
+        if isinstance(section, DistillConfig):
+            job = _with_teachers(job, recipe.workspace, section, inputs["pretrain"].file(PACKAGE))
         run = TrainingRun(
             experiment=recipe.name,
             name=name,
@@ -293,6 +306,41 @@ def _train(
         "num_workers": training.most_workers,
         "zero_stage": training.zero_stage,
     }
+
+
+def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, package: str) -> TrainingJob:
+    """The job with the teachers of a stage, the one that `pretrain` trained first, their caches built."""
+    from mmflow.distillation.cache import with_caches
+    from mmflow.distillation.teachers import TeacherPackage
+    from mmflow.loading.tokens import read_tokenizer
+
+    teachers = (
+        TeacherPackage(package=package),
+        *(TeacherPackage(package=str(each.package), weight=each.weight) for each in section.teachers),
+    )
+    if section.cache is not None:
+        with progress("cache") as report:
+            teachers = with_caches(
+                teachers,
+                key="distill.cache",
+                cache=section.cache,
+                dataset=job.dataset,
+                loader=job.loader,
+                tokenizer=read_tokenizer(job.tokenizer_json),
+                max_tokens=job.model.max_tokens,
+                seed=job.seed,
+                workspace=workspace,
+                num_workers=job.training.most_workers,
+                cpus_per_worker=job.training.cpus_per_worker,
+                progress=report,
+            )
+    return replace(
+        job,
+        teachers=teachers,
+        lessons=section.lessons,
+        initialise=section.initialise,
+        stored_views=section.cache.augmentations if section.cache else 0,
+    )
 
 
 # --- evaluate, promote, score ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -120,22 +121,8 @@ def open_loader(
     if rank == 0:
         for reader in readers:
             reader.check()
-    views = ViewSettings(
-        seed=seed,
-        image_pixels=image_pixels,
-        max_tokens=max_tokens,
-        augment=config.augment,
-        language_weights=config.language_weights,
-        frames=config.frames,
-        text=config.text,
-        reads_text=reads_text,
-        truncation=config.truncation,
-        label=config.label,
-        classes=classes,
-        on_corrupt=config.on_corrupt,
-        stored_views=stored_views,
-        readings=readings,
-    )
+    views = views_of(config, image_pixels=image_pixels, max_tokens=max_tokens, seed=seed)
+    views = replace(views, reads_text=reads_text, classes=classes, stored_views=stored_views, readings=readings)
     return Loader(
         order_of(config, readers, global_batch_size, seed),
         readers,
@@ -149,6 +136,22 @@ def open_loader(
         max_skipped=config.max_skipped,
         device=device,
         state=state,
+    )
+
+
+def views_of(config: LoaderConfig, *, image_pixels: int, max_tokens: int, seed: int) -> ViewSettings:
+    """What makes the views that a recipe's loader shows."""
+    return ViewSettings(
+        seed=seed,
+        image_pixels=image_pixels,
+        max_tokens=max_tokens,
+        augment=config.augment,
+        language_weights=config.language_weights,
+        frames=config.frames,
+        text=config.text,
+        truncation=config.truncation,
+        label=config.label,
+        on_corrupt=config.on_corrupt,
     )
 
 

@@ -113,6 +113,14 @@ def list_versions(name: str, *, uri: str) -> tuple[Version, ...]:
         return tuple(sorted((describe(one, model) for one in found), key=lambda version: version.version))
 
 
+def package_of(name: str, version: int, *, uri: str) -> str:
+    """Where the package of a version lies. Raises TrackingError where there is no such version."""
+    known = {each.version: each.package_uri for each in list_versions(name, uri=uri)}
+    if version not in known:
+        raise TrackingError(f"{name}: no version {version} is registered; `mmflow models list` shows those that are")
+    return known[version]
+
+
 def history(name: str, alias: str = CHAMPION, *, uri: str) -> tuple[AliasChange, ...]:
     """Every move of an alias through this module, oldest first; empty where there is no such model."""
     with explained(uri, f"read the history of {name}"):

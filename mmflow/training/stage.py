@@ -11,6 +11,7 @@ from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.vocabulary import Vocabulary, learn_vocabulary
 from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from mmflow.models.package import read_package
 from mmflow.shards.dataset import open_dataset
 from mmflow.training.config import DistillConfig, PretrainConfig
 
@@ -58,6 +59,11 @@ def identity(key: str, section: Section) -> tuple[dict[str, Any], dict[str, str]
             directory = checkpoint_directory(f"{key}.model.{side}.checkpoint", encoder.checkpoint)
             files = sorted(path.name for path in directory.iterdir() if path.is_file())
             fingerprints[f"{side} checkpoint"] = fingerprint(str(directory), files)
+    if isinstance(section, DistillConfig):
+        settings["teachers"] = [each.weight for each in section.teachers]
+        for number, teacher in enumerate(section.teachers):
+            assert teacher.package is not None, "registered ones have been looked up"
+            fingerprints[f"teacher {number}"] = read_package(teacher.package).digest
     return settings, fingerprints
 
 
@@ -80,7 +86,12 @@ def with_absolute_paths(section: Section) -> Section:
         if encoder.checkpoint is not None and not encoder.checkpoint.startswith(IN_PACKAGE):
             changed = encoder.model_copy(update={"checkpoint": _absolute(encoder.checkpoint)})
             model = model.model_copy(update={side: changed})
-    return section.model_copy(update={"loader": loader, "model": model})
+    changes: dict[str, Any] = {"loader": loader, "model": model}
+    if isinstance(section, DistillConfig):
+        changes["teachers"] = [
+            each.model_copy(update={"package": _absolute(str(each.package))}) for each in section.teachers
+        ]
+    return section.model_copy(update=changes)
 
 
 def _absolute(uri: str) -> str:
