@@ -27,7 +27,9 @@ app = typer.Typer(
     help="Image–text corpora in, better multimodal models out, every night. `mmflow quickstart` shows the whole loop.",
 )
 cluster = typer.Typer(no_args_is_help=True, help="The Ray cluster's launcher file.")
+selfcheck = typer.Typer(no_args_is_help=True, help="Proofs on your own cluster, in a minute: gradients.")
 app.add_typer(models, name="models")
+app.add_typer(selfcheck, name="selfcheck")
 app.add_typer(cluster, name="cluster")
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
@@ -237,6 +239,43 @@ def describe_dataset(dataset: DatasetUri) -> None:
     from mmflow.shards.describe import write_description
 
     print(write_description(dataset))
+
+
+@selfcheck.command("gradients", epilog="Example: mmflow selfcheck gradients pipelines/quickstart.yaml")
+def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Check that the recipe's workers descend the gradient of one process: each objective, on a small model. Exit code
+    1 where they do not."""
+    from mmflow.artifacts import join
+    from mmflow.cluster.local import ensure_ray
+    from mmflow.training.selfcheck import small_check
+    from mmflow.training.workers import compare_gradients_on_ray
+
+    loaded = _recipe(recipe, overrides)
+    sections = {"pretrain": loaded.pretrain} | ({"distill": loaded.distill} if loaded.distill else {})
+    ensure_ray(max(each.training.most_workers * each.training.cpus_per_worker for each in sections.values()))
+    different = 0
+    for name, section in sections.items():
+        training = section.training
+        found = compare_gradients_on_ray(
+            small_check(
+                section.model,
+                section.objectives,
+                zero_stage=training.zero_stage,
+                in_micro_batches=training.micro_batch_size is not None,
+                offload_optimizer=training.offload_optimizer,
+            ),
+            num_workers=training.most_workers,
+            cpus_per_worker=training.cpus_per_worker,
+            directory=join(loaded.workspace, "selfcheck"),
+        )
+        for each in found:
+            verdict = "equal" if each.equal else "DIFFERENT"
+            print(f"{name} {each.objective}: max error {each.error:.1e} of {each.largest:.1e}: {verdict}")
+        different += sum(not each.equal for each in found)
+    if different:
+        raise MmflowError(
+            f"{recipe}: {different} gradients are not those of one process; train on one worker, and report this"
+        )
 
 
 @cluster.command("check", epilog="Example: mmflow cluster check cluster.yaml")

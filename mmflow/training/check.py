@@ -63,6 +63,8 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
 def _check_micro_batches(key: str, section: PretrainConfig | DistillConfig) -> None:
     """Raise RecipeError where something reads the whole batch that is more than its embeddings."""
     reads = "matching, which fuses each picture with another's caption," if section.objectives.matching else None
+    if section.model.video is not None and section.model.video.kind == "tight":
+        reads = "video.kind tight, which reads each clip with every caption,"
     if section.model.tight:
         reads = "video of kind tight, which scores every pair,"
     if isinstance(section, DistillConfig):

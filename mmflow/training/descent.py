@@ -18,7 +18,7 @@ from mmflow.objectives.micro_batches import MicroBatch
 def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
     """Forward and backward of this rank's part of a batch; the loss, () without a graph, and its parts by name.
 
-    What is left is `engine.step()`. Collective.
+    What is left is `engine.step()`, once. Collective.
     """
     num_micro_batches = engine.gradient_accumulation_steps()
     if num_micro_batches == 1:
@@ -34,7 +34,7 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
     rows = learner.rows(batch)
     places = learner.places(batch, step, rows, cuts)
     pieces = [
-        (_rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, slopes={})) for cut in cuts
+        (rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, slopes={})) for cut in cuts
     ]
     loss, parts = torch.zeros((), device=batch.real.device), Parts()
     states: list[list[Tensor]] = []
@@ -50,8 +50,7 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
             for (piece, known), cut in zip(pieces, cuts, strict=True)
         ]
     for number, (piece, known) in enumerate(pieces):
-        if number:
-            engine.step()  # of what only accumulates so far; the last one is the caller's
+        engine.set_gradient_accumulation_boundary(number == num_micro_batches - 1)
         if states:
             _set_random_state(states[number], engine.device)  # what was dropped must be dropped again
         part_of_loss, more = engine(piece, step, known)
@@ -62,7 +61,8 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
     return loss, parts
 
 
-def _rows_of(batch: Batch, cut: slice) -> Batch:
+def rows_of(batch: Batch, cut: slice) -> Batch:
+    """Some rows of a batch, as one of their own."""
     places = None if batch.places is None else batch.places[cut]
     return replace(batch.map_tensors(lambda each: each[cut]), keys=batch.keys[cut], places=places, skipped=())
 

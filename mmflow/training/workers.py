@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from mmflow.errors import TrainingError
 from mmflow.training.engine import check_fp16
 from mmflow.training.job import TrainingJob, run_rank
+from mmflow.training.selfcheck import Compared, GradientCheck, compare_gradients
 
 CHECKPOINTS = "checkpoints"
 KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest cannot be read
@@ -21,15 +23,14 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
 
     Ray must be initialised. Raises TrainingError once the workers have failed more often than the recipe allows.
     """
-    import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    accelerated = ray.cluster_resources().get("GPU", 0) >= job.training.num_workers  # type: ignore[no-untyped-call]
+    accelerated = _accelerated(job.training.most_workers)
     if job.training.precision == "fp16":
         check_fp16(f"{job.stage}.training", accelerated)
-    resources = {"CPU": job.training.cpus_per_worker} | ({"GPU": 1} if accelerated else {})
+    resources = _resources(job.training.cpus_per_worker, accelerated)
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"job": job},
@@ -47,6 +48,53 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
+
+
+def _accelerated(num_workers: int) -> bool:
+    """Whether there is an accelerator for each worker."""
+    import ray
+
+    found: float = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    return found >= num_workers
+
+
+def _resources(cpus_per_worker: int, accelerated: bool) -> dict[str, float]:
+    return {"CPU": cpus_per_worker} | ({"GPU": 1} if accelerated else {})
+
+
+def compare_gradients_on_ray(
+    check: GradientCheck, *, num_workers: int, cpus_per_worker: int, directory: str
+) -> list[Compared]:
+    """What `compare_gradients` finds on that many workers; Ray Train writes what it must under `directory`.
+
+    Ray must be initialised. Raises TrainingError where the workers fail.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    trainer = TorchTrainer(
+        _compare_on_worker,
+        train_loop_config={"check": check},
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=_accelerated(num_workers),
+            resources_per_worker=_resources(cpus_per_worker, _accelerated(num_workers)),
+        ),
+        run_config=RunConfig(name="selfcheck", storage_path=directory),
+    )
+    try:
+        found = trainer.fit().metrics
+    except TrainingFailedError as error:
+        raise TrainingError(f"selfcheck: {_cause(error)}") from error
+    assert found is not None, "rank 0 reports"
+    return [Compared(**each) for each in found["compared"]]
+
+
+def _compare_on_worker(config: dict[str, GradientCheck]) -> None:
+    import ray.train
+
+    ray.train.report({"compared": [asdict(each) for each in compare_gradients(config["check"])]})
 
 
 def _cause(error: Exception) -> str:
