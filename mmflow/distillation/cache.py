@@ -6,19 +6,23 @@ that are missing. What the cache is made of (dataset, teacher, views) is its ide
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from mmflow.artifacts import Stage, content_hash, exists, publish
 from mmflow.distillation.cached import DTYPES, KIND, checksum, file_uri, open_rows
+from mmflow.distillation.config import CacheConfig
+from mmflow.distillation.teachers import TeacherPackage, views_of_teacher
 from mmflow.errors import MmflowError, RecipeError
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.load import ViewSettings
+from mmflow.loading.opening import views_of
 from mmflow.models.package import load_package, read_package
 from mmflow.progress import Report
 from mmflow.shards.dataset import open_dataset
@@ -40,6 +44,48 @@ class CacheJob:
     loader: LoaderConfig
     views: ViewSettings  # those of the student's loader, in the teacher's size and words
     precision: str
+
+
+def with_caches(
+    packages: Sequence[TeacherPackage],
+    *,
+    key: str,
+    cache: CacheConfig,
+    dataset: str,
+    loader: LoaderConfig,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    seed: int,
+    workspace: str,
+    num_workers: int,
+    cpus_per_worker: int,
+    progress: Report,
+) -> tuple[TeacherPackage, ...]:
+    """The teachers with a cache for each dataset of a stage, built now where it is not there. Ray must be initialised.
+
+    `tokenizer`, `max_tokens` and `seed` are the student's. Raises RecipeError for a teacher without embeddings.
+    """
+    datasets = [(dataset, loader.split)]
+    datasets += [(each.uri, each.split) for each in (loader.mixture.datasets if loader.mixture else ())]
+    found = []
+    for each in packages:
+        views = views_of(loader, image_pixels=0, max_tokens=max_tokens, seed=seed)
+        views = views_of_teacher(views, read_package(each.package), tokenizer)
+        uris = []
+        for uri, split in datasets:
+            job = CacheJob(
+                key=key,
+                dataset=uri,
+                split=split,
+                package=each.package,
+                loader=loader,
+                views=replace(views, stored_views=cache.augmentations),
+                precision=cache.precision,
+            )
+            stage = cache_stage(job, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
+            uris.append(stage.run(workspace).uri)
+        found.append(replace(each, caches=tuple(uris)))
+    return tuple(found)
 
 
 def cache_stage(job: CacheJob, *, num_workers: int, cpus_per_worker: int, progress: Report) -> Stage:

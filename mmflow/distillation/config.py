@@ -117,14 +117,16 @@ class TeacherConfig(Config):
     package: str | None = None
     """URI of its model package."""
     model: str | None = None
-    """Name of a registered model, of which the champion teaches; in place of `package`."""
+    """Name of a registered model, in place of `package`."""
+    version: int | None = Field(None, ge=1)
+    """Its version: a fixed one, because the champion of today is another tomorrow."""
     weight: float = Field(1.0, gt=0)
     """How much its word counts beside the others'."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
-        if (self.package is None) == (self.model is None):
-            raise ValueError("give either package, a model package's URI, or model, a registered model's name")
+        if (self.package is None) == (self.model is None) or (self.model is None) != (self.version is None):
+            raise ValueError("give either package, a model package's URI, or model and version of a registered one")
         return self
 
 

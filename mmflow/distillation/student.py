@@ -19,6 +19,7 @@ from mmflow.distillation.given import SIDES, Given, Heard, Space, Teaching
 from mmflow.distillation.layers import captured, encoder_of, layer_pairs
 from mmflow.distillation.lessons import PROJECTED, Party, hearers, total_of_lessons
 from mmflow.loading.batches import Batch
+from mmflow.loading.load import Reading
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model
 from mmflow.models.package import LoadedModel
@@ -41,7 +42,7 @@ class Teacher:
     weight: float = 1.0
     loaded: LoadedModel | None = None
     cached: CachedTeacher | None = None
-    reading: int | None = None  # its number among the batch's `readings`; None: it reads the student's tokens
+    reading: Reading | None = None  # of texts by tokens of its own; None: it reads the student's
 
     @property
     def width(self) -> int | None:
@@ -60,7 +61,7 @@ class Teacher:
 
 
 class Student(nn.Module):
-    """A learner that also hears its teachers."""
+    """A learner that also hears its teachers. Its batches carry `readings`, and pictures of `image_pixels`."""
 
     def __init__(
         self, learner: Learner, teachers: Sequence[Teacher], lessons: LessonsConfig, *, key: str = "distill"
@@ -71,6 +72,9 @@ class Student(nn.Module):
         self.learner = learner
         self.lessons = lessons
         self._teachers = tuple(teachers)  # no modules: their weights would be parameters of this one
+        self.readings = tuple(each.reading for each in teachers if each.reading is not None)
+        sides = [each.loaded.config.image_pixels for each in teachers if each.loaded is not None]
+        self.image_pixels = max([learner.config.image_pixels, *sides])
         for teacher in teachers:
             if teacher.loaded is not None:
                 teacher.loaded.model.requires_grad_(False)
@@ -141,7 +145,8 @@ class Student(nn.Module):
         if teacher.loaded is None:
             return Given(None, space), {}
         if teacher.reading is not None:
-            ids, mask = batch.readings[teacher.reading]
+            before = sum(each.reading is not None for each in self._teachers[:number])
+            ids, mask = batch.readings[before]
             batch = replace(batch, token_ids=ids, token_mask=mask)
         teacher.loaded.model.to(device)
         looks = self.lessons.attention is not None and number in self._hearers["attention"]

@@ -26,27 +26,24 @@ class TeacherPackage:
     caches: tuple[str, ...] = ()  # URIs, one for each dataset of the stage; none: it teaches live
 
 
-@dataclass(frozen=True)
-class Faculty:
-    """The teachers of a rank, and what its loader must show them beside what it shows the student."""
-
-    teachers: tuple[Teacher, ...]
-    readings: tuple[Reading, ...]
-    image_pixels: int  # the largest side that one of them sees; 0: none sees pictures
-
-
 def open_teachers(
-    packages: Sequence[TeacherPackage], lessons: LessonsConfig, views: ViewSettings, tokenizer: Tokenizer,
-    datasets: Sequence[str], *, key: str,
-) -> Faculty:  # fmt: skip
+    key: str,
+    packages: Sequence[TeacherPackage],
+    lessons: LessonsConfig,
+    *,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    frames: int,
+    datasets: Sequence[str],
+) -> tuple[Teacher, ...]:
     """The teachers, loaded unless their caches are all that the lessons ask for.
 
-    `views` and `tokenizer` are the student's, `datasets` the fingerprints of those it is trained on, `key` the
-    recipe's, for errors. Raises RecipeError for a teacher of stills that would be shown clips, and as `load_package`
-    and `CachedTeacher`.
+    `tokenizer`, `max_tokens` and `frames` are the student's, `datasets` the fingerprints of those it is trained on,
+    `key` the recipe's, for errors. Raises RecipeError for a teacher of stills that would be shown clips, and as
+    `load_package` and `CachedTeacher`.
     """
     live = any(name in LIVE for name in lessons.named)
-    teachers, readings, sides = list[Teacher](), list[Reading](), [0]
+    teachers = []
     for each in packages:
         package = read_package(each.package)
         cached = CachedTeacher(each.caches, datasets, package.digest) if each.caches else None
@@ -54,16 +51,11 @@ def open_teachers(
             teachers.append(Teacher(weight=each.weight, cached=cached))
             continue
         loaded = load_package(package)
-        if views.frames and loaded.config.video is None:
-            raise RecipeError(
-                f"{key}.loader.frames: {views.frames}, and the teacher {each.package} sees stills; set it to 0"
-            )
-        reading = own_reading(package, tokenizer, views.max_tokens)
-        number = None if reading is None else len(readings)
-        readings += [] if reading is None else [reading]
-        sides.append(loaded.config.image_pixels)
-        teachers.append(Teacher(weight=each.weight, loaded=loaded, cached=cached, reading=number))
-    return Faculty(tuple(teachers), tuple(readings), max(sides))
+        if frames and loaded.config.video is None:
+            raise RecipeError(f"{key}.loader.frames: {frames}, and the teacher {each.package} sees stills; set it to 0")
+        reading = own_reading(package, tokenizer, max_tokens)
+        teachers.append(Teacher(weight=each.weight, loaded=loaded, cached=cached, reading=reading))
+    return tuple(teachers)
 
 
 def own_reading(package: Package, tokenizer: Tokenizer, max_tokens: int) -> Reading | None:
