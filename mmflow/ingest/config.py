@@ -208,7 +208,7 @@ class FluentEmojiAnimConfig(Config):
     name: Literal["fluent_emoji_anim"]
     """fluent_emoji_anim: 477 animated emoji of 163 concepts, with openmoji's names and concepts."""
     unseen_concept_share: float = Field(0.1, ge=0, lt=1)
-    """As openmoji's: of the same share and seed, the same concepts are held out."""
+    """As openmoji's: of the same share and seed, the same concepts are held out: split `unseen_concept_clips`."""
     unseen_clip_share: float = Field(0.1, ge=0, lt=1)
     """Share of the clips held out, by whole concepts, while other artists' stills of them stay: split `unseen_clips`.
     """

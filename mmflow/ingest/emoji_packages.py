@@ -2,7 +2,8 @@
 Fluent's animations.
 
 A concept that OpenMoji's corpus of the same share and seed holds out is held out of each: no picture of it, in any
-style, is trained on. `unseen_clips` holds all animations of concepts that stay in training as other artists' stills.
+style, is trained on. Its animations are `unseen_concept_clips`; `unseen_clips` are all those of concepts that stay in
+training as other artists' stills. Clips are never among stills: one caption would have several right answers there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mmflow.ingest.emoji_names import concept_of, emoji_classes, emoji_names, ho
 from mmflow.ingest.npm import NpmPackage, package_files
 from mmflow.ingest.openmoji import TRAIN, UNSEEN_CONCEPTS, held_out_concepts
 
-UNSEEN_CLIPS = "unseen_clips"
+UNSEEN_CLIPS, UNSEEN_CONCEPT_CLIPS = "unseen_clips", "unseen_concept_clips"
 ANIMATIONS = "fluent_anim"
 IMAGES = (".png", ".webp")
 CODE_DIGITS = 4  # Fluent's package leaves out some leading zeros
@@ -139,7 +140,7 @@ def write_fluent_emoji_anim(
     The stills that stand in the package for emoji without an animation are those of `fluent_3d`, and left out.
     """
     held = held_out_concepts(unseen_concept_share=unseen_concept_share, seed=seed)
-    splits = dict.fromkeys(held, UNSEEN_CONCEPTS)
+    splits: dict[str, str] = dict.fromkeys(held, UNSEEN_CONCEPT_CLIPS)
     with _unpacked(directory, [ANIMATIONS], "fluent_emoji_anim", package_directory) as pictures:
         clips = [picture for picture in pictures if _is_animation(picture.file)]
         sizes = Counter(clip.concept for clip in clips if clip.concept is not None and clip.concept not in held)
