@@ -42,6 +42,9 @@ def recipe(tmp_path: Path) -> str:
         ("pretrain.model.image.type=resnot", "did you mean 'resnet'?"),
         ("pretrain.model.text.options.hiden_size=8", "did you mean 'hidden_size'?"),
         ("pretrain.training.epochs", "an override is key=value"),
+        ("pretrain.model.text={checkpoint: there}", "vocabulary_size: 200, and text.checkpoint brings its own"),
+        ("pretrain.model.bias=-10", "pretrain.model.bias: no objective trains it; name sigmoid"),
+        ("evaluate.captions={}", "evaluate.captions: pretrain.model and distill.model cannot be examined in it"),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_the_key_and_the_workspace_is_untouched(
@@ -145,6 +148,71 @@ def test_a_command_on_datasets_has_a_help_with_an_example_that_parses(command: s
     example = " ".join(told.stdout.partition("Example: ")[2].split())
     words = shlex.split(example)
     assert words[:2] == ["mmflow", command]
+    done = mmflow(*words[1:])
+    assert done.returncode in (1, 2)  # what it names is not here
+    assert "Usage" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP as `save_pretrained` writes it, with its tokenizer and image processor."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from mmflow.loading.tokens import train_tokenizer
+
+    directory = tmp_path_factory.mktemp("checkpoint") / "clip"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    words = {**sizes, "max_position_embeddings": 12, "bos_token_id": 2, "eos_token_id": 3}
+    pictures = {**sizes, "image_size": 16, "patch_size": 8}
+    tokenizer = train_tokenizer(["red apple", "green pear", "apple tree"], 64)
+    words["vocab_size"] = tokenizer.get_vocab_size()
+    CLIPModel(CLIPConfig(vision_config=pictures, text_config=words, projection_dim=10)).save_pretrained(directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    processor = {"size": {"shortest_edge": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    return directory
+
+
+def test_a_clip_becomes_a_package_and_a_package_a_clip(checkpoint: Path, tmp_path: Path) -> None:
+    package, exported = str(tmp_path / "package"), str(tmp_path / "exported")
+    done = mmflow("models", "import", str(checkpoint), package)
+    assert done.returncode == 0, done.stderr
+    card = json.loads(Path(package, "mmflow.json").read_text())
+    assert done.stdout == f"{package}: clip, {card['parameters']:,} parameters, digest {card['digest']}\n"
+    again = mmflow("models", "import", str(checkpoint), package)
+    assert (again.returncode, again.stderr) == (
+        2,
+        f"error: {package}: a model package is there already; name another directory\n",
+    )
+    done = mmflow("models", "export", package, exported)
+    assert done.returncode == 0, done.stderr
+    said, _, difference = done.stdout.removesuffix(" at most\n").rpartition(" ")
+    assert said == f"{exported}: clip, logits differ by"
+    assert 0 <= float(difference) <= 1e-4
+    assert json.loads(Path(exported, "config.json").read_text())["model_type"] == "clip"
+    done = mmflow("models", "export", package, exported)
+    assert done.returncode == 2
+    assert f"error: {exported}: exists; " in done.stderr
+
+
+def test_two_towers_are_exported_as_graphs(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    package, exported = str(tmp_path / "package"), str(tmp_path / "exported")
+    assert mmflow("models", "import", str(checkpoint), package).returncode == 0
+    done = mmflow("models", "export", package, exported, "--format", "onnx")
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(": embeddings differ by ") for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in lines] == [f"{exported}/image.onnx", f"{exported}/text.onnx"]
+    assert all(0 <= float(difference.removesuffix(" at most")) <= 1e-4 for _, _, difference in lines)
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_command_on_packages_has_a_help_with_an_example_that_parses(command: str) -> None:
+    told = mmflow("models", command, "--help")
+    assert told.returncode == 0
+    words = shlex.split(" ".join(told.stdout.partition("Example: ")[2].split()))
+    assert words[:3] == ["mmflow", "models", command]
     done = mmflow(*words[1:])
     assert done.returncode in (1, 2)  # what it names is not here
     assert "Usage" not in done.stderr

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mmflow.evaluation.attention import counted, look, of_pooled, rollout, self_relevance
-from tests.evaluation.models import captions_of, dual_config, loaded_model, matcher_config, picture
+from mmflow.models.config import ModelConfig
+from mmflow.models.embed import image_inputs
+from mmflow.models.package import LoadedModel
+from tests.evaluation.models import IMAGE, TEXT, captions_of, dual_config, loaded_model, matcher_config, picture
 
 HEADS, TOKENS = 3, 5
 
@@ -61,6 +66,7 @@ def test_of_one_layer_that_sums_values_relevance_is_each_ones_part_of_the_score(
         ("first", [0.0, 1.0, 2.0, 3.0]),
         ("pooler", [0.0, 1.0, 2.0, 3.0]),
         ("last", [8.0, 9.0, 0.0, 11.0]),
+        ("end", [12.0, 13.0, 14.0, 0.0]),
         ("mean", [4.0, 10 / 3, 8 / 3, 7.0]),
     ],
 )
@@ -105,3 +111,81 @@ def test_gradients_change_with_the_text_and_rollout_does_not() -> None:
     one, other = (look(loaded, picture("red"), text) for text in captions_of("red")[:2])
     assert one.rollout == other.rollout
     assert one.picture != other.picture
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIGLIP: dict[str, Any] = {
+    "image": {"type": "siglip_vision_model", "options": {**SIZES, "patch_size": 8}, "pooling": "pooler"},
+    "text": {
+        "type": "siglip_text_model",
+        "options": {**SIZES, "max_position_embeddings": 12, "projection_size": 16},
+        "pooling": "pooler",
+    },
+}
+
+
+def altered(config: ModelConfig, **changes: Any) -> LoadedModel:
+    return loaded_model(ModelConfig.model_validate(config.model_dump() | changes))
+
+
+@pytest.mark.parametrize("config", [dual_config(), matcher_config()])
+@pytest.mark.parametrize("side", ["image", "text"])
+@pytest.mark.parametrize("frozen", [1, "all"])
+def test_a_frozen_encoder_is_looked_at_like_another_and_stays_frozen(
+    config: ModelConfig, side: str, frozen: int | str
+) -> None:
+    loaded = altered(config, **{side: (IMAGE["vit"] if side == "image" else TEXT) | {"frozen_layers": frozen}})
+    before = [weight.requires_grad for weight in loaded.model.parameters()]
+    assert not all(before)
+    found, expected = (look(each, picture("red"), "a red square") for each in (loaded, loaded_model(config)))
+    assert found == expected
+    assert [weight.requires_grad for weight in loaded.model.parameters()] == before
+
+
+@pytest.mark.parametrize("config", [dual_config(), matcher_config()])
+def test_words_of_a_document_weigh_what_their_window_does(config: ModelConfig) -> None:
+    loaded = altered(config, text=TEXT | {"windows": {"tokens": 8, "layers": 1, "heads": 2}}, max_tokens=32)
+    text = "square in red square in green the blue one on the left of it all"  # windows of seven words
+    weights = [weight for _, weight in look(loaded, picture("red"), text).tokens]
+    assert len(weights) == 15
+    assert [len(set(weights[at : at + 7])) for at in (0, 7, 14)] == [1, 1, 1]
+    assert max(weights) == 1.0
+    assert len(set(weights)) > 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": IMAGE["vit"] | {"pooling": "attention"}, "text": TEXT | {"pooling": "attention"}},
+        SIGLIP,
+    ],
+)
+def test_what_a_learned_query_or_siglip_s_pooler_reads_is_shown(changes: dict[str, Any]) -> None:
+    loaded = altered(dual_config(), **changes)
+    looked = look(loaded, picture("red"), "a red square on the left")
+    weights = [weight for _, weight in looked.tokens]
+    assert max(weights) == 1.0
+    assert len(set(weights)) > 1
+    assert looked.picture is not None
+    assert len({weight for row in looked.picture for weight in row}) > 1
+
+
+def test_a_learned_query_reads_what_its_weights_say_through_the_layers() -> None:
+    """The rollout of a pooled vector is the query's mean map times that of the layers, written out."""
+    loaded = altered(dual_config(), image=IMAGE["vit"] | {"pooling": "attention"})
+    pixels, _ = image_inputs(loaded, [picture("red")])
+    encoded = loaded.model.encode_image(pixels, attentions=True)
+    assert encoded.pooling_BH1T is not None
+    assert encoded.attentions is not None
+    read = (encoded.pooling_BH1T.mean(1) @ rollout(encoded.attentions))[0, 0, 1:].detach().view(2, 2)
+    found = look(loaded, picture("red"), "a red square").rollout
+    torch.testing.assert_close(torch.tensor(found), read / read.max(), atol=1e-3, rtol=1e-3)
+
+
+def test_the_pooler_of_siglip_gives_the_same_vector_where_its_map_is_asked_for() -> None:
+    loaded = altered(dual_config(), **SIGLIP)
+    pixels, _ = image_inputs(loaded, [picture("red"), picture("blue")])
+    plain, mapped = (loaded.model.encode_image(pixels, attentions=asked) for asked in (False, True))
+    torch.testing.assert_close(mapped.pooled_BW, plain.pooled_BW, atol=1e-5, rtol=1e-5)
+    assert mapped.pooling_BH1T is not None
+    torch.testing.assert_close(mapped.pooling_BH1T.sum(-1), torch.ones(2, 2, 1))

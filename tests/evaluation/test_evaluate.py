@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from mmflow.errors import MisuseError
 from mmflow.evaluation import evaluate
+from mmflow.evaluation.asked import asked_and_given
 from mmflow.evaluation.config import EvaluateConfig, ZeroShotConfig
-from mmflow.evaluation.evaluate import asked_and_given, chance, check_asked, examine, flatten
+from mmflow.evaluation.evaluate import chance, examine, flatten
+from mmflow.evaluation.rows import Captions
 from mmflow.models.package import LoadedModel
 from tests.evaluation.models import (
     COLOURS,
@@ -42,10 +45,8 @@ def test_each_model_is_examined_in_what_it_gives() -> None:
     found = {
         "dual": examine(loaded_model(dual_config()), rows(), ALL),
         "matcher": examine(loaded_model(matcher_config()), rows(), ALL),
-        "captioner": examine(loaded_model(captioner_config()), rows(), ALL.model_copy(update={"answering": None})),
-        "classifier": examine(
-            loaded_model(classifier_config(), COLOURS), rows(), ALL.model_copy(update={"answering": None})
-        ),
+        "captioner": examine(loaded_model(captioner_config()), rows(), ALL),
+        "classifier": examine(loaded_model(classifier_config(), COLOURS), rows(), ALL),
         "answerer": examine(
             loaded_model(answerer_config(heads=["classes"]), COLOURS),
             rows(),
@@ -117,23 +118,66 @@ def test_whole_captions_are_held_against_their_beginnings(monkeypatch: pytest.Mo
     assert metrics["long_text"]["R@10_gain"] == pytest.approx(0.0)  # of six pictures, all are among the first ten
 
 
-def test_matching_puts_only_the_nearest_in_order_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def ranker() -> LoadedModel:
+    """A dual encoder with a head that reads pairs."""
+    fields = {"fusion": {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2}, "heads": ["matching"]}
+    return loaded_model(dual_config().model_validate(dual_config().model_dump() | fields))
+
+
+def test_matching_reads_the_nearest_of_each_direction_and_every_pair_without_embeddings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[np.ndarray] = []
 
     def score(loaded: object, samples: Any, captions: Any, pairs: np.ndarray, batch_size: int) -> np.ndarray:
         asked.append(pairs)
-        return np.where(pairs, 1.0, -np.inf)
+        return np.ones(len(pairs), np.float32)
 
     monkeypatch.setattr(evaluate, "matching_scores", score)
-    fields = {"fusion": {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2}, "heads": ["matching"]}
-    both = loaded_model(dual_config().model_validate(dual_config().model_dump() | fields))
-    metrics = examine(both, rows(), settings(matching={"candidates": 2})).metrics
-    assert (asked[0].sum(axis=1) >= 2).all()
-    assert (asked[0].sum(axis=0) >= 2).all()
-    assert asked[0].sum() <= 10 * 2 + 6 * 2
+    metrics = examine(ranker(), rows(), settings(matching={"candidates": 2})).metrics
+    captions, pictures = np.bincount(asked[0][:, 0]), np.bincount(asked[0][:, 1])
+    assert (captions.min(), pictures.min()) >= (2, 2)
+    assert len(asked[0]) == len(np.unique(asked[0], axis=0)) <= 10 * 2 + 6 * 2
     assert set(metrics) >= {"text_to_image", "matched_text_to_image", "matched_image_to_text"}
     examine(loaded_model(matcher_config()), rows(), settings(matching={"candidates": 2}))
-    assert asked[1].all()
+    assert len(asked[1]) == 10 * 6
+
+
+def test_a_direction_reorders_its_own_candidates_and_gains_nothing_by_the_other_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A head that knows every pair lifts what is among a query's candidates to the first place, and nothing else."""
+    right = rows().captions["en"].picture_of_text
+
+    def score(loaded: object, samples: Any, captions: Any, pairs: np.ndarray, batch_size: int) -> np.ndarray:
+        return np.where(right[pairs[:, 0]] == pairs[:, 1], 5.0, -5.0).astype(np.float32)
+
+    monkeypatch.setattr(evaluate, "matching_scores", score)
+    loaded = ranker()
+    found = examine(loaded, rows(), settings(matching={"candidates": 2}))
+    assert found.retrieved is not None
+    ranks = np.where(found.retrieved.ranks <= 2, 1, found.retrieved.ranks)
+    assert 0 < (found.retrieved.ranks > 2).sum() < 10
+    assert found.metrics["matched_text_to_image"]["R@1"] == pytest.approx((ranks == 1).mean())
+    assert found.metrics["matched_text_to_image"]["mean_rank"] == pytest.approx(ranks.mean())
+    assert found.metrics["matched_image_to_text"]["R@10"] == found.metrics["image_to_text"]["R@10"]
+
+
+def test_a_fused_classifier_reads_each_picture_with_its_first_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    plain = evaluate.class_scores
+
+    def score(loaded: Any, samples: Any, texts: Any, batch_size: int) -> np.ndarray:
+        asked.append(texts)
+        return plain(loaded, samples, texts, batch_size)
+
+    monkeypatch.setattr(evaluate, "class_scores", score)
+    captions = rows().captions["en"]  # of which the last picture has one, and shall have none
+    split = replace(rows(), captions={"en": Captions(captions.texts[:-1], captions.rows[:-1])})
+    loaded = loaded_model(answerer_config(heads=["classes"]), COLOURS)
+    metrics = examine(loaded, split, settings(classification={"label": "colour"})).metrics
+    assert asked == [[*(f"a {colour} square" for colour in COLOURS[:-1]), ""]]
+    assert metrics["classification"]["rows"] == 6.0
 
 
 def test_a_class_that_the_model_was_never_taught_counts_as_wrong() -> None:
@@ -141,18 +185,6 @@ def test_a_class_that_the_model_was_never_taught_counts_as_wrong() -> None:
     metrics = examine(loaded, rows(), settings(classification={"label": "colour"})).metrics["classification"]
     assert metrics["rows"] == 6.0
     assert metrics["accuracy"] <= 0.5
-
-
-def test_a_section_that_no_model_can_answer_is_refused_by_its_key() -> None:
-    with pytest.raises(MisuseError, match=r"evaluate\.captions: no model here gives decoded"):
-        check_asked(settings(captions={}), [frozenset({"embeddings"})])
-    with pytest.raises(MisuseError, match=r"evaluate\.answering: no model here gives class_logits or decoded"):
-        check_asked(settings(answering={}), [frozenset({"embeddings"})])
-    with pytest.raises(MisuseError, match=r"evaluate\.attention: no model here compares"):
-        check_asked(settings(attention={}, captions={}), [frozenset({"decoded"})])
-    with pytest.raises(MisuseError, match="evaluate: nothing to measure"):
-        check_asked(settings(), [frozenset({"decoded"})])
-    check_asked(settings(captions={}), [frozenset({"embeddings"}), frozenset({"decoded"})])
 
 
 def test_questions_without_answers_are_refused_by_the_key() -> None:

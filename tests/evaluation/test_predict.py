@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mmflow.errors import RecipeError
+from mmflow.errors import MisuseError
 from mmflow.evaluation.config import WritingConfig
-from mmflow.evaluation.predict import class_scores, marks_of, matching_scores, text_of, token_losses, write_texts
+from mmflow.evaluation.predict import class_scores, matching_scores, text_of, token_losses, write_texts
 from mmflow.models.config import ModelConfig
 from mmflow.models.embed import embed_images, image_inputs, text_inputs
+from mmflow.models.marks import marks_of
+from mmflow.models.model import Model
 from tests.evaluation.models import (
     COLOURS,
     answerer_config,
@@ -82,34 +85,57 @@ def test_token_losses_are_those_of_a_plain_loop_over_each_caption() -> None:
         assert losses[row] == pytest.approx(-sum(float(odds[at, ids[at + 1]]) for at in range(len(ids) - 1)), rel=1e-4)
 
 
-def test_pairs_are_scored_as_each_alone_and_others_not_at_all() -> None:
+def test_a_model_is_not_asked_for_what_it_was_not_made_for() -> None:
+    writing = WritingConfig(search="greedy", max_tokens=4)
+    decoder = {"memory": "fused", "width": 16, "layers": 1, "heads": 2}
+    with pytest.raises(MisuseError, match=r"^model\.decoder\.memory: fused, and there is no question; "):
+        write_texts(loaded_model(answerer_config(decoder=decoder)), SAMPLES, None, writing, batch_size=6, seed=0)
+    captioner = loaded_model(captioner_config()).model
+    image = captioner.encode_image(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(MisuseError, match=r"^model\.decoder\.memory: image, and there is a question; "):
+        captioner.memory(image, image)
+    with pytest.raises(MisuseError, match=r"^model\.fusion: it reads text with each picture, and none is given; "):
+        class_scores(loaded_model(answerer_config(heads=["classes"]), ("red", "green")), SAMPLES, None, batch_size=6)
+
+
+def test_pairs_are_scored_as_each_alone_whatever_their_order_and_the_batch() -> None:
     loaded = loaded_model(matcher_config())
     captions = [text for colour in COLOURS for text in captions_of(colour)[:2]]
-    pairs = np.random.default_rng(0).random((12, 6)) < 0.5
+    random = np.random.default_rng(0)
+    pairs = random.permutation(np.argwhere(random.random((12, 6)) < 0.5))
     scores = matching_scores(loaded, SAMPLES, captions, pairs, batch_size=4)
-    assert (scores == -np.inf).tolist() == (~pairs).tolist()
-    for query, place in np.argwhere(pairs)[::5]:
+    np.testing.assert_allclose(scores, matching_scores(loaded, SAMPLES, captions, pairs, batch_size=100), atol=1e-5)
+    for number, (query, place) in list(enumerate(pairs))[::5]:
         with torch.no_grad():
             image = loaded.model.encode_image(*image_inputs(loaded, [SAMPLES[place]]))
             text = loaded.model.encode_text(*text_inputs(loaded, [captions[query]]))
             odds = loaded.model.matching_logits(loaded.model.fuse(image, text))[0]
-        assert scores[query, place] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5)
+        assert scores[number] == pytest.approx(float(odds[1] - odds[0]), abs=1e-5)
+
+
+def test_no_more_than_a_batch_is_encoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def spied(plain: Any) -> Any:
+        def encode(self: Model, inputs: torch.Tensor, *rest: Any) -> Any:
+            sizes.append(len(inputs))
+            return plain(self, inputs, *rest)
+
+        return encode
+
+    for name in ("encode_image", "encode_text"):
+        monkeypatch.setattr(Model, name, spied(getattr(Model, name)))
+    captions = [text for colour in COLOURS for text in captions_of(colour)]
+    matching_scores(loaded_model(matcher_config()), SAMPLES, captions, np.argwhere(np.ones((18, 6))), batch_size=2)
+    assert max(sizes) == 2
 
 
 def test_written_ids_are_text_up_to_the_closing_token() -> None:
     made = tokenizer()
-    marks = marks_of(made)
+    marks = marks_of("model", made)
     ids = made.encode("a red square on it").ids
     assert text_of(made, [*ids[1:], marks.pad, ids[2]]) == "a red square on it"
     assert text_of(made, [marks.last]) == ""
-
-
-def test_a_tokenizer_without_marks_is_refused_by_the_recipes_key() -> None:
-    from tokenizers import Tokenizer, models
-
-    bare = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "word": 2}, unk_token="<unk>"))
-    with pytest.raises(RecipeError, match=r"model\.decoder: the tokenizer has no token to begin and end"):
-        marks_of(bare)
 
 
 def test_clips_are_read_frame_by_frame_and_shorter_ones_masked() -> None:

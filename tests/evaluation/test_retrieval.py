@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.retrieval import Found, chance_metrics, find_any, find_one, ranks_of_right, retrieval_metrics
+from mmflow.evaluation.retrieval import (
+    Found,
+    chance_metrics,
+    find_any,
+    find_one,
+    nearest,
+    ranks_of_right,
+    reordered,
+    retrieval_metrics,
+)
 
 NAN = float("nan")
 
@@ -35,6 +44,32 @@ def test_what_is_not_a_number_ranks_last() -> None:
     assert ranks_of_right(similarity).tolist() == [3, 2, 1]
     assert ranks_of_right(np.full((4, 4), NAN)).tolist() == [4, 4, 4, 4]
     assert ranks_of_right(np.full((3, 3), -np.inf)).tolist() == [3, 3, 3]
+
+
+def test_the_nearest_are_taken_along_either_axis() -> None:
+    similarity = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.8]])
+    assert nearest(similarity, 2, axis=1).tolist() == [[True, False, True], [False, True, True]]
+    assert nearest(similarity, 1, axis=0).tolist() == [[True, False, False], [False, True, True]]
+    assert nearest(similarity, 9, axis=1).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_a_reordering_sorts_the_chosen_by_their_scores_and_leaves_the_others_behind_them(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    similarity = random.uniform(-1, 1, (5, 8)).astype(np.float32)
+    scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8)).astype(np.float32)
+    chosen = nearest(similarity, count, axis=1)
+    found = reordered(similarity, scores, chosen)
+    for row in range(5):
+        first = sorted(np.flatnonzero(chosen[row]), key=lambda place: -scores[row, place])
+        then = sorted(np.flatnonzero(~chosen[row]), key=lambda place: -similarity[row, place])
+        assert np.argsort(-found[row], kind="stable").tolist() == [*first, *then]
+
+
+def test_a_reordering_by_what_is_not_a_number_puts_it_last() -> None:
+    similarity, scores = np.array([[0.9, 0.8, 0.1]]), np.array([[NAN, -3.0, 0.0]])
+    found = reordered(similarity, scores, nearest(similarity, 2, axis=1))
+    assert [int(ranks_of_right(found, np.array([right]))[0]) for right in range(3)] == [3, 2, 3]
 
 
 def test_a_collapsed_model_recalls_nothing() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from mmflow.loading.prefetch import prefetch
+from mmflow.loading import prefetch as module
+from mmflow.loading.prefetch import on_device, prefetch
 from mmflow.loading.workers import NAME
 
 
@@ -72,3 +77,32 @@ def test_items_are_made_while_the_consumer_works() -> None:
     for _ in prefetch(slow(), 2):
         time.sleep(0.1)
     assert time.monotonic() - began < 0.85  # 1.0 s one after the other, 0.6 s side by side
+
+
+def test_the_copying_thread_works_on_its_rank_s_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on the first device, and pinning there would take memory of it for every rank."""
+    current: dict[str, int] = {}  # by thread, as CUDA has it
+
+    class Device(nullcontext[None]):
+        def __init__(self, device: torch.device) -> None:
+            current[threading.current_thread().name] = device.index
+
+    stream = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)
+    cuda = SimpleNamespace(
+        Stream=lambda device: stream,
+        device=Device,
+        stream=lambda side: nullcontext(),
+        current_stream=lambda device: stream,
+    )
+    monkeypatch.setattr(module, "torch", SimpleNamespace(cuda=cuda, device=torch.device))
+    used: list[Any] = []
+
+    class Copied:
+        def map_tensors(self, change: Any) -> Copied:
+            used.append(current.get(threading.current_thread().name))
+            return self
+
+    batches = (Copied() for _ in range(2))
+    assert len(list(on_device(batches, torch.device("cuda", 3)))) == 2  # type: ignore[arg-type]
+    assert used.count(3) == 2  # each was copied on the thread's device; the consumer's own it leaves alone
+    assert used.count(None) == 2

@@ -134,7 +134,10 @@ def test_packages_from_before_the_scale_was_a_module_load(tiny_config: ModelConf
         ({}, {"embeddings"}),
         ({"fusion": FUSED["fusion"], "heads": ["matching"]}, {"embeddings", "fused", "matching_logits"}),
         ({"text": None, "embedding_width": None, "heads": ["classes"]}, {"class_logits"}),
-        ({"text": None, "embedding_width": None, "decoder": {"width": 8, "layers": 1, "heads": 2}}, {"decoded"}),
+        (
+            {"text": None, "embedding_width": None, "decoder": {"width": 8, "layers": 1, "heads": 2}},
+            {"decoded", "decoded from the image"},
+        ),
         (
             {**FUSED, "heads": ALL_HEADS, "embedding_width": None},
             {"fused", "matching_logits", "masked_language_logits", "masked_image_pixels", "class_logits"},

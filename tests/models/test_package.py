@@ -222,7 +222,11 @@ def test_a_model_that_began_from_checkpoints_loads_where_they_are_not(
     text = {**config.text.options, "layer_norm_eps": 1e-3, "hidden_act": "relu"}  # which a fresh one would not have
     BertModel(BertConfig(vocab_size=size, **text)).save_pretrained(tmp_path / "bert")
     begun = ModelConfig.model_validate(
-        config.model_dump() | {"text": {"checkpoint": str(tmp_path / "bert"), "positions": {"keep": 2, "stretch": 3}}}
+        config.model_dump()
+        | {
+            "text": {"checkpoint": str(tmp_path / "bert"), "positions": {"keep": 2, "stretch": 3}},
+            "vocabulary_size": None,
+        }
     )
     model = build("model", begun, size, seed=1).eval()
     write(tmp_path / "package", model, portable(begun, model), tiny_tokenizer)

@@ -71,4 +71,10 @@ def test_attention_pooling_reads_real_tokens_by_their_likeness_to_its_query(widt
             for q, k, v in zip(query.chunk(heads, 1), keys.chunk(heads, 1), values.chunk(heads, 1), strict=True)
         ]
         expected.append(pooling.norm(attention.output(torch.cat(read, 1)))[0])
-    torch.testing.assert_close(pooling(sequence, mask), torch.stack(expected))
+    pooled, weights = pooling(sequence, mask)
+    torch.testing.assert_close(pooled, torch.stack(expected))
+    assert weights is None
+    pooled, weights = pooling(sequence, mask, maps=True)
+    torch.testing.assert_close(pooled, torch.stack(expected))
+    assert weights.shape == (3, heads, 1, 6)
+    assert torch.equal(weights > 0, mask[:, None, None].expand_as(weights))
