@@ -135,15 +135,26 @@ def _override(fields: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"{override!r}: an override is key=value, such as pretrain.training.epochs=3")
+    above: Any = fields
     *sections, last = key.split(".")
     for section in sections:
-        inner = fields.get(section)
+        place = _place(above, section, key)
+        inner = above.get(place) if isinstance(above, dict) else above[place]
         if inner is None:
-            inner = fields[section] = {}
-        if not isinstance(inner, dict):
+            inner = above[place] = {}
+        if not isinstance(inner, (dict, list)):
             raise RecipeError(f"{key}: {section} is {inner!r}, it has no keys of its own")
-        fields = inner
-    fields[last] = _parse(text, key)
+        above = inner
+    above[_place(above, last, key)] = _parse(text, key)
+
+
+def _place(above: dict[str, Any] | list[Any], part: str, key: str) -> str | int:
+    """A part of a key, such as the 1 of corpus.1.seed, as what it stands in is asked for it."""
+    if isinstance(above, dict):
+        return part
+    if not part.isdecimal() or int(part) >= len(above):
+        raise RecipeError(f"{key}: {part} is none of the {len(above)} items there, which count from 0")
+    return int(part)
 
 
 # What pydantic puts into a location beside keys.
