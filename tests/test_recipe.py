@@ -158,10 +158,10 @@ def test_override_below_a_value_and_of_broken_yaml_is_explained(path: Path) -> N
 
 def test_an_item_of_a_list_is_overridden_by_its_number(path: Path) -> None:
     corpora = "corpus=[{name: openmoji}, {name: openclipart}]"
-    recipe = load_recipe(str(path), [corpora, "corpus.1.package_directory=/packages", "evaluate.languages.1=en"])
+    recipe = load_recipe(str(path), [corpora, "corpus.1.package_directory=/packages", "evaluate.languages.1=fr"])
     assert isinstance(recipe.corpus, list)
     assert recipe.corpus[1].package_directory == "/packages"  # type: ignore[union-attr]
-    assert recipe.evaluate.languages == ["en", "en"]
+    assert recipe.evaluate.languages == ["en", "fr"]
     assert refusal(path, corpora, "corpus.2.seed=1") == (
         "corpus.2.seed: 2 is none of the 2 items there, which count from 0"
     )
