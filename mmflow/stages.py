@@ -28,6 +28,7 @@ Inputs = Mapping[str, Artifact]
 Section = PretrainConfig | DistillConfig
 PACKAGE = "package"
 JOURNAL = "journal.jsonl"
+CHECKPOINTS = "checkpoints"
 VOCABULARY = "vocabulary.json"
 
 
@@ -83,6 +84,10 @@ class Loop:
             packages = [each.package for each in self.recipe.distill.teachers if each.package is not None]
             teachers = [self.recipe.pretrain.model, *(read_config(read_package(each)) for each in packages)]
             check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
+        if self.recipe.distill is not None and "distill" in stages:
+            from mmflow.training.check import check_student
+
+            check_student(self.recipe.pretrain, self.recipe.distill)
         if not {*trained, "evaluate"}.isdisjoint(stages):
             from mmflow.evaluation.asked import check_evaluation
 
@@ -285,6 +290,7 @@ def _train(
             seed=recipe.seed,
             package=join(uri, PACKAGE),
             journal=join(uri, JOURNAL),
+            checkpoints=join(uri, CHECKPOINTS),
             lineage=lineage,
         )
         ensure_ray(num_cpus=training.least_workers * training.cpus_per_worker)

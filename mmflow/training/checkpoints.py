@@ -1,56 +1,301 @@
-"""What a restart needs: DeepSpeed's state, the loader's position and each rank's random state, in one directory.
+"""What a restart needs: DeepSpeed's state, the loader's position, what the guards know and each rank's random state.
 
-Each rank writes its own part into a directory of its own; whoever calls merges them and publishes the merged directory.
+Written by all ranks, read by any number of them. Ray Train's own checkpoints are not used: its list of them is
+overwritten in place, so that a driver killed meanwhile cannot start again; a failed upload ends the run; and it offers
+the newest only, whole or not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import xxhash
+from torch import Tensor, nn
 
-from mmflow.errors import CorruptArtifactError
+from mmflow.artifacts import local_path
+from mmflow.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.plan import LoaderState
-from mmflow.training.collectives import average_buffers
+from mmflow.models.encoders import parameter_count
+from mmflow.training.collectives import average_buffers, first_problem
+from mmflow.training.config import CheckpointsConfig
+from mmflow.training.reshape import layout, load_reshaped, state_hash
+from mmflow.training.store import (
+    STAGING,
+    Saved,
+    copy,
+    directory_of,
+    prune,
+    publish_part,
+    remove,
+    remove_from,
+    remove_staging,
+    saved_checkpoints,
+    verify,
+)
 
-TAG = "state"
+STATE = "state"
+BUFFERS = "buffers.pt"
+BYTES_PER_PARAMETER = 16  # a weight, its fp32 master and two moments: the guess at the first checkpoint's size
+Note = Callable[..., None]  # (step, event, **details): a line of rank 0's journal
 
 
-def write_checkpoint(engine: Any, directory: Path, step: int, state: LoaderState) -> None:
-    """Write this rank's part. Collective: every rank must call it, each with a directory of its own or a shared one."""
-    average_buffers(engine.module)
-    engine.save_checkpoint(
-        str(directory), tag=TAG, client_state={"step": step, "loader": asdict(state)}, save_latest=False
-    )
-    torch.save(_random_state(engine.device), directory / f"random-{dist.get_rank()}.pt")
+class Checkpoints:
+    """A training's checkpoints as one rank writes and reads them. Every rank calls every method, in step.
 
-
-def read_checkpoint(engine: Any, directory: Path) -> tuple[int, LoaderState]:
-    """Restore engine and random state from a merged directory; (steps done, loader state).
-
-    DeepSpeed can start from scratch in silence when it does not find what it expects (DeepSpeed#6691), so what it says
-    it loaded is checked. Raises CorruptArtifactError.
+    DeepSpeed writes its files while the ranks wait; checksums, fsync and the upload are a background thread's.
     """
-    not_whole = f"{directory}: not a whole checkpoint ({sorted(os.listdir(directory))}); delete it"
-    try:
-        found, client_state = engine.load_checkpoint(str(directory), tag=TAG)
-        random_state = torch.load(directory / f"random-{dist.get_rank()}.pt", weights_only=True)
-    except Exception as error:  # a file gone, cut short, of another world size: DeepSpeed raises what it trips over
-        raise CorruptArtifactError(f"{not_whole} ({' '.join(str(error).split())[:300]})") from error
-    if found is None or "step" not in client_state or engine.global_steps != client_state["step"]:
-        raise CorruptArtifactError(not_whole)
-    torch.set_rng_state(random_state["cpu"])
-    if engine.device.type == "cuda":
-        torch.cuda.set_rng_state(random_state["cuda"], engine.device)
-    return int(client_state["step"]), LoaderState(**client_state["loader"])
+
+    def __init__(self, store: str, config: CheckpointsConfig, note: Note) -> None:
+        self._store, self._config, self._note = store, config, note
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._publishing: tuple[str, Future[None]] | None = None
+        self._bytes = 0  # of the last one, over all ranks
+        if self._rank == 0:
+            remove_staging(store)
+        dist.barrier()
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float], **facts: Any) -> None:
+        """Write a checkpoint of a step. Raises TrainingError where there is no room and the recipe says to stop."""
+        self.finish(step)
+        if self._rank == 0:
+            self._prune(step)
+        problem = first_problem(self._room(engine))
+        uri, scratch = directory_of(self._store, step), self._scratch()
+        if not problem:
+            problem = first_problem(_write(engine, scratch))
+        if problem:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self._without(step, problem)
+            return
+        publish = {
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "state_hash": state_hash(engine),
+            "layout": layout(engine),
+            "step": step,
+            "loader": asdict(state),
+            "metrics": dict(metrics),
+            **facts,
+        }
+        self._publishing = uri, self._background.submit(publish_part, uri, scratch, **publish)
+
+    def finish(self, step: int) -> None:
+        """Wait until the last checkpoint is where it belongs, on all ranks."""
+        problem = ""
+        if self._publishing is not None:
+            try:
+                uri, published = self._publishing
+                published.result()
+            except Exception as error:  # of the disk or of an object store's client; raised here, the others would wait
+                problem = f"{uri}: could not be brought here ({' '.join(str(error).split())[:300]})"
+            self._publishing = None
+        problem = first_problem(problem)
+        if problem:
+            self._without(step, problem)
+
+    def _prune(self, step: int) -> None:
+        """Make room for a step's checkpoint: remove those that are not to be kept, and those of this step and later,
+        which were refused or half written: their parts must not be taken for those that come."""
+        config = self._config
+        remove_from(self._store, step)
+        found = saved_checkpoints(self._store)
+        if found:
+            self._bytes = found[0].bytes
+        superfluous = prune(
+            found,
+            keep_last=config.keep_last,
+            keep_best=config.keep_best,
+            best_metric=config.best_metric,
+            highest=config.best_is == "highest",
+        )
+        for each in superfluous:
+            remove(each.uri)
+
+    def _room(self, engine: Any) -> str:
+        """Make this rank's scratch directory; what is wrong with the room that there is, or nothing. The room of a
+        shared disk is rank 0's to look at."""
+        path, scratch = local_path(self._store), self._scratch()
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            (scratch / STATE).mkdir(parents=True)
+        except OSError as error:
+            return str(error)
+        if path is not None and self._rank > 0:
+            return ""
+        needed = self._bytes or BYTES_PER_PARAMETER * parameter_count(engine.module)
+        if path is None:
+            needed //= self._world_size
+        directory = scratch.parent
+        free = shutil.disk_usage(directory).free
+        if free >= needed:
+            return ""
+        return (
+            f"{directory}: a checkpoint needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; make room, or "
+            "lower training.checkpoints.keep_last or keep_best"
+        )
+
+    def _scratch(self) -> Path:
+        """Where this rank writes: always the same place, so that kills leave nothing that nobody removes."""
+        path = local_path(self._store)
+        if path is not None:
+            return path / f"{STAGING}{self._rank}"
+        name = hashlib.sha256(self._store.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"mmflow-{name}" / f"{STAGING}{self._rank}"
+
+    def _without(self, step: int, problem: str) -> None:
+        if self._config.without_room == "stop":
+            raise TrainingError(f"step {step}: no checkpoint: {problem}; a rerun goes on from the one before")
+        self._note(step, "no_checkpoint", reason=problem)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def newest(self) -> Iterator[Saved]:
+        """Those that exist and whose files are what was written, newest first; the others are noted.
+
+        All ranks see the same ones. Raises CorruptArtifactError when there were some and the last was no use either:
+        to begin anew is for whoever runs this to decide.
+        """
+        box = [saved_checkpoints(self._store) if self._rank == 0 else []]
+        dist.broadcast_object_list(box)
+        for saved in box[0]:
+            problem = ""
+            try:
+                verify(saved, self._rank, self._world_size)
+            except (CorruptArtifactError, OSError) as error:
+                problem = str(error)
+            if not self._is_refused(saved, problem):
+                yield saved
+        if box[0]:
+            raise CorruptArtifactError(
+                f"{self._store}: none of its {len(box[0])} checkpoints can be used, the journal says why; bring one "
+                "back, or delete the directory to begin the training anew"
+            )
+
+    def _is_refused(self, saved: Saved, problem: str) -> bool:
+        """Whether any rank has a problem with it, which is noted."""
+        problem = first_problem(problem)
+        if problem:
+            self._note(saved.step, "refused", reason=problem)
+        return bool(problem)
+
+    def load(self, engine: Any, saved: Saved, *, seed: int) -> LoaderState | None:
+        """Restore an engine that has not trained yet, and this rank's random state; where the loader goes on. None
+        where it cannot be, on any rank: the engine is spoilt.
+
+        On another number of ranks the random state is a new one that follows from (seed, step, rank). DeepSpeed can
+        start from scratch in silence when it does not find what it expects (DeepSpeed#6691), so what was loaded is
+        compared with what was saved.
+        """
+        with self._files(saved) as directory:
+            problem = self._load(engine, saved, directory, seed)
+        if self._is_refused(saved, problem):
+            return None
+        return LoaderState(**saved.facts["loader"])
+
+    def _load(self, engine: Any, saved: Saved, directory: Path, seed: int) -> str:
+        """What is wrong with what was loaded, or nothing."""
+        same = saved.world_size == self._world_size
+        try:
+            if same or engine.zero_optimization_stage() == 0:
+                engine.load_checkpoint(str(directory), tag=STATE)
+            else:
+                load_reshaped(engine, saved.parts, directory)
+            _load_buffers(engine.module, torch.load(directory / BUFFERS, weights_only=True))
+            random_state = torch.load(directory / f"random-{self._rank}.pt", weights_only=True) if same else None
+        except Exception as error:  # DeepSpeed raises what it trips over
+            return f"{saved.uri}: {type(error).__name__} {' '.join(str(error).split())[:300]}"
+        if engine.global_steps != saved.step:
+            return f"{saved.uri}: DeepSpeed loaded step {engine.global_steps}, not {saved.step}"
+        if state_hash(engine) != saved.parts[0]["state_hash"]:
+            return f"{saved.uri}: what was loaded is not what was saved"
+        if random_state is None:
+            torch.manual_seed(_mixed(seed, saved.step, self._rank))
+        else:
+            _set_random_state(engine.device, random_state)
+        return ""
+
+    @contextlib.contextmanager
+    def _files(self, saved: Saved) -> Iterator[Path]:
+        """A directory with its files on this machine; those of an object store are brought once a machine."""
+        here = local_path(saved.uri)
+        if here is not None:
+            yield here
+            return
+        box = [os.urandom(8).hex()]
+        dist.broadcast_object_list(box)
+        directory = Path(tempfile.gettempdir()) / f"mmflow-restore-{box[0]}"
+        brings = os.environ.get("LOCAL_RANK", "0") == "0"
+        problem = ""
+        try:
+            if brings:
+                try:
+                    copy(saved, directory)
+                except OSError as error:
+                    problem = f"{saved.uri}: {error}"
+            problem = first_problem(problem)
+            if problem:
+                raise CorruptArtifactError(problem)
+            yield directory
+            dist.barrier()  # the others may still be reading
+        finally:
+            if brings:
+                shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write(engine: Any, scratch: Path) -> str:
+    """This rank's files, in a directory of its own; what went wrong, or nothing."""
+    problems = []
+
+    def save(value: Any, path: str | Path) -> None:
+        # Does not raise: the other ranks would wait in DeepSpeed's barrier for the one that did.
+        try:
+            torch.save(value, path)
+        except (OSError, RuntimeError) as error:  # a full disk is either
+            problems.append(f"{scratch.parent}: {' '.join(str(error).split())[:300]}")
+
+    average_buffers(engine.module)
+    save(_random_state(engine.device), scratch / f"random-{dist.get_rank()}.pt")
+    if dist.get_rank() == 0:
+        save(dict(engine.module.named_buffers()), scratch / BUFFERS)
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda _: None  # 60 kB of DeepSpeed's tools in every checkpoint
+    engine.save_checkpoint(str(scratch), tag=STATE, save_latest=False)
+    return problems[0] if problems else ""
+
+
+@torch.no_grad()
+def _load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Running statistics: a universal checkpoint has none."""
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
     """What dropout draws from: on an accelerator its own numbers, not the CPU's."""
     found = {"cpu": torch.get_rng_state()}
     return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that follows from some numbers."""
+    return xxhash.xxh3_64_intdigest(repr(numbers).encode()) % 2**63

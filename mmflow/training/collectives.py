@@ -66,3 +66,13 @@ def average_buffers(module: torch.nn.Module) -> None:
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
+
+
+def first_problem(problem: str) -> str:
+    """What went wrong on the first rank on which anything did, and on which; "" where nothing did.
+
+    Every rank must call it: so they go on, or give up, together.
+    """
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), "")

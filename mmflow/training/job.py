@@ -6,19 +6,21 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from mmflow.artifacts import local_path, write_bytes
-from mmflow.distillation.config import LessonsConfig
+from mmflow.distillation.config import InitialiseConfig, LessonsConfig
+from mmflow.distillation.initialise import initialise
 from mmflow.distillation.student import Student
+from mmflow.distillation.teachers import TeacherPackage, open_teachers
+from mmflow.errors import TrainingError
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.opening import open_loader, steps_per_epoch
+from mmflow.loading.opening import open_loader, open_readers, steps_per_epoch
 from mmflow.loading.plan import LoaderState
 from mmflow.loading.tokens import read_tokenizer
 from mmflow.models.config import ModelConfig
@@ -31,11 +33,14 @@ from mmflow.objectives.learner import Learner, Ranks
 from mmflow.objectives.objectives import check
 from mmflow.objectives.outputs import masking_tokens
 from mmflow.shards.dataset import Dataset, open_dataset
-from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
+from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.collectives import average_buffers, gather_rows, pass_on
 from mmflow.training.config import TrainingConfig
+from mmflow.training.due import PREEMPTION, Due
 from mmflow.training.engine import build_engine, compile_parts, prepare_deepspeed, whole_state
+from mmflow.training.guards import Guards, Rewind, Trouble
 from mmflow.training.loop import train
+from mmflow.training.pulse import Pulse
 from mmflow.training.telemetry import Journal
 
 
@@ -53,20 +58,13 @@ class TrainingJob:
     seed: int
     package: str  # URI, where rank 0 writes the trained model
     journal: str  # URI, where rank 0 writes its telemetry
+    checkpoints: str  # URI
     classes: tuple[str, ...] = ()  # labels or answers that targets are numbered by
     lineage: Mapping[str, Any] = field(default_factory=dict)
-    teacher: str | None = None  # URI of a package
+    teachers: tuple[TeacherPackage, ...] = ()
     lessons: LessonsConfig | None = None
-
-
-class Host(Protocol):
-    """What starts a rank also keeps its checkpoints."""
-
-    def restore(self) -> contextlib.AbstractContextManager[Path | None]:
-        """The merged directory of the last checkpoint, or None for a fresh start."""
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Have every rank's `write` fill a directory, merge and publish them. Every rank calls it."""
+    initialise: InitialiseConfig | None = None  # by the first teacher
+    stored_views: int = 0  # that the teachers' caches know; 0: they have none
 
 
 def total_steps(loader: LoaderConfig, dataset: Dataset, training: TrainingConfig) -> int:
@@ -74,13 +72,136 @@ def total_steps(loader: LoaderConfig, dataset: Dataset, training: TrainingConfig
     return training.epochs * steps_per_epoch(loader, dataset, training.global_batch_size)
 
 
-def run_rank(job: TrainingJob, host: Host) -> None:
-    """Train to the last step, from the last checkpoint where there is one, and write the package. Collective."""
+def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) -> None:
+    """Train to the last step, from the newest checkpoint that can be read, and write the package. Collective.
+
+    `preempted` says whether a machine that the ranks are on is to go; it is asked on all ranks at once.
+    """
     prepare_deepspeed()
-    dataset = open_dataset(job.dataset)
     tokenizer = read_tokenizer(job.tokenizer_json)
     job = replace(job, model=with_marks(f"{job.stage}.model", job.model, tokenizer))
+    config = job.training
+    guards = Guards(config.guards)
+    with _journal(job.journal) as (journal, flush):
+
+        def note(step: int, event: str, **details: Any) -> None:
+            if journal:
+                journal.event(step, event, **details)
+
+        hung_after = 60 * config.guards.hung_after_minutes
+        with Pulse(hung_after, lambda step, who: note(step, "hung", reason=who)) as pulse:
+            due = Due(
+                every_steps=config.checkpoint_every_steps,
+                every_minutes=config.checkpoint_every_minutes,
+                preempted=preempted,
+            )
+            checkpoints = Checkpoints(job.checkpoints, config.checkpoints, note)
+            try:
+                while trouble := _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush):
+                    guards.rewound(trouble)
+                    note(trouble.steps[0], "rewind", reason=trouble.what)
+            except RuntimeError as error:
+                if not _is_of_an_exchange(error):
+                    raise
+                raise TrainingError(f"{' '.join(str(error).split())[:200]}; {pulse.missing()}") from error
+            checkpoints.finish(pulse.step)
+        flush()
+
+
+def _train(
+    job: TrainingJob,
+    tokenizer: Tokenizer,
+    checkpoints: Checkpoints,
+    guards: Guards,
+    due: Due,
+    pulse: Pulse,
+    journal: Journal | None,
+    flush: Callable[[], None],
+) -> Trouble | None:
+    """Train from the newest checkpoint on; the trouble that leads back to it, or None when the package is written."""
+    dataset = open_dataset(job.dataset)
     steps = total_steps(job.loader, dataset, job.training)
+    built, step, state = _begin(job, tokenizer, steps, checkpoints, guards)
+    learner, engine = built.learner, built.engine
+    loader = open_loader(
+        job.loader,
+        dataset,
+        tokenizer,
+        global_batch_size=job.training.global_batch_size,
+        image_pixels=built.image_pixels,
+        max_tokens=job.model.max_tokens,
+        seed=job.seed,
+        reads_text=bool(job.model.text or job.model.decoder or job.teachers),
+        classes=job.classes,
+        stored_views=job.stored_views,
+        readings=learner.readings if isinstance(learner, Student) else (),
+        cores=job.training.cpus_per_worker,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=engine.device,
+        state=state,
+    )
+    if journal:
+        journal.event(step, "started", epoch=state.epoch, position=state.position, workers=dist.get_world_size())
+
+    def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> None:
+        checkpoints.save(engine, step, state, metrics, guards=guards.state())
+        if reason == PREEMPTION:
+            checkpoints.finish(step)  # this machine may be gone before the next one
+        flush()
+
+    try:
+        with contextlib.closing(iter(loader)) as ready:
+            train(
+                engine,
+                ready,
+                first_step=step,
+                state=state,
+                total_steps=steps,
+                log_every=job.training.log_every_steps,
+                due=due,
+                save=save,
+                guards=guards,
+                journal=journal,
+                shard_name=lambda dataset, shard: loader.readers[dataset].shards[shard].name,
+                at=pulse.at,
+                memory_headroom=job.training.guards.memory_headroom,
+            )
+    except Rewind as rewind:
+        checkpoints.finish(step)
+        engine.destroy()
+        return rewind.trouble
+    _write(job, learner, averaged_by=engine if job.training.ema_decay is not None else None)
+    return None
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What is trained, the side of the pictures that it is shown, and what trains it."""
+
+    learner: Learner | Student
+    image_pixels: int
+    engine: Any
+
+
+def _begin(
+    job: TrainingJob, tokenizer: Tokenizer, steps: int, checkpoints: Checkpoints, guards: Guards
+) -> tuple[_Built, int, LoaderState]:
+    """What goes on from the newest checkpoint that can be read, the steps done, and where the loader begins."""
+    for saved in checkpoints.newest():
+        built = _build(job, tokenizer, steps)
+        state = checkpoints.load(built.engine, saved, seed=job.seed)
+        if state is not None:
+            guards.restore(saved.facts["guards"])
+            return built, saved.step, state
+        built.engine.destroy()
+    built = _build(job, tokenizer, steps)
+    # Dropout must differ between ranks, or every rank drops the same units.
+    torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
+    return built, 0, LoaderState()
+
+
+def _build(job: TrainingJob, tokenizer: Tokenizer, steps: int) -> _Built:
     learner, image_pixels = _learner(job, tokenizer)
     if job.training.compile:
         compile_parts(_model(learner))
@@ -95,49 +216,12 @@ def run_rank(job: TrainingJob, host: Host) -> None:
         offload_optimizer=job.training.offload_optimizer,
         ema_decay=job.training.ema_decay,
     )
-    # Dropout must differ between ranks, or every rank drops the same units.
-    torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
-    step, state = 0, LoaderState()
-    with host.restore() as directory:
-        if directory is not None:
-            step, state = read_checkpoint(engine, directory)
-    loader = open_loader(
-        job.loader,
-        dataset,
-        tokenizer,
-        global_batch_size=job.training.global_batch_size,
-        image_pixels=image_pixels,
-        max_tokens=job.model.max_tokens,
-        seed=job.seed,
-        reads_text=any(part is not None for part in (job.model.text, job.model.decoder, job.teacher)),
-        classes=job.classes,
-        cores=job.training.cpus_per_worker,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=engine.device,
-        state=state,
-    )
-    with _journal(job.journal) as (journal, flush):
-        if journal:
-            journal.event(step, "started", epoch=state.epoch, position=state.position, workers=dist.get_world_size())
+    return _Built(learner, image_pixels, engine)
 
-        def save(step: int, state: LoaderState) -> None:
-            host.save(step, partial(write_checkpoint, engine, step=step, state=state))
-            flush()
 
-        with contextlib.closing(iter(loader)) as ready:
-            train(
-                engine,
-                ready,
-                first_step=step,
-                total_steps=steps,
-                log_every=job.training.log_every_steps,
-                checkpoint_every=job.training.checkpoint_every_steps,
-                save=save,
-                journal=journal,
-            )
-        _write(job, learner, averaged_by=engine if job.training.ema_decay is not None else None)
-        flush()
+def _is_of_an_exchange(error: RuntimeError) -> bool:
+    """Whether an exchange between ranks failed: gloo has no error of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _model(learner: Learner | Student) -> Model:
@@ -184,7 +268,19 @@ def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learner | Student,
     check(f"{job.stage}.objectives", job.objectives, model, special)
     ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
     learner = Learner(model, job.model, job.objectives, special, seed=job.seed, ranks=ranks)
-    if job.teacher is None or job.lessons is None:
+    if not job.teachers or job.lessons is None:
         return learner, job.model.image_pixels
-    teacher = load_package(read_package(job.teacher))
-    return Student(learner, teacher, job.lessons), max(job.model.image_pixels, teacher.config.image_pixels)
+    if job.initialise is not None:
+        first = load_package(read_package(job.teachers[0].package)).model
+        initialise(f"{job.stage}.initialise", model, first, job.initialise)
+    teachers = open_teachers(
+        job.stage,
+        job.teachers,
+        job.lessons,
+        tokenizer=tokenizer,
+        max_tokens=job.model.max_tokens,
+        frames=job.loader.frames,
+        datasets=[reader.dataset.fingerprint for reader in open_readers(job.loader, open_dataset(job.dataset))],
+    )
+    student = Student(learner, teachers, job.lessons, key=job.stage)
+    return student, student.image_pixels

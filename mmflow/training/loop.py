@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmflow.errors import TrainingError
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.training.descent import descend
+from mmflow.training.due import Due
+from mmflow.training.guards import (
+    Buffers,
+    Guards,
+    Trouble,
+    free_memory_share,
+    gradients_are_finite,
+    leave_out,
+    pass_over,
+    weights_are_finite,
+)
 from mmflow.training.telemetry import Journal
+
+Save = Callable[[int, LoaderState, Mapping[str, float], str], None]  # of a step, its state and metrics: why
+ShardName = Callable[[int, int], str]  # (dataset, shard) → its name
+Row = tuple[int, int, str]  # dataset, shard, key
 
 
 def train(
@@ -24,36 +37,59 @@ def train(
     source: Iterator[Batch],
     *,
     first_step: int,
+    state: LoaderState,
     total_steps: int,
     log_every: int,
-    checkpoint_every: int,
-    save: Callable[[int, LoaderState], None],
+    due: Due,
+    save: Save,
+    guards: Guards,
     journal: Journal | None,
+    shard_name: ShardName,
+    at: Callable[[int, str], None] = lambda step, doing: None,
+    memory_headroom: float = 0.0,
 ) -> None:
-    """Run the steps after `first_step` to `total_steps`, saving every `checkpoint_every`.
+    """Run the steps after `first_step`, whose batch begins at `state`, to `total_steps`, saving whenever it is due.
 
     The engine's module takes a batch and the step, and gives the loss to descend, (), and the parts to report by name.
-    Every rank calls it; rank 0 has a journal. An interval of the journal also ends at each checkpoint, so that a run
-    that was resumed writes the same lines as one that was never stopped. Raises TrainingError when the mean loss of an
-    interval is not finite, or a weight that would be saved.
+    Every rank calls it; rank 0 has a journal. `at` is told what the rank does. An interval of the journal also ends at
+    each checkpoint, so that a run that was resumed writes the same lines as one that was never stopped. Raises what
+    the guards do about a loss that is wrong or a weight that is not finite, which is never saved.
     """
     engine.train()
+    warned = False
     interval = _Interval()
     for step in range(first_step + 1, total_steps + 1):
+        at(step, "loading")
         began = time.perf_counter()
         batch = next(source)
         interval.waited += time.perf_counter() - began
-        loss, parts = descend(engine, batch, step)
-        engine.step()
-        interval.add(loss, parts, batch)
+        at(step, "computing")
         if batch.skipped:
             if journal:
                 journal.event(step, "skipped", samples=list(batch.skipped))
             else:  # another rank's journal counts them; its log names them
                 warnings.warn(f"step {step}: left out: {'; '.join(batch.skipped)}", stacklevel=1)
-        checkpoint_due = step % checkpoint_every == 0 and step < total_steps
-        if step % log_every == 0 or step == total_steps or checkpoint_due:
-            metrics = interval.close()
+        interval.batches[step] = (state, _rows(batch))
+        if step in guards.passed_over:
+            pass_over(engine)
+        elif not _step(engine, batch, step, interval, watched=guards.watches(step)):
+            samples = _samples(shard_name, interval.batches[step][1])
+            if journal:
+                journal.event(step, "left_out", reason="a gradient is not finite", samples=samples)
+        state = batch.state
+        is_last = step == total_steps
+        if not (step % log_every == 0 or is_last or due.is_regular(step)):
+            continue
+
+        low_memory = bool(memory_headroom) and free_memory_share(engine.device) < memory_headroom
+        if low_memory and not warned:
+            warnings.warn(f"step {step}: less than {memory_headroom:.0%} of the memory is free", stacklevel=1)
+        metrics, losses, signals = interval.close(engine.device, {**due.signals(), "low_memory": float(low_memory)})
+        if signals["low_memory"] and not warned:
+            warned = True
+            if journal:
+                journal.event(step, "low_memory", ranks=int(signals["low_memory"]), headroom=memory_headroom)
+        if metrics:
             metrics["learning_rate"] = engine.get_lr()[0]
             norm = engine.get_global_grad_norm()
             if norm is not None:  # ZeRO 0 keeps it to itself
@@ -61,29 +97,59 @@ def train(
             metrics["skipped_steps"] = float(engine.skipped_steps)
             if journal:
                 journal.metrics(step, metrics)
-            if not math.isfinite(metrics["loss"]):  # a mean over ranks, so every rank raises
-                raise TrainingError(f"step {step}: the loss is {metrics['loss']}; {_advice(batch.state)}")
-            interval = _Interval()
-        if checkpoint_due:
+        reason = None if is_last else due.reason(step, signals)
+        trouble = guards.look(losses)
+        if trouble is None and reason and not weights_are_finite(engine.module):
             # A gradient that is not finite spoils the weights after a sound loss, and every restart from them.
-            if not _weights_are_finite(engine.module):
-                raise TrainingError(f"step {step}: a weight is not finite, so none is saved; {_advice(batch.state)}")
-            save(step, batch.state)
+            trouble = Trouble("nonfinite", (step,), "a weight is not finite, so none is saved")
+        if trouble:
+            first, rows = interval.batches[trouble.steps[0]]
+            samples = _samples(shard_name, rows)
             if journal:
-                journal.event(step, "checkpoint", epoch=batch.state.epoch, position=batch.state.position)
+                journal.event(step, trouble.kind, steps=trouble.steps, reason=trouble.what, samples=samples)
+            guards.act(trouble, _advice(first))
+        interval = _Interval()
+        if reason:
+            at(step, "saving")
+            save(step, state, metrics, reason)
+            if journal:
+                journal.event(step, "checkpoint", epoch=state.epoch, position=state.position, reason=reason)
+
+
+def _step(engine: Any, batch: Batch, step: int, interval: _Interval, *, watched: bool) -> bool:
+    """Take a step; False where it was left out, because it was watched and its gradients are not finite."""
+    buffers = Buffers(engine.module) if watched else None
+    loss, parts = descend(engine, batch, step)
+    if buffers and not gradients_are_finite(engine):
+        leave_out(engine)
+        buffers.bring_back()
+        return False
+    engine.step()
+    interval.add(step, loss, parts, batch)
+    return True
 
 
 def _advice(state: LoaderState) -> str:
-    return f"lower learning_rate, or look at the samples of epoch {state.epoch} before position {state.position}"
+    return (
+        f"lower learning_rate, let training.guards skip or rewind, or look at the samples that the journal names, of "
+        f"epoch {state.epoch} from position {state.position} on"
+    )
 
 
-@torch.no_grad()
-def _weights_are_finite(module: nn.Module) -> bool:
-    """Whether every rank's weights are; ZeRO 3 leaves a rank its own part of each, in `ds_tensor`."""
-    held = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
-    finite = torch.stack([each.isfinite().all() for each in held]).all().to(torch.uint8)
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
+def _rows(batch: Batch) -> list[Row]:
+    """Where this rank's rows lie, and their keys; padding aside."""
+    places = batch.places.tolist() if batch.places is not None else [(0, 0)] * len(batch.keys)
+    return [(place[0], place[1], key) for place, key in zip(places, batch.keys, strict=True) if key]
+
+
+def _samples(shard_name: ShardName, rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Shard → keys of a global batch, of which every rank has its own. Collective."""
+    of_ranks: list[Sequence[Row]] = [()] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, rows)
+    found: dict[str, list[str]] = {}
+    for dataset, shard, key in (row for rows in of_ranks for row in rows):
+        found.setdefault(shard_name(dataset, shard), []).append(key)
+    return found
 
 
 class _Interval:
@@ -92,11 +158,11 @@ class _Interval:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.waited = 0.0
-        self.steps = 0
+        self.batches: dict[int, tuple[LoaderState, list[Row]]] = {}  # step → where it began, this rank's rows
+        self.losses: dict[int, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
-        self.steps += 1
+    def add(self, step: int, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
         tokens = (batch.token_mask * batch.real[:, None]).sum()  # indexing by a mask would wait for the device
         counts = {
             "samples": batch.real.sum(),
@@ -104,23 +170,40 @@ class _Interval:
             "slots": torch.tensor(batch.token_mask.numel()),
             "skipped": torch.tensor(len(batch.skipped)),
         }
-        for name, value in {"loss": loss, **parts, **counts}.items():
+        self.losses[step] = loss.detach().double().reshape(())
+        for name, value in {**parts, **counts}.items():
             value = value.detach().double().reshape(())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def close(self) -> dict[str, float]:
+    def close(
+        self, device: torch.device, signals: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[int, float], dict[str, float]]:
+        """Means over steps and ranks, none where no step was taken; each step's loss; the signals' sums over ranks,
+        of which rank 0 alone speaks for the clock."""
         seconds = time.perf_counter() - self.began
-        device = self.sums["loss"].device
-        sums = torch.stack([value.to(device) for value in self.sums.values()])
+        said = [value if dist.get_rank() == 0 or name == "low_memory" else 0.0 for name, value in signals.items()]
+        tensors = [*self.losses.values(), *self.sums.values()]
+        sums = torch.stack([value.to(device) for value in tensors] + list(torch.tensor(said, device=device).double()))
         dist.all_reduce(sums)
-        totals = dict(zip(self.sums, sums.tolist(), strict=True))
+        num_ranks, values = dist.get_world_size(), sums.tolist()
+        losses = dict(zip(self.losses, (value / num_ranks for value in values), strict=False))
+        heard = dict(zip(signals, values[len(tensors) :], strict=True))
+        if not losses:
+            return {}, {}, heard
+        totals = dict(zip(self.sums, values[len(losses) : len(tensors)], strict=True))
         samples, tokens, slots, skipped = (totals.pop(name) for name in ("samples", "tokens", "slots", "skipped"))
-        metrics = {name: value / self.steps / dist.get_world_size() for name, value in totals.items()}
-        return metrics | {
-            "samples_per_second": samples / seconds,
-            "tokens_per_second": tokens / seconds,
-            "padding_waste": 1 - tokens / slots,
-            "skipped_samples": skipped,
-            "loader_stall": self.waited / seconds,
-            "step_seconds": seconds / self.steps,
-        }
+        metrics = {"loss": sum(losses.values()) / len(losses)}
+        metrics |= {name: value / len(losses) / num_ranks for name, value in totals.items()}
+        return (
+            metrics
+            | {
+                "samples_per_second": samples / seconds,
+                "tokens_per_second": tokens / seconds,
+                "padding_waste": 1 - tokens / slots,
+                "skipped_samples": skipped,
+                "loader_stall": self.waited / seconds,
+                "step_seconds": seconds / len(losses),
+            },
+            losses,
+            heard,
+        )

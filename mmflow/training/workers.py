@@ -1,47 +1,43 @@
-"""Ray Train runs the ranks: starts them, restarts them from the last checkpoint, keeps the checkpoints. Nothing else
-of training knows Ray."""
+"""Ray Train runs the ranks: starts them, restarts them when one fails or their machines change, tells them when one is
+to go. Nothing else of training knows Ray."""
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+import os
 
 from mmflow.errors import TrainingError
-from mmflow.training.engine import check_fp16
 from mmflow.training.job import TrainingJob, run_rank
-from mmflow.training.selfcheck import Compared, GradientCheck, compare_gradients
 
-CHECKPOINTS = "checkpoints"
-KEPT_CHECKPOINTS = 2  # the newest, and the one before it in case the newest cannot be read
+RUN = "ray"  # Ray Train's own directory
+COLLATERAL = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 def train_on_ray(job: TrainingJob, directory: str) -> None:
-    """Train `job` with Ray Train, checkpoints under `directory`; a second call goes on from the last one.
+    """Train `job` with Ray Train, whose own files lie under `directory`; a second call goes on from the newest
+    checkpoint.
 
     Ray must be initialised. Raises TrainingError once the workers have failed more often than the recipe allows.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    accelerated = _accelerated(job.training.most_workers)
-    if job.training.precision == "fp16":
-        check_fp16(f"{job.stage}.training", accelerated)
-    resources = _resources(job.training.cpus_per_worker, accelerated)
+    config = job.training
+    accelerated = ray.cluster_resources().get("GPU", 0) >= config.least_workers  # type: ignore[no-untyped-call]
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if accelerated else {})
+    hung_after = 60 * config.guards.hung_after_minutes
+    # Of Ray's own exchanges between workers, which it does not limit unless told. Workers inherit it.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(hung_after))
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=max(1, round(hung_after))),
         scaling_config=ScalingConfig(
-            num_workers=job.training.num_workers, use_gpu=accelerated, resources_per_worker=resources
+            num_workers=config.num_workers, use_gpu=accelerated, resources_per_worker=resources
         ),
         run_config=RunConfig(
-            name=CHECKPOINTS,
-            storage_path=directory,
-            failure_config=FailureConfig(max_failures=job.training.max_restarts),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+            name=RUN, storage_path=directory, failure_config=FailureConfig(max_failures=config.max_restarts)
         ),
     )
     try:
@@ -50,84 +46,27 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
 
 
-def _accelerated(num_workers: int) -> bool:
-    """Whether there is an accelerator for each worker."""
-    import ray
-
-    found: float = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    return found >= num_workers
-
-
-def _resources(cpus_per_worker: int, accelerated: bool) -> dict[str, float]:
-    return {"CPU": cpus_per_worker} | ({"GPU": 1} if accelerated else {})
-
-
-def compare_gradients_on_ray(
-    check: GradientCheck, *, num_workers: int, cpus_per_worker: int, directory: str
-) -> list[Compared]:
-    """What `compare_gradients` finds on that many workers; Ray Train writes what it must under `directory`.
-
-    Ray must be initialised. Raises TrainingError where the workers fail.
-    """
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    trainer = TorchTrainer(
-        _compare_on_worker,
-        train_loop_config={"check": check},
-        scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=_accelerated(num_workers),
-            resources_per_worker=_resources(cpus_per_worker, _accelerated(num_workers)),
-        ),
-        run_config=RunConfig(name="selfcheck", storage_path=directory),
-    )
-    try:
-        found = trainer.fit().metrics
-    except TrainingFailedError as error:
-        raise TrainingError(f"selfcheck: {_cause(error)}") from error
-    assert found is not None, "rank 0 reports"
-    return [Compared(**each) for each in found["compared"]]
-
-
-def _compare_on_worker(config: dict[str, GradientCheck]) -> None:
-    import ray.train
-
-    ray.train.report({"compared": [asdict(each) for each in compare_gradients(config["check"])]})
-
-
 def _cause(error: Exception) -> str:
-    """The line of a worker's own error, out of the tracebacks that Ray wraps it in."""
-    text = str(error)
-    for failure in getattr(error, "worker_failures", {}).values():
-        text = str(failure)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """The rank that failed and the line of its own error, out of the tracebacks that Ray wraps it in."""
+    failures = getattr(error, "worker_failures", {})
+    lines = {rank: _last_line(failure) for rank, failure in sorted(failures.items())}
+    # When a rank dies, the others fail in their exchanges with it.
+    own = {rank: line for rank, line in lines.items() if not any(word in line for word in COLLATERAL)}
+    for rank, line in (own or lines).items():
+        return f"rank {rank}: {line}"
+    return _last_line(error)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def _run_worker(config: dict[str, TrainingJob]) -> None:
-    job = config["job"]
-    run_rank(job, _RayHost())
+    run_rank(config["job"], _preempted)
 
 
-class _RayHost:
-    """Checkpoints through Ray Train: every rank reports its part, and Ray merges and publishes them."""
+def _preempted() -> bool:
+    import ray.train
 
-    @contextlib.contextmanager
-    def restore(self) -> Iterator[Path | None]:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as directory:
-            yield Path(directory)
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        import ray.train
-
-        with tempfile.TemporaryDirectory() as directory:
-            write(Path(directory))
-            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
+    return ray.train.get_preemption_info() is not None

@@ -232,7 +232,7 @@ def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
     # What is seen once each stage has begun, and before it can be committed.
     begun = {
         "shard": "shard/*/.lock",
-        "pretrain": "pretrain/*/checkpoints/checkpoint_*",
+        "pretrain": "pretrain/*/checkpoints/step-*/part-0.json",
         "distill": "distill/*/journal.jsonl",
         "evaluate": "evaluate/*/.lock",
         "promote": "promote/*/.lock",
