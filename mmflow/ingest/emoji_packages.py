@@ -177,7 +177,7 @@ def _unpacked(
 def _write(
     directory: Path,
     pictures: Sequence[Picture],
-    split_of_concept: Mapping[str | None, str],
+    split_of_concept: Mapping[str, str],
     progress: Callable[[int, int], None] | None,
 ) -> int:
     shutil.rmtree(directory / "images", ignore_errors=True)  # of a run that was killed
@@ -185,7 +185,7 @@ def _write(
     staged = directory / "records.jsonl.staged"
     with staged.open("w", encoding="utf-8") as lines:
         for done, picture in enumerate(pictures, 1):
-            record = picture.record() | {"split": split_of_concept.get(picture.concept, TRAIN)}
+            record = picture.record() | {"split": split_of_concept.get(picture.concept or "", TRAIN)}
             picture.file.rename(directory / record["image"])
             lines.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
             if progress is not None:
