@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mmflow.errors import RecipeError
 from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
 from mmflow.models.checkpoints import checkpoint_directory
-from mmflow.models.config import VOCABULARY_SIZE
+from mmflow.models.config import VOCABULARY_SIZE, TextEncoderConfig
 from mmflow.models.marks import with_marks
 from mmflow.models.model import build
 from mmflow.objectives.objectives import check
@@ -17,7 +19,7 @@ from mmflow.objectives.parts import check_trained
 from mmflow.training.config import DistillConfig, PretrainConfig
 from mmflow.training.stage import encoders_of
 
-TAUGHT = ("embedding_width",)  # what lessons train
+OF_EMBEDDINGS = {"soft_labels", "similarities", "features", "interactive", "ranking"}  # lessons that train them
 
 
 def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
@@ -42,7 +44,8 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     for name, (option, value, is_set) in wanted.items():
         if name in section.objectives.named and not is_set:
             raise RecipeError(f"{key}.objectives.{name}: its targets are nowhere; set {key}.loader.{option} to {value}")
-    check_trained(key, config, section.objectives, TAUGHT if isinstance(section, DistillConfig) else ())
+    lessons = set(section.lessons.named) if isinstance(section, DistillConfig) else set[str]()
+    check_trained(key, config, section.objectives, {"embedding_width"} if lessons & OF_EMBEDDINGS else ())
     if section.training.micro_batch_size is not None:
         _check_micro_batches(key, section)
     encoders = encoders_of(config)
@@ -55,9 +58,40 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
             vocabulary_size = config.vocabulary_size or VOCABULARY_SIZE
             model = build(f"{key}.model", config, vocabulary_size, seed=0, num_classes=2)
         check(f"{key}.objectives", section.objectives, model, MaskingTokens(0, (), vocabulary_size))
-    if isinstance(section, PretrainConfig) and config.text is not None and config.text.checkpoint is not None:
-        place = f"{key}.model.text.checkpoint"
-        with_marks(f"{key}.model", config, load_tokenizer(checkpoint_directory(place, config.text.checkpoint), place))
+    directory = _checkpoint(key, config.text)
+    if directory is not None and isinstance(section, PretrainConfig):
+        with_marks(f"{key}.model", config, load_tokenizer(directory, f"{key}.model.text.checkpoint"))
+
+
+def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:
+    """Raise RecipeError where the student's settings do not go with the tokenizer by which it reads: that of the teacher
+    that `pretrain` trains."""
+    model, taught = distill.model, pretrain.model
+    if model.vocabulary_size not in (None, taught.vocabulary_size):
+        raise RecipeError(
+            f"distill.model.vocabulary_size: {model.vocabulary_size}, and a student has its teacher's tokenizer; leave "
+            "it out"
+        )
+    theirs, own = _checkpoint("pretrain", taught.text), _checkpoint("distill", model.text)
+    tokenizer = None if theirs is None else load_tokenizer(theirs, "pretrain.model.text.checkpoint")
+    if tokenizer is not None:
+        with_marks("distill.model", model, tokenizer)
+    # One that was saved without a tokenizer is known by the size of its vocabulary alone, when it is built.
+    if own is not None and (
+        tokenizer is None
+        or ((own / "tokenizer.json").is_file() and load_tokenizer(own).get_vocab() != tokenizer.get_vocab())
+    ):
+        raise RecipeError(
+            f"distill.model.text.checkpoint: {own} was trained with another tokenizer than the teacher's, by which a "
+            "student reads; give text a type instead, or the teacher this checkpoint"
+        )
+
+
+def _checkpoint(key: str, text: TextEncoderConfig | None) -> Path | None:
+    """Where the checkpoint lies that a text encoder comes from; None for fresh weights, and without an encoder."""
+    if text is None or text.checkpoint is None:
+        return None
+    return checkpoint_directory(f"{key}.model.text.checkpoint", text.checkpoint)
 
 
 def _check_micro_batches(key: str, section: PretrainConfig | DistillConfig) -> None:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models
 
 from mmflow.errors import RecipeError
 from mmflow.loading.tokens import train_tokenizer
-from mmflow.training.check import check_training
-from mmflow.training.config import PretrainConfig
+from mmflow.training.check import check_student, check_training
+from mmflow.training.config import DistillConfig, PretrainConfig
 from tests.tiny import SMALLEST_MODEL
 
 DECODER = {"width": 8, "layers": 1, "heads": 2}
@@ -42,6 +42,43 @@ def test_a_decoder_wants_a_checkpoint_whose_tokenizer_opens_and_closes_texts(tmp
     check_training("pretrain", section(**changes, decoder=DECODER))
 
 
-def test_a_part_that_nothing_trains_is_named(tmp_path: Path) -> None:
+def test_a_part_that_nothing_trains_is_named() -> None:
     with pytest.raises(RecipeError, match=r"^pretrain\.model\.heads: masked_language: no objective trains it"):
         check_training("pretrain", section(heads=["masked_language"]))
+
+
+def test_lessons_train_the_space_that_they_compare_in() -> None:
+    fields = {"model": SMALLEST_MODEL | {"heads": ["masked_language"]}, "objectives": {"masked_language": {}}}
+    check_training("distill", DistillConfig.model_validate(fields))
+    fields["lessons"] = {"hidden": {"sides": ["text"]}}
+    with pytest.raises(
+        RecipeError, match=r"^distill\.model\.embedding_width: no objective trains it; name contrastive"
+    ):
+        check_training("distill", DistillConfig.model_validate(fields))
+
+
+def student(**model: Any) -> DistillConfig:
+    return DistillConfig.model_validate({"model": SMALLEST_MODEL | {"vocabulary_size": None} | model})
+
+
+def test_a_student_reads_by_its_teacher_s_tokenizer(tmp_path: Path) -> None:
+    words, others = (train_tokenizer([text], 64) for text in ("red apple", "green pear"))
+    theirs = {"checkpoint": bert(tmp_path / "theirs", words)}
+    taught = section(vocabulary_size=None, text=theirs)
+    for model in ({}, {"text": theirs}, {"text": {"checkpoint": bert(tmp_path / "same", words)}}):
+        check_student(taught, student(**model))
+    other = {"checkpoint": bert(tmp_path / "other", others)}
+    for teacher in (taught, section()):
+        with pytest.raises(RecipeError, match=r"^distill\.model\.text\.checkpoint: .*/other was trained with another"):
+            check_student(teacher, student(text=other))
+    check_student(section(), student(vocabulary_size=64))
+    with pytest.raises(RecipeError, match=r"^distill\.model\.vocabulary_size: 70, and a student has its teacher's"):
+        check_student(section(), student(vocabulary_size=70))
+
+
+def test_a_student_s_decoder_wants_a_teacher_whose_tokenizer_opens_texts(tmp_path: Path) -> None:
+    bare = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4}, unk_token="[UNK]"))
+    taught = section(vocabulary_size=None, text={"checkpoint": bert(tmp_path / "bare", bare)})
+    check_student(taught, student())
+    with pytest.raises(RecipeError, match=r"^distill\.model\.decoder: the tokenizer puts no token before and after"):
+        check_student(taught, student(decoder=DECODER))
