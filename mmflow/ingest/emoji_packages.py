@@ -159,7 +159,7 @@ def _unpacked(
     names, classes = emoji_names(), emoji_classes()
     pictures: dict[str, Picture] = {}
     try:
-        for style in styles:
+        for style in dict.fromkeys(styles):
             (scratch / style).mkdir(parents=True)
             package, under = STYLES[style].package, STYLES[style].under
             for file in package_files(
