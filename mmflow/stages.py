@@ -380,7 +380,7 @@ def _evaluate(recipe: Recipe, inputs: Inputs) -> Stage:
 
     fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()}
     settings = {**settings_of(recipe.evaluate), "seed": recipe.seed}
-    return Stage(name="evaluate", kind="evaluation", version=1, settings=settings, inputs=fingerprints, build=build)
+    return Stage(name="evaluate", kind="evaluation", version=2, settings=settings, inputs=fingerprints, build=build)
 
 
 def _promote(recipe: Recipe, inputs: Inputs) -> Stage:

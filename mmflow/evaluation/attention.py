@@ -160,8 +160,9 @@ def _whole_length(encoder: Any, ids_1T: Tensor, mask_1T: Tensor) -> tuple[Tensor
 
 
 def _attends(encoder: Any) -> bool:
-    backbone = getattr(encoder, "backbone", None)
-    return backbone is None or hasattr(backbone.config, "num_attention_heads")
+    config = getattr(getattr(encoder, "backbone", None), "config", None)
+    # One in stages (Swin) attends within windows, and its maps are of those.
+    return config is None or (hasattr(config, "num_attention_heads") and not hasattr(config, "depths"))
 
 
 def _pooling(encoder: Any) -> str:

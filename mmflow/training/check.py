@@ -64,7 +64,7 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
 
 
 def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:
-    """Raise RecipeError where the student's settings do not go with the tokenizer by which it reads: that of the teacher
+    """Raise RecipeError where the student's settings do not go with the tokenizer that it reads by, that of the teacher
     that `pretrain` trains."""
     model, taught = distill.model, pretrain.model
     if model.vocabulary_size not in (None, taught.vocabulary_size):

@@ -91,8 +91,16 @@ def test_a_dual_encoder_of_patches_shows_a_grid_by_gradients_and_by_rollout() ->
     assert max(weight for _, weight in looked.tokens) == 1.0
 
 
-def test_a_convolutional_encoder_is_asked_by_its_pixels() -> None:
-    looked = look(loaded_model(dual_config("resnet")), picture("red"), "red circle")
+SWIN = {
+    "type": "swin",
+    "options": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "patch_size": 4},
+    "pooling": "mean",
+}
+
+
+@pytest.mark.parametrize("image", [IMAGE["resnet"], SWIN])
+def test_an_encoder_without_maps_of_the_whole_picture_is_asked_by_its_pixels(image: dict[str, Any]) -> None:
+    looked = look(altered(dual_config(), image=image), picture("red"), "red circle")
     assert looked.rollout is None
     assert looked.picture is not None
     assert (len(looked.picture), len(looked.picture[0])) == (8, 8)
