@@ -247,11 +247,14 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
     1 where they do not."""
     from mmflow.artifacts import join
     from mmflow.cluster.local import ensure_ray
+    from mmflow.training.check import check_training
     from mmflow.training.selfcheck import small_check
     from mmflow.training.workers import compare_gradients_on_ray
 
     loaded = _recipe(recipe, overrides)
     sections = {"pretrain": loaded.pretrain} | ({"distill": loaded.distill} if loaded.distill else {})
+    for name, section in sections.items():
+        check_training(name, section)
     ensure_ray(max(each.training.most_workers * each.training.cpus_per_worker for each in sections.values()))
     different = 0
     for name, section in sections.items():
