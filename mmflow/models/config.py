@@ -211,6 +211,7 @@ class ModelConfig(Config):
         memory = None if self.decoder is None else self.decoder.memory
         parts = {
             "embeddings": self.embedding_width is not None and not self.tight,
+            "bias": self.bias is not None,
             "pair_scores": self.tight,
             "fused": self.fusion is not None,
             "decoded": self.decoder is not None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmflow.errors import RecipeError
-from mmflow.models.model import Model
 from mmflow.objectives.answering import answering
 from mmflow.objectives.captioning import captioning
 from mmflow.objectives.classification import classification
@@ -66,19 +65,17 @@ def needs(name: str, section: ObjectiveConfig) -> tuple[str, ...]:
     }[name]
 
 
-def check(key: str, objectives: ObjectivesConfig, model: Model, special: MaskingTokens) -> None:
-    """Raise RecipeError where an objective reads what model or tokenizer do not give. `key` is the recipe's, for the
-    message."""
-    gives = set(model.gives)
-    if gives & {"embeddings", "pair_scores"}:
-        gives.add("similarities")
-    if model.scale is not None and model.scale.logit_bias is not None:
-        gives.add("bias")
+def check(key: str, objectives: ObjectivesConfig, gives: Set[str], special: MaskingTokens) -> None:
+    """Raise RecipeError where an objective reads what the model, whose `gives` these are, or the tokenizer do not give.
+    `key` is the recipe's, for the message."""
+    given = set(gives)
+    if given & {"embeddings", "pair_scores"}:
+        given.add("similarities")
     if special.mask is not None:
-        gives.add("a token that hides a word")
+        given.add("a token that hides a word")
     for name, section in objectives.named.items():
         for need in needs(name, section):
-            if need not in gives:
+            if need not in given:
                 raise RecipeError(f"{key}.{name}: it needs {need}; {_REMEDIES[need]}, or leave {name} out")
 
 

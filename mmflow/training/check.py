@@ -14,7 +14,7 @@ from mmflow.models.config import VOCABULARY_SIZE, TextEncoderConfig
 from mmflow.models.marks import with_marks
 from mmflow.models.model import build
 from mmflow.objectives.objectives import check
-from mmflow.objectives.outputs import MaskingTokens
+from mmflow.objectives.outputs import MaskingTokens, masking_tokens
 from mmflow.objectives.parts import check_trained
 from mmflow.training.config import DistillConfig, PretrainConfig
 from mmflow.training.stage import encoders_of
@@ -44,6 +44,13 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     for name, (option, value, is_set) in wanted.items():
         if name in section.objectives.named and not is_set:
             raise RecipeError(f"{key}.objectives.{name}: its targets are nowhere; set {key}.loader.{option} to {value}")
+    directory = _checkpoint(key, config.text)
+    special = MaskingTokens(0, (), config.vocabulary_size or VOCABULARY_SIZE)
+    if directory is not None and isinstance(section, PretrainConfig):
+        tokenizer = load_tokenizer(directory, f"{key}.model.text.checkpoint")
+        special = masking_tokens(tokenizer)
+        with_marks(f"{key}.model", config, tokenizer)
+    check(f"{key}.objectives", section.objectives, config.gives, special)
     lessons = set(section.lessons.named) if isinstance(section, DistillConfig) else set[str]()
     check_trained(key, config, section.objectives, {"embedding_width"} if lessons & OF_EMBEDDINGS else ())
     if section.training.micro_batch_size is not None:
@@ -55,12 +62,7 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
             encoder_config(f"{key}.model.{side}", encoder)
     else:
         with torch.device("meta"):
-            vocabulary_size = config.vocabulary_size or VOCABULARY_SIZE
-            model = build(f"{key}.model", config, vocabulary_size, seed=0, num_classes=2)
-        check(f"{key}.objectives", section.objectives, model, MaskingTokens(0, (), vocabulary_size))
-    directory = _checkpoint(key, config.text)
-    if directory is not None and isinstance(section, PretrainConfig):
-        with_marks(f"{key}.model", config, load_tokenizer(directory, f"{key}.model.text.checkpoint"))
+            build(f"{key}.model", config, special.vocabulary_size, seed=0, num_classes=2)
 
 
 def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:

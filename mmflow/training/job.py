@@ -265,7 +265,7 @@ def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learner | Student,
     """What is trained, and the side of the pictures that it is shown."""
     model = build(f"{job.stage}.model", job.model, tokenizer.get_vocab_size(), job.seed, len(job.classes))
     special = masking_tokens(tokenizer)
-    check(f"{job.stage}.objectives", job.objectives, model, special)
+    check(f"{job.stage}.objectives", job.objectives, model.gives, special)
     ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
     learner = Learner(model, job.model, job.objectives, special, seed=job.seed, ranks=ranks)
     if not job.teachers or job.lessons is None:

@@ -40,7 +40,7 @@ def model_of(**changes: Any) -> Model:
 
 def test_every_objective_teaches_every_weight_and_they_are_learnt_together() -> None:
     model, config = model_of(), ObjectivesConfig.model_validate(EVERYTHING)
-    check("pretrain.objectives", config, model, SPECIAL)
+    check("pretrain.objectives", config, model.gives, SPECIAL)
     descent = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for step in range(15):
@@ -57,7 +57,7 @@ def test_every_objective_teaches_every_weight_and_they_are_learnt_together() -> 
 def test_answers_are_written_from_the_fused_question() -> None:
     model = model_of(decoder={**MODEL["decoder"], "memory": "fused"}, heads=[], embedding_width=None, bias=None)
     config = ObjectivesConfig.model_validate({"answering": {"by": "generation"}})
-    check("pretrain.objectives", config, model, SPECIAL)
+    check("pretrain.objectives", config, model.gives, SPECIAL)
     arguments = batch(4)
     loss, _ = total(outputs_of(model, arguments, all_real(4)), config, step=0)
     other_question = {"token_ids": arguments["token_ids"].roll(1, 0), "token_mask": arguments["token_mask"].roll(1, 0)}

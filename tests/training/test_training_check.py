@@ -42,6 +42,20 @@ def test_a_decoder_wants_a_checkpoint_whose_tokenizer_opens_and_closes_texts(tmp
     check_training("pretrain", section(**changes, decoder=DECODER))
 
 
+def test_what_a_checkpoint_s_model_or_tokenizer_does_not_give_is_named(tmp_path: Path) -> None:
+    hides_none = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"))
+    text = {"checkpoint": bert(tmp_path / "bert", hides_none)}
+    fields: dict[str, Any] = {"model": SMALLEST_MODEL | {"vocabulary_size": None, "text": text}}
+    for objectives, said in (
+        ({"matching": {}}, r"matching: it needs fused; give the model a fusion"),
+        ({"masked_language": {}}, r"masked_language: it needs a token that hides a word; take a tokenizer with"),
+    ):
+        fields["model"]["heads"] = ["masked_language"]
+        fields["objectives"] = {"contrastive": {}} | objectives
+        with pytest.raises(RecipeError, match=rf"^pretrain\.objectives\.{said}"):
+            check_training("pretrain", PretrainConfig.model_validate(fields))
+
+
 def test_a_part_that_nothing_trains_is_named() -> None:
     with pytest.raises(RecipeError, match=r"^pretrain\.model\.heads: masked_language: no objective trains it"):
         check_training("pretrain", section(heads=["masked_language"]))
