@@ -80,14 +80,12 @@ class Loop:
         if self.recipe.distill is not None and "distill" in stages:
             from mmflow.distillation.check import check_lessons
             from mmflow.models.package import read_config, read_package
-
-            packages = [each.package for each in self.recipe.distill.teachers if each.package is not None]
-            teachers = [self.recipe.pretrain.model, *(read_config(read_package(each)) for each in packages)]
-            check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
-        if self.recipe.distill is not None and "distill" in stages:
             from mmflow.training.check import check_student
 
             check_student(self.recipe.pretrain, self.recipe.distill)
+            packages = [each.package for each in self.recipe.distill.teachers if each.package is not None]
+            teachers = [self.recipe.pretrain.model, *(read_config(read_package(each)) for each in packages)]
+            check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
         if not {*trained, "evaluate"}.isdisjoint(stages):
             from mmflow.evaluation.asked import check_evaluation
 
