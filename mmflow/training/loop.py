@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmflow.loading.batches import Batch
@@ -29,7 +31,8 @@ from mmflow.training.telemetry import Journal
 
 Save = Callable[[int, LoaderState, Mapping[str, float], str], None]  # of a step, its state and metrics: why
 ShardName = Callable[[int, int], str]  # (dataset, shard) → its name
-Row = tuple[int, int, str]  # dataset, shard, key
+Seen = tuple[LoaderState, tuple[str, ...], NDArray[np.int64] | None, Tensor]
+"""Where a batch began; this rank's keys, their places, and which rows are real."""
 
 
 def train(
@@ -69,11 +72,11 @@ def train(
                 journal.event(step, "skipped", samples=list(batch.skipped))
             else:  # another rank's journal counts them; its log names them
                 warnings.warn(f"step {step}: left out: {'; '.join(batch.skipped)}", stacklevel=1)
-        interval.batches[step] = (state, _rows(batch))
+        interval.batches[step] = (state, batch.keys, batch.places, batch.real)
         if step in guards.passed_over:
             pass_over(engine)
         elif not _step(engine, batch, step, interval, watched=guards.watches(step)):
-            samples = _samples(shard_name, interval.batches[step][1])
+            samples = _samples(shard_name, interval.batches[step])
             if journal:
                 journal.event(step, "left_out", reason="a gradient is not finite", samples=samples)
         state = batch.state
@@ -99,15 +102,15 @@ def train(
                 journal.metrics(step, metrics)
         reason = None if is_last else due.reason(step, signals)
         trouble = guards.look(losses)
-        if trouble is None and reason and not weights_are_finite(engine.module):
+        if trouble is None and (reason or is_last) and not weights_are_finite(engine.module):
             # A gradient that is not finite spoils the weights after a sound loss, and every restart from them.
             trouble = Trouble("nonfinite", (step,), "a weight is not finite, so none is saved")
         if trouble:
-            first, rows = interval.batches[trouble.steps[0]]
-            samples = _samples(shard_name, rows)
+            first = interval.batches[trouble.steps[0]]
+            samples = _samples(shard_name, first)
             if journal:
                 journal.event(step, trouble.kind, steps=trouble.steps, reason=trouble.what, samples=samples)
-            guards.act(trouble, _advice(first))
+            guards.act(trouble, _advice(first[0]))
         interval = _Interval()
         if reason:
             at(step, "saving")
@@ -136,20 +139,17 @@ def _advice(state: LoaderState) -> str:
     )
 
 
-def _rows(batch: Batch) -> list[Row]:
-    """Where this rank's rows lie, and their keys; padding aside."""
-    places = batch.places.tolist() if batch.places is not None else [(0, 0)] * len(batch.keys)
-    return [(place[0], place[1], key) for place, key in zip(places, batch.keys, strict=True) if key]
-
-
-def _samples(shard_name: ShardName, rows: Sequence[Row]) -> dict[str, list[str]]:
+def _samples(shard_name: ShardName, batch: Seen) -> dict[str, list[str]]:
     """Shard → keys of a global batch, of which every rank has its own. Collective."""
-    of_ranks: list[Sequence[Row]] = [()] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, rows)
-    found: dict[str, list[str]] = {}
+    _, keys, places, real = batch
+    found = [(0, 0)] * len(keys) if places is None else places[:, :2].tolist()
+    mine = [(*place, key) for place, key, is_real in zip(found, keys, real.tolist(), strict=True) if is_real]
+    of_ranks: list[list[tuple[int, int, str]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    samples: dict[str, list[str]] = {}
     for dataset, shard, key in (row for rows in of_ranks for row in rows):
-        found.setdefault(shard_name(dataset, shard), []).append(key)
-    return found
+        samples.setdefault(shard_name(dataset, shard), []).append(key)
+    return samples
 
 
 class _Interval:
@@ -158,7 +158,7 @@ class _Interval:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.waited = 0.0
-        self.batches: dict[int, tuple[LoaderState, list[Row]]] = {}  # step → where it began, this rank's rows
+        self.batches: dict[int, Seen] = {}
         self.losses: dict[int, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
 

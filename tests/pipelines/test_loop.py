@@ -186,7 +186,7 @@ def test_a_worker_killed_in_pretraining_costs_no_step_and_changes_no_weight(
     journal = Path(loop.plan("pretrain").directory(again.workspace)) / "journal.jsonl"
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(loop.run, "pretrain")
-        # Ray Train takes note of a checkpoint when the next one comes: at the second, the first is safe.
+        # The second is begun only when the first lies where it belongs.
         wait_for(lambda: len(events(journal, "checkpoint")) >= 2, training.done)
         victims = [each for each in psutil.process_iter() if worker_of(each, os.getpid())]
         assert len(victims) == 2

@@ -18,6 +18,7 @@ from tests.training.tiny_training import (
     CHECKPOINT_EVERY,
     DAMAGES,
     LOG_EVERY,
+    STORE,
     TOTAL_STEPS,
     ZERO_STAGES,
     learner,
@@ -40,11 +41,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("training")
     perform("straight", directory=directory)
     for name, damage in DAMAGES.items():
-        if name == "nothing in it":
-            (directory / name).mkdir()
-        else:
-            shutil.copytree(directory / "straight-2" / f"step-{CHECKPOINT_EVERY}", directory / name)
-        damage(directory / name)
+        shutil.copytree(directory / "straight-2" / STORE, directory / name / STORE)
+        damage(directory / name / STORE)
     perform("resumed", "damaged", "poisoned", "bf16", directory=directory)
     return directory
 
@@ -133,22 +131,27 @@ def test_learning_rate_warms_up_and_decays(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_checkpoint_that_is_not_whole_is_refused(directory: Path, damage: str) -> None:
-    said = torch.load(directory / "said.pt", weights_only=True)[damage]
-    assert said.startswith(f"{directory / damage}: not a whole checkpoint ("), said
-    assert "delete it" in said
-    assert "\n" not in said
+def test_a_checkpoint_that_is_not_what_was_written_is_refused(directory: Path, damage: str) -> None:
+    store = directory / damage / STORE
+    refused, raised = torch.load(directory / "said.pt", weights_only=True)[damage]
+    assert refused.startswith(f"refused {CHECKPOINT_EVERY}: rank 0: {store}/step-"), refused
+    assert raised.startswith(f"{store}: none of its 1 checkpoints can be used")
+    assert "delete the directory" in raised
+    assert "\n" not in refused + raised
 
 
 @each_zero_stage
 @pytest.mark.parametrize(
-    ("kind", "said"),
-    [("loss", "step 3: the loss is nan; "), ("gradient", "step 3: a weight is not finite, so none is saved; ")],
+    ("kind", "said", "position"),
+    [
+        ("loss", "step 2: the loss is nan; ", BATCH),
+        ("gradient", "step 3: a weight is not finite, so none is saved; ", 2 * BATCH),
+    ],
 )
 def test_what_is_not_a_number_ends_the_run_before_it_is_saved(
-    directory: Path, zero_stage: int, kind: str, said: str
+    directory: Path, zero_stage: int, kind: str, said: str, position: int
 ) -> None:
     message, saved = torch.load(directory / "found.pt", weights_only=True)[kind, zero_stage]
     assert message.startswith(said), message
-    assert f"epoch 0 before position {3 * BATCH}" in message
+    assert f"epoch 0 from position {position} on" in message
     assert saved == []  # a restart from a checkpoint of NaN would fail for ever

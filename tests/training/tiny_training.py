@@ -23,9 +23,11 @@ from mmflow.models.model import build
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Parts
 from mmflow.objectives.outputs import MaskingTokens
-from mmflow.training.checkpoints import read_checkpoint, write_checkpoint
-from mmflow.training.config import OptimizerConfig
+from mmflow.training.checkpoints import Checkpoints
+from mmflow.training.config import CheckpointsConfig, GuardsConfig, OptimizerConfig
+from mmflow.training.due import Due
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
+from mmflow.training.guards import Guards
 from mmflow.training.loop import train
 from mmflow.training.telemetry import Journal
 from tests.tiny import SMALLEST_MODEL
@@ -34,14 +36,14 @@ ZERO_STAGES = (0, 1, 2, 3)
 TOTAL_STEPS, CHECKPOINT_EVERY, LOG_EVERY = 8, 4, 3
 BATCH, STEPS_PER_EPOCH, VOCABULARY = 6, 5, 40
 START = LoaderState()
+STORE = "checkpoints"
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "nothing in it": lambda path: None,
     "weights gone": lambda path: next(path.rglob("mp_rank_00_model_states.pt")).unlink(),
     "weights cut short": lambda path: cut(next(path.rglob("mp_rank_00_model_states.pt"))),
     "optimizer gone": lambda path: next(path.rglob("*optim_states.pt")).unlink(),
     "optimizer cut short": lambda path: cut(next(path.rglob("*optim_states.pt"))),
-    "random state gone": lambda path: (path / "random-0.pt").unlink(),
-    "random state cut short": lambda path: cut(path / "random-0.pt"),
+    "random state gone": lambda path: next(path.rglob("random-0.pt")).unlink(),
+    "a bit of the optimizer turned": lambda path: turn(next(path.rglob("*optim_states.pt"))),
 }
 
 # Dropout, so that the random state matters; batch norm, so that buffers do.
@@ -103,20 +105,41 @@ def source(state: LoaderState, seen: list[LoaderState]) -> Iterator[Batch]:
         )
 
 
-def run(engine: Any, directory: Path, *, step: int = 0, state: LoaderState = START, **changes: Any) -> list[Any]:
+def checkpoints_in(directory: Path, said: list[str] | None = None) -> Checkpoints:
+    def note(step: int, event: str, **details: Any) -> None:
+        if said is not None:
+            said.append(f"{event} {step}: {details['reason']}")
+
+    return Checkpoints(str(directory / STORE), CheckpointsConfig(), note)
+
+
+def run(
+    engine: Any,
+    directory: Path,
+    *,
+    step: int = 0,
+    state: LoaderState = START,
+    log_every: int = LOG_EVERY,
+    checkpoint_every: int = CHECKPOINT_EVERY,
+) -> list[Any]:
     """Train to the last step; the loader's states that were passed."""
     seen: list[LoaderState] = []
-    journal = Journal(directory / "journal.jsonl")
-    settings: dict[str, Any] = {
-        "first_step": step,
-        "total_steps": TOTAL_STEPS,
-        "log_every": LOG_EVERY,
-        "checkpoint_every": CHECKPOINT_EVERY,
-        "save": lambda step, state: write_checkpoint(engine, directory / f"step-{step}", step, state),
-        "journal": journal,
-    }
+    journal, checkpoints = Journal(directory / "journal.jsonl"), checkpoints_in(directory)
     try:
-        train(engine, source(state, seen), **(settings | changes))
+        train(
+            engine,
+            source(state, seen),
+            first_step=step,
+            state=state,
+            total_steps=TOTAL_STEPS,
+            log_every=log_every,
+            due=Due(every_steps=checkpoint_every, every_minutes=None),
+            save=lambda step, state, metrics, reason: checkpoints.save(engine, step, state, metrics),
+            guards=Guards(GuardsConfig()),
+            journal=journal,
+            shard_name=lambda dataset, shard: f"{shard:05d}",
+        )
+        checkpoints.finish(TOTAL_STEPS)
     finally:
         journal.close()
     return [(each.epoch, each.position) for each in seen]
@@ -124,6 +147,12 @@ def run(engine: Any, directory: Path, *, step: int = 0, state: LoaderState = STA
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def turn(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 # --- the acts -------------------------------------------------------------------------------------------------------
@@ -145,31 +174,31 @@ def resumed(directory: Path) -> None:
         here = directory / f"resumed-{zero_stage}"
         engine = engine_of(zero_stage)
         torch.manual_seed(99)  # what the checkpoint says must win over what the process happens to hold
-        step, state = read_checkpoint(engine, directory / f"straight-{zero_stage}" / f"step-{CHECKPOINT_EVERY}")
-        seen = run(engine, here, step=step, state=state)
+        checkpoints = checkpoints_in(directory / f"straight-{zero_stage}")
+        saved = next(checkpoints.newest())
+        state = checkpoints.load(engine, saved, seed=1)
+        assert state is not None
+        seen = run(engine, here, step=saved.step, state=state)
         result = {
             "after": whole_state(engine.module),
             "seen": seen,
-            "step": step,
+            "step": saved.step,
             "state": (state.epoch, state.position),
         }
         torch.save(result, here / "result.pt")
 
 
 def damaged(directory: Path) -> None:
-    """What `read_checkpoint` says of each damaged directory, the type of what it raises before it."""
-    said = {}
+    """What is said of stores whose only checkpoint is damaged."""
+    found = {}
     for name in DAMAGES:
-        engine = engine_of(2)
+        said: list[str] = []
         try:
-            read_checkpoint(engine, directory / name)
+            list(checkpoints_in(directory / name, said).newest())
         except CorruptArtifactError as error:
-            said[name] = str(error)
-        except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}"
-        else:
-            said[name] = "taken for whole"
-    torch.save(said, directory / "said.pt")
+            said.append(str(error))
+        found[name] = said
+    torch.save(found, directory / "said.pt")
 
 
 def poisoned(directory: Path) -> None:
@@ -184,7 +213,7 @@ def poisoned(directory: Path) -> None:
                 said = "trained to the end"
             except TrainingError as error:
                 said = str(error)
-            found[kind, zero_stage] = (said, [path.name for path in here.glob("step-*")])
+            found[kind, zero_stage] = (said, [path.name for path in (here / STORE).glob("step-*")])
     torch.save(found, directory / "found.pt")
 
 
