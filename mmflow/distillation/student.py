@@ -78,10 +78,8 @@ class Student(nn.Module):
         for teacher in teachers:
             if teacher.loaded is not None:
                 teacher.loaded.model.requires_grad_(False)
-        student, parties = (
-            Party(learner.model.gives, learner.model, learner.config.image_pixels),
-            [teacher.party for teacher in teachers],
-        )
+        student = Party(learner.model.gives, learner.model, learner.config.image_pixels)
+        parties = [teacher.party for teacher in teachers]
         self._hearers = hearers(key, lessons, student, parties)
         # Of each teacher, by side: the layers that are compared, (student's, teacher's).
         self._pairs = [

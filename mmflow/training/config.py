@@ -172,3 +172,9 @@ class DistillConfig(Config):
     loader: LoaderConfig = LoaderConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _layers_can_be_listened_to(self) -> DistillConfig:
+        if self.training.compile and (self.lessons.hidden or self.lessons.attention):
+            raise ValueError("training.compile: attention and hidden lessons listen within encoders; leave one out")
+        return self
