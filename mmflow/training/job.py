@@ -97,9 +97,10 @@ def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) ->
             )
             checkpoints = Checkpoints(job.checkpoints, config.checkpoints, note)
             try:
-                while trouble := _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush):
+                trouble = _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush)
+                while trouble is not None:
                     guards.rewound(trouble)
-                    note(trouble.steps[0], "rewind", reason=trouble.what)
+                    trouble = _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush, after=trouble)
             except RuntimeError as error:
                 if not _is_of_an_exchange(error):
                     raise
@@ -117,6 +118,7 @@ def _train(
     pulse: Pulse,
     journal: Journal | None,
     flush: Callable[[], None],
+    after: Trouble | None = None,
 ) -> Trouble | None:
     """Train from the newest checkpoint on; the trouble that leads back to it, or None when the package is written."""
     dataset = open_dataset(job.dataset)
@@ -142,7 +144,11 @@ def _train(
         state=state,
     )
     if journal:
-        journal.event(step, "started", epoch=state.epoch, position=state.position, workers=dist.get_world_size())
+        where = {"epoch": state.epoch, "position": state.position, "workers": dist.get_world_size()}
+        if after is None:
+            journal.event(step, "started", **where)
+        else:
+            journal.event(step, "rewound", **where, steps=after.steps, reason=after.what)
 
     def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> None:
         checkpoints.save(engine, step, state, metrics, guards=guards.state())

@@ -87,11 +87,8 @@ class Poisoned(Learner):
         return loss, parts
 
 
-def run(plan: Training, directory: Path) -> str:
-    """What the training ended with: "", or the error."""
+def job_of(plan: Training, directory: Path) -> TrainingJob:
     here = directory / plan.name
-    here.mkdir(exist_ok=True)
-    Poisoned.poison = plan.poison
     fields = {
         "epochs": EPOCHS,
         "global_batch_size": BATCH,
@@ -99,7 +96,7 @@ def run(plan: Training, directory: Path) -> str:
         "checkpoint_every_steps": EVERY,
         "log_every_steps": 3,
     }
-    job = TrainingJob(
+    return TrainingJob(
         stage="pretrain",
         dataset=plan.dataset,
         tokenizer_json=Path(plan.tokenizer).read_text(),
@@ -112,11 +109,18 @@ def run(plan: Training, directory: Path) -> str:
         journal=str(here / "journal.jsonl"),
         checkpoints=plan.checkpoints or str(here / "checkpoints"),
     )
+
+
+def run(plan: Training, directory: Path) -> str:
+    """What the training ended with: "", or the error."""
+    here = directory / plan.name
+    here.mkdir(exist_ok=True)
+    Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
         training_job.train = watched(plan, seen.write)
         os.replace = dying_replace(plan)
         try:
-            run_rank(job)
+            run_rank(job_of(plan, directory))
         except MmflowError as error:
             return str(error)
         finally:

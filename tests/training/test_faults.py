@@ -255,7 +255,7 @@ def _learning_rate(trainings: Trainings) -> float:
 def test_going_back_ends_at_what_leaving_out_does(poisoned: Trainings, kind: str, stage: int) -> None:
     name = f"rewind-{kind}-{stage}"
     assert poisoned.said(name) == ""
-    assert len(poisoned.events(name, "rewind")) == EPOCHS
+    assert len(poisoned.events(name, "rewound")) == EPOCHS
     expected, found = poisoned.weights(f"skip-{kind}-{stage}"), poisoned.weights(name)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -274,7 +274,7 @@ def test_a_spike_is_gone_past_or_recorded_or_enough(poisoned: Trainings) -> None
     assert spike["steps"] == [step]
     assert poisoned.said("spike-record") == ""
     assert poisoned.said("spike-rewind") == ""
-    assert [line["step"] for line in poisoned.events("spike-rewind", "rewind")] == [step]
+    assert [line["steps"] for line in poisoned.events("spike-rewind", "rewound")] == [[step]]
     lines = [line for line in read_journal(poisoned.directory / "spike-rewind" / "journal.jsonl") if "metrics" in line]
     assert lines[-1]["metrics"]["skipped_steps"] == 2  # the batch that spiked, and the one before it
     assert poisoned.said("spike-enough").startswith(f"step {step}: the loss is ")
@@ -319,6 +319,34 @@ def test_a_rank_that_does_not_come_is_named(trainings: Trainings) -> None:
     (hung,) = trainings.events("hung", "hung")
     assert hung["reason"].startswith("rank 1 stands at step 3, loading, for ")
     assert "rank 1 stands at step 3, loading" in trainings.said("hung")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@each_stage
+def test_a_lost_node_shrinks_the_group_and_a_new_one_grows_it(trainings: Trainings, stage: int) -> None:
+    epochs = 200
+    training = {
+        "zero_stage": stage,
+        "epochs": epochs,
+        "checkpoint_every_steps": 50,
+        "num_workers": [1, 2],
+        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2},
+    }
+    plan = {"dataset": trainings.dataset.uri, "tokenizer": str(trainings.tokenizer), "name": f"nodes-{stage}"}
+    step = random.Random(stage).randint(100, 300)
+    command = [sys.executable, "-m", "tests.training.losing_nodes", str(trainings.directory)]
+    command += [json.dumps({**plan, "training": training}), str(step)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    started = trainings.events(plan["name"], "started")
+    assert [line["workers"] for line in started[:2]] == [2, 1]
+    assert started[1]["step"] >= step - 50
+    lines = list(read_journal(trainings.directory / plan["name"] / "journal.jsonl"))
+    assert max(line["step"] for line in lines) == epochs * STEPS_PER_EPOCH
+    trainings.run(1, {"name": f"alone-{stage}", "training": {**training, "num_workers": 1}})
+    expected, found = trainings.weights(f"alone-{stage}"), trainings.weights(plan["name"])
+    assert largest_difference(expected, found) < 1e-4
 
 
 @pytest.mark.slow
