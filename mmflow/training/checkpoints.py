@@ -81,7 +81,7 @@ class Checkpoints:
             shutil.rmtree(scratch, ignore_errors=True)
             self._without(step, problem)
             return
-        publish = {
+        publish: dict[str, Any] = {
             "rank": self._rank,
             "world_size": self._world_size,
             "state_hash": state_hash(engine),

@@ -12,6 +12,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 MOST_BEAT_SECONDS = 20.0
+STORE_SECONDS = 5.0
 MISSED_BEATS = 3  # after which a rank is taken for dead or frozen
 
 
@@ -56,7 +57,7 @@ class Pulse:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(STORE_SECONDS)  # a store whose rank 0 is gone may keep it for half an hour
 
     def missing(self) -> str:
         """Whom the others wait for, in words."""

@@ -77,12 +77,13 @@ def state_hash(engine: Any) -> str:
         for one in held(engine):
             for state, flat in one.elementwise():
                 for name, fragment in one.pieces:
-                    total += _hash(f"{name}/{state}", fragment.of(flat.reshape(-1)), fragment.start).to(total.device)
+                    mine = element_hash(f"{name}/{state}", fragment.of(flat.reshape(-1)), fragment.start)
+                    total += mine.to(total.device)
     dist.all_reduce(total)
     return f"{int(total) % 2**64:016x}"
 
 
-def _hash(name: str, values: Tensor, start: int) -> Tensor:
+def element_hash(name: str, values: Tensor, start: int) -> Tensor:
     """A sum over elements, of each with its place: parts of a tensor add up to the whole. int64 wraps round."""
     seed = xxhash.xxh3_64_intdigest(name.encode()) - 2**63
     total = torch.zeros((), dtype=torch.int64, device=values.device)
