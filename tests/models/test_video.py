@@ -20,7 +20,8 @@ PIXELS = 16
 def encoder(kind: str, model_type: str = "vit", **settings: Any) -> VideoEncoder:
     torch.manual_seed(2)
     image = ImageEncoderConfig(type=model_type, options=IMAGE[model_type])
-    video = VideoConfig.model_validate({"kind": kind, "max_frames": 4, "layers": 1, "heads": 2, **settings})
+    transformer = {} if kind == "mean" else {"layers": 1, "heads": 2}
+    video = VideoConfig.model_validate({"kind": kind, "max_frames": 4, **transformer, **settings})
     built = build_image_encoder("m.image", image, PIXELS, video)
     assert isinstance(built, VideoEncoder)
     return built
