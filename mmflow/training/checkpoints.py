@@ -260,10 +260,10 @@ def _write(engine: Any, scratch: Path) -> str:
     """This rank's files, in a directory of its own; what went wrong, or nothing."""
     problems = []
 
-    def save(value: Any, path: str | Path) -> None:
+    def save(state_dict: Any, path: str | Path) -> None:
         # Does not raise: the other ranks would wait in DeepSpeed's barrier for the one that did.
         try:
-            torch.save(value, path)
+            torch.save(state_dict, path)
         except (OSError, RuntimeError) as error:  # a full disk is either
             problems.append(f"{scratch.parent}: {' '.join(str(error).split())[:300]}")
 
