@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,23 @@ def test_what_a_checkpoint_s_model_or_tokenizer_does_not_give_is_named(tmp_path:
 def test_a_part_that_nothing_trains_is_named() -> None:
     with pytest.raises(RecipeError, match=r"^pretrain\.model\.heads: masked_language: no objective trains it"):
         check_training("pretrain", section(heads=["masked_language"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"training": {"micro_batch_size": 4}}, r"training\.micro_batch_size: video of kind tight, which scores every"),
+        ({"objectives": {"sigmoid": {}}}, r"objectives\.sigmoid: it needs embeddings; .* no video of kind tight"),
+        ({"loader": {"frames": 3}}, r"loader\.frames: 3, and pretrain\.model\.video\.max_frames is 2; make them equal"),
+    ],
+)
+def test_what_reads_no_scores_of_pairs_is_named(changes: dict[str, Any], said: str | None) -> None:
+    video = {"kind": "tight", "max_frames": 2, "layers": 1, "heads": 2}
+    fields = {"model": SMALLEST_MODEL | {"video": video}, "loader": {"frames": 2}} | changes
+    refused = pytest.raises(RecipeError, match=f"^pretrain\\.{said}") if said else contextlib.nullcontext()
+    with refused:
+        check_training("pretrain", PretrainConfig.model_validate(fields))
 
 
 def test_lessons_train_the_space_that_they_compare_in() -> None:
