@@ -6,10 +6,13 @@ where states are, saved with them, and left as it is by a step that DeepSpeed le
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmflow.training.fragments import Fragment
 
 AVERAGE = "average"
 STEPS = "average_steps"
@@ -34,13 +37,14 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     optimizer.register_step_post_hook(follow)
 
 
-def whole_average(engine: Any, parameter: Tensor) -> Tensor | None:
-    """A parameter's average in full, at any ZeRO stage; None for one that was never stepped. Collective."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+def whole_average(engine: Any, parameter: Tensor, places: Mapping[Tensor, tuple[Tensor, Fragment]]) -> Tensor | None:
+    """A parameter's average in full; None for one that is not trained. `places` as `places_of` has them. Collective.
 
-    if not parameter.requires_grad:
-        return None
-    if engine.zero_optimization_stage() == 0:
-        return engine.optimizer.state.get(parameter, {}).get(AVERAGE)  # type: ignore[no-any-return]
-    average: Tensor = safe_get_full_optimizer_state(parameter, AVERAGE)
-    return average
+    Not by DeepSpeed's `safe_get_full_optimizer_state`, which below ZeRO 3 knows the states of the first parameter group
+    alone.
+    """
+    if parameter not in places:
+        average: Tensor | None = engine.basic_optimizer.state.get(parameter, {}).get(AVERAGE)
+        return average
+    flat, fragment = places[parameter]
+    return fragment.whole(engine.basic_optimizer.state[flat][AVERAGE], engine.device)

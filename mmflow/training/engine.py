@@ -15,7 +15,7 @@ from mmflow.models.learning_rates import learning_rate_factors
 from mmflow.models.model import Model
 from mmflow.training.averages import keep_average, whole_average
 from mmflow.training.config import OptimizerConfig
-from mmflow.training.fragments import fragments_of
+from mmflow.training.fragments import fragments_of, places_of
 from mmflow.training.optimizers import MUON, WholeParameterOptimizer, build_optimizer
 from mmflow.training.schedules import learning_rate_schedule
 
@@ -188,9 +188,10 @@ def whole_state(module: nn.Module, averaged_by: Any = None) -> dict[str, Tensor]
     from deepspeed.utils import safe_get_full_fp32_param
 
     keep = dist.get_rank() == 0
+    places = {} if averaged_by is None else places_of(averaged_by)
     state = {}
     for name, parameter in module.named_parameters():
-        master = whole_average(averaged_by, parameter) if averaged_by is not None else None
+        master = whole_average(averaged_by, parameter, places) if averaged_by is not None else None
         if master is None:
             master = safe_get_full_fp32_param(parameter)
         if master is None:  # stage 0, fp32: the parameter is its own master

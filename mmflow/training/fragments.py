@@ -3,6 +3,7 @@ many."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +37,27 @@ class Fragment:
 def fragments_of(engine: Any) -> dict[Tensor, list[Fragment]]:
     """By flat tensor the parameters that it has a part of, in one order on every rank; empty at ZeRO 0, where an
     optimizer steps the parameters themselves."""
-    stage = engine.zero_optimization_stage()
+    return {flat: [_fragment(engine, parameter) for parameter in group] for flat, group in _groups(engine)}
+
+
+def places_of(engine: Any) -> dict[Tensor, tuple[Tensor, Fragment]]:
+    """By parameter the flat tensor that has a part of it, and where; empty at ZeRO 0."""
+    return {parameter: (flat, _fragment(engine, parameter)) for flat, group in _groups(engine) for parameter in group}
+
+
+def _groups(engine: Any) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
-        return {}
-    zero = engine.optimizer
+        return iter(())
     if stage < 3:
-        groups = zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
-        return {flat: [_of_flat_group(parameter) for parameter in group] for flat, group in groups}
-    groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
-    return {flat: [_of_parameter(zero, parameter) for parameter in group] for flat, group in groups}
+        return zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+    return zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+
+
+def _fragment(engine: Any, parameter: Tensor) -> Fragment:
+    if engine.zero_optimization_stage() < 3:
+        return _of_flat_group(parameter)
+    return _of_parameter(engine.optimizer, parameter)
 
 
 def _of_flat_group(parameter: Any) -> Fragment:

@@ -1,17 +1,21 @@
-"""The optimizer's settings: who decays, and how the learning rate goes."""
+"""Which parameters an optimizer is given, and what it cannot be asked for."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 
-from mmflow.training.config import OptimizerConfig
-from mmflow.training.engine import learning_rate_schedule, parameter_groups
+from mmflow.errors import RecipeError
+from mmflow.models.config import ModelConfig
+from mmflow.models.model import build
+from mmflow.training.config import PretrainConfig, TrainingConfig
+from mmflow.training.engine import check_fp16, compile_parts, engine_settings, parameter_groups
+from mmflow.training.stage import identity
+from tests.tiny import SMALLEST_MODEL
 
 
 def test_matrices_decay_and_norms_biases_and_scales_do_not() -> None:
@@ -34,23 +38,101 @@ def test_matrices_decay_and_norms_biases_and_scales_do_not() -> None:
     }
 
 
-def test_schedule_by_hand() -> None:
-    factor = learning_rate_schedule(
-        OptimizerConfig(learning_rate=0.01, final_learning_rate=0.001, warmup_steps=4), total_steps=12
+def test_muon_is_given_the_matrices_of_hidden_layers() -> None:
+    fields = {
+        **SMALLEST_MODEL,
+        "fusion": {"kind": "concatenation", "width": 8},
+        "heads": ["masked_language", "matching"],
+    }
+    model = build("model", ModelConfig.model_validate(fields), 64, seed=0)
+    groups = parameter_groups(model, 0.01, 0.3, muon=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = {names[id(each)] for group in groups if group["muon"] for each in group["params"]}
+    assert all(group["weight_decay"] == 0.3 for group in groups if group["muon"])
+    assert {"image_projection.weight", "text_projection.weight"} < taken
+    assert any("attention" in name for name in taken)
+    assert all(dict(model.named_parameters())[name].dim() == 2 for name in taken)
+    assert [name for name in taken if "embeddings" in name or name.startswith("heads")] == []
+    given = [id(each) for group in groups for each in group["params"]]
+    assert len(given) == len(set(given)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("rows_per_rank", "micro_batch_size", "parts", "rows"),
+    [(10, None, 1, 10), (10, 10, 1, 10), (10, 64, 1, 10), (10, 5, 2, 5), (10, 4, 3, 4), (7, 3, 3, 3), (1, 1, 1, 1)],
+)
+def test_a_batch_comes_in_as_few_even_parts_as_fit(
+    rows_per_rank: int, micro_batch_size: int | None, parts: int, rows: int
+) -> None:
+    settings = engine_settings(
+        zero_stage=2,
+        precision="fp32",
+        rows_per_rank=rows_per_rank,
+        gradient_clipping=1.0,
+        micro_batch_size=micro_batch_size,
     )
-    assert [factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factor(8) == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down the cosine
-    assert factor(6) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert factor(12) == factor(100) == pytest.approx(0.1)
+    assert settings["gradient_accumulation_steps"] == parts
+    assert settings["train_micro_batch_size_per_gpu"] == rows
+    assert rows * (parts - 1) < rows_per_rank <= rows * parts
 
 
-@given(warmup=st.integers(0, 200), total=st.integers(1, 100))
-def test_schedule_rises_to_the_peak_once_and_falls(warmup: int, total: int) -> None:
-    """Also where the warm-up is longer than the training."""
-    factor = learning_rate_schedule(OptimizerConfig(learning_rate=0.01, warmup_steps=warmup), total)
-    factors = [factor(step) for step in range(total)]
-    peak = factors.index(max(factors))
-    assert max(factors) == 1.0
-    assert factors[: peak + 1] == sorted(factors[: peak + 1])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert all(0 < each <= 1 for each in factors)
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer: at zero_stage 0 there is none"),
+        ({"zero_stage": 0, "precision": "fp16"}, "precision: fp16: at zero_stage 0 there is none"),
+        ({"zero_stage": 3, "compile": True}, "compile: zero_stage 3"),
+    ],
+)
+def test_what_a_zero_stage_cannot_is_refused(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        TrainingConfig.model_validate(fields)
+
+
+def test_fp16_without_gpus_is_refused() -> None:
+    check_fp16("pretrain.training", accelerated=True)
+    with pytest.raises(RecipeError, match=r"^pretrain\.training\.precision: fp16 needs GPUs"):
+        check_fp16("pretrain.training", accelerated=False)
+
+
+@pytest.mark.slow
+def test_compiled_parts_learn_the_same() -> None:
+    config = ModelConfig.model_validate(SMALLEST_MODEL)
+    batch = {
+        "pixels": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+        "token_ids_BT": torch.arange(24).view(4, 6),
+        "token_mask_BT": torch.ones(4, 6, dtype=torch.int64),
+    }
+    gradients = []
+    for compiled in (False, True):
+        model = build("model", config, 64, seed=0)
+        if compiled:
+            compile_parts(model)
+        outputs = model(**batch)
+        (outputs["image_embedding"] * outputs["text_embedding"]).sum().backward()
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def settings_of(**training: Any) -> dict[str, Any]:
+    section = PretrainConfig.model_validate({"model": SMALLEST_MODEL, "training": training})
+    return identity("pretrain", section)[0]["training"]  # type: ignore[no-any-return]
+
+
+def test_a_recipe_that_names_nothing_new_is_the_one_it_was() -> None:
+    plain = settings_of()
+    assert set(plain["optimizer"]) == {
+        "learning_rate",
+        "final_learning_rate",
+        "warmup_steps",
+        "weight_decay",
+        "beta2",
+        "gradient_clipping",
+    }
+    assert "ema_decay" not in plain
+    assert settings_of(micro_batch_size=4, offload_optimizer=True, compile=True) == plain
+    assert settings_of(ema_decay=0.99)["ema_decay"] == 0.99
+    changed = settings_of(optimizer={"name": "lamb", "schedule": "wsd", "decay_share": 0.1})["optimizer"]
+    assert (changed["name"], changed["schedule"], changed["decay_share"]) == ("lamb", "wsd", 0.1)

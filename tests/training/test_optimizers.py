@@ -1,0 +1,134 @@
+"""Each optimizer against its reference, on whole parameters; `test_sharded` has them under ZeRO."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmflow.training.averages import AVERAGE, keep_average
+from mmflow.training.config import OptimizerConfig
+from mmflow.training.optimizers import Lamb, Muon, build_optimizer, orthogonal
+
+STEPS, RATE, DECAY, BETAS = 5, 0.02, 0.1, (0.9, 0.98)
+
+
+def parameters() -> list[nn.Parameter]:
+    random = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=random)) for shape in [(6, 4), (3, 8), (5, 5)]]
+
+
+def train(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> list[Tensor]:
+    """A few steps down gradients that do not depend on what was learnt; the parameters after them."""
+    random = torch.Generator().manual_seed(1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+    for _ in range(STEPS):
+        for parameter in trained:
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+        optimizer.step()
+        schedule.step()
+    return [parameter.detach().clone() for parameter in trained]
+
+
+def group(trained: list[nn.Parameter], **more: Any) -> dict[str, Any]:
+    return {"params": trained, "lr": RATE, "weight_decay": DECAY, **more}
+
+
+def test_adamw_is_torch_s() -> None:
+    config = OptimizerConfig(learning_rate=RATE, beta2=BETAS[1])
+    found = train(build_optimizer([group(mine := parameters())], config), mine)
+    theirs = parameters()
+    expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=DECAY), theirs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_muon_is_torch_s_for_matrices_of_hidden_layers() -> None:
+    mine, theirs = parameters(), parameters()
+    found = train(Muon([group(mine, muon=True)], RATE, BETAS), mine)
+    reference = torch.optim.Muon(theirs, lr=RATE, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    expected = train(reference, theirs)
+    for pair in zip(found, expected, strict=True):
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
+
+
+def test_muon_is_adamw_for_all_else() -> None:
+    mine, theirs = parameters(), parameters()
+    found = train(Muon([group(mine, muon=False)], RATE, BETAS), mine)
+    expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=DECAY), theirs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
+def test_orthogonal_brings_singular_values_near_to_one(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    values = torch.linalg.svdvals(orthogonal(matrix).float())
+    assert values.min() > 0.3
+    assert values.max() < 1.4
+
+
+def test_lamb_is_the_paper_s_algorithm_in_plain_loops() -> None:
+    mine, theirs = parameters(), [each.detach().double() for each in parameters()]
+    found = train(Lamb([group(mine)], RATE, BETAS), mine)
+    random = torch.Generator().manual_seed(1)
+    means, squares = ([torch.zeros_like(each) for each in theirs] for _ in range(2))
+    for step in range(1, STEPS + 1):
+        rate = RATE * (1 - (step - 1) / 10)
+        for number, x in enumerate(theirs):
+            g = torch.randn(x.shape, generator=random).double()
+            means[number] = BETAS[0] * means[number] + (1 - BETAS[0]) * g
+            squares[number] = BETAS[1] * squares[number] + (1 - BETAS[1]) * g**2
+            m = means[number] / (1 - BETAS[0] ** step)
+            v = squares[number] / (1 - BETAS[1] ** step)
+            r = m / (v.sqrt() + 1e-8) + DECAY * x
+            theirs[number] = x - rate * (x.norm() / r.norm()) * r
+    for one, other in zip(found, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)
+
+
+def test_lamb_leaves_a_length_of_zero_and_what_does_not_decay_to_adam() -> None:
+    zero = [nn.Parameter(torch.zeros(3, 3))]
+    moved = train(Lamb([group(zero)], RATE, BETAS), zero)[0]
+    assert moved.isfinite().all()
+    assert (moved != 0).all()
+    mine, theirs = parameters(), parameters()
+    found = train(Lamb([{"params": mine, "lr": RATE, "weight_decay": 0.0}], RATE, BETAS), mine)
+    expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=0.0), theirs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_average_by_hand() -> None:
+    trained = [nn.Parameter(torch.zeros(2))]
+    optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.5)
+    keep_average(optimizer, decay=0.3)
+    expected = None
+    for step in range(6):
+        trained[0].grad = torch.full((2,), -1.0)
+        optimizer.step()
+        now = trained[0][0].item()
+        share = min(0.3, (1 + step) / (10 + step))
+        expected = now if expected is None else share * expected + (1 - share) * now
+    assert expected is not None
+    assert optimizer.state[trained[0]][AVERAGE].tolist() == pytest.approx([expected] * 2)
+    assert not math.isclose(expected, now)
+
+
+def test_average_goes_on_from_a_saved_state() -> None:
+    def averages(stop: int) -> Tensor:
+        """Six steps, the optimizer made anew after `stop` of them."""
+        trained = [nn.Parameter(torch.zeros(3))]
+        optimizer = torch.optim.AdamW(trained, lr=0.1)
+        keep_average(optimizer, decay=0.9)
+        for step in range(6):
+            if step == stop:
+                state = optimizer.state_dict()
+                optimizer = torch.optim.AdamW(trained, lr=0.1)
+                keep_average(optimizer, decay=0.9)
+                optimizer.load_state_dict(state)
+            trained[0].grad = torch.randn(3, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return optimizer.state[trained[0]][AVERAGE]  # type: ignore[no-any-return]
+
+    assert torch.equal(averages(stop=3), averages(stop=6))
