@@ -85,6 +85,7 @@ def test_the_copying_thread_works_on_its_rank_s_device(monkeypatch: pytest.Monke
 
     class Device(nullcontext[None]):
         def __init__(self, device: torch.device) -> None:
+            super().__init__()
             current[threading.current_thread().name] = device.index
 
     stream = SimpleNamespace(record_event=lambda: None, wait_event=lambda event: None)

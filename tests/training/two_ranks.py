@@ -69,7 +69,7 @@ def losses(name: str, zero_stage: int, rank: int) -> list[float]:
     special, ranks = MaskingTokens(None, (), VOCABULARY), Ranks(rank, gather_rows, pass_on)
     engine = build_engine(
         Learner(model, config, ObjectivesConfig(), special, seed=1, ranks=ranks),
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=0.001, warmup_steps=1),
         zero_stage=zero_stage,
         precision="fp32",
         global_batch_size=WORLD_SIZE * ROWS,
