@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isfinite, nan
 from typing import Any
 
 from mmflow.artifacts import Artifact, exists, join, local_path, read_bytes, read_json, write_bytes, write_json
@@ -231,17 +232,35 @@ def _comparison(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
         return {}
     splits = read_json(artifacts["evaluate"].file("metrics.json"))
     speed = read_json(artifacts["evaluate"].file("speed.json"))
-    share: dict[str, dict[str, float]] = {}
-    for split, found in splits.items():
-        teacher, student = (found["models"][name].get("text_to_image", {}) for name in ("teacher", "student"))
-        share[split] = {
-            name: student[name] / teacher[name] for name in RECALLS if teacher.get(name) and name in student
-        }
+    share = {
+        split: share_of_teacher(found["models"]["teacher"], found["models"]["student"])
+        for split, found in splits.items()
+    }
     return {
         "teacher_parameters": artifacts["pretrain"].manifest["parameters"],
         "student_parameters": artifacts["distill"].manifest["parameters"],
         "share_of_teacher": share,
-        "latency_ms": {name: speed[name]["latency_ms"] for name in ("teacher", "student")},
+        **{
+            measure: {name: speed[name][measure] for name in ("teacher", "student")}
+            for measure in ("latency_ms", "pictures_per_second")
+            if measure in speed["student"]  # an evaluation of before had no throughput
+        },
+    }
+
+
+def share_of_teacher(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
+    """By flat name, what the student has of each of the teacher's metrics that are the better the higher; recalls of
+    texts among pictures first."""
+    from mmflow.evaluation.evaluate import flatten
+    from mmflow.evaluation.report import is_share
+
+    theirs, ours = flatten(teacher), flatten(student)
+    first = [f"text_to_image/{name}" for name in RECALLS]
+    names = [*first, *(name for name in theirs if name not in first)]
+    return {
+        name: ours[name] / theirs[name]
+        for name in names
+        if is_share(name) and theirs.get(name, 0.0) > 0 and isfinite(ours.get(name, nan))
     }
 
 

@@ -56,7 +56,10 @@ class Party:
     def layers(self) -> Mapping[str, LayersOf | None]:
         """Of each side's encoder; None where its layers cannot be compared."""
         encoders = {side: encoder_of(self.model, side) if self.model else None for side in SIDES}
-        return {side: each and describe(each, self.image_pixels) for side, each in encoders.items()}
+        return {
+            side: None if encoder is None else describe(encoder, self.image_pixels)
+            for side, encoder in encoders.items()
+        }
 
 
 def hearers(key: str, lessons: LessonsConfig, student: Party, teachers: Sequence[Party]) -> dict[str, list[int]]:

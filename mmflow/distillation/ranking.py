@@ -45,7 +45,7 @@ def ranking(heard: Heard, config: RankingConfig) -> Tensor:
 def order_surprisal(student_BK: Tensor, teacher_BK: Tensor, there_BK: Tensor) -> Tensor:
     """(B,) −log likelihood of the teacher's order under the student's scores, the mean over those that have another
     below them; 0 where fewer than two are `there` (bool)."""
-    order_BK = teacher_BK.masked_fill(~there_BK, -torch.inf).argsort(1, descending=True, stable=True)
+    order_BK = teacher_BK.masked_fill(~there_BK, -torch.inf).argsort(dim=1, descending=True, stable=True)
     there_BK = there_BK.gather(1, order_BK)  # those that are not there come last
     scores_BK = student_BK.gather(1, order_BK).masked_fill(~there_BK, torch.finfo(student_BK.dtype).min)
     below_BK = scores_BK.flip(1).logcumsumexp(1).flip(1)

@@ -51,6 +51,24 @@ def words(name: object) -> str:
     return DIRECTIONS.get(str(name), str(name).replace("_", " "))
 
 
+def metric_words(path: str) -> str:
+    """A metric's flat name in a reader's words: "zh/text_to_image/R@10" as "zh text → image R@10"."""
+    return " ".join(words(part) for part in path.split("/") if part != "languages")
+
+
+def kept_view(share_of_teacher: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What the student keeps of the teacher, a row a metric and a column a split; a metric that a split lacks is None
+    there."""
+    metrics = dict.fromkeys(metric for shares in share_of_teacher.values() for metric in shares)
+    return {
+        "splits": list(share_of_teacher),
+        "rows": [
+            {"name": metric_words(metric), "shares": [shares.get(metric) for shares in share_of_teacher.values()]}
+            for metric in metrics
+        ],
+    }
+
+
 def model_color(name: str) -> str:
     """The CSS colour of a model; looked up, never built from the name, which could carry CSS of its own."""
     return MODEL_COLORS.get(name, "var(--bar)")
@@ -92,7 +110,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if is_finite(teacher) and is_finite(student) and student:
         strip.append((f"{format_count(teacher)} → {format_count(student)}", "parameters, teacher → student"))
     strip += [
-        (format_percent(value), f"of the teacher’s {metric}, {words(split)}")
+        (format_percent(value), f"of the teacher’s {metric_words(metric)}, {words(split)}")
         for split, shares in list((comparison.get("share_of_teacher") or {}).items())[:1]
         for metric, value in list(shares.items())[:1]
     ]
@@ -266,6 +284,7 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
         confusion=confusion_view((report.get("written") or {}).get("confusion") or {}),
         picture=lambda key: data_uri(images[key]) if key in images else "",
         meter=meter,
+        kept=kept_view((report.get("comparison") or {}).get("share_of_teacher") or {}),
     )
 
 

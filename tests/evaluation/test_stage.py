@@ -99,7 +99,9 @@ def test_every_model_has_what_it_gives(evaluation: str) -> None:
         "student": {"text_to_image", "image_to_text", "languages"},
         "untrained": {"captions"},
     }
-    assert set(read_json(join(evaluation, "speed.json"))) == {"teacher", "student", "untrained"}
+    speed = read_json(join(evaluation, "speed.json"))
+    assert set(speed) == {"teacher", "student", "untrained"}
+    assert all(each["latency_ms"] > 0 and each["pictures_per_second"] > 0 for each in speed.values())
 
 
 def test_every_caption_is_a_query_under_its_pictures_key(evaluation: str) -> None:
