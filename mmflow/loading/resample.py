@@ -58,7 +58,7 @@ def resample(pixels: Pixels, side: int, box: Box, warp: Affine = PLAIN) -> Pixel
         left, top, right, bottom = box
         antialias = max(right - left, bottom - top) > LEVEL * side
         view = _interpolate(pixels[top:bottom, left:right], side, side, antialias=antialias)
-        return view if warp == PLAIN else np.ascontiguousarray(view[:, ::-1])
+        return view if warp == PLAIN else _mirrored(view)
     return _warped(pixels, side, box, warp)
 
 
@@ -91,6 +91,11 @@ def _within(centre: float, reach: float, length: int) -> tuple[int, int]:
     """First and last pixel of a side that a view reaches: at least one, even where it looks past the picture."""
     first = min(max(0, math.floor(centre - reach)), length - 1)
     return first, max(first + 1, min(length, math.ceil(centre + reach)))
+
+
+def _mirrored(pixels: Pixels) -> Pixels:
+    # By torch: numpy copies a reversed side of three-byte pixels a byte at a time, which takes 15 times as long.
+    return torch.from_numpy(np.require(pixels, requirements=["W"])).flip(1).numpy()
 
 
 def picture_of(pixels: Pixels) -> Image.Image:
