@@ -150,8 +150,11 @@ def pair_scores(
     columns = []
     for batch in batched(samples, batch_size):
         clips = loaded.model.encode_image(*image_inputs(loaded, batch))
-        parts = texts_AW.split(max(1, PAIRS_AT_ONCE // len(batch)))
-        columns.append(torch.cat([loaded.model.score_pairs(part, clips) for part in parts]).float().cpu().numpy())
+        size = max(1, PAIRS_AT_ONCE // len(batch))
+        parts = [
+            loaded.model.score_pairs(texts_AW[start : start + size], clips) for start in range(0, len(texts_AW), size)
+        ]
+        columns.append(torch.cat(parts).float().cpu().numpy())
     return np.concatenate(columns, axis=1)
 
 
