@@ -41,13 +41,14 @@ def progress(title: str) -> Iterator[Report]:
 def _plain(title: str) -> Report:
     began = last = time.monotonic()
     first: int | None = None  # where a resumed piece of work began: its rate counts from there
-    shown = -1
+    latest = shown = -1
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal began, last, first, shown
+        nonlocal began, last, first, latest, shown
         now = time.monotonic()
-        if first is None:
+        if first is None or done < latest:  # it counts anew: the next of several pieces
             first, began = done, now
+        latest = done
         if now - last < LINE_SECONDS or done == shown:
             return
         last, shown = now, done
