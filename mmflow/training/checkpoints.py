@@ -68,8 +68,8 @@ class Checkpoints:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float], **facts: Any) -> None:
-        """Write a checkpoint of a step. Raises TrainingError where there is no room and the recipe says to stop."""
+    def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float], **facts: Any) -> bool:
+        """Write a checkpoint of a step, if there is room. Raises TrainingError where the recipe says to stop else."""
         self.finish(step)
         if self._rank == 0:
             self._prune(step)
@@ -80,7 +80,7 @@ class Checkpoints:
         if problem:
             shutil.rmtree(scratch, ignore_errors=True)
             self._without(step, problem)
-            return
+            return False
         publish: dict[str, Any] = {
             "rank": self._rank,
             "world_size": self._world_size,
@@ -92,6 +92,7 @@ class Checkpoints:
             **facts,
         }
         self._publishing = uri, self._background.submit(publish_part, uri, scratch, **publish)
+        return True
 
     def finish(self, step: int) -> None:
         """Wait until the last checkpoint is where it belongs, on all ranks."""

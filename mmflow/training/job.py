@@ -150,11 +150,12 @@ def _train(
         else:
             journal.event(step, "rewound", **where, steps=after.steps, reason=after.what)
 
-    def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> None:
-        checkpoints.save(engine, step, state, metrics, guards=guards.state())
+    def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> bool:
+        is_begun = checkpoints.save(engine, step, state, metrics, guards=guards.state())
         if reason == PREEMPTION:
             checkpoints.finish(step)  # this machine may be gone before the next one
         flush()
+        return is_begun
 
     try:
         with contextlib.closing(iter(loader)) as ready:

@@ -29,7 +29,8 @@ from mmflow.training.guards import (
 )
 from mmflow.training.telemetry import Journal
 
-Save = Callable[[int, LoaderState, Mapping[str, float], str], None]  # of a step, its state and metrics: why
+Save = Callable[[int, LoaderState, Mapping[str, float], str], bool]
+"""Of a step, its state and metrics, and why; whether there was room."""
 ShardName = Callable[[int, int], str]  # (dataset, shard) → its name
 Seen = tuple[LoaderState, tuple[str, ...], NDArray[np.int64] | None, Tensor]
 """Where a batch began; this rank's keys, their places, and which rows are real."""
@@ -114,8 +115,7 @@ def train(
         interval = _Interval()
         if reason:
             at(step, "saving")
-            save(step, state, metrics, reason)
-            if journal:
+            if save(step, state, metrics, reason) and journal:
                 journal.event(step, "checkpoint", epoch=state.epoch, position=state.position, reason=reason)
 
 

@@ -30,6 +30,7 @@ from mmflow.objectives.learner import Learner, Parts
 from mmflow.training import job as training_job
 from mmflow.training.config import TrainingConfig
 from mmflow.training.job import TrainingJob, run_rank
+from mmflow.training.store import saved_checkpoints
 
 BATCH, EPOCHS, EVERY = 5, 2, 4  # a batch that neither two nor three ranks divide
 VICTIM = "key-11"  # of shard 00001
@@ -117,10 +118,11 @@ def run(plan: Training, directory: Path) -> str:
     here.mkdir(exist_ok=True)
     Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
-        training_job.train = watched(plan, seen.write)
+        job = job_of(plan, directory)
+        training_job.train = watched(plan, seen.write, job.checkpoints)
         os.replace = dying_replace(plan)
         try:
-            run_rank(job_of(plan, directory))
+            run_rank(job)
         except MmflowError as error:
             return str(error)
         finally:
@@ -131,13 +133,14 @@ def run(plan: Training, directory: Path) -> str:
 TRAIN, REPLACE = training_job.train, os.replace
 
 
-def watched(plan: Training, write: Callable[[str], Any]) -> Callable[..., None]:
+def watched(plan: Training, write: Callable[[str], Any], checkpoints: str) -> Callable[..., None]:
     """The loop over batches that are written down, and in which this rank meets its fate."""
 
     def train(engine: Any, source: Iterator[Batch], *, first_step: int, **settings: Any) -> None:
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(source, first_step + 1):
                 if plan.die == (dist.get_rank(), step):
+                    wait_for_checkpoint(checkpoints, (step - 1) // EVERY * EVERY)
                     os.kill(os.getpid(), signal.SIGKILL)
                 if plan.sleep == (dist.get_rank(), step):
                     time.sleep(3600)
@@ -148,6 +151,14 @@ def watched(plan: Training, write: Callable[[str], Any]) -> Callable[..., None]:
         TRAIN(engine, batches(), first_step=first_step, **settings)
 
     return train
+
+
+def wait_for_checkpoint(checkpoints: str, step: int) -> None:
+    """It is brought to its place while the training goes on."""
+    for _ in range(1000):
+        if any(each.step == step for each in saved_checkpoints(checkpoints)):
+            return
+        time.sleep(0.05)
 
 
 def dying_replace(plan: Training) -> Callable[..., None]:
