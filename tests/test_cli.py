@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.cli import PURPOSES
+from mmflow.cli import PURPOSES, app
+from mmflow.errors import MisuseError
 from mmflow.recipe import load_recipe
 from tests.shards.handmade import handmade, write_dataset
 from tests.tiny import tiny_fields, write_recipe, write_shapes
@@ -173,38 +174,40 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_a_clip_becomes_a_package_and_a_package_a_clip(checkpoint: Path, tmp_path: Path) -> None:
+def models(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `mmflow models …` prints, run in this process, which has torch already."""
+    app(["models", *arguments], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_a_clip_becomes_a_package_and_a_package_a_clip(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     package, exported = str(tmp_path / "package"), str(tmp_path / "exported")
-    done = mmflow("models", "import", str(checkpoint), package)
-    assert done.returncode == 0, done.stderr
+    said = models(capsys, "import", str(checkpoint), package)
     card = json.loads(Path(package, "mmflow.json").read_text())
-    assert done.stdout == f"{package}: clip, {card['parameters']:,} parameters, digest {card['digest']}\n"
-    again = mmflow("models", "import", str(checkpoint), package)
-    assert (again.returncode, again.stderr) == (
-        2,
-        f"error: {package}: a model package is there already; name another directory\n",
-    )
-    done = mmflow("models", "export", package, exported)
-    assert done.returncode == 0, done.stderr
-    said, _, difference = done.stdout.removesuffix(" at most\n").rpartition(" ")
+    assert said == f"{package}: clip, {card['parameters']:,} parameters, digest {card['digest']}\n"
+    with pytest.raises(MisuseError, match="package: a model package is there already; name another directory"):
+        models(capsys, "import", str(checkpoint), package)
+    said, _, difference = models(capsys, "export", package, exported).removesuffix(" at most\n").rpartition(" ")
     assert said == f"{exported}: clip, logits differ by"
     assert 0 <= float(difference) <= 1e-4
     assert json.loads(Path(exported, "config.json").read_text())["model_type"] == "clip"
-    done = mmflow("models", "export", package, exported)
-    assert done.returncode == 2
-    assert f"error: {exported}: exists; " in done.stderr
+    with pytest.raises(MisuseError, match="exported: exists; name a new directory"):
+        models(capsys, "export", package, exported)
 
 
-def test_two_towers_are_exported_as_graphs(checkpoint: Path, tmp_path: Path) -> None:
+def test_two_towers_are_exported_as_graphs(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     package, exported = str(tmp_path / "package"), str(tmp_path / "exported")
-    assert mmflow("models", "import", str(checkpoint), package).returncode == 0
-    done = mmflow("models", "export", package, exported, "--format", "onnx")
-    assert done.returncode == 0, done.stderr
-    lines = [line.partition(": embeddings differ by ") for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in lines] == [f"{exported}/image.onnx", f"{exported}/text.onnx"]
-    assert all(0 <= float(difference.removesuffix(" at most")) <= 1e-4 for _, _, difference in lines)
+    models(capsys, "import", str(checkpoint), package)
+    lines = models(capsys, "export", package, exported, "--format", "onnx").splitlines()
+    found = [line.removesuffix(" at most").partition(": embeddings differ by ") for line in lines]
+    assert [name for name, _, _ in found] == [f"{exported}/image.onnx", f"{exported}/text.onnx"]
+    assert all(0 <= float(difference) <= 1e-4 for _, _, difference in found)
 
 
 @pytest.mark.parametrize("command", ["import", "export"])

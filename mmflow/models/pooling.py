@@ -70,7 +70,7 @@ def pool_by_probe(head: Any, sequence_BTW: Tensor) -> tuple[Tensor, Tensor]:
     def part(number: int, inputs_BKW: Tensor) -> Tensor:
         weight, bias = (each.chunk(3)[number] for each in (attention.in_proj_weight, attention.in_proj_bias))
         projected_BKW = nn.functional.linear(inputs_BKW, weight, bias)
-        return projected_BKW.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        return projected_BKW.view(*projected_BKW.shape[:2], attention.num_heads, -1).transpose(1, 2)
 
     query_BH1D = part(0, head.probe.expand(len(sequence_BTW), -1, -1))
     key_BHTD, value_BHTD = part(1, sequence_BTW), part(2, sequence_BTW)
