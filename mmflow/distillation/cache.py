@@ -6,7 +6,7 @@ that are missing. What the cache is made of (dataset, teacher, views) is its ide
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -101,8 +101,6 @@ def cache_stage(job: CacheJob, *, num_workers: int, cpus_per_worker: int, progre
 
 
 def _write(job: CacheJob, num_workers: int, cpus_per_worker: int, progress: Report, uri: str) -> Mapping[str, Any]:
-    import ray
-
     teacher, data = read_package(job.package), open_dataset(job.dataset)
     model = load_package(teacher).model
     if model.scale is None or model.embedding_width is None:
@@ -113,21 +111,9 @@ def _write(job: CacheJob, num_workers: int, cpus_per_worker: int, progress: Repo
     missing = [number for number, shard in enumerate(shards) if not exists(file_uri(uri, shard.name))]
     done = len(shards) - len(missing)
     progress(done, len(shards), "shards")
-    if missing:
-        num_actors = min(num_workers, len(missing))
-        accelerated = ray.cluster_resources().get("GPU", 0) >= num_actors  # type: ignore[no-untyped-call]
-        work = ray.data.from_items([{"shard": number} for number in missing], override_num_blocks=len(missing))
-        work = work.map_batches(
-            CacheShards,
-            fn_constructor_args=(uri, job),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            num_cpus=cpus_per_worker,
-            num_gpus=1 if accelerated else None,
-        )
-        for _ in work.iter_rows():
-            done += 1
-            progress(done, len(shards), "shards")
+    for _ in _embedded(job, uri, missing, num_workers, cpus_per_worker) if missing else ():
+        done += 1
+        progress(done, len(shards), "shards")
     shape = (job.views.stored_views, 2, model.embedding_width)
     files = []
     for shard in shards:
@@ -143,9 +129,26 @@ def _write(job: CacheJob, num_workers: int, cpus_per_worker: int, progress: Repo
         "teacher": teacher.digest,
         "precision": job.precision,
         "width": model.embedding_width,
-        "logit_scale": float(model.scale().logit_scale),
+        "logit_scale": float(model.scale().logit_scale.detach()),
         "files": files,
     }
+
+
+def _embedded(job: CacheJob, uri: str, shards: Sequence[int], num_workers: int, cpus_per_worker: int) -> Iterator[Any]:
+    """An item for each shard, by its ordinal, as soon as its file is there."""
+    import ray
+
+    num_actors = min(num_workers, len(shards))
+    accelerated = ray.cluster_resources().get("GPU", 0) >= num_actors  # type: ignore[no-untyped-call]
+    work = ray.data.from_items([{"shard": number} for number in shards], override_num_blocks=len(shards)).map_batches(
+        CacheShards,
+        fn_constructor_args=(uri, job),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_cpus=cpus_per_worker,
+        num_gpus=1 if accelerated else None,
+    )
+    yield from work.iter_rows()
 
 
 class CacheShards:

@@ -82,7 +82,7 @@ class Student(nn.Module):
         parties = [teacher.party for teacher in teachers]
         self._hearers = hearers(key, lessons, student, parties)
         # Of each teacher, by side: the layers that are compared, (student's, teacher's).
-        self._pairs = [
+        self._pairs: list[dict[str, list[tuple[int, int]]]] = [
             {
                 side: layer_pairs(lessons.hidden.layers, _count(student, side), _count(party, side))
                 for side in (lessons.hidden.sides if number in self._hearers["hidden"] else ())

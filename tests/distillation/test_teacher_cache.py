@@ -14,7 +14,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mmflow.distillation.cache import CacheJob, cache_stage, with_caches
+from mmflow.artifacts import Stage
+from mmflow.distillation.cache import CacheJob, CacheShards, cache_stage, with_caches
 from mmflow.distillation.cached import KIND, CachedTeacher, file_uri
 from mmflow.distillation.config import CacheConfig, LessonsConfig
 from mmflow.distillation.student import Student, Teacher
@@ -22,9 +23,8 @@ from mmflow.distillation.teachers import TeacherPackage, open_teachers, views_of
 from mmflow.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.load import ViewSettings
 from mmflow.loading.opening import open_loader, views_of
-from mmflow.loading.tokens import train_tokenizer
+from mmflow.loading.tokens import tokenise, train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
@@ -76,15 +76,38 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     return write_teacher(tmp_path_factory.mktemp("cached-teacher") / "package", words())
 
 
-def cached(
-    workspace: Path, dataset: Dataset, package: Package, precision: str = "fp16", loader: LoaderConfig = LOADER
-) -> TeacherPackage:
+def job_of(dataset: Dataset, package: Package, precision: str = "fp16", **changes: Any) -> CacheJob:
+    """What `cached` caches, its views changed where told."""
+    views = views_of_teacher(views_of(LOADER, image_pixels=0, max_tokens=8, seed=SEED), package, words())
+    return CacheJob(
+        key="distill.cache",
+        dataset=dataset.uri,
+        split="train",
+        package=package.uri,
+        loader=LOADER,
+        views=replace(views, **{"stored_views": VIEWS} | changes),
+        precision=precision,
+    )
+
+
+def stage_of(job: CacheJob) -> Stage:
+    return cache_stage(job, num_workers=1, cpus_per_worker=1, progress=lambda done, total, note: None)
+
+
+def embedded(workspace: Path, job: CacheJob) -> str:
+    """Where its cache lies, with every shard's file: what a job that was killed before its commit leaves."""
+    uri = stage_of(job).directory(str(workspace))
+    CacheShards(uri, job)({"shard": np.arange(2)})
+    return uri
+
+
+def cached(workspace: Path, dataset: Dataset, package: Package, precision: str = "fp16") -> TeacherPackage:
     (found,) = with_caches(
         [TeacherPackage(package=package.uri)],
         key="distill.cache",
         cache=CacheConfig.model_validate({"augmentations": VIEWS, "precision": precision}),
         dataset=dataset.uri,
-        loader=loader,
+        loader=LOADER,
         tokenizer=words(),
         max_tokens=8,
         seed=SEED,
@@ -97,10 +120,11 @@ def cached(
 
 
 @pytest.fixture(scope="module")
-def workspace(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, package: Package) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, package: Package) -> Path:
     """With the caches of the package in both precisions. Read only."""
     path = tmp_path_factory.mktemp("cached-workspace")
     for precision in ("fp16", "bf16"):
+        embedded(path, job_of(dataset, package, precision))
         cached(path, dataset, package, precision)
     return path
 
@@ -177,8 +201,7 @@ def test_cached_embeddings_and_live_attention_go_together(workspace: Path, datas
 def test_stored_views_come_again_and_are_not_each_other(workspace: Path, dataset: Dataset, package: Package) -> None:
     module = student(teachers(cached(workspace, dataset, package), dataset, {"features": 1}), {"features": 1})
     views: dict[tuple[str, int], Any] = {}
-    steps = 3 * 2 * VIEWS
-    for batch in batches(dataset, module, steps):
+    for batch in batches(dataset, module, 3 * 2 * VIEWS):  # each of them in two epochs
         assert batch.places is not None
         for row, key in enumerate(batch.keys):
             place = (key, int(batch.places[row, 3]))
@@ -198,16 +221,8 @@ def test_a_cache_is_built_once_and_again_for_what_would_be_other_views(
     stamp = (Path(of.caches[0]) / "manifest.json").stat().st_mtime_ns
     assert cached(workspace, dataset, package) == of
     assert (Path(of.caches[0]) / "manifest.json").stat().st_mtime_ns == stamp
-    views = views_of(LOADER, image_pixels=16, max_tokens=8, seed=SEED)
-    same = replace(views, stored_views=VIEWS)
-
-    def identity(views: ViewSettings, of: Package = package) -> str:
-        job = CacheJob(
-            key="k", dataset=dataset.uri, split="train", package=of.uri, loader=LOADER, views=views, precision="fp16"
-        )
-        return cache_stage(job, num_workers=1, cpus_per_worker=1, progress=lambda *_: None).identity
-
-    assert of.caches[0].endswith(f"{KIND}/{identity(same)}")
+    same = stage_of(job_of(dataset, package)).identity
+    assert of.caches[0].endswith(f"{KIND}/{same}")
     other = write_teacher(tmp_path / "other", words(), seed=2)
     changes: list[dict[str, Any]] = [
         {"seed": 6},
@@ -217,8 +232,9 @@ def test_a_cache_is_built_once_and_again_for_what_would_be_other_views(
         {"augment": LOADER.augment.model_copy(update={"flip": 0.0})},
         {"language_weights": {"en": 0.5}},
     ]
-    found = {identity(same), identity(same, other), *(identity(replace(same, **change)) for change in changes)}
-    assert len(found) == 2 + len(changes)
+    found = {same, stage_of(job_of(dataset, other)).identity, stage_of(job_of(dataset, package, "bf16")).identity}
+    found |= {stage_of(job_of(dataset, package, **change)).identity for change in changes}
+    assert len(found) == 3 + len(changes)
 
 
 @pytest.mark.parametrize("what", ["dataset", "teacher"])
@@ -254,7 +270,7 @@ def test_a_damaged_file_is_refused_and_one_that_is_gone_is_named(
 
 
 def test_a_killed_job_goes_on_with_the_shards_that_are_missing(
-    workspace: Path, dataset: Dataset, package: Package, tmp_path: Path
+    ray_cluster: None, workspace: Path, dataset: Dataset, package: Package, tmp_path: Path
 ) -> None:
     whole = cached(workspace, dataset, package)
     begun = tmp_path / KIND / Path(whole.caches[0]).name
@@ -269,14 +285,13 @@ def test_a_killed_job_goes_on_with_the_shards_that_are_missing(
     assert kept.stat().st_mtime_ns == stamp
 
 
-def test_a_teacher_of_another_tokenizer_and_size_is_cached_in_its_own(
-    ray_cluster: None, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_a_teacher_of_another_tokenizer_and_size_is_cached_in_its_own(dataset: Dataset, tmp_path: Path) -> None:
     """The live one is shown the batch's other reading, at the size that is its own."""
     own = words("quite another vocabulary entirely")
     other = write_teacher(tmp_path / "package", own, image_pixels=24, max_tokens=10)
-    views = views_of_teacher(views_of(LOADER, image_pixels=16, max_tokens=8, seed=SEED), other, words())
+    views = job_of(dataset, other).views
     assert (views.image_pixels, views.max_tokens, views.augment.token_dropout) == (24, 10, 0.0)
+    embedded(tmp_path, job_of(dataset, other))
     of = cached(tmp_path, dataset, other)
     (alone,) = teachers(of, dataset, {"features": 1})
     assert alone.cached is not None
@@ -289,7 +304,7 @@ def test_a_teacher_of_another_tokenizer_and_size_is_cached_in_its_own(
         ids, mask = batch.readings[0]
         for row, key in enumerate(batch.keys):
             text = TEXTS[int(key.removeprefix("key-"))]
-            assert ids[row][mask[row].bool()].tolist() == model.tokenizer.encode(text).ids[:10]
+            assert ids[row][mask[row].bool()].tolist() == tokenise(model.tokenizer, [text], 10)[0]
         image, text_embedding, scale = alone.cached.read(batch.places)
         learner = live.learner
         whole = replace(batch, token_ids=ids, token_mask=mask)
