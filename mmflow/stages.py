@@ -51,8 +51,9 @@ class Loop:
             name: "this recipe has no such section" for name in ("corpus", "distill") if getattr(recipe, name) is None
         }
         candidate = recipe.distill if recipe.promote.candidate == "student" else recipe.pretrain
-        if candidate is not None and candidate.model.embedding_width is None:
-            self._absent["score"] = "the candidate has no space to compare in: its model.embedding_width is null"
+        if candidate is not None and "embeddings" not in candidate.model.gives:
+            why = "model.video is tight" if candidate.model.tight else "model.embedding_width is null"
+            self._absent["score"] = f"the candidate has no space to compare in: its {why}"
         self.stages = tuple(name for name in DEFINITIONS if name not in self._absent)
         self._artifacts: dict[str, Artifact] = {}
 

@@ -52,7 +52,8 @@ def export_onnx(loaded: LoadedModel, directory: str | Path) -> Mapping[str, floa
     if directory.exists():
         raise MisuseError(f"{directory}: exists; name a new directory, or remove it")
     if loaded.model.scale is None:
-        raise MisuseError("model.embedding_width: null, and the towers of a shared space are exported; give a width")
+        why = "video: tight" if loaded.config.tight else "embedding_width: null"
+        raise MisuseError(f"model.{why}, and the towers of a shared space are exported; train a model that has one")
     directory.parent.mkdir(parents=True, exist_ok=True)
     scale = {name: value.item() for name, value in loaded.model.scale()._asdict().items() if value is not None}
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
