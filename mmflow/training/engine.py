@@ -78,7 +78,7 @@ def build_engine(
     if precision == "fp16":
         check_fp16("training", torch.cuda.is_available())
         # DeepSpeed makes parameters fp16 here, which leaves inputs and the losses' arithmetic to autocast.
-        module.forward = torch.autocast("cuda", torch.float16)(module.forward)  # type: ignore[method-assign]
+        module.forward = torch.autocast("cuda", torch.float16)(module.forward)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=stepping,
@@ -166,7 +166,7 @@ def parameter_groups(
     ]
 
 
-def _hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
+def _hidden_matrices(module: nn.Module) -> set[Tensor]:
     """The matrices of linear layers but those of heads, which read out, and of tables that are looked up in."""
     tables = {
         parameter for part in module.modules() if isinstance(part, nn.Embedding) for parameter in part.parameters()
@@ -174,8 +174,7 @@ def _hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
     reads_out = {
         parameter for part in module.modules() if isinstance(part, Model) for parameter in part.heads.parameters()
     }
-    matrices = {part.weight for part in module.modules() if isinstance(part, nn.Linear)}
-    return matrices - tables - reads_out
+    return {part.weight for part in module.modules() if isinstance(part, nn.Linear)} - tables - reads_out
 
 
 def whole_state(module: nn.Module, averaged_by: Any = None) -> dict[str, Tensor]:

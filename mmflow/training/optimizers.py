@@ -151,7 +151,7 @@ def _adamw_step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], grou
     _begin_adam(parameter, state)
     beta1, beta2 = group["betas"]
     moments = [state["exp_avg"]], [state["exp_avg_sq"]]
-    adamw(  # type: ignore[no-untyped-call]
+    adamw(
         [parameter],
         [gradient],
         *moments,

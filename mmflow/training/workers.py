@@ -4,9 +4,12 @@ to go. Nothing else of training knows Ray."""
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 
 from mmflow.errors import TrainingError
+from mmflow.training.engine import check_fp16
 from mmflow.training.job import TrainingJob, run_rank
+from mmflow.training.selfcheck import Compared, GradientCheck, compare_gradients
 
 RUN = "ray"  # Ray Train's own directory
 COLLATERAL = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -18,14 +21,14 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
 
     Ray must be initialised. Raises TrainingError once the workers have failed more often than the recipe allows.
     """
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     config = job.training
-    accelerated = ray.cluster_resources().get("GPU", 0) >= config.least_workers  # type: ignore[no-untyped-call]
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1} if accelerated else {})
+    accelerated = _accelerated(config.least_workers)
+    if config.precision == "fp16":
+        check_fp16(f"{job.stage}.training", accelerated)
     hung_after = 60 * config.guards.hung_after_minutes
     # Of Ray's own exchanges between workers, which it does not limit unless told. Workers inherit it.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(hung_after))
@@ -34,7 +37,9 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=max(1, round(hung_after))),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=accelerated, resources_per_worker=resources
+            num_workers=config.num_workers,
+            use_gpu=accelerated,
+            resources_per_worker=_resources(config.cpus_per_worker, accelerated),
         ),
         run_config=RunConfig(
             name=RUN, storage_path=directory, failure_config=FailureConfig(max_failures=config.max_restarts)
@@ -44,6 +49,54 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
+
+
+def compare_gradients_on_ray(
+    check: GradientCheck, *, num_workers: int, cpus_per_worker: int, directory: str
+) -> list[Compared]:
+    """What `compare_gradients` finds on that many workers; Ray Train's own files lie under `directory`.
+
+    Ray must be initialised. Raises TrainingError where the workers fail.
+    """
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    accelerated = _accelerated(num_workers)
+    trainer = TorchTrainer(
+        _compare_on_worker,
+        train_loop_config={"check": check},
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=accelerated,
+            resources_per_worker=_resources(cpus_per_worker, accelerated),
+        ),
+        run_config=RunConfig(name=RUN, storage_path=directory),
+    )
+    try:
+        reported = trainer.fit().metrics
+    except TrainingFailedError as error:
+        raise TrainingError(f"selfcheck: {_cause(error)}") from error
+    assert reported is not None, "rank 0 reports"
+    return [Compared(**each) for each in reported["compared"]]
+
+
+def _compare_on_worker(config: dict[str, GradientCheck]) -> None:
+    import ray.train
+
+    ray.train.report({"compared": [asdict(each) for each in compare_gradients(config["check"])]})
+
+
+def _accelerated(num_workers: int) -> bool:
+    """Whether there is an accelerator for each worker."""
+    import ray
+
+    found: float = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    return found >= num_workers
+
+
+def _resources(cpus_per_worker: int, accelerated: bool) -> dict[str, float]:
+    return {"CPU": cpus_per_worker} | ({"GPU": 1} if accelerated else {})
 
 
 def _cause(error: Exception) -> str:
