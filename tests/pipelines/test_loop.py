@@ -147,6 +147,26 @@ def test_a_fused_model_trains_by_several_objectives_at_once(
     assert {"loss", "contrastive", "matching", "masked_language", "classification"} <= losses.keys()
 
 
+def test_a_student_begins_with_its_teacher_s_weights_and_hears_two_teachers_from_their_cache(
+    recipe: Recipe, report: dict[str, Any], tmp_path: Path
+) -> None:
+    fields = recipe.model_dump(mode="json")
+    package = Loop(recipe).committed("pretrain").file("package")
+    lessons = {"soft_labels": 1, "similarities": 0.5, "features": 10, "interactive": 1}
+    fields["distill"] |= {
+        "lessons": lessons,
+        "teachers": [{"package": package, "weight": 0.5}],
+        "cache": {"augmentations": 2},
+        "initialise": {},
+    }
+    fields["distill"]["training"] |= {"epochs": 1, "zero_stage": 3}
+    trained = Loop(load_recipe(write_recipe(tmp_path / "cached.yaml", fields))).run("distill")
+    (cache,) = Path(recipe.workspace, "teacher_cache").glob(f"*/{MANIFEST}")  # of one package twice
+    assert trained.manifest["inputs"]["teacher 0"] == json.loads(cache.read_text())["teacher"]
+    losses = curves(read_journal(Path(trained.file("journal.jsonl"))))
+    assert {"loss", "contrastive", *lessons} <= losses.keys()
+
+
 def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
     recipe: Recipe, report: dict[str, Any], tmp_path: Path
 ) -> None:
