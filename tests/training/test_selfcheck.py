@@ -1,0 +1,41 @@
+"""The check of gradients on Ray's workers, as the command runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmflow.models.config import ModelConfig
+from mmflow.objectives.config import ObjectivesConfig
+from mmflow.training.selfcheck import Compared, small_check
+from mmflow.training.workers import compare_gradients_on_ray
+from tests.tiny import SMALLEST_MODEL
+
+
+@pytest.mark.parametrize(
+    ("error", "largest", "equal"),
+    [
+        (1e-9, 1e-2, True),
+        (1e-5, 1e-2, False),
+        (0.0, 0.0, False),
+        (float("nan"), 1.0, False),
+        (0.0, float("nan"), False),
+    ],
+)
+def test_equal_is_equal_but_for_rounding(error: float, largest: float, equal: bool) -> None:
+    assert Compared("contrastive", error, largest).equal == equal
+
+
+def test_workers_descend_the_gradient_of_one_process(ray_cluster: None, tmp_path: Path) -> None:
+    model = ModelConfig.model_validate({**SMALLEST_MODEL, "bias": -10.0})
+    check = small_check(
+        model,
+        ObjectivesConfig.model_validate({"contrastive": {"weight": 0}, "sigmoid": {}}),
+        zero_stage=2,
+        in_micro_batches=True,
+        offload_optimizer=False,
+    )
+    found = compare_gradients_on_ray(check, num_workers=2, cpus_per_worker=1, directory=str(tmp_path))
+    assert [each.objective for each in found] == ["contrastive", "sigmoid"]
+    assert all(each.equal for each in found), found
