@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
 from mmflow.distillation.config import TeacherConfig
 from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
-from mmflow.ingest.config import SourceConfig
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -149,15 +148,14 @@ def _corpus(recipe: Recipe, inputs: Inputs) -> Stage:
 
 
 def _shard(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.ingest.stage import RECORDS, corpora_of, places
+    from mmflow.ingest.stage import corpora_of, sources_of
     from mmflow.shards.grow import SOURCES, settings_of_build
     from mmflow.shards.stage import FETCHED, inputs_of_evaluation, inputs_of_sources
 
     settings = recipe.shard
     sources = settings.sources
     if recipe.corpus is not None:
-        found = places(inputs["corpus"].uri, corpora_of(recipe.corpus))
-        sources = [SourceConfig(kind="jsonl", uri=join(place, RECORDS)) for place in found]
+        sources = sources_of(inputs["corpus"].uri, corpora_of(recipe.corpus))
         fingerprints = {"corpus": inputs["corpus"].fingerprint}
     else:
         fingerprints = inputs_of_sources(sources, recipe.workspace)

@@ -22,6 +22,7 @@ from mmflow.ingest.config import (
     GimpHelpConfig,
     OpenclipartConfig,
     OpenmojiConfig,
+    SourceConfig,
 )
 from mmflow.ingest.easy_vqa import write_easy_vqa
 from mmflow.ingest.emoji_packages import write_emoji_styles, write_fluent_emoji_anim
@@ -52,6 +53,11 @@ def identity(corpora: Sequence[CorpusConfig]) -> dict[str, Any]:
 def places(uri: str, corpora: Sequence[CorpusConfig]) -> list[str]:
     """Where each corpus of the artifact at `uri` lies: one alone in `uri` itself, several in folders of their names."""
     return [uri] if len(corpora) == 1 else [join(uri, corpus.name) for corpus in corpora]
+
+
+def sources_of(uri: str, corpora: Sequence[CorpusConfig]) -> list[SourceConfig]:
+    """What `shard` reads of the artifact at `uri`: of two records with one key the first corpus's is kept."""
+    return [SourceConfig(kind="jsonl", uri=join(place, RECORDS)) for place in places(uri, corpora)]
 
 
 def write_corpora(directory: Path, corpora: Sequence[CorpusConfig], report: Report) -> dict[str, Any]:
