@@ -37,7 +37,7 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=max(1, round(hung_after))),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.num_workers,  # type: ignore[arg-type] — Ray's own stub does not know the pair
             use_gpu=accelerated,
             resources_per_worker=_resources(config.cpus_per_worker, accelerated),
         ),
