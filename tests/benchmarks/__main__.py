@@ -14,7 +14,20 @@ from tests.benchmarks import peers
 from tests.benchmarks.measure import RUNS, SHARE, machine
 from tests.benchmarks.table import merge, section
 
-SUBJECTS = ("build", "duplicates", "memory", "plan", "reading", "resume", "samples", "step", "tars", "tiled", "workers")
+SUBJECTS = (
+    "build",
+    "cached_teacher",
+    "duplicates",
+    "memory",
+    "plan",
+    "reading",
+    "resume",
+    "samples",
+    "step",
+    "tars",
+    "tiled",
+    "workers",
+)
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 

@@ -1,0 +1,173 @@
+"""A cached teacher beside a live one: steps a second of distillation, loader and optimizer among them."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import CORES, SCRATCH, SHARE, call, rounds
+from tests.benchmarks.table import Row, faster
+
+SAMPLES, SAMPLES_PER_SHARD = 1_024, 128
+IMAGE_PIXELS, MAX_TOKENS, VIEWS, BATCH, SEED = 64, 24, 2, 64, 1
+STUDENT, TEACHER = 192, 384  # widths: twice the width is four times the parameters
+WARM_STEPS, SECONDS = 3, 12.0
+GOAL = 2.0
+PEERS = ()
+VERSIONS = ("torch", "transformers", "ray")
+
+
+def run() -> list[Row]:
+    """ViT and BERT of six and four layers, the teacher twice as wide; soft labels and features."""
+    prepared = call("tests.benchmarks.cached_teacher:prepare", samples=max(BATCH, round(SHARE * SAMPLES)))
+    found = rounds({name: partial(_figure, name, prepared) for name in ("cached", "live")})
+    ratio = prepared["teacher_parameters"] / prepared["student_parameters"]
+    note = f"teacher of {ratio:.1f} times the student's parameters, fp32, batch {BATCH}, one process, {CORES} threads"
+    return [
+        faster("distillation step, cached teacher", found["cached"], "live teacher", found["live"], unit="steps/s",
+               goal=GOAL, note=note),
+    ]  # fmt: skip
+
+
+def _figure(name: str, prepared: dict[str, Any]) -> float:
+    caches = prepared["caches"] if name == "cached" else []
+    arguments = {key: prepared[key] for key in ("dataset", "package")}
+    return float(call("tests.benchmarks.cached_teacher:measure", caches=caches, **arguments))
+
+
+# --- called in a process of its own -----------------------------------------------------------------------------------
+
+
+def prepare(samples: int) -> dict[str, Any]:
+    """A dataset, the teacher's package and its cache, once; where they lie, and both models' parameters."""
+    import shutil
+
+    import ray
+
+    from mmflow.artifacts import exists
+    from mmflow.distillation.cache import with_caches
+    from mmflow.distillation.config import CacheConfig
+    from mmflow.distillation.teachers import TeacherPackage
+    from mmflow.models.encoders import parameter_count
+    from mmflow.models.model import build
+    from mmflow.models.package import CARD, write_package
+    from tests.shards.handmade import Handmade, write_dataset
+
+    directory = SCRATCH / f"cached-teacher-{samples}"
+    texts = [f"a picture of the number {number} and {number % 97} more" for number in range(samples)]
+    if not exists(str(directory / "package" / CARD)):
+        shutil.rmtree(directory, ignore_errors=True)
+        handmade = [
+            Handmade(key=f"key-{number}", captions=[{"language": "en", "text": text}], size=(96, 96))
+            for number, text in enumerate(texts)
+        ]
+        starts = range(0, samples, SAMPLES_PER_SHARD)
+        write_dataset(
+            directory / "dataset", [("train", handmade[start : start + SAMPLES_PER_SHARD]) for start in starts]
+        )
+        tokenizer = _tokenizer(directory / "dataset")
+        config = _config(TEACHER)
+        model = build("model", config, tokenizer.get_vocab_size(), seed=0)
+        write_package(
+            str(directory / "package"), state=model.state_dict(), config=config, tokenizer_json=tokenizer.to_str(),
+            parameters=parameter_count(model), lineage={},
+        )  # fmt: skip
+    tokenizer = _tokenizer(directory / "dataset")
+    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    (cached,) = with_caches(
+        [TeacherPackage(package=str(directory / "package"))],
+        key="distill.cache", cache=CacheConfig(augmentations=VIEWS), dataset=str(directory / "dataset"),
+        loader=_loader_config(), tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=SEED, workspace=str(directory),
+        num_workers=CORES, cpus_per_worker=1, progress=lambda done, total, note: None,
+    )  # fmt: skip
+    ray.shutdown()
+    parameters = {
+        f"{who}_parameters": parameter_count(build("model", _config(width), tokenizer.get_vocab_size(), seed=0))
+        for who, width in (("teacher", TEACHER), ("student", STUDENT))
+    }
+    return {
+        "dataset": str(directory / "dataset"),
+        "package": cached.package,
+        "caches": list(cached.caches),
+    } | parameters
+
+
+def measure(dataset: str, package: str, caches: list[str]) -> float:
+    """Steps a second of a student whose teacher is cached or, without caches, live."""
+    from contextlib import closing
+
+    import torch
+
+    from mmflow.distillation.config import LessonsConfig
+    from mmflow.distillation.student import Student
+    from mmflow.distillation.teachers import TeacherPackage, open_teachers
+    from mmflow.loading.opening import open_loader
+    from mmflow.models.model import build
+    from mmflow.objectives.config import ObjectivesConfig
+    from mmflow.objectives.learner import Learner
+    from mmflow.objectives.outputs import masking_tokens
+    from mmflow.shards.dataset import open_dataset
+
+    torch.set_num_threads(CORES)
+    torch.manual_seed(0)
+    data, tokenizer, config, lessons = (
+        open_dataset(dataset),
+        _tokenizer(Path(dataset)),
+        _config(STUDENT),
+        LessonsConfig(),
+    )
+    teachers = open_teachers(
+        "distill", [TeacherPackage(package=package, caches=tuple(caches))], lessons, tokenizer=tokenizer,
+        max_tokens=MAX_TOKENS, frames=0, datasets=[data.fingerprint],
+    )  # fmt: skip
+    model = build("model", config, tokenizer.get_vocab_size(), seed=0)
+    learner = Learner(model, config, ObjectivesConfig(), masking_tokens(tokenizer), seed=SEED)
+    student = Student(learner, teachers, lessons).train()
+    descent = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    loader = open_loader(
+        _loader_config(), data, tokenizer, global_batch_size=BATCH, image_pixels=student.image_pixels,
+        max_tokens=MAX_TOKENS, seed=SEED, stored_views=VIEWS, readings=student.readings,
+    )  # fmt: skip
+    with closing(iter(loader)) as batches:
+        began, step = 0.0, 0
+        while step <= WARM_STEPS or time.perf_counter() - began < SECONDS:
+            if step == WARM_STEPS:
+                began = time.perf_counter()
+            loss, _ = student(next(batches), step)
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
+            step += 1
+        return (step - WARM_STEPS) / (time.perf_counter() - began)
+
+
+def _loader_config() -> Any:
+    from mmflow.loading.config import LoaderConfig
+
+    return LoaderConfig.model_validate({"augment": {"max_zoom": 1.2, "max_shift": 0.05, "flip": 0.5}})
+
+
+def _tokenizer(dataset: Path) -> Any:
+    from mmflow.loading.reader import Reader
+    from mmflow.loading.tokens import train_tokenizer
+    from mmflow.shards.dataset import open_dataset
+
+    reader = Reader(open_dataset(str(dataset)), "train")
+    return train_tokenizer((caption.text for sample in reader for caption in sample.captions), 500)
+
+
+def _config(width: int) -> Any:
+    from mmflow.models.config import ModelConfig
+
+    options = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    return ModelConfig.model_validate(
+        {
+            "image": {"type": "vit", "options": {**options, "num_hidden_layers": 6, "patch_size": 16}},
+            "text": {"type": "bert", "options": {**options, "num_hidden_layers": 4, "max_position_embeddings": 32}},
+            "embedding_width": 256,
+            "image_pixels": IMAGE_PIXELS,
+            "max_tokens": MAX_TOKENS,
+        }
+    )
