@@ -83,12 +83,13 @@ def nearest(similarity_QC: NDArray[np.floating], count: int, axis: int) -> NDArr
 def reordered(
     similarity_QC: NDArray[np.floating], scores_QC: NDArray[np.floating], chosen_QC: NDArray[np.bool_]
 ) -> NDArray[np.floating]:
-    """The cosines `similarity_QC` with the scores in the place of those that are `chosen_QC`, lifted above all others:
-    the chosen come first, in the order of their scores, then the others in that of their cosines."""
+    """`similarity_QC` with the scores in the place of those that are `chosen_QC`, lifted above all others: the chosen
+    come first, in the order of their scores, then the others in that of their similarity."""
     found_QC = similarity_QC.copy()
     scores = scores_QC[chosen_QC]
     if len(scores):
-        found_QC[chosen_QC] = scores - np.fmin.reduce(scores) + 2  # a cosine is at most 1; a NaN stays one
+        lift = np.fmax.reduce(similarity_QC, axis=None) + 1 - np.fmin.reduce(scores)
+        found_QC[chosen_QC] = scores + lift  # a NaN stays one, which ranks last
     return found_QC
 
 

@@ -56,8 +56,8 @@ def test_the_nearest_are_taken_along_either_axis() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9))
 def test_a_reordering_sorts_the_chosen_by_their_scores_and_leaves_the_others_behind_them(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
-    similarity = random.uniform(-1, 1, (5, 8)).astype(np.float32)
-    scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8)).astype(np.float32)
+    similarity = random.uniform(-1, 1, (5, 8))
+    scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8))
     chosen = nearest(similarity, count, axis=1)
     found = reordered(similarity, scores, chosen)
     for row in range(5):
