@@ -35,12 +35,12 @@ from mmflow.training.store import (
     Saved,
     copy,
     directory_of,
-    prune,
     publish_part,
     remove,
     remove_from,
     remove_staging,
     saved_checkpoints,
+    superfluous,
     verify,
 )
 
@@ -116,14 +116,13 @@ class Checkpoints:
         found = saved_checkpoints(self._store)
         if found:
             self._bytes = found[0].bytes
-        superfluous = prune(
+        for each in superfluous(
             found,
             keep_last=config.keep_last,
             keep_best=config.keep_best,
             best_metric=config.best_metric,
             highest=config.best_is == "highest",
-        )
-        for each in superfluous:
+        ):
             remove(each.uri)
 
     def _room(self, engine: Any) -> str:
@@ -280,7 +279,7 @@ def _write(engine: Any, scratch: Path) -> str:
 
 @torch.no_grad()
 def _load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Running statistics: a universal checkpoint has none."""
+    """Running statistics, which are no rank's own part of the state."""
     for name, buffer in module.named_buffers():
         buffer.copy_(buffers[name])
 

@@ -48,7 +48,7 @@ class CheckpointsConfig(Config):
     """Which checkpoints are kept, and what becomes of a run that cannot write one."""
 
     keep_last: int = Field(2, ge=1)
-    """The newest are kept; 2, so that there is one before it in case the newest cannot be read."""
+    """The newest are kept, besides the one that is being written; 2, in case the newest cannot be read."""
     keep_best: int = Field(0, ge=0)
     """Kept besides: those with the best `best_metric`."""
     best_metric: str = "loss"
@@ -73,7 +73,7 @@ class GuardsConfig(Config):
     spike_window: int = Field(200, ge=10)
     """Steps that a loss is measured against; none is a spike before half of them are known."""
     max_rewinds: int = Field(3, ge=0)
-    """Times that a process goes back; the next trouble ends the run."""
+    """Times that a run goes back; the next trouble ends it."""
     hung_after_minutes: float = Field(30.0, gt=0)
     """An exchange between workers that takes longer has failed; who did not come to it is named."""
     memory_headroom: float = Field(0.1, ge=0, lt=1)

@@ -176,7 +176,7 @@ def remove_from(store: str, step: int) -> None:
             remove(join(store, name))
 
 
-def prune(
+def superfluous(
     checkpoints: Sequence[Saved], *, keep_last: int, keep_best: int, best_metric: str, highest: bool
 ) -> Iterator[Saved]:
     """Those, newest first, that are neither among the newest nor the best; one without the metric is never the best."""

@@ -15,12 +15,12 @@ from mmflow.training.store import (
     Saved,
     copy,
     directory_of,
-    prune,
     publish_part,
     remove,
     remove_from,
     remove_staging,
     saved_checkpoints,
+    superfluous,
     verify,
 )
 
@@ -159,7 +159,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
     def removed(**changes: Any) -> list[int]:
         settings: dict[str, Any] = {"keep_last": 2, "keep_best": 0, "best_metric": "loss", "highest": False}
-        return [each.step for each in prune(found, **(settings | changes))]
+        return [each.step for each in superfluous(found, **(settings | changes))]
 
     assert removed() == [12, 8, 4]
     assert removed(keep_best=1) == [12, 4]
