@@ -37,7 +37,7 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=max(1, round(hung_after))),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,  # type: ignore[arg-type] — Ray's own stub does not know the pair
+            num_workers=config.num_workers,  # type: ignore[arg-type]  # Ray's stub does not know the pair
             use_gpu=accelerated,
             resources_per_worker=_resources(config.cpus_per_worker, accelerated),
         ),
@@ -96,7 +96,7 @@ def _accelerated(num_workers: int) -> bool:
 
 
 def _resources(cpus_per_worker: int, accelerated: bool) -> dict[str, float]:
-    return {"CPU": cpus_per_worker} | ({"GPU": 1} if accelerated else {})
+    return {"CPU": cpus_per_worker, **({"GPU": 1} if accelerated else {})}
 
 
 def _cause(error: Exception) -> str:
