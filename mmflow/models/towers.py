@@ -72,7 +72,17 @@ def without_checkpoint(config: Settings, tower: ImageTower | TextTower) -> Setti
 
 # Of a checkpoint and its task, or what follows from the recipe.
 _NOT_OPTIONS = frozenset(
-    ("architectures", "dtype", "id2label", "image_size", "label2id", "model_type", "transformers_version", "vocab_size")
+    (
+        "_name_or_path",  # a directory of the machine that the checkpoint was on
+        "architectures",
+        "dtype",
+        "id2label",
+        "image_size",
+        "label2id",
+        "model_type",
+        "transformers_version",
+        "vocab_size",
+    )
 )
 
 

@@ -117,6 +117,7 @@ def test_settings_without_the_checkpoint_build_the_same_tower(checkpoints: dict[
     alone = without_checkpoint(config, tower)
     assert alone.checkpoint is None
     assert json.loads(alone.model_dump_json()) == alone.model_dump()
+    assert str(checkpoints[name]) not in alone.model_dump_json()  # a package goes to other machines
     again = build_image_encoder("m.image", alone, PIXELS).eval()
     again.load_state_dict(tower.state_dict())
     pixels = torch.randn(2, 3, PIXELS, PIXELS)
@@ -136,6 +137,7 @@ def test_text_settings_without_the_checkpoint_build_the_same_tower(checkpoints: 
     tower = build_text_encoder("m.text", config, VOCABULARY, 60).eval()
     alone = without_checkpoint(config, tower)
     assert alone.positions is None
+    assert str(checkpoints[name]) not in alone.model_dump_json()  # a package goes to other machines
     again = build_text_encoder("m.text", alone, VOCABULARY, 60).eval()
     again.load_state_dict(tower.state_dict())
     ids = torch.randint(4, VOCABULARY, (2, 60))
