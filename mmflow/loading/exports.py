@@ -135,7 +135,7 @@ def _tar_samples(reader: Reader, shards: Iterable[dict[str, str]]) -> Iterator[d
         ordinal = ordinals[url]
         for members in reader.scan(ordinal, 0, reader.shards[ordinal].samples):
             sample: dict[str, Any] = {"__key__": members.key, "__url__": url, members.extension: members.image}
-            if members.txt:
+            if members.txt or not reader.dataset.adopted:  # of ours a text without a caption is there, and empty
                 sample["txt"] = members.txt
             if members.json:
                 sample["json"] = members.json

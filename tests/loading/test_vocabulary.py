@@ -50,6 +50,13 @@ def test_labels_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
     assert learn(dataset).classes == ()
 
 
+def test_classes_are_learnt_where_no_sample_has_a_caption(tmp_path: Path) -> None:
+    samples = [Handmade(key=f"key-{kind}", captions=[], metadata={"classes": {"kind": kind}}) for kind in "ba"]
+    found = learn(write_dataset(tmp_path / "dataset", [("train", samples)]), label="kind")
+    assert found.classes == ("a", "b")
+    assert read_tokenizer(found.tokenizer_json).get_vocab_size() == 5  # the special tokens alone
+
+
 def test_answers_are_classes_from_the_commonest(tmp_path: Path) -> None:
     dataset = dataset_of(
         tmp_path, questions(("what", ["dog"]), ("why", [])), questions(("who", ["cat", "yes"]), ("is it", ["yes"]))
