@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -22,6 +23,8 @@ from mmflow.models.package import LoadedModel
 # Shapes: N rows or pairs, C classes, B batch, T tokens, V vocabulary.
 
 Scores = NDArray[np.float32]
+
+_HYPHEN = re.compile(r"(?<=\w) - (?=\w)")
 PAIRS_AT_ONCE = 4096  # of a caption and 12 frames, 512 wide: a tenth of a gigabyte a layer
 
 
@@ -78,7 +81,8 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
         return str(tokenizer.decode(kept)).strip()
     # A tokenizer that `train_tokenizer` made has none of its own.
     pieces = [str(tokenizer.id_to_token(number)) for number in kept]
-    return str(decoders.WordPiece(prefix="##").decode(pieces)).strip()
+    # It sets every mark apart and loses where spaces were: a hyphen between words is taken to join them.
+    return _HYPHEN.sub("-", str(decoders.WordPiece(prefix="##").decode(pieces)).strip())
 
 
 @torch.inference_mode()

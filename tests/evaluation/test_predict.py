@@ -12,6 +12,7 @@ import torch
 from mmflow.errors import MisuseError
 from mmflow.evaluation.config import WritingConfig
 from mmflow.evaluation.predict import class_scores, matching_scores, text_of, token_losses, write_texts
+from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.embed import embed_images, image_inputs, text_inputs
 from mmflow.models.marks import marks_of
@@ -136,6 +137,9 @@ def test_written_ids_are_text_up_to_the_closing_token() -> None:
     ids = made.encode("a red square on it").ids
     assert text_of(made, [*ids[1:], marks.pad, ids[2]]) == "a red square on it"
     assert text_of(made, [marks.last]) == ""
+    said = "medium-light skin, not dark"
+    hyphenated = train_tokenizer([said], 200)
+    assert text_of(hyphenated, hyphenated.encode(said).ids[1:]) == said
 
 
 def test_clips_are_read_frame_by_frame_and_shorter_ones_masked() -> None:
