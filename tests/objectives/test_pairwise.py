@@ -8,11 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmflow.objectives.config import ContrastiveConfig
+from mmflow.models.config import ModelConfig
+from mmflow.models.model import build
+from mmflow.objectives.config import ContrastiveConfig, ObjectivesConfig
 from mmflow.objectives.contrastive import contrastive
+from mmflow.objectives.objectives import check, total
 from mmflow.objectives.pairwise import pair_score_loss
 from mmflow.objectives.rows import GlobalRows
-from tests.objectives.tiny import TinyModel, all_real, alone, batch, outputs_of, rows_of
+from tests.objectives.tiny import (
+    SIDE,
+    SPECIAL,
+    TOKENS,
+    VOCABULARY,
+    TinyModel,
+    all_real,
+    alone,
+    batch,
+    outputs_of,
+    rows_of,
+)
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 
@@ -103,3 +117,37 @@ def test_contrastive_reads_the_scores_of_a_model_that_gives_them() -> None:
     outputs = outputs_of(model, batch(5), all_real(5))
     expected = plain_loop(outputs.text.pooled_BW @ outputs.image.pooled_BW.T)  # type: ignore[union-attr]
     torch.testing.assert_close(contrastive(outputs, ContrastiveConfig()), expected, **CLOSE)
+
+
+def test_captions_are_learnt_to_find_their_clips() -> None:
+    """Through the model that a recipe builds, with padded frames, to the scores that retrieval ranks by."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = ModelConfig.model_validate(
+        {
+            "image": {"type": "vit", "options": {**small, "patch_size": 4}, "pooling": "first"},
+            "text": {"type": "bert", "options": {**small, "max_position_embeddings": TOKENS}},
+            "video": {"kind": "tight", "max_frames": 3, "layers": 1, "heads": 2},
+            "embedding_width": 16,
+            "image_pixels": SIDE,
+            "max_tokens": TOKENS,
+        }
+    )
+    model = build("m", config, VOCABULARY, seed=0)
+    arguments = batch(6)
+    arguments["pixels"] = torch.randn(6, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    arguments["frame_mask"] = torch.arange(3) < torch.tensor([1, 2, 3, 3, 2, 1])[:, None]
+    objectives = ObjectivesConfig.model_validate({"contrastive": {}})
+    check("pretrain.objectives", objectives, model.gives, SPECIAL)
+    descent = torch.optim.Adam(model.parameters(), lr=0.003)
+    first = torch.inf
+    for step in range(120):
+        loss, parts = total(outputs_of(model, arguments, all_real(6)), objectives, step)
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+        first = loss.item() if step == 0 else first
+    assert set(parts) == {"contrastive"}
+    assert loss.item() < 0.1 < 1.5 < first
+    scores = outputs_of(model.eval(), arguments, all_real(6)).pair_scores
+    assert torch.equal(scores.argmax(0), torch.arange(6))
