@@ -151,6 +151,16 @@ def test_hostile_text_stays_text() -> None:
     assert "<script>alert(1)</script>" in parsed.text
 
 
+def test_a_long_caption_is_shown_by_its_beginning() -> None:
+    report = sample_report()
+    section = "Options " + "of a dialog " * 400
+    report["retrieval"]["queries"][0]["caption"] = section
+    report["dataset"]["examples"][0]["captions"][0]["text"] = section
+    spans = re.findall(r"<(q|span)[^>]*>(Options[^<]*)</", render_report(report, {}))
+    assert [tag for tag, _ in spans] == ["q", "span"]
+    assert all(150 < len(text) <= 200 and text.endswith("…") for _, text in spans)
+
+
 def test_every_leaf_of_the_report_shows_on_the_page() -> None:
     report = sample_report()
     before = render_report(report, {})
