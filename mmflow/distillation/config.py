@@ -3,7 +3,7 @@ lesson is there because the recipe names it."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,7 @@ class InteractiveConfig(LessonConfig):
     """The student's pictures must find their captions among the teacher's, and its captions their pictures (ICL)."""
 
 
-Pairs = list[tuple[int, int]]
+Pairs = Annotated[list[tuple[int, int]], Field(min_length=1)]
 """[student's, teacher's], each counted from 1."""
 
 Layers = Literal["last", "even"] | Pairs

@@ -178,3 +178,9 @@ class DistillConfig(Config):
         if self.training.compile and (self.lessons.hidden or self.lessons.attention):
             raise ValueError("training.compile: attention and hidden lessons listen within encoders; leave one out")
         return self
+
+    @model_validator(mode="after")
+    def _cache_is_read(self) -> DistillConfig:
+        if self.cache is not None and set(self.lessons.named) <= {"attention", "hidden", "ranking"}:
+            raise ValueError("cache: it holds embeddings, and no lesson reads them; leave cache out, or name features")
+        return self

@@ -18,6 +18,7 @@ from mmflow.errors import RecipeError
 from mmflow.loading.load import Reading
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
+from mmflow.training.config import DistillConfig
 from tests.distillation.teaching import FUSED, VOCABULARY, attending, batch, loaded, student_of
 from tests.tiny import SMALLEST_MODEL
 
@@ -255,3 +256,23 @@ def test_a_number_is_a_weight_and_nothing_named_is_soft_labels_and_features() ->
     assert list(LessonsConfig.model_validate({"similarities": {"temperature": 0.2}}).named) == ["similarities"]
     with pytest.raises(ValueError, match="every lesson is null"):
         LessonsConfig.model_validate({"features": None})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"cache": {}, "lessons": {"attention": {"sides": ["text"]}}},
+            "cache: it holds embeddings, and no lesson reads",
+        ),
+        (
+            {"training": {"compile": True}, "lessons": {"hidden": {"sides": ["text"]}}},
+            "training.compile: attention and",
+        ),
+        ({"teachers": [{"model": "m"}]}, "give either package, a model package's URI, or model and version"),
+        ({"lessons": {"attention": {"sides": ["text"], "layers": []}}}, "at least 1 item"),
+    ],
+)
+def test_what_nothing_could_read_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillConfig.model_validate({"model": attending(), **fields})
