@@ -179,7 +179,12 @@ def _is_elementwise(value: Tensor) -> bool:
 
 
 def _load(directory: Path, part: Mapping[str, Any], ending: str) -> dict[str, Any]:
-    """One of the files of a rank, mapped: what is not used is not read. They are verified to be what was written."""
+    """One of the files of a rank, mapped: what is not used is not read."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     name = next(name for name in part["files"] if name.endswith(ending))
-    loaded: dict[str, Any] = torch.load(directory / name, map_location="cpu", mmap=True, weights_only=False)
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        loaded: dict[str, Any] = torch.load(directory / name, map_location="cpu", mmap=True, weights_only=True)
     return loaded

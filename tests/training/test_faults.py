@@ -25,6 +25,8 @@ from tests.shards.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY, VICTIM
 from tests.training.tiny_training import cut
 
+pytestmark = pytest.mark.timeout(1200)  # fixtures run many trainings in turn, which a loaded machine takes long over
+
 ROOT = Path(__file__).parents[2]
 SAMPLES = (9, 14, 8)  # of each shard
 STEPS_PER_EPOCH = -(-sum(SAMPLES) // BATCH)
@@ -71,7 +73,7 @@ class Trainings:
             with log.open("w") as stream:
                 ranks.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
         try:
-            codes = [rank.wait(timeout=300) for rank in ranks]
+            codes = [rank.wait(timeout=900) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
