@@ -61,7 +61,7 @@ def guess_words(
         image = loaded.model.encode_image(*image_inputs(loaded, samples[rows]))
         ids_BT, mask_BT = text_inputs(loaded, captions[rows])
         is_word_BT = mask_BT.bool() & ~torch.isin(ids_BT, ids_BT.new_tensor(special.ids))
-        for chosen_C2 in is_word_BT.nonzero().split(batch_size):
+        for chosen_C2 in torch.split(is_word_BT.nonzero(), batch_size):
             caption_C, place_C = chosen_C2.unbind(1)
             each_C = torch.arange(len(chosen_C2), device=ids_BT.device)
             word_C, hidden_CT = ids_BT[caption_C, place_C], ids_BT[caption_C]

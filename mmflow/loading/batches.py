@@ -121,4 +121,4 @@ def normalise(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float
     width = pixels.shape[-1]
     shift = torch.tensor(mean, device=pixels.device).mul(255).repeat(width)
     scale = torch.tensor(std, device=pixels.device).mul(255).reciprocal().repeat(width)
-    return lines.sub_(shift).mul_(scale).unflatten(-1, (width, 3)).movedim(-1, -3)
+    return lines.sub_(shift).mul_(scale).view(*pixels.shape[:-3], -1, width, 3).movedim(-1, -3)
