@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (minutes, once)"
 	@$(BIN)/pip install --quiet --upgrade "$$(grep '^pip==' constraints.txt)"
 	@$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,ui,dev]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,ui,onnx,dev]'
 	@# open_clip's reader is a peer of the tests; by its own requirements it would bring another torchvision and timm.
 	@$(BIN)/pip install --quiet --no-deps "$$(grep '^open-clip-torch==' constraints.txt)"
 	@touch $@
