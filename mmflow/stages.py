@@ -83,9 +83,11 @@ class Loop:
             from mmflow.training.check import check_student
 
             check_student(self.recipe.pretrain, self.recipe.distill)
-            packages = [each.package for each in self.recipe.distill.teachers if each.package is not None]
-            teachers = [self.recipe.pretrain.model, *(read_config(read_package(each)) for each in packages)]
-            check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
+            packages = [each.package for each in self.recipe.distill.teachers]
+            known = [read_config(read_package(package)) for package in packages if package is not None]
+            if len(known) == len(packages):  # what a registered teacher can give is known when the stage looks it up
+                teachers = [self.recipe.pretrain.model, *known]
+                check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
         if not {*trained, "evaluate"}.isdisjoint(stages):
             from mmflow.evaluation.asked import check_evaluation
 

@@ -155,14 +155,15 @@ class CacheShards:
     """A Ray Data actor: it loads the teacher once and embeds whole shards."""
 
     def __init__(self, uri: str, job: CacheJob) -> None:
-        import torch
+        import ray
 
         from mmflow.loading.cache import node_cache
         from mmflow.loading.reader import Reader
 
         self.uri, self.views, self.precision = uri, job.views, job.precision
         self.loaded = load_package(read_package(job.package))
-        self.loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        # An actor that was given no accelerator sees those of the others.
+        self.loaded.model.to("cuda" if ray.get_gpu_ids() else "cpu")
         self.reader = Reader(
             open_dataset(job.dataset), job.split, node_cache(job.loader.cache), frames=job.views.frames > 0
         )

@@ -4,6 +4,7 @@ package holds."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from mmflow.errors import RecipeError
 from mmflow.evaluation.config import EvaluateConfig
@@ -66,6 +67,11 @@ def check_evaluation(settings: EvaluateConfig, trained: Mapping[str, PretrainCon
     """Raise RecipeError where the models that a recipe trains (stage → its section) will give nothing that a section
     of `evaluate` reads, or the head `classes` will tell apart other things than the section asks for."""
     check_asked(settings, {f"{stage}.model": section.model.gives for stage, section in trained.items()})
+    if settings.captions is not None and find_spec("sacrebleu") is None:
+        raise RecipeError(
+            "evaluate.captions: BLEU needs sacrebleu, which is not installed: pip install 'mmflow[evaluation]', or "
+            "leave captions out"
+        )
     if settings.classification is not None:
         label = settings.classification.label
         taught = {stage: section.loader.label for stage, section in trained.items() if "classes" in section.model.heads}

@@ -253,6 +253,11 @@ def _hold_out_the_same(corpora: list[CorpusConfig]) -> None:
         if len(set(values.values())) > 1:
             told = ", ".join(f"{value} of {name}" for name, value in values.items())
             raise ValueError(f"{option}: {told}; give all emoji one, or what one holds out is trained on in another")
+    if len(emoji) > 1 and any(isinstance(each, OpenmojiConfig) and each.unseen_variant_share for each in emoji):
+        raise ValueError(
+            "openmoji.unseen_variant_share: another style beside it draws what it holds out, under the same name; "
+            "set it to 0"
+        )
     fluent = any(isinstance(each, EmojiStylesConfig) and "fluent_3d" in each.styles for each in emoji)
     if fluent and any(isinstance(each, FluentEmojiAnimConfig) and each.unseen_clip_share for each in emoji):
         raise ValueError(

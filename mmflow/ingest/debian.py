@@ -18,6 +18,7 @@ from mmflow.errors import MisuseError
 
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER_BYTES = 60
+MOST_BYTES = 4 << 30  # unpacked; the largest corpus has a tenth of it
 
 
 def package_tree(
@@ -45,7 +46,7 @@ def package_tree(
         found = sorted(folder.glob(f"{name}_*.deb"))
         if not found:
             raise MisuseError(
-                f"{folder}: neither {' and '.join(parts)} nor {name}_*.deb; give corpus.package_directory the "
+                f"{folder}: neither {' and '.join(parts)} nor {name}_*.deb; give the corpus's package_directory the "
                 f"installed /{under} or the folder of {' and '.join(f'{each}_*.deb' for each in packages)}"
             )
         unpack(found[-1], scratch, under=under)
@@ -63,13 +64,13 @@ def download(packages: Sequence[str], directory: Path, *, corpus: str) -> None:
         noun = "package" if len(packages) == 1 else "packages"
         raise MisuseError(
             f"corpus {corpus} comes through apt-get, which this machine lacks; bring the Debian {noun} "
-            f"{' and '.join(packages)} here and name their folder as corpus.package_directory"
+            f"{' and '.join(packages)} here and name their folder as the corpus's package_directory"
         ) from None
     except subprocess.CalledProcessError as error:
         complaints = [line for line in error.stderr.splitlines() if line.startswith("E:")] or error.stderr.splitlines()
         raise MisuseError(
             f"apt-get download {' '.join(packages)}: {complaints[0] if complaints else 'failed'}; run `apt-get update`"
-            " first, or name a folder with the packages as corpus.package_directory"
+            " first, or name a folder with the packages as the corpus's package_directory"
         ) from error
 
 
@@ -84,7 +85,7 @@ def unpack(package: Path, directory: Path, *, under: PurePosixPath) -> None:
                 if name.startswith("data.tar"):
                     _unpack_tar(file, name, directory, under)
                     return
-    except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, tarfile.TarError, pa.ArrowException) as error:
         raise MisuseError(f"{package}: a damaged package ({error}); download it again") from error
     raise MisuseError(f"{package}: not a Debian package, it has no data.tar; download it again")
 
@@ -97,8 +98,12 @@ def _unpack_tar(file: IO[bytes], name: str, directory: Path, under: PurePosixPat
     # Ubuntu's packages are zstd, which Python 3.11 cannot read; tarfile finds out by itself what else it is.
     stream = pa.CompressedInputStream(file, "zstd") if name.endswith(".zst") else file
     with tarfile.open(fileobj=stream, mode="r|" if name.endswith(".zst") else "r|*") as tar:
+        left = MOST_BYTES
         for member in tar:
             if PurePosixPath(member.name).is_relative_to(under):
+                left -= member.size
+                if left < 0:
+                    raise ValueError(f"more than {MOST_BYTES:,} bytes below {under}")
                 tar.extract(member, directory, filter="data")
 
 
@@ -112,7 +117,9 @@ def _ar_members(file: IO[bytes]) -> Iterator[str]:
     while len(header := file.read(AR_HEADER_BYTES)) == AR_HEADER_BYTES:
         size = int(header[48:58])
         position += AR_HEADER_BYTES
-        if position + size > end:  # tarfile would take a stream that is cut between two members for a whole one
+        if (
+            size < 0 or position + size > end
+        ):  # tarfile would take a stream that is cut between two members for a whole one
             raise EOFError(f"cut short at byte {end}")
         yield header[:16].decode("ascii", "replace").rstrip(" /")
         position += size + size % 2  # a member begins at an even byte

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from mmflow.artifacts import content_hash, exists, join, read_bytes, read_json, write_bytes, write_json
 from mmflow.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.models.config import EncoderConfig, ModelConfig
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 CARD = "mmflow.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+MODEL_TYPE = "mmflow"  # in it, where transformers has the name of an architecture
 TOKENIZER = "tokenizer.json"
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -82,7 +85,7 @@ def write_package(
 
     files = {
         WEIGHTS: save({name: tensor.contiguous() for name, tensor in state.items()}),
-        CONFIG: _json({"model_type": "mmflow", **config.model_dump(mode="json"), "classes": list(classes)}),
+        CONFIG: _json({"model_type": MODEL_TYPE, **config.model_dump(mode="json"), "classes": list(classes)}),
         TOKENIZER: tokenizer_json.encode(),
         PREPROCESSOR: _json(preprocessor(config)),
     }
@@ -139,7 +142,7 @@ def load_package(package: Package) -> LoadedModel:
     from mmflow.models.model import build
 
     files = {name: _read_file(package, name) for name in package.card["files"]}
-    config, classes = _parse(files[CONFIG])
+    config, classes = _parse(package)
     tokenizer = read_tokenizer(files[TOKENIZER].decode())
     model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
     model.load_state_dict(load(files[WEIGHTS]))
@@ -148,21 +151,31 @@ def load_package(package: Package) -> LoadedModel:
 
 def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:
     """The package's tokenizer.json as text, and its classes; the weights are not read. Raises as `load_package`."""
-    _, classes = _parse(_read_file(package, CONFIG))
+    _, classes = _parse(package)
     return _read_file(package, TOKENIZER).decode(), classes
 
 
 def read_config(package: Package) -> ModelConfig:
     """What the package's model is made of; the weights are not read. Raises as `load_package`."""
-    config, _ = _parse(_read_file(package, CONFIG))
+    config, _ = _parse(package)
     return config
 
 
-def _parse(config_json: bytes) -> tuple[ModelConfig, tuple[str, ...]]:
-    fields = json.loads(config_json)
+def _parse(package: Package) -> tuple[ModelConfig, tuple[str, ...]]:
+    fields = json.loads(_read_file(package, CONFIG))
     fields.pop("model_type")
     classes = tuple(fields.pop("classes", ()))
-    return ModelConfig.model_validate(fields), classes
+    video = fields.get("video")
+    if video is not None and video["kind"] == "mean":  # older packages name layers that a mean never had
+        video |= {"layers": None, "heads": None}
+    try:
+        return ModelConfig.model_validate(fields), classes
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CorruptArtifactError(
+            f"{join(package.uri, CONFIG)}: {where}: {first['msg']}; this version of mmflow cannot build it: retrain it"
+        ) from error
 
 
 def _read_file(package: Package, name: str) -> bytes:

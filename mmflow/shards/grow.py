@@ -35,6 +35,8 @@ def settings_of_build(settings: ShardConfig) -> dict[str, Any]:
     """What decides about the shards beside the records: not where sources lie, nor how they are fetched."""
     fields = settings.model_dump(mode="json", exclude={"sources", "fetch"})
     del fields["duplicates"]["against"]  # a path; the datasets' fingerprints are inputs of the stage
+    if settings.captions.required:  # as all were before there was a choice: they stay the datasets that they are
+        del fields["captions"]["required"]
     return {**fields, "versions": [PREPARE_VERSION, WRITE_VERSION]}
 
 

@@ -47,4 +47,5 @@ def whole_average(engine: Any, parameter: Tensor, places: Mapping[Tensor, tuple[
         average: Tensor | None = engine.basic_optimizer.state.get(parameter, {}).get(AVERAGE)
         return average
     flat, fragment = places[parameter]
-    return fragment.whole(engine.basic_optimizer.state[flat][AVERAGE], engine.device)
+    # Before the first step that was not left out, the average is the weights.
+    return fragment.whole(engine.basic_optimizer.state[flat].get(AVERAGE, flat), engine.device)

@@ -69,7 +69,10 @@ def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:
     """Raise RecipeError where the student's settings do not go with the tokenizer that it reads by, that of the teacher
     that `pretrain` trains."""
     model, taught = distill.model, pretrain.model
-    if model.vocabulary_size not in (None, taught.vocabulary_size):
+    # What a teacher with a checkpoint has is known by its tokenizer alone.
+    has_own = taught.text is not None and taught.text.checkpoint is None
+    theirs_is = (taught.vocabulary_size or VOCABULARY_SIZE) if has_own else None
+    if model.vocabulary_size not in (None, theirs_is):
         raise RecipeError(
             f"distill.model.vocabulary_size: {model.vocabulary_size}, and a student has its teacher's tokenizer; leave "
             "it out"
@@ -99,8 +102,6 @@ def _checkpoint(key: str, text: TextEncoderConfig | None) -> Path | None:
 def _check_micro_batches(key: str, section: PretrainConfig | DistillConfig) -> None:
     """Raise RecipeError where something reads the whole batch that is more than its embeddings."""
     reads = "matching, which fuses each picture with another's caption," if section.objectives.matching else None
-    if section.model.video is not None and section.model.video.kind == "tight":
-        reads = "video.kind tight, which reads each clip with every caption,"
     if section.model.tight:
         reads = "video of kind tight, which scores every pair,"
     if isinstance(section, DistillConfig):

@@ -71,9 +71,9 @@ class Checkpoints:
     def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float], **facts: Any) -> bool:
         """Write a checkpoint of a step, if there is room. Raises TrainingError where the recipe says to stop else."""
         self.finish(step)
-        if self._rank == 0:
-            self._prune(step)
-        problem = first_problem(self._room(engine))
+        problem = first_problem(self._prune(step) if self._rank == 0 else "")
+        if not problem:
+            problem = first_problem(self._room(engine))
         uri, scratch = directory_of(self._store, step), self._scratch()
         if not problem:
             problem = first_problem(_write(engine, scratch))
@@ -108,9 +108,23 @@ class Checkpoints:
         if problem:
             self._without(step, problem)
 
-    def _prune(self, step: int) -> None:
+    def settle(self) -> None:
+        """Wait until this rank's part of the last checkpoint is where it belongs, or cannot be, whatever the others
+        do: they may have failed."""
+        if self._publishing is not None:
+            self._publishing[1].exception()
+
+    def _prune(self, step: int) -> str:
         """Make room for a step's checkpoint: remove those that are not to be kept, and those of this step and later,
-        which were refused or half written: their parts must not be taken for those that come."""
+        which were refused or half written: their parts must not be taken for those that come. What went wrong, or
+        nothing: raised here, the other ranks would wait."""
+        try:
+            self._make_room(step)
+        except OSError as error:
+            return f"{self._store}: {' '.join(str(error).split())[:300]}"
+        return ""
+
+    def _make_room(self, step: int) -> None:
         config = self._config
         remove_from(self._store, step)
         found = saved_checkpoints(self._store)
@@ -169,7 +183,16 @@ class Checkpoints:
         All ranks see the same ones. Raises CorruptArtifactError when there were some and the last was no use either:
         to begin anew is for whoever runs this to decide.
         """
-        box = [saved_checkpoints(self._store) if self._rank == 0 else []]
+        box: list[list[Saved]] = [[]]
+        problem = ""
+        if self._rank == 0:
+            try:
+                box = [saved_checkpoints(self._store)]
+            except OSError as error:
+                problem = f"{self._store}: {' '.join(str(error).split())[:300]}"
+        problem = first_problem(problem)
+        if problem:
+            raise CorruptArtifactError(f"{problem}; mend it and run the same command again")
         dist.broadcast_object_list(box)
         for saved in box[0]:
             problem = ""
@@ -214,7 +237,7 @@ class Checkpoints:
                 engine.load_checkpoint(str(directory), tag=STATE)
             else:
                 load_reshaped(engine, saved.parts, directory)
-            _load_buffers(engine.module, torch.load(directory / BUFFERS, weights_only=True))
+            _load_buffers(engine.module, torch.load(directory / BUFFERS, map_location="cpu", weights_only=True))
             random_state = torch.load(directory / f"random-{self._rank}.pt", weights_only=True) if same else None
         except Exception as error:  # DeepSpeed raises what it trips over
             return f"{saved.uri}: {type(error).__name__} {' '.join(str(error).split())[:300]}"
@@ -222,7 +245,8 @@ class Checkpoints:
             return f"{saved.uri}: DeepSpeed loaded step {engine.global_steps}, not {saved.step}"
         if state_hash(engine) != saved.parts[0]["state_hash"]:
             return f"{saved.uri}: what was loaded is not what was saved"
-        if random_state is None:
+        # A run that goes on with accelerators, or without, has no use for the other kind's.
+        if random_state is None or (engine.device.type == "cuda") != ("cuda" in random_state):
             torch.manual_seed(_mixed(seed, saved.step, self._rank))
         else:
             _set_random_state(engine.device, random_state)

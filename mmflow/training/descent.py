@@ -13,6 +13,7 @@ from mmflow.loading.batches import Batch
 from mmflow.models.scale import Scale
 from mmflow.objectives.learner import Parts
 from mmflow.objectives.micro_batches import MicroBatch
+from mmflow.training.guards import Buffers
 
 
 def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
@@ -40,10 +41,12 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
     states: list[list[Tensor]] = []
     if learner.compares:
         embedded = []
+        buffers = Buffers(learner)
         with torch.no_grad():
             for piece, known in pieces:
                 states.append(_random_state(engine.device))
                 embedded.append(engine(piece, step, replace(known, slopes=None))[1])
+        buffers.bring_back()  # a batch counts once in running statistics
         loss, parts, slopes = learner.compare(batch, step, rows, _together(embedded))
         pieces = [
             (piece, replace(known, slopes=_slopes_of(slopes, cut, num_micro_batches)))

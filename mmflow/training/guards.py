@@ -26,7 +26,7 @@ LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves has a deviatio
 class Trouble:
     """Steps whose numbers are wrong."""
 
-    kind: Literal["nonfinite", "spike"]
+    kind: Literal["nonfinite", "spike", "spoilt"]
     steps: tuple[int, ...]
     what: str
 
@@ -74,7 +74,9 @@ class Guards:
 
     def act(self, trouble: Trouble, advice: str) -> None:
         """Return where the training goes on. Raises Rewind, or TrainingError with the advice."""
-        policy = self._config.on_nonfinite if trouble.kind == "nonfinite" else self._config.on_spike
+        policy = self._config.on_spike if trouble.kind == "spike" else self._config.on_nonfinite
+        if trouble.kind == "spoilt" and policy == "skip":
+            policy = "stop"
         if policy == "rewind" and self._rewinds < self._config.max_rewinds:
             raise Rewind(trouble)
         if policy in ("stop", "rewind"):

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.artifacts import local_path, write_bytes
+from mmflow.artifacts import join, local_path, read_json, write_bytes, write_json
 from mmflow.distillation.config import InitialiseConfig, LessonsConfig
 from mmflow.distillation.initialise import initialise
 from mmflow.distillation.student import Student
 from mmflow.distillation.teachers import TeacherPackage, open_teachers
-from mmflow.errors import TrainingError
+from mmflow.errors import CorruptArtifactError, MissingArtifactError, TrainingError
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_loader, open_readers, steps_per_epoch
 from mmflow.loading.plan import LoaderState
@@ -42,6 +42,8 @@ from mmflow.training.guards import Guards, Rewind, Trouble
 from mmflow.training.loop import train
 from mmflow.training.pulse import Pulse
 from mmflow.training.telemetry import Journal
+
+GUARDS = "guards.json"  # beside the checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +99,16 @@ def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) ->
             )
             checkpoints = Checkpoints(job.checkpoints, config.checkpoints, note)
             try:
+                _recall(job.checkpoints, guards)
                 trouble = _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush)
                 while trouble is not None:
                     guards.rewound(trouble)
+                    _keep(job.checkpoints, guards)
                     trouble = _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush, after=trouble)
             except RuntimeError as error:
                 if not _is_of_an_exchange(error):
                     raise
                 raise TrainingError(f"{' '.join(str(error).split())[:200]}; {pulse.missing()}") from error
-            checkpoints.finish(pulse.step)
         flush()
 
 
@@ -178,8 +181,30 @@ def _train(
         checkpoints.finish(step)
         engine.destroy()
         return rewind.trouble
+    except TrainingError:
+        checkpoints.settle()  # what is on its way is what a restart goes on from
+        raise
+    checkpoints.finish(steps)  # a package that is whole must not be lost with a checkpoint that nobody will need
     _write(job, learner, averaged_by=engine if job.training.ema_decay is not None else None)
     return None
+
+
+def _keep(store: str, guards: Guards) -> None:
+    """Have a restart know of a rewind: the checkpoint that it goes back to is older. Rank 0 writes."""
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError):  # the other ranks go on, and so does this one
+            write_json(join(store, GUARDS), guards.state())
+
+
+def _recall(store: str, guards: Guards) -> None:
+    """What rewinds of an earlier process are known. Collective."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        with contextlib.suppress(OSError, CorruptArtifactError, MissingArtifactError):
+            box = [read_json(join(store, GUARDS))]
+    dist.broadcast_object_list(box)
+    if box[0] is not None:
+        guards.restore(box[0])
 
 
 @dataclass(frozen=True)

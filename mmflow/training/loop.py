@@ -103,9 +103,10 @@ def train(
                 journal.metrics(step, metrics)
         reason = None if is_last else due.reason(step, signals)
         trouble = guards.look(losses)
-        if trouble is None and (reason or is_last) and not weights_are_finite(engine.module):
-            # A gradient that is not finite spoils the weights after a sound loss, and every restart from them.
-            trouble = Trouble("nonfinite", (step,), "a weight is not finite, so none is saved")
+        if (reason or is_last) and not weights_are_finite(engine.module):
+            # A gradient that is not finite spoils the weights after a sound loss, and every restart from them. Leaving
+            # steps out mends none of it.
+            trouble = Trouble("spoilt", (step,), "a weight is not finite, so none is saved")
         if trouble:
             first = interval.batches[trouble.steps[0]]
             samples = _samples(shard_name, first)

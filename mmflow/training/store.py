@@ -76,10 +76,19 @@ def saved_checkpoints(store: str) -> list[Saved]:
     for name in sorted(_names(store), reverse=True):
         if name.startswith(STEP):
             uri = join(store, name)
-            parts = _whole([read_json(join(uri, each)) for each in _names(uri) if each.startswith(PART)])
+            parts = _whole([part for each in _names(uri) if each.startswith(PART) and (part := _read_part(uri, each))])
             if parts:
                 found.append(Saved(uri, parts))
     return found
+
+
+def _read_part(uri: str, name: str) -> Mapping[str, Any] | None:
+    """What a rank said of its part; None where it is cut short: then the checkpoint lacks a part."""
+    try:
+        part: Mapping[str, Any] = read_json(join(uri, name))
+    except CorruptArtifactError:
+        return None
+    return part
 
 
 def _whole(parts: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:

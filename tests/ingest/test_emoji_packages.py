@@ -129,6 +129,7 @@ def test_whole_concepts_are_held_out_while_they_fit() -> None:
             [{"name": "emoji_styles", "unseen_concept_share": 0.2}, {"name": "openmoji"}],
             r"corpus: unseen_concept_share: 0.2 of emoji_styles, 0.1 of openmoji; give all emoji one",
         ),
+        ([{"name": "openmoji"}, {"name": "emoji_styles"}], r"corpus: openmoji.unseen_variant_share: another style"),
         ([{"name": "emoji_styles"}, {"name": "fluent_emoji_anim"}], r"corpus: fluent_3d has the first frames of"),
     ],
 )

@@ -134,5 +134,5 @@ def test_a_file_of_other_dimensions_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_the_files_says_which_package_they_are_in(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match=r"dataset-fashion-mnist_\*\.deb; give corpus\.package_directory"):
+    with pytest.raises(MisuseError, match=r"dataset-fashion-mnist_\*\.deb; give the corpus's package_directory"):
         write_fashion_mnist(tmp_path / "corpus", package_directory=tmp_path)

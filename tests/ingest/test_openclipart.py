@@ -168,7 +168,7 @@ def test_without_a_package_client_the_message_says_what_to_bring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MisuseError, match=r"apt-get, which this machine lacks; bring .*corpus\.package_directory"):
+    with pytest.raises(MisuseError, match=r"apt-get, which this machine lacks; bring .*corpus's package_directory"):
         write_openclipart(tmp_path / "corpus")
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 

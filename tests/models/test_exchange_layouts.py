@@ -110,6 +110,18 @@ def test_an_imported_package_gives_the_logits_of_the_original(given: Any, tmp_pa
     assert loaded.model.gives == {"embeddings"} | ({"bias"} if layout == "siglip" else set())
 
 
+def test_what_is_there_is_not_imported_over(given: Any, tmp_path: Path) -> None:
+    _, _, directory = given
+    before = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+    for target in (directory, f"{directory}/../{Path(directory).name}"):
+        with pytest.raises(MisuseError, match="that is the checkpoint; name another directory"):
+            import_checkpoint(str(target), directory)
+    assert {path.name: path.read_bytes() for path in Path(directory).iterdir()} == before
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(MisuseError, match="a model is there already"):
+        import_checkpoint(str(tmp_path), directory)
+
+
 def test_scalars_without_a_dimension_have_one_here_and_lose_it_there(given: Any, tmp_path: Path) -> None:
     layout, model, directory = given
     shape = (1,) if layout == "siglip" else ()

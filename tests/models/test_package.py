@@ -237,3 +237,32 @@ def test_a_model_that_began_from_checkpoints_loads_where_they_are_not(
     mask = torch.ones_like(tokens)
     found, expected = (each.encode_text(tokens, mask).sequence_BTW for each in (loaded.model, model))
     assert torch.equal(found, expected)
+
+
+def test_a_clip_s_mean_from_before_it_had_no_layers_loads(
+    config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    clips = ModelConfig.model_validate({**config.model_dump(), "video": {"kind": "mean", "max_frames": 3}})
+    model = build("model", clips, tiny_tokenizer.get_vocab_size(), seed=5)
+    write(tmp_path, model, clips, tiny_tokenizer)
+    older = json.loads((tmp_path / "config.json").read_text())
+    older["video"] |= {"layers": 4, "heads": 8}
+    commit(tmp_path, older)
+    loaded = load_package(read_package(str(tmp_path)))
+    assert loaded.config == clips
+
+
+def test_settings_that_this_version_does_not_know_are_named(copy: Path) -> None:
+    other = json.loads((copy / "config.json").read_text())
+    commit(copy, {**other, "embedding_width": -1})
+    with pytest.raises(CorruptArtifactError, match=r"copy/config\.json: embedding_width: .*; this version of mmflow"):
+        load_package(read_package(str(copy)))
+
+
+def commit(package: Path, config: dict[str, Any]) -> None:
+    """The package with another config.json."""
+    (package / "config.json").write_text(json.dumps(config))
+    card = json.loads((package / CARD).read_text())
+    card["files"]["config.json"] = hashlib.sha256((package / "config.json").read_bytes()).hexdigest()
+    card["digest"] = content_hash(card["files"])
+    (package / CARD).write_text(json.dumps(card))

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmflow.artifacts import exists, file_sha256, join
+from mmflow.artifacts import exists, file_sha256, join, local_path, read_json
 from mmflow.errors import MisuseError
 from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
 from mmflow.models.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import Model, build
-from mmflow.models.package import CARD, Package, portable, write_package
+from mmflow.models.package import CARD, CONFIG, MODEL_TYPE, Package, portable, write_package
 
 LAYOUTS = ("clip", "siglip", "vision-text-dual-encoder")
 SHARED = ("visual_projection.weight", "text_projection.weight", "logit_scale", "logit_bias")
@@ -30,12 +30,11 @@ def import_checkpoint(uri: str, directory: str | Path) -> Package:
     """Publish a package made of a CLIP, SigLIP or VisionTextDualEncoder directory (`save_pretrained`'s: config.json,
     safetensors, tokenizer.json and the image processor's file).
 
-    Raises MisuseError for another layout, a file that is not there, and where a package is already; RecipeError for
-    weights that do not fit.
+    Raises MisuseError for another layout, a file that is not there, and where a package or a model of others is
+    already; RecipeError for weights that do not fit.
     """
-    if exists(join(uri, CARD)):
-        raise MisuseError(f"{uri}: a model package is there already; name another directory")
     directory = Path(directory)
+    _refuse_what_is_there(uri, directory)
     layout = _json(directory, "config.json").get("model_type")
     if layout not in LAYOUTS:
         raise MisuseError(f"{directory}: its config.json says {layout!r}; what can be imported is {', '.join(LAYOUTS)}")
@@ -83,6 +82,18 @@ def _fill(model: Model, shared: Mapping[str, Tensor]) -> None:
     model.scale.logit_scale.copy_(shared["logit_scale"].reshape(1))
     if model.scale.logit_bias is not None:
         model.scale.logit_bias.copy_(shared["logit_bias"].reshape(1))
+
+
+def _refuse_what_is_there(uri: str, directory: Path) -> None:
+    """Raise MisuseError where a package would take the place of what somebody needs, the checkpoint itself first."""
+    here = local_path(uri)
+    if here is not None and here.resolve() == directory.resolve():
+        raise MisuseError(f"{uri}: that is the checkpoint; name another directory for the package")
+    if exists(join(uri, CARD)):
+        raise MisuseError(f"{uri}: a model package is there already; name another directory")
+    # An import that was killed leaves a package without its card, which is made anew.
+    if exists(join(uri, CONFIG)) and read_json(join(uri, CONFIG)).get("model_type") != MODEL_TYPE:
+        raise MisuseError(f"{uri}: a model is there already; name another directory")
 
 
 def _shared(directory: Path) -> dict[str, Tensor]:
