@@ -3,6 +3,7 @@ disks, samples that give no number, ranks that do not come."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -55,7 +56,7 @@ class Trainings:
         tokenizer.save(str(self.tokenizer))
 
     def run(self, num_ranks: int, *plans: dict[str, Any], dies: bool = False, exchange_seconds: float = 60) -> None:
-        """Go through the trainings; with `dies`, every rank ends before they do."""
+        """Go through the trainings; with `dies`, rank 0 ends before they do, and the others are not waited for long."""
         self.runs += 1
         shared = {"dataset": self.dataset.uri, "tokenizer": str(self.tokenizer)}
         text = json.dumps([{**shared, **plan} for plan in plans])
@@ -73,7 +74,9 @@ class Trainings:
             with log.open("w") as stream:
                 ranks.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
         try:
-            codes = [rank.wait(timeout=900) for rank in ranks]
+            codes = [ranks[0].wait(timeout=900)]
+            with contextlib.suppress(subprocess.TimeoutExpired) if dies else contextlib.nullcontext():
+                codes += [rank.wait(timeout=exchange_seconds + 10 if dies else 900) for rank in ranks[1:]]
         finally:
             for rank in ranks:
                 rank.kill()
