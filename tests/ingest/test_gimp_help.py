@@ -97,7 +97,7 @@ def test_an_installed_package_is_read_where_it_lies(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_the_package_is_answered_with_what_to_bring(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match=r"neither en nor gimp-help-en_\*\.deb; give corpus\.package_directory"):
+    with pytest.raises(MisuseError, match=r"neither en nor gimp-help-en_\*\.deb; give the corpus's package_directory"):
         write_gimp_help(tmp_path / "corpus", package_directory=tmp_path)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
