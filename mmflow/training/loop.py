@@ -103,16 +103,13 @@ def train(
                 journal.metrics(step, metrics)
         reason = None if is_last else due.reason(step, signals)
         trouble = guards.look(losses)
+        if trouble:
+            _meet(trouble, step, interval, guards, journal, shard_name)
         if (reason or is_last) and not weights_are_finite(engine.module):
             # A gradient that is not finite spoils the weights after a sound loss, and every restart from them. Leaving
             # steps out mends none of it.
-            trouble = Trouble("spoilt", (step,), "a weight is not finite, so none is saved")
-        if trouble:
-            first = interval.batches[trouble.steps[0]]
-            samples = _samples(shard_name, first)
-            if journal:
-                journal.event(step, trouble.kind, steps=trouble.steps, reason=trouble.what, samples=samples)
-            guards.act(trouble, _advice(first[0]))
+            spoilt = Trouble("spoilt", (step,), "a weight is not finite, so none is saved")
+            _meet(spoilt, step, interval, guards, journal, shard_name)
         interval = _Interval()
         if reason:
             at(step, "saving")
@@ -131,6 +128,17 @@ def _step(engine: Any, batch: Batch, step: int, interval: _Interval, *, watched:
     engine.step()
     interval.add(step, loss, parts, batch)
     return True
+
+
+def _meet(
+    trouble: Trouble, step: int, interval: _Interval, guards: Guards, journal: Journal | None, shard_name: ShardName
+) -> None:
+    """Write down a trouble and the samples that it began with, and do what the guards say. Collective."""
+    first = interval.batches[trouble.steps[0]]
+    samples = _samples(shard_name, first)
+    if journal:
+        journal.event(step, trouble.kind, steps=trouble.steps, reason=trouble.what, samples=samples)
+    guards.act(trouble, _advice(first[0]))
 
 
 def _advice(state: LoaderState) -> str:
