@@ -216,9 +216,10 @@ def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
 
     assert recipe.distill is not None
     section = recipe.distill
-    tracking = tracking_uri(recipe.workspace)
     teachers = [
-        TeacherConfig(package=package_of(each.model, each.version, uri=tracking), weight=each.weight)
+        TeacherConfig(
+            package=package_of(each.model, each.version, uri=tracking_uri(recipe.workspace)), weight=each.weight
+        )
         if each.model is not None and each.version is not None
         else each
         for each in section.teachers

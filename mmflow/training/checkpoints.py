@@ -29,6 +29,7 @@ from mmflow.loading.plan import LoaderState
 from mmflow.models.encoders import parameter_count
 from mmflow.training.collectives import average_buffers, first_problem
 from mmflow.training.config import CheckpointsConfig
+from mmflow.training.random_state import random_state, set_random_state
 from mmflow.training.reshape import layout, load_reshaped, state_hash
 from mmflow.training.store import (
     STAGING,
@@ -238,7 +239,7 @@ class Checkpoints:
             else:
                 load_reshaped(engine, saved.parts, directory)
             _load_buffers(engine.module, torch.load(directory / BUFFERS, map_location="cpu", weights_only=True))
-            random_state = torch.load(directory / f"random-{self._rank}.pt", weights_only=True) if same else None
+            drawn = torch.load(directory / f"random-{self._rank}.pt", weights_only=True) if same else None
         except Exception as error:  # DeepSpeed raises what it trips over
             return f"{saved.uri}: {type(error).__name__} {' '.join(str(error).split())[:300]}"
         if engine.global_steps != saved.step:
@@ -246,10 +247,10 @@ class Checkpoints:
         if state_hash(engine) != saved.parts[0]["state_hash"]:
             return f"{saved.uri}: what was loaded is not what was saved"
         # A run that goes on with accelerators, or without, has no use for the other kind's.
-        if random_state is None or (engine.device.type == "cuda") != ("cuda" in random_state):
+        if drawn is None or (engine.device.type == "cuda") != ("cuda" in drawn):
             torch.manual_seed(_mixed(seed, saved.step, self._rank))
         else:
-            _set_random_state(engine.device, random_state)
+            set_random_state(engine.device, drawn)
         return ""
 
     @contextlib.contextmanager
@@ -292,7 +293,7 @@ def _write(engine: Any, scratch: Path) -> str:
             problems.append(f"{scratch.parent}: {' '.join(str(error).split())[:300]}")
 
     average_buffers(engine.module)
-    save(_random_state(engine.device), scratch / f"random-{dist.get_rank()}.pt")
+    save(random_state(engine.device), scratch / f"random-{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
         save(dict(engine.module.named_buffers()), scratch / BUFFERS)
     engine.checkpoint_engine.save = save
@@ -306,18 +307,6 @@ def _load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Running statistics, which are no rank's own part of the state."""
     for name, buffer in module.named_buffers():
         buffer.copy_(buffers[name])
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """What dropout draws from: on an accelerator its own numbers, not the CPU's."""
-    found = {"cpu": torch.get_rng_state()}
-    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _mixed(*numbers: int) -> int:

@@ -14,6 +14,7 @@ from mmflow.models.scale import Scale
 from mmflow.objectives.learner import Parts
 from mmflow.objectives.micro_batches import MicroBatch
 from mmflow.training.guards import Buffers
+from mmflow.training.random_state import random_state, set_random_state
 
 
 def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
@@ -38,13 +39,13 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
         (rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, slopes={})) for cut in cuts
     ]
     loss, parts = torch.zeros((), device=batch.real.device), Parts()
-    states: list[list[Tensor]] = []
+    states: list[dict[str, Tensor]] = []
     if learner.compares:
         embedded = []
         buffers = Buffers(learner)
         with torch.no_grad():
             for piece, known in pieces:
-                states.append(_random_state(engine.device))
+                states.append(random_state(engine.device))
                 embedded.append(engine(piece, step, replace(known, slopes=None))[1])
         buffers.bring_back()  # a batch counts once in running statistics
         loss, parts, slopes = learner.compare(batch, step, rows, _together(embedded))
@@ -55,7 +56,7 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
     for number, (piece, known) in enumerate(pieces):
         engine.set_gradient_accumulation_boundary(number == num_micro_batches - 1)
         if states:
-            _set_random_state(states[number], engine.device)  # what was dropped must be dropped again
+            set_random_state(engine.device, states[number])  # what was dropped must be dropped again
         part_of_loss, more = engine(piece, step, known)
         engine.backward(part_of_loss)
         loss = loss + part_of_loss.detach() / num_micro_batches
@@ -81,14 +82,3 @@ def _together(embedded: Sequence[Parts]) -> Parts:
 def _slopes_of(slopes: Parts, cut: slice, num_micro_batches: int) -> Parts:
     """Those of a micro-batch. DeepSpeed divides the gradient of each by their number; the scale has a part in each."""
     return {name: slope if name in Scale._fields else slope[cut] * num_micro_batches for name, slope in slopes.items()}
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
