@@ -6,13 +6,13 @@ finds them. The package's own split into train and test is kept.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from mmflow.errors import MisuseError
+from mmflow.ingest.record_lines import record_lines
 
 LICENSE = "MIT"
 
@@ -35,8 +35,8 @@ def write_easy_vqa(directory: Path, *, progress: Callable[[int, int], None] | No
     }
     total = sum(len(paths) for paths, _ in splits.values())
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    staged, done = directory / "records.jsonl.staged", 0
-    with staged.open("w", encoding="utf-8") as lines:
+    done = 0
+    with record_lines(directory) as write:
         for split, (paths, (texts, answers, numbers)) in splits.items():
             questions_of_picture = defaultdict(list)
             for text, answer, number in zip(texts, answers, numbers, strict=True):
@@ -51,9 +51,8 @@ def write_easy_vqa(directory: Path, *, progress: Callable[[int, int], None] | No
                     "questions": questions_of_picture[number],
                     "license": LICENSE,
                 }
-                lines.write(json.dumps(record, sort_keys=True) + "\n")
+                write(record)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    staged.replace(directory / "records.jsonl")
     return done

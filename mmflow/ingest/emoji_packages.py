@@ -9,7 +9,6 @@ training as other artists' stills. Clips are never among stills: one caption wou
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from mmflow.ingest.emoji_names import concept_of, emoji_classes, emoji_names, hold_out, without_selector
 from mmflow.ingest.npm import NpmPackage, package_files
 from mmflow.ingest.openmoji import TRAIN, UNSEEN_CONCEPTS, held_out_concepts
+from mmflow.ingest.record_lines import record_lines
 
 UNSEEN_CLIPS, UNSEEN_CONCEPT_CLIPS = "unseen_clips", "unseen_concept_clips"
 ANIMATIONS = "fluent_anim"
@@ -182,15 +182,13 @@ def _write(
 ) -> int:
     shutil.rmtree(directory / "images", ignore_errors=True)  # of a run that was killed
     (directory / "images").mkdir()
-    staged = directory / "records.jsonl.staged"
-    with staged.open("w", encoding="utf-8") as lines:
+    with record_lines(directory) as write:
         for done, picture in enumerate(pictures, 1):
             record = picture.record() | {"split": split_of_concept.get(picture.concept or "", TRAIN)}
             picture.file.rename(directory / record["image"])
-            lines.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
+            write(record)
             if progress is not None:
                 progress(done, len(pictures))
-    staged.replace(directory / "records.jsonl")
     return len(pictures)
 
 

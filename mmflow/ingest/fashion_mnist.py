@@ -7,7 +7,6 @@ A picture's caption is the name of its class: that is all that anybody said of i
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import shutil
 import zlib
@@ -20,6 +19,7 @@ from PIL import Image
 
 from mmflow.errors import MisuseError
 from mmflow.ingest.debian import package_tree
+from mmflow.ingest.record_lines import record_lines
 
 PACKAGES = ("dataset-fashion-mnist",)
 INSTALLED = PurePosixPath("usr/share/datasets/fashion-mnist")
@@ -71,8 +71,8 @@ def write_fashion_mnist(
         shutil.rmtree(scratch)
     total = sum(len(labels_N) for _, labels_N in splits.values())
     (directory / "images").mkdir(exist_ok=True)
-    staged, done = directory / "records.jsonl.staged", 0
-    with staged.open("w", encoding="utf-8") as lines:
+    done = 0
+    with record_lines(directory) as write:
         for split, (images_NHW, labels_N) in splits.items():
             for number, (image_HW, label) in enumerate(zip(images_NHW, labels_N.tolist(), strict=True)):
                 key, name = f"{split}-{number:05d}", CLASSES[label]
@@ -85,11 +85,10 @@ def write_fashion_mnist(
                     "classes": {"article": name},
                     "license": LICENSE,
                 }
-                lines.write(json.dumps(record, sort_keys=True) + "\n")
+                write(record)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    staged.replace(directory / "records.jsonl")
     return done
 
 

@@ -6,7 +6,6 @@ concepts that stay in training.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmflow.ingest.emoji_names import concept_of, draw, emoji_classes, emoji_names, hold_out, missing, without_selector
+from mmflow.ingest.record_lines import record_lines
 
 LICENSE = "CC-BY-SA-4.0"
 TRAIN, UNSEEN_CONCEPTS, UNSEEN_VARIANTS = "train", "unseen_concepts", "unseen_variants"
@@ -86,10 +86,9 @@ def write_openmoji(
     for done, _ in enumerate(_map_processes(render, drawings), 1):
         if progress is not None:
             progress(done, len(drawings))
-    lines = [json.dumps(drawing.record(), ensure_ascii=False, sort_keys=True) for drawing in drawings]
-    staged = directory / "records.jsonl.staged"
-    staged.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    staged.replace(directory / "records.jsonl")
+    with record_lines(directory) as write:
+        for drawing in drawings:
+            write(drawing.record())
     return len(drawings)
 
 

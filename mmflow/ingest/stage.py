@@ -30,9 +30,9 @@ from mmflow.ingest.fashion_mnist import write_fashion_mnist
 from mmflow.ingest.gimp_help import write_gimp_help
 from mmflow.ingest.openclipart import write_openclipart
 from mmflow.ingest.openmoji import write_openmoji
+from mmflow.ingest.record_lines import RECORDS
 from mmflow.progress import Report
 
-RECORDS = "records.jsonl"
 PACKAGES = "package_directory"
 
 Progress = Callable[[int, int], None]
