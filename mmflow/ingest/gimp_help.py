@@ -6,7 +6,6 @@ examine each by itself.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from typing import Any
 
 from mmflow.ingest.debian import package_tree
 from mmflow.ingest.pages import Page, Picture, parse_page, section_of, text_of
+from mmflow.ingest.record_lines import record_lines
 
 PACKAGE = "gimp-help-en"
 INSTALLED = PurePosixPath("usr/share/gimp/2.0/help")
@@ -41,29 +41,27 @@ def write_gimp_help(
         shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
     number = 0
-    try:
-        tree = package_tree(
-            scratch,
-            (PACKAGE,),
-            corpus="gimp_help",
-            under=INSTALLED,
-            parts=(MANUAL,),
-            package_directory=package_directory,
-        )
-        manual = tree / MANUAL
-        shutil.copytree(manual / IMAGES, directory / IMAGES, symlinks=True)
-        pages = sorted(manual.glob("*.html"))
-        staged = directory / "records.jsonl.staged"
-        with staged.open("w", encoding="utf-8") as lines:
+    with record_lines(directory) as write:  # the scratch directory goes before they appear
+        try:
+            tree = package_tree(
+                scratch,
+                (PACKAGE,),
+                corpus="gimp_help",
+                under=INSTALLED,
+                parts=(MANUAL,),
+                package_directory=package_directory,
+            )
+            manual = tree / MANUAL
+            shutil.copytree(manual / IMAGES, directory / IMAGES, symlinks=True)
+            pages = sorted(manual.glob("*.html"))
             for done, path in enumerate(pages, 1):
                 for record in _records(parse_page(path.read_bytes()), path.stem):
-                    lines.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
+                    write(record)
                     number += 1
                 if progress is not None:
                     progress(done, len(pages))
-    finally:
-        shutil.rmtree(scratch)
-    staged.replace(directory / "records.jsonl")
+        finally:
+            shutil.rmtree(scratch)
     return number
 
 

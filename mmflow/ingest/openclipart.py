@@ -6,7 +6,6 @@ and twice-escaped entities go on as they are: ingest shall find them, and its qu
 
 from __future__ import annotations
 
-import json
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmflow.ingest.debian import package_tree
+from mmflow.ingest.record_lines import record_lines
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 INSTALLED = PurePosixPath("usr/share/openclipart")
@@ -37,29 +37,27 @@ def write_openclipart(
     for left in (directory / "png", scratch):  # by a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     scratch.mkdir(parents=True)
-    try:
-        tree = package_tree(
-            scratch,
-            PACKAGES,
-            corpus="openclipart",
-            under=INSTALLED,
-            parts=("png", "svg"),
-            package_directory=package_directory,
-        )
-        if tree == package_directory:
-            shutil.copytree(tree / "png", directory / "png", symlinks=True)
-        else:
-            (tree / "png").rename(directory / "png")
-        images = sorted(path.relative_to(directory).as_posix() for path in (directory / "png").rglob("*.png"))
-        staged = directory / "records.jsonl.staged"
-        with staged.open("w", encoding="utf-8") as lines:
+    with record_lines(directory) as write:  # the scratch directory goes before they appear
+        try:
+            tree = package_tree(
+                scratch,
+                PACKAGES,
+                corpus="openclipart",
+                under=INSTALLED,
+                parts=("png", "svg"),
+                package_directory=package_directory,
+            )
+            if tree == package_directory:
+                shutil.copytree(tree / "png", directory / "png", symlinks=True)
+            else:
+                (tree / "png").rename(directory / "png")
+            images = sorted(path.relative_to(directory).as_posix() for path in (directory / "png").rglob("*.png"))
             for done, image in enumerate(images, 1):
-                lines.write(json.dumps(_record(image, tree / "svg"), ensure_ascii=False, sort_keys=True) + "\n")
+                write(_record(image, tree / "svg"))
                 if progress is not None:
                     progress(done, len(images))
-    finally:
-        shutil.rmtree(scratch)
-    staged.replace(directory / "records.jsonl")
+        finally:
+            shutil.rmtree(scratch)
     return len(images)
 
 
