@@ -7,7 +7,7 @@ damaged header is an error that says where.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from mmap import mmap
 from typing import IO, NamedTuple
 
@@ -92,11 +92,16 @@ class TarWriter:
         self._digest = xxhash.xxh3_128()
         self.bytes = 0
 
-    def add(self, name: str, body: bytes) -> int:
-        """Append one file; return the offset of its body."""
-        offset = self.bytes + BLOCK_BYTES
-        self._write(b"%b%b%b" % (header(name, len(body)), body, bytes(padding(len(body)))))
-        return offset
+    def add(self, members: Iterable[tuple[str, bytes]]) -> list[int]:
+        """Append files, each a name and a body; return the offsets of their bodies."""
+        offsets, parts, end = [], [], self.bytes
+        for name, body in members:
+            size = len(body)
+            parts += (header(name, size), body, bytes(padding(size)))
+            offsets.append(end + BLOCK_BYTES)
+            end += BLOCK_BYTES + size + padding(size)
+        self._write(b"".join(parts))
+        return offsets
 
     def finish(self) -> str:
         """Write the end of the archive; return the xxh3_128 (hex) of everything written."""

@@ -108,7 +108,7 @@ def plan_of(rows: list[Row], settings: str) -> str:
     for row in rows:
         kept = {name: value for name, value in row.items() if name not in PLACES}
         kept["frames"] = [frame["bytes"] for frame in row["frames"] or ()]
-        digest.update(canonical_json(kept).encode() + b"\n")
+        digest.update(repr(kept).encode() + b"\n")  # strings, numbers and lists of them: a fifth of JSON's time
     return digest.hexdigest()
 
 
@@ -142,19 +142,20 @@ def add_sample(tar: TarWriter, row: Row, read: Callable[[int, int], bytes]) -> R
         "perceptual_hash": row["perceptual_hash"],
         "caption_hashes": row["caption_hashes"],
     }
-    image = _whole(read, row["image_bytes"], row["image_offset"], key)
-    json_body = canonical_json({"captions": captions, "metadata": metadata}).encode()
+    # A record's metadata is canonical JSON already.
+    json_body = f'{{"captions":{canonical_json(captions)},"metadata":{row["metadata"]}}}'.encode()
     text = captions[0]["text"] if captions else ""
-    bodies = (image, text.encode(), json_body)
-    for member, suffix, body in zip(MEMBERS, (extension, "txt", "json"), bodies, strict=True):
-        entry[f"{member}_offset"] = tar.add(f"{key}.{suffix}", body)
-        entry[f"{member}_bytes"] = len(body)
-        entry[f"{member}_xxh3"] = xxhash.xxh3_64_intdigest(body)
-    entry["frames"] = []
-    for number, frame in enumerate(row["frames"], 1):
-        body = _whole(read, frame["bytes"], frame["offset"], key)
-        offset = tar.add(f"{key}.{number:03d}.{extension}", body)
-        entry["frames"].append({"offset": offset, "bytes": len(body), "xxh3": xxhash.xxh3_64_intdigest(body)})
+    image = _whole(read, row["image_bytes"], row["image_offset"], key)
+    frames = [_whole(read, frame["bytes"], frame["offset"], key) for frame in row["frames"]]
+    members = [(f"{key}.{extension}", image), (f"{key}.txt", text.encode()), (f"{key}.json", json_body)]
+    members += [(f"{key}.{number:03d}.{extension}", frame) for number, frame in enumerate(frames, 1)]
+    places = [
+        (offset, len(body), xxhash.xxh3_64_intdigest(body))
+        for offset, (_, body) in zip(tar.add(members), members, strict=True)
+    ]
+    for member, place in zip(MEMBERS, places, strict=False):
+        entry[f"{member}_offset"], entry[f"{member}_bytes"], entry[f"{member}_xxh3"] = place
+    entry["frames"] = [dict(zip(("offset", "bytes", "xxh3"), place, strict=True)) for place in places[len(MEMBERS) :]]
     return entry
 
 

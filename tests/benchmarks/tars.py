@@ -150,6 +150,7 @@ def _samples(uri: str) -> Iterator[dict[str, Any]]:
     """The dataset's samples with all that a piece's row needs."""
     import json
 
+    from mmflow.artifacts import canonical_json
     from mmflow.shards.dataset import open_dataset
 
     dataset = open_dataset(uri)
@@ -160,7 +161,7 @@ def _samples(uri: str) -> Iterator[dict[str, Any]]:
                 for member in ("image", "txt", "json"):
                     row[member] = tar[row[f"{member}_offset"] :][: row[f"{member}_bytes"]]
                 fields = json.loads(row["json"])
-                metadata = json.dumps(fields["metadata"])
+                metadata = canonical_json(fields["metadata"])
                 yield {**row, "captions": fields["captions"], "metadata": metadata}
 
 

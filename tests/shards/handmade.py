@@ -125,12 +125,12 @@ def _add(tar: TarWriter, sample: Handmade) -> dict[str, Any]:
     text = texts[0] if texts else ""
     bodies = (("image", "jpg", images[0]), ("txt", "txt", text.encode()), ("json", "json", fields))
     for member, suffix, body in bodies:
-        entry[f"{member}_offset"] = tar.add(f"{sample.key}.{suffix}", body)
+        (entry[f"{member}_offset"],) = tar.add([(f"{sample.key}.{suffix}", body)])
         entry[f"{member}_bytes"] = len(body)
         entry[f"{member}_xxh3"] = xxhash.xxh3_64_intdigest(body)
     entry["frames"] = [
         {
-            "offset": tar.add(f"{sample.key}.{number:03d}.jpg", body),
+            "offset": tar.add([(f"{sample.key}.{number:03d}.jpg", body)])[0],
             "bytes": len(body),
             "xxh3": xxhash.xxh3_64_intdigest(body),
         }
