@@ -1,4 +1,4 @@
-"""What a restart needs: DeepSpeed's state, the loader's position, what the guards know and each rank's random state.
+"""What a restart needs: DeepSpeed's state, the loader's position and each rank's random state.
 
 Written by all ranks, read by any number of them. Ray Train's own checkpoints are not used: its list of them is
 overwritten in place, so that a driver killed meanwhile cannot start again; a failed upload ends the run; and it offers
@@ -69,7 +69,7 @@ class Checkpoints:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float], **facts: Any) -> bool:
+    def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float]) -> bool:
         """Write a checkpoint of a step, if there is room. Raises TrainingError where the recipe says to stop else."""
         self.finish(step)
         problem = first_problem(self._prune(step) if self._rank == 0 else "")
@@ -90,7 +90,6 @@ class Checkpoints:
             "step": step,
             "loader": asdict(state),
             "metrics": dict(metrics),
-            **facts,
         }
         self._publishing = uri, self._background.submit(publish_part, uri, scratch, **publish)
         return True
@@ -222,7 +221,8 @@ class Checkpoints:
 
         On another number of ranks the random state is a new one that follows from (seed, step, rank). DeepSpeed can
         start from scratch in silence when it does not find what it expects (DeepSpeed#6691), so what was loaded is
-        compared with what was saved.
+        compared with what was saved. On as many ranks its loader unpickles files, which can run code: a checkpoint is
+        to be this workspace's own, never another's.
         """
         with self._files(saved) as directory:
             problem = self._load(engine, saved, directory, seed)

@@ -98,9 +98,9 @@ class Guards:
         return {"rewinds": self._rewinds, "passed_over": sorted(self.passed_over)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Add what a checkpoint knew; what this process has learnt since stays."""
-        self._rewinds = max(self._rewinds, state["rewinds"])
-        self.passed_over |= set(state["passed_over"])
+        """What an earlier process knew."""
+        self._rewinds = state["rewinds"]
+        self.passed_over = frozenset(state["passed_over"])
 
 
 def spike_limit(losses: Sequence[float] | deque[float], deviations: float) -> float:
@@ -122,6 +122,14 @@ def gradients_are_finite(engine: Any) -> bool:
         return bool(torch.stack([each.isfinite().all() for each in gradients]).all())
     engine.optimizer.check_overflow()
     return not engine.optimizer.overflow
+
+
+def take_step(engine: Any) -> None:
+    """Take the step that a backward pass prepared. One that DeepSpeed drops, because its gradients do not fit the loss
+    scale of fp16, counts in the schedule too: DeepSpeed would end a training before its rate has come down."""
+    engine.step()
+    if getattr(engine.optimizer, "overflow", False):
+        engine.lr_scheduler.step()
 
 
 def leave_out(engine: Any) -> None:

@@ -126,7 +126,7 @@ def _train(
     """Train from the newest checkpoint on; the trouble that leads back to it, or None when the package is written."""
     dataset = open_dataset(job.dataset)
     steps = total_steps(job.loader, dataset, job.training)
-    built, step, state = _begin(job, tokenizer, steps, checkpoints, guards)
+    built, step, state = _begin(job, tokenizer, steps, checkpoints)
     learner, engine = built.learner, built.engine
     loader = open_loader(
         job.loader,
@@ -154,7 +154,7 @@ def _train(
             journal.event(step, "rewound", **where, steps=after.steps, reason=after.what)
 
     def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> bool:
-        is_begun = checkpoints.save(engine, step, state, metrics, guards=guards.state())
+        is_begun = checkpoints.save(engine, step, state, metrics)
         if reason == PREEMPTION:
             checkpoints.finish(step)  # this machine may be gone before the next one
         flush()
@@ -217,14 +217,13 @@ class _Built:
 
 
 def _begin(
-    job: TrainingJob, tokenizer: Tokenizer, steps: int, checkpoints: Checkpoints, guards: Guards
+    job: TrainingJob, tokenizer: Tokenizer, steps: int, checkpoints: Checkpoints
 ) -> tuple[_Built, int, LoaderState]:
     """What goes on from the newest checkpoint that can be read, the steps done, and where the loader begins."""
     for saved in checkpoints.newest():
         built = _build(job, tokenizer, steps)
         state = checkpoints.load(built.engine, saved, seed=job.seed)
         if state is not None:
-            guards.restore(saved.facts["guards"])
             return built, saved.step, state
         built.engine.destroy()
     built = _build(job, tokenizer, steps)

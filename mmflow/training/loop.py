@@ -25,6 +25,7 @@ from mmflow.training.guards import (
     gradients_are_finite,
     leave_out,
     pass_over,
+    take_step,
     weights_are_finite,
 )
 from mmflow.training.telemetry import Journal
@@ -125,7 +126,7 @@ def _step(engine: Any, batch: Batch, step: int, interval: _Interval, *, watched:
         leave_out(engine)
         buffers.bring_back()
         return False
-    engine.step()
+    take_step(engine)
     interval.add(step, loss, parts, batch)
     return True
 
