@@ -87,6 +87,10 @@ class Learner(nn.Module):
             loss = loss + mean
         return loss, parts
 
+    def of(self, batch: Batch) -> Learner:
+        """The learner of a batch's task: itself, for it has one."""
+        return self
+
     @property
     def compares(self) -> bool:
         """Whether an objective compares all rows of a batch."""
