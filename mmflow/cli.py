@@ -209,6 +209,12 @@ def adopt(
     license: Annotated[
         str | None, typer.Option("--license", metavar="NAME", help="Licence of the records that name none.")
     ] = None,
+    captions_required: Annotated[
+        bool,
+        typer.Option(
+            "--captions-required/--captions-optional", help="Whether a picture without a caption is no sample."
+        ),
+    ] = True,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave damaged tars out, and say so in quarantine.")
     ] = False,
@@ -223,6 +229,7 @@ def adopt(
             tars,
             split=split,
             license=license,
+            captions_required=captions_required,
             skip_damaged=skip_damaged,
             progress=lambda done, total: report(done, total, "tars"),
         )
