@@ -27,8 +27,15 @@ NUM_STAGE_COLORS = 7  # --stage-0 to --stage-6 in the template
 MODEL_COLORS = {name: f"var(--{name})" for name in ("teacher", "student", "untrained", "chance")}
 # These describe how the training went, not what was learned; they stand after the losses.
 TELEMETRY = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second")
+VALIDATION = "validation/"
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 LOOKS = {"picture": "what moved the score", "rollout": "attention rollout"}
+# What a section of `written` is called, by the first of its parts that is there: in the navigation, and over it.
+WRITTEN = {
+    "captions": ("Writes", "What it writes"),
+    "answers": ("Answers", "What it answers"),
+    "confusion": ("Confuses", "What it takes for what"),
+}
 FINDS = {"text_to_image": "captions find their picture", "image_to_text": "pictures find their caption"}
 
 
@@ -226,8 +233,14 @@ def look_view(looks: Mapping[str, Any]) -> list[dict[str, Any]]:
     return drawn
 
 
+def written_titles(written: Mapping[str, Any]) -> tuple[str, str]:
+    """What the section is called in the navigation, and what stands over it."""
+    return next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"])
+
+
 def confusion_view(confusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns (classes, and none of them where that was answered), a row a class, and each cell's share of it."""
+    """The columns (classes, and none of them where that was answered), a row a class, each cell's share of it, and the
+    share that was right."""
     names, counts = confusion.get("classes") or [], confusion.get("counts") or []
     unanswered = any(row[-1] for row in counts)
     return {
@@ -239,8 +252,9 @@ def confusion_view(confusion: Mapping[str, Any]) -> dict[str, Any]:
                     {"count": count, "share": f"{count / max(1, sum(row)):.3g}"}
                     for count in (row if unanswered else row[:-1])
                 ],
+                "right": row[number] / max(1, sum(row)),
             }
-            for name, row in zip(names, counts, strict=False)
+            for number, (name, row) in enumerate(zip(names, counts, strict=False))
         ],
     }
 
@@ -281,6 +295,7 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
         curves=curve_charts(report.get("training") or {}),
         similarity=similarity_chart(report.get("scores") or {}),
         looks=look_view(report.get("looks") or {}),
+        written_titles=written_titles(report.get("written") or {}),
         confusion=confusion_view((report.get("written") or {}).get("confusion") or {}),
         picture=lambda key: data_uri(images[key]) if key in images else "",
         meter=meter,

@@ -260,11 +260,18 @@ def test_maps_lie_over_their_picture_and_weigh_the_captions_pieces() -> None:
 def test_confusions_are_shares_of_their_row_and_no_answer_is_a_column_where_it_was_given() -> None:
     report = sample_report()
     parsed = Page(render_report(report, {}))
-    assert re.search(r"is, taken for circle square none circle 7 2 1 square 3 5 0", parsed.text)
+    assert re.search(r"is, taken for circle square none right circle 7 2 1 70.0% square 3 5 0 62.5%", parsed.text)
     shares = [attrs["style"] for tag, attrs in parsed.elements if tag == "td" and attrs.get("style")]
     assert shares == [f"--weight: {share}" for share in ("0.7", "0.2", "0.1", "0.375", "0.625", "0")]
     report["written"]["confusion"]["counts"] = [[7, 2, 0], [3, 5, 0]]
     assert "none" not in Page(render_report(report, {})).text[: parsed.text.index("Teacher, student")]
+
+
+def test_what_was_written_is_called_by_what_is_there() -> None:
+    report = sample_report()
+    for part, title in (("captions", "What it writes"), ("answers", "What it answers"), ("confusion", "What it takes")):
+        assert title in Page(render_report(report, {})).text
+        del report["written"][part]
 
 
 def test_missing_figure_prints_as_a_dash() -> None:
