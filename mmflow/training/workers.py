@@ -47,7 +47,7 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         ),
     )
     try:
-        with _limited_exchanges(hung_after):
+        with limited_exchanges(hung_after):
             trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
@@ -85,7 +85,7 @@ def compare_gradients_on_ray(
 
 
 @contextlib.contextmanager
-def _limited_exchanges(seconds: float) -> Iterator[None]:
+def limited_exchanges(seconds: float) -> Iterator[None]:
     """Limit Ray's own exchanges between workers, which it does not unless the environment says so: what this process
     was started with, or else `seconds`, for this training alone, because the next may have another limit."""
     if COLLECTIVE_TIMEOUT in os.environ:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def test_every_sample_is_seen_once_an_epoch(same: Trainings, name: str) -> None:
 # --- numbers that are none ------------------------------------------------------------------------------------------
 
 POISONED_STAGES = (0, 1, 2, 3)
+SPIKE = {"on_nonfinite": "stop", "spike_window": 10, "spike_deviations": 20}
 
 
 def guarded(name: str, stage: int, poison: str, **guards: Any) -> dict[str, Any]:
@@ -121,12 +123,11 @@ def poisoned(place: Trainings) -> Trainings:
         for stage in POISONED_STAGES
         for policy, kind in (("skip", "loss"), ("skip", "gradient"), ("rewind", "loss"), ("rewind", "gradient"))
     ]
-    spike = {"on_nonfinite": "stop", "spike_window": 10, "spike_deviations": 20}
     plans += [
         guarded("stop", 2, "loss"),
-        guarded("spike-rewind", 2, "spike", on_spike="rewind", **spike),
-        guarded("spike-record", 2, "spike", on_spike="record", **spike),
-        guarded("spike-enough", 2, "spike", on_spike="rewind", max_rewinds=0, **spike),
+        guarded("spike-rewind", 2, "spike", on_spike="rewind", **SPIKE),
+        guarded("spike-record", 2, "spike", on_spike="record", **SPIKE),
+        guarded("spike-enough", 2, "spike", on_spike="rewind", max_rewinds=0, **SPIKE),
     ]
     place.run(1, *plans)
     return place
@@ -186,6 +187,19 @@ def test_a_spike_is_gone_past_or_recorded_or_enough(poisoned: Trainings) -> None
     lines = [line for line in read_journal(poisoned.directory / "spike-rewind" / "journal.jsonl") if "metrics" in line]
     assert lines[-1]["metrics"]["skipped_steps"] == 2  # the batch that spiked, and the one before it
     assert poisoned.said("spike-enough").startswith(f"step {step}: the loss is ")
+
+
+def test_a_restart_knows_what_the_training_went_back_for(poisoned: Trainings) -> None:
+    (rewound,) = poisoned.events("spike-rewind", "rewound")
+    here = poisoned.copy("spike-rewind", "remembered")
+    for saved in saved_checkpoints(str(here / "checkpoints")):
+        if saved.step > rewound["step"]:
+            shutil.rmtree(saved.uri)
+    poisoned.run(1, guarded("remembered", 2, "spike", on_spike="rewind", **SPIKE))
+    assert poisoned.events("remembered", "started")[-1]["step"] == rewound["step"]
+    assert poisoned.events("remembered", "rewound") == [rewound]
+    expected, found = poisoned.weights("spike-rewind"), poisoned.weights("remembered")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 # --- room, and ranks that do not come -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ of a training that nothing befell."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+import psutil
 import pytest
 import torch
 
 from mmflow.artifacts import read_json
 from mmflow.registry.tracking import connect
 from mmflow.training.telemetry import curves, read_journal
+from mmflow.training.workers import COLLECTIVE_TIMEOUT, limited_exchanges
 from tests.registry.mlflow_server import free_port, start_server
 from tests.training.faulty_ranks import halted, let_go
 from tests.training.ray_driver import RUN
@@ -73,8 +76,12 @@ class Nodes:
         return next(each["raylet"] for each in ranks.values() if each["raylet"] in self._raylets)
 
     def kill(self, raylet: int) -> None:
+        """Kill it and what it started, which would live on for seconds: so goes a machine."""
         self._raylets.remove(raylet)
-        os.kill(raylet, signal.SIGKILL)
+        process = psutil.Process(raylet)
+        for each in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
     def drain(self, raylet: int, seconds: int) -> None:
         assert self._ask(f"drain {raylet} {seconds}") == "True"
@@ -148,6 +155,62 @@ def assert_same_weights(trainings: Trainings, name: str, stage: int) -> None:
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+# --- nodes that go and come -----------------------------------------------------------------------------------------
+# Before any driver is killed: what one has reserved Ray forgets after three minutes, and a group that may shrink waits.
+
+
+def test_a_node_that_is_to_go_leaves_a_checkpoint_and_one_that_comes_is_used(
+    trainings: Trainings, nodes: Nodes
+) -> None:
+    """No other checkpoint is written, so all that comes after begins with that one. No tracking server ever is."""
+    training = {"zero_stage": 3, "num_workers": [1, 2], "checkpoint_every_steps": STEPS + 1, "log_every_steps": 1}
+    drained, gone, alone = 5, 9, 12
+    plan = {"name": "drained", "training": training, "halts": [drained, gone, alone]}
+    nodes.have(1)
+    driver = Driver(nodes, trainings, plan, uri=f"http://127.0.0.1:{free_port()}")
+    raylet = nodes.one_of(driver.ranks_at(drained))
+    seconds = 20
+    deadline = time.time() + seconds
+    nodes.drain(raylet, seconds)
+    driver.wait_for(lambda: "preemption detected" in driver.log.read_text())
+    driver.let_go(drained)
+    driver.ranks_at(gone)
+    nodes.kill(raylet)
+    driver.let_go(gone)
+    driver.ranks_at(alone, num_ranks=1)
+    nodes.have(1)
+    assert driver.end() == 0, driver.log.read_text()[-5000:]
+
+    (saved,) = trainings.events("drained", "checkpoint")
+    assert (saved["reason"], drained <= saved["step"] < gone) == ("preemption", True)
+    assert saved["time"] < deadline
+    started = [(line["step"], line["workers"]) for line in trainings.events("drained", "started")]
+    assert started == [(0, 2), (saved["step"], 1), (saved["step"], 2)]
+    assert largest_difference(trainings.weights("straight-3"), trainings.weights("drained")) < 1e-5
+    assert_each_sample_once_an_epoch(trainings.seen("drained"))
+    losses = curves(read_journal(driver.here / "journal.jsonl"))["loss"]
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert "points could not be sent and stay in" in driver.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lost_node_shrinks_the_group_and_a_new_one_grows_it(trainings: Trainings, nodes: Nodes, stage: int) -> None:
+    name, draw = f"nodes-{stage}", random.Random(stage)
+    lost, alone = draw.randint(5, 8), draw.randint(9, STEPS)
+    nodes.have(1)
+    plan = {"name": name, "training": {"zero_stage": stage, "num_workers": [1, 2]}, "halts": [lost, alone]}
+    driver = Driver(nodes, trainings, plan)
+    nodes.kill(nodes.one_of(driver.ranks_at(lost)))
+    driver.let_go(lost)
+    driver.ranks_at(alone, num_ranks=1)
+    nodes.have(1)
+    assert driver.end() == 0, driver.log.read_text()[-5000:]
+    assert [line["workers"] for line in trainings.events(name, "started")] == [2, 1, 2]
+    assert largest_difference(trainings.weights(f"straight-{stage}"), trainings.weights(name)) < 1e-5
+    assert_each_sample_once_an_epoch(trainings.seen(name))
+
+
 # --- everything at once ---------------------------------------------------------------------------------------------
 
 
@@ -215,61 +278,6 @@ def test_its_journal_is_whole_in_one_finished_run_of_a_server_that_was_gone_mean
     assert sorted((each.step, each.value) for each in client.get_metric_history(run.info.run_id, "loss")) == losses
 
 
-# --- nodes that go and come -----------------------------------------------------------------------------------------
-
-
-def test_a_node_that_is_to_go_leaves_a_checkpoint_and_one_that_comes_is_used(
-    trainings: Trainings, nodes: Nodes
-) -> None:
-    """No other checkpoint is written, so all that comes after begins with that one. No tracking server ever is."""
-    training = {"zero_stage": 3, "num_workers": [1, 2], "checkpoint_every_steps": STEPS + 1, "log_every_steps": 1}
-    drained, gone, alone = 5, 9, 12
-    plan = {"name": "drained", "training": training, "halts": [drained, gone, alone]}
-    nodes.have(1)
-    driver = Driver(nodes, trainings, plan, uri=f"http://127.0.0.1:{free_port()}")
-    raylet = nodes.one_of(driver.ranks_at(drained))
-    seconds = 20
-    deadline = time.time() + seconds
-    nodes.drain(raylet, seconds)
-    driver.wait_for(lambda: "preemption detected" in driver.log.read_text())
-    driver.let_go(drained)
-    driver.ranks_at(gone)
-    nodes.kill(raylet)
-    driver.let_go(gone)
-    driver.ranks_at(alone, num_ranks=1)
-    nodes.have(1)
-    assert driver.end() == 0, driver.log.read_text()[-5000:]
-
-    (saved,) = trainings.events("drained", "checkpoint")
-    assert (saved["reason"], drained <= saved["step"] < gone) == ("preemption", True)
-    assert saved["time"] < deadline
-    started = [(line["step"], line["workers"]) for line in trainings.events("drained", "started")]
-    assert started == [(0, 2), (saved["step"], 1), (saved["step"], 2)]
-    assert largest_difference(trainings.weights("straight-3"), trainings.weights("drained")) < 1e-5
-    assert_each_sample_once_an_epoch(trainings.seen("drained"))
-    losses = curves(read_journal(driver.here / "journal.jsonl"))["loss"]
-    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-    assert "points could not be sent and stay in" in driver.log.read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_lost_node_shrinks_the_group_and_a_new_one_grows_it(trainings: Trainings, nodes: Nodes, stage: int) -> None:
-    name, draw = f"nodes-{stage}", random.Random(stage)
-    lost, alone = draw.randint(5, 8), draw.randint(9, STEPS)
-    nodes.have(1)
-    plan = {"name": name, "training": {"zero_stage": stage, "num_workers": [1, 2]}, "halts": [lost, alone]}
-    driver = Driver(nodes, trainings, plan)
-    nodes.kill(nodes.one_of(driver.ranks_at(lost)))
-    driver.let_go(lost)
-    driver.ranks_at(alone, num_ranks=1)
-    nodes.have(1)
-    assert driver.end() == 0, driver.log.read_text()[-5000:]
-    assert [line["workers"] for line in trainings.events(name, "started")] == [2, 1, 2]
-    assert largest_difference(trainings.weights(f"straight-{stage}"), trainings.weights(name)) < 1e-5
-    assert_each_sample_once_an_epoch(trainings.seen(name))
-
-
 # --- the sweep ------------------------------------------------------------------------------------------------------
 
 
@@ -310,3 +318,18 @@ def test_a_kill_at_any_step_costs_nothing_whatever_goes_on(
         assert_same_weights(trainings, name, stage)
     assert largest_difference(trainings.weights(f"straight-{stage}"), trainings.weights(name)) < 1e-5
     assert_each_sample_once_an_epoch(trainings.seen(name))
+
+
+# --- one after another ----------------------------------------------------------------------------------------------
+
+
+def test_the_limit_of_ray_s_exchanges_is_one_training_s_or_the_environment_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(COLLECTIVE_TIMEOUT, raising=False)
+    for seconds in (5.0, 7.0):
+        with limited_exchanges(seconds):
+            assert os.environ[COLLECTIVE_TIMEOUT] == str(seconds)
+        assert COLLECTIVE_TIMEOUT not in os.environ
+    monkeypatch.setenv(COLLECTIVE_TIMEOUT, "3")
+    with limited_exchanges(5.0):
+        assert os.environ[COLLECTIVE_TIMEOUT] == "3"
+    assert os.environ[COLLECTIVE_TIMEOUT] == "3"
