@@ -161,35 +161,38 @@ def metric_tables(models: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve_charts(training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A small chart a curve, its models drawn over each other; losses first. `latest` holds each line's last value."""
-    names = list(dict.fromkeys(name for role in training.values() for name in role.get("curves") or {}))
+    """A small chart a curve, its models drawn over each other and what validations found over that, dashed; losses
+    first. `latest` holds each model's last values."""
+    found = list(dict.fromkeys(name for role in training.values() for name in role.get("curves") or {}))
+    names = [name for name in found if not name.startswith(VALIDATION) or name.removeprefix(VALIDATION) not in found]
     names = [name for name in names if name not in TELEMETRY] + [name for name in TELEMETRY if name in names]
     steps = [x for role in training.values() for points in (role.get("curves") or {}).values() for x, _ in points]
     # One range of steps for all, so that the page's cursor stands at the same place in every chart.
     x_range = (min(steps), max(steps)) if steps else None
     drawn = []
     for name in names:
-        curves = {
-            role: entry["curves"][name] for role, entry in training.items() if (entry.get("curves") or {}).get(name)
-        }
-        series = [
-            Series(name=role, color=model_color(role), points=[(x, y) for x, y in points])
-            for role, points in curves.items()
-        ]
+        series, latest = [], []
+        for role, entry in training.items():
+            lines = [
+                Series(
+                    name=f"{role}{kind}",
+                    color=model_color(role),
+                    points=[(x, y) for x, y in points],
+                    dashed=bool(kind),
+                    ended=entry.get("stopped") or "",
+                )
+                for kind, path in (("", name), (", held out", VALIDATION + name))
+                if (points := (entry.get("curves") or {}).get(path))
+            ]
+            series += lines
+            # A run that ended in NaN must say so here, not show its last healthy value.
+            values = [line.points[-1][1] for line in lines]
+            told = [format_number(value) if is_finite(value) else "NaN" for value in values]
+            latest += [(role, ", held out ".join(told))] if told else []
         if series:
-            drawn.append(
-                {
-                    "name": words(name),
-                    "svg": Markup(
-                        charts.line_chart(series, title=f"{words(name)} by step", x_label="step", x_range=x_range)
-                    ),
-                    # A run that ended in NaN must say so here, not show its last healthy value.
-                    "latest": [
-                        (line.name, format_number(line.points[-1][1]) if is_finite(line.points[-1][1]) else "NaN")
-                        for line in series
-                    ],
-                }
-            )
+            title = metric_words(name)
+            chart = charts.line_chart(series, title=f"{title} by step", x_label="step", x_range=x_range)
+            drawn.append({"name": title, "svg": Markup(chart), "latest": latest})
     return drawn
 
 

@@ -242,11 +242,11 @@ def looks(best: Best, *values: float) -> list[bool]:
 
 
 def test_small_gains_count_once_they_add_up() -> None:
-    best = Best(LOSS, highest=False, least_gain=0.1, patience=2)
-    assert looks(best, 1.0, 0.95, 0.9, 0.85) == [True, False, True, False]
+    best = Best(LOSS, highest=False, least_gain=0.125, patience=2)
+    assert looks(best, 1.0, 0.9375, 0.875, 0.8125) == [True, False, True, False]
     assert best.ended is None
-    assert looks(best, 0.81) == [False]
-    assert best.ended == "no better validation/loss in 2 validations; the best: 0.9 at step 3"
+    assert looks(best, 0.8) == [False]
+    assert best.ended == "no better validation/loss in 2 validations; the best: 0.875 at step 3"
 
 
 def test_what_is_no_number_is_never_the_best() -> None:
