@@ -33,7 +33,10 @@ def adapt(key: str, model: Model, config: LoraConfig, fresh: Collection[str], se
 
     whole = _trained(key, model, config, fresh)
     settings = PeftConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none"
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # whole or not, it is divided by the rank
+        lora_dropout=config.dropout,
+        target_modules=targets,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a restart from the first step must draw the same

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from mmflow.config import Config
 from mmflow.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
-from mmflow.models.config import ModelConfig
+from mmflow.models.config import LoraConfig, ModelConfig, PackageConfig
 from mmflow.objectives.config import ObjectivesConfig
 
 VALIDATION = "validation/"  # before the names of what validations write
@@ -180,13 +180,45 @@ class TrainingConfig(Config):
         return self
 
 
-class PretrainConfig(Config):
-    """Stage `pretrain`: a model from scratch or from encoders that others trained, the teacher."""
+class TaskConfig(Config):
+    """One of several tasks that a model learns at once."""
 
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Stands before its metrics, as in `vqa/answering`."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the steps, beside the weights of the others. A step is of one task."""
+    dataset: str | None = None
+    """URI of a committed dataset; the stage's own where it is left out."""
+    loader: LoaderConfig = LoaderConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
+
+
+class PretrainConfig(Config):
+    """Stage `pretrain`: a model from scratch, from encoders that others trained or from a package, the teacher."""
+
+    start: PackageConfig | None = None
+    """The model package that it begins with: weights, tokenizer, and settings, of which `model` need say only what is
+    to be otherwise. What the package lacks begins as it is drawn."""
+    lora: LoraConfig | None = None
+    """Train adapters in place of what is trained already; leave it out to train all of it."""
     model: ModelConfig
     loader: LoaderConfig = LoaderConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
+    tasks: list[TaskConfig] = Field(default_factory=list)
+    """Several tasks at once, each with a loader and objectives of its own, in place of those two."""
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _tasks_are_several(self) -> PretrainConfig:
+        names = [task.name for task in self.tasks]
+        if len(names) == 1:
+            raise ValueError(f"tasks: {names[0]} is the only one; name another, or give loader and objectives instead")
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: {', '.join(names)} names one twice; metrics are told apart by name")
+        for name in ("loader", "objectives"):
+            if self.tasks and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: each of the tasks has its own; move it there")
+        return self
 
 
 class DistillConfig(Config):
