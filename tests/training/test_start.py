@@ -17,7 +17,8 @@ from mmflow.models.model import Model, build
 from mmflow.models.package import Package, read_package, weight_shapes, write_package
 from mmflow.models.start import begin
 from mmflow.recipe import Recipe, load_recipe
-from mmflow.stages import Loop
+from mmflow.registry import versions
+from mmflow.stages import Loop, started
 from mmflow.training.check import check_training
 from mmflow.training.stage import identity, tokenizer_of
 from tests.tiny import SMALLEST_MODEL, tiny_fields, write_recipe
@@ -135,10 +136,17 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
 def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
         recipe_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
-    with pytest.raises(RecipeError, match=r"pretrain\.start: nothing: no version 3 is registered"):
-        recipe_of(tmp_path, package, start={"model": "nothing", "version": 3})
     with pytest.raises(RecipeError, match=r"pretrain\.start: give either package, a model package's URI, or model and"):
         recipe_of(tmp_path, package, start={"model": "nothing"})
+
+
+def test_a_registered_version_is_looked_up(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {("tagger", 3): package.uri}
+    monkeypatch.setattr(versions, "package_of", lambda name, version, *, uri: registered[name, version])
+    recipe = recipe_of(tmp_path, package, start={"model": "tagger", "version": 3})
+    assert recipe.pretrain.model == recipe_of(tmp_path, package).pretrain.model
+    assert started(recipe).start == recipe_of(tmp_path, package).pretrain.start
+    assert identity("pretrain", started(recipe))[1] == {"start": package.digest}
 
 
 def test_another_package_is_another_artifact(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
