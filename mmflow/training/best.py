@@ -42,8 +42,9 @@ class Best:
         """Why the training ends, in words; None where it goes on."""
         if self._patience is None or self._since < self._patience:
             return None
-        found = "a finite one was never seen" if self._value is None else f"{self._value:.6g} at step {self._step}"
-        return f"no better {self._metric} in {self._since} validations; the best: {found}"
+        by = f" by {self._least_gain:g}" if self._least_gain else ""
+        than = "" if self._value is None else f" than {self._value:.6g} at step {self._step}"
+        return f"no better {self._metric}{than}{by} in {self._since} validations"
 
     def state(self) -> dict[str, Any]:
         """What a restart must know of it, as JSON."""

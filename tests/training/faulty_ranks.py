@@ -32,6 +32,7 @@ from mmflow.training import job as training_job
 from mmflow.training.config import TrainingConfig
 from mmflow.training.job import TrainingJob, run_rank
 from mmflow.training.store import saved_checkpoints
+from mmflow.training.tasks import Task
 from tests.tiny import SMALLEST_MODEL
 
 BATCH, EPOCHS, EVERY = 5, 2, 4  # a batch that neither two nor three ranks divide
@@ -82,6 +83,7 @@ class Training:
     name: str  # its directory
     dataset: str
     tokenizer: str  # a file
+    tasks: tuple[str, ...] = ()  # several of these names, all alike
     unsteady: bool = False  # a model whose random state and batches' statistics matter
     training: dict[str, Any] = field(default_factory=dict)
     checkpoints: str | None = None  # elsewhere than in its directory
@@ -125,6 +127,10 @@ def job_of(plan: Training, directory: Path) -> TrainingJob:
         model=UNSTEADY if plan.unsteady else MODEL,
         loader=LoaderConfig(),
         objectives=ObjectivesConfig(),
+        several=tuple(
+            Task(key=f"pretrain.tasks.{number}", name=name, loader=LoaderConfig(), objectives=ObjectivesConfig())
+            for number, name in enumerate(plan.tasks)
+        ),
         training=TrainingConfig.model_validate(fields | plan.training),
         seed=3,
         package=str(here / "package"),

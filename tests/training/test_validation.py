@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmflow.errors import MisuseError, RecipeError
@@ -24,14 +25,14 @@ from mmflow.shards.dataset import Dataset
 from mmflow.training.best import Best
 from mmflow.training.check import check_training
 from mmflow.training.config import PretrainConfig, TrainingConfig
-from mmflow.training.hardware import PASSES, known_peak
+from mmflow.training.hardware import known_peak
 from mmflow.training.stage import check_held_out, identity
 from mmflow.training.store import saved_checkpoints
 from mmflow.training.tasks import tasks_of
 from mmflow.training.telemetry import curves, read_journal
 from tests.shards.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
-from tests.training.faulty_ranks import BATCH, MODEL
+from tests.training.faulty_ranks import BATCH, MODEL, OPTIONS
 from tests.training.trainings import SAMPLES, STEPS, Trainings, largest_difference
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,10 +41,11 @@ HELD_OUT, LOOKED_AT = 9, 7  # samples
 LOSS = "validation/loss"
 RECALLS = [f"validation/{direction}/R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5)]
 LOOKS: dict[str, Any] = {"split": "held_out", "every_steps": 4, "max_samples": LOOKED_AT}
-# Never better than the first by so much: at steps 2, 4, 6 and 8, of which the first is the best.
-ENDS = {"validation": {**LOOKS, "every_steps": 2, "patience": 3, "least_gain": 100}}
 KEEPS = {"checkpoints": {"keep_last": 9, "keep_best": 1, "best_metric": LOSS}}
-STAGES = (0, 2, 3)
+# After steps 2, 4, 6 and 8, of which none is better than the first by so much.
+ENDS = {"validation": {**LOOKS, "every_steps": 2, "patience": 3, "least_gain": 100}, **KEEPS}
+RARELY = {"checkpoint_every_steps": 100}  # but where one is the best
+STAGES = (2, 3)
 
 
 def split_in(directory: Path) -> Dataset:
@@ -79,18 +81,20 @@ def validated(place: Trainings) -> Trainings:
         1,
         {"name": "values-1", "training": looks},
         {"name": "cut", "training": cut},
-        {"name": "stops", "training": {"zero_stage": 2, **ENDS, **KEEPS}},
+        {"name": "several", "tasks": ["one", "other"], "training": {**looks, "epochs": 1}},
+        {"name": "best", "training": {"zero_stage": 2, **ENDS, **RARELY}},
+        {"name": "ends", "training": {"zero_stage": 2, **ENDS}},
     )
-    again = place.copy("stops", "again")
+    again = place.copy("ends", "again")
     shutil.rmtree(again / "checkpoints" / "step-00000008")
-    place.copy("stops", "over")
+    place.copy("ends", "over")
     pairs = [
         {"name": f"{name}-{stage}", "unsteady": True, "training": {"zero_stage": stage, "ema_decay": 0.7, **more}}
         for stage in STAGES
         for name, more in (("alone", {}), ("looked-at", {"validation": {**LOOKS, "every_steps": 3}}))
     ]
-    restarts = [{"name": name, "training": {"zero_stage": 2, **ENDS, **KEEPS}} for name in ("again", "over")]
-    sharded = {"name": "stops-3", "training": {"zero_stage": 3, **ENDS, **KEEPS}}
+    restarts = [{"name": name, "training": {"zero_stage": 2, **ENDS}} for name in ("again", "over")]
+    sharded = {"name": "best-3", "training": {"zero_stage": 3, **ENDS, **RARELY}}
     place.run(
         2,
         *pairs,
@@ -163,27 +167,42 @@ def test_values_are_those_of_the_package(validated: Trainings, name: str) -> Non
             assert found[f"validation/{direction}/R@{k}"][-1][1] == pytest.approx(recalls[f"R@{k}"])
 
 
-@pytest.mark.parametrize("name", ["stops", "again", "over", "stops-3"])
-def test_a_training_without_gain_ends_with_its_best_weights(validated: Trainings, name: str) -> None:
-    (stopped,) = {(line["step"], line["reason"].split(" at step ")[1]) for line in validated.events(name, "stopped")}
-    assert stopped == (8, "2")
+def test_each_of_several_tasks_is_looked_at(validated: Trainings) -> None:
+    found = curves_of(validated, "several")
+    assert [step for step, _ in found[LOSS]] == [4, 8, 12, STEPS]  # an epoch of each
+    for task in ("one", "other"):  # alike, and looked at with the same weights
+        for name in ("loss", "contrastive", "text_to_image/R@1"):
+            assert found[f"validation/{task}/{name}"] == found[f"validation/one/{name}"]
+        assert found[f"validation/{task}/loss"] == [(step, pytest.approx(value)) for step, value in found[LOSS]]
+    assert "validation/contrastive" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "packaged"),
+    [("best", "best", 2), ("best-3", "best", 2), ("ends", "ends", 8), ("again", "ends", 8), ("over", "ends", 8)],
+)
+def test_a_training_without_gain_ends_with_the_best_weights_that_are_kept(
+    validated: Trainings, name: str, like: str, packaged: int
+) -> None:
+    ends = {line["step"] for line in validated.events(name, "stopped")}
+    assert ends == {8}
     lineage = read_package(str(validated.directory / name / "package")).card["lineage"]
-    assert (lineage["steps"], lineage["packaged_step"]) == (8, 2)
-    assert "no better validation/loss in 3 validations" in lineage["stopped"]
-    assert largest_difference(validated.weights("stops"), validated.weights(name)) < 1e-5
+    assert (lineage["steps"], lineage["packaged_step"]) == (8, packaged)
+    assert "at step 2 by 100 in 3 validations" in lineage["stopped"]
+    assert largest_difference(validated.weights(like), validated.weights(name)) < 1e-5
     started = [line["step"] for line in validated.events(name, "started")]
     assert started == {"again": [0, 4], "over": [0, 8]}.get(name, [0])
 
 
-def test_best_weights_are_those_of_their_step(validated: Trainings) -> None:
-    store = validated.directory / "stops" / "checkpoints"
-    steps = {each.step: each for each in saved_checkpoints(str(store))}
-    assert set(steps) == {2, 4, 8}
-    assert steps[2].facts["metrics"][LOSS] == dict(curves_of(validated, "stops")[LOSS])[2]
+def test_the_best_weights_are_those_of_their_step(validated: Trainings) -> None:
+    store = validated.directory / "best" / "checkpoints"
+    (saved,) = saved_checkpoints(str(store))
+    assert saved.step == 2
+    assert saved.facts["metrics"][LOSS] == dict(curves_of(validated, "best")[LOSS])[2]
     # Of one rank, so whole.
-    saved = torch.load(next((store / "step-00000002").rglob("*model_states.pt")), weights_only=False)["module"]
-    packaged = validated.weights("stops")
-    assert [name for name, value in packaged.items() if not torch.equal(saved[f"model.{name}"], value)] == []
+    state = torch.load(next(store.rglob("*model_states.pt")), weights_only=False)["module"]
+    packaged = validated.weights("best")
+    assert [name for name, value in packaged.items() if not torch.equal(state[f"model.{name}"], value)] == []
 
 
 def test_one_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings) -> None:
@@ -205,7 +224,9 @@ def test_hardware_is_told(validated: Trainings) -> None:
     asked = curves_of(validated, "values-2")
     for (_, tflops), (_, mfu) in zip(asked["model_tflops_per_second"], asked["mfu"], strict=True):
         assert mfu == pytest.approx(tflops / (2 * 1e-3))
-    # Forward and backward counted in full: the pictures' own gradient alone is not needed.
+
+
+def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> None:
     loaded = load_package(read_package(str(validated.directory / "values-1" / "package")))
     loader = open_loader(
         LoaderConfig(),
@@ -217,13 +238,15 @@ def test_hardware_is_told(validated: Trainings) -> None:
         seed=3,
     )
     learner = Learner(loaded.model, loaded.config, ObjectivesConfig(), masking_tokens(loaded.tokenizer), seed=3)
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # in operations that it knows
         learner(loader.batch(START), 1)[0].backward()
-    counted = counter.get_total_flops() / BATCH
+    # Nobody needs the gradient of the pictures, a large part of so small a model's.
+    of_pictures = 2 * 3 * MODEL.image_pixels**2 * OPTIONS["hidden_size"]
+    counted = counter.get_total_flops() / BATCH + of_pictures
     for num_ranks in (1, 2, 3):
         lines = curves_of(validated, f"values-{num_ranks}")
         told = 1e12 * lines["model_tflops_per_second"][0][1] / lines["samples_per_second"][0][1]
-        assert told == pytest.approx(counted, rel=1 / PASSES)
+        assert told == pytest.approx(counted, rel=0.05)
 
 
 def test_peaks_go_by_the_words_of_a_name() -> None:
@@ -246,7 +269,7 @@ def test_small_gains_count_once_they_add_up() -> None:
     assert looks(best, 1.0, 0.9375, 0.875, 0.8125) == [True, False, True, False]
     assert best.ended is None
     assert looks(best, 0.8) == [False]
-    assert best.ended == "no better validation/loss in 2 validations; the best: 0.875 at step 3"
+    assert best.ended == "no better validation/loss than 0.875 at step 3 by 0.125 in 2 validations"
 
 
 def test_what_is_no_number_is_never_the_best() -> None:
