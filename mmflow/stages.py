@@ -7,13 +7,14 @@ Packages below know how; this file alone knows the order. Each function returns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
-from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
+from mmflow.errors import MissingArtifactError, MisuseError, MmflowError, RecipeError
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -82,9 +83,13 @@ class Loop:
             from mmflow.training.check import check_student
 
             check_student(started(self.recipe), self.recipe.distill)
-            packages = [each.package for each in self.recipe.distill.teachers]
-            known = [read_config(read_package(package)) for package in packages if package is not None]
-            if len(known) == len(packages):  # what a registered teacher can give is known when the stage looks it up
+            known = []
+            others = self.recipe.distill.teachers
+            for number, teacher in enumerate(others):
+                if teacher.package is not None:
+                    with _named(f"distill.teachers.{number}"):
+                        known.append(read_config(read_package(teacher.package)))
+            if len(known) == len(others):  # what a registered teacher can give is known when the stage looks it up
                 teachers = [self.recipe.pretrain.model, *known]
                 check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
         if not {*trained, "evaluate"}.isdisjoint(stages):
@@ -219,12 +224,24 @@ def started(recipe: Recipe) -> PretrainConfig:
     return recipe.pretrain.model_copy(update={"start": located(start, recipe.workspace)})
 
 
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Have an error begin with the key of the recipe that names what it is about."""
+    try:
+        yield
+    except MmflowError as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
 def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
     from mmflow.registry.versions import located
 
     assert recipe.distill is not None
     section = recipe.distill
-    teachers = [located(each, recipe.workspace) for each in section.teachers]
+    teachers = []
+    for number, teacher in enumerate(section.teachers):
+        with _named(f"distill.teachers.{number}"):
+            teachers.append(located(teacher, recipe.workspace))
 
     def vocabulary(section: Section) -> Vocabulary:
         from mmflow.loading.vocabulary import Vocabulary
