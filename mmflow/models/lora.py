@@ -28,10 +28,10 @@ def adapt(key: str, model: Model, config: LoraConfig, fresh: Collection[str], se
     names; all else is frozen, running statistics too. `key` is the recipe's, for errors; raises as `check_lora`.
     """
     targets = check_lora(key, model, config, fresh)
+    whole = _trained(key, model, config, fresh)
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
-    whole = _trained(key, model, config, fresh)
     settings = PeftConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # whole or not, it is divided by the rank
@@ -49,12 +49,14 @@ def adapt(key: str, model: Model, config: LoraConfig, fresh: Collection[str], se
 
 
 def check_lora(key: str, model: Model, config: LoraConfig, fresh: Collection[str]) -> list[str]:
-    """The names of the linear layers that get adapters: those that are trained already and not frozen.
+    """The names of the linear layers that get adapters: those that are trained already, and neither frozen nor trained
+    in full.
 
     Raises RecipeError where `peft` is not installed, and for a name that matches nothing. `key` is the recipe's.
     """
     if find_spec("peft") is None:
         raise RecipeError(f"{key}: it needs peft, which is not installed: pip install 'mmflow[lora]', or leave it out")
+    whole = _trained(key, model, config, fresh)
     linear = [
         name
         for name, module in model.named_modules()
@@ -62,7 +64,7 @@ def check_lora(key: str, model: Model, config: LoraConfig, fresh: Collection[str
         if type(module) is nn.Linear
         and module.weight.requires_grad
         and _is_in(name, ADAPTED)
-        and not _is_in(name, fresh)
+        and f"{name}.weight" not in whole
     ]
     for number, target in enumerate(config.targets):
         if not any(_ends_with(name, target) for name in linear):
@@ -74,7 +76,6 @@ def check_lora(key: str, model: Model, config: LoraConfig, fresh: Collection[str
     targets = [name for name in linear if not config.targets or any(_ends_with(name, each) for each in config.targets)]
     if not targets:
         raise RecipeError(f"{key}: the model has no linear layer that is trained already and not frozen; leave it out")
-    _trained(key, model, config, fresh)
     return targets
 
 

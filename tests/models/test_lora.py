@@ -81,11 +81,14 @@ def test_a_merged_model_computes_what_the_adapted_one_does(name: str) -> None:
     )
 
 
-def test_what_is_frozen_gets_no_adapter_and_what_is_fresh_is_trained_whole() -> None:
+@pytest.mark.parametrize(("fresh", "named"), [(["fusion"], None), ([], ["fusion"])])
+def test_what_is_frozen_gets_no_adapter_and_what_is_fresh_or_named_is_trained_in_full(
+    fresh: list[str], named: list[str] | None
+) -> None:
     model = model_of("cross_attention")
     for parameter in model.image.parameters():
         parameter.requires_grad_(False)
-    adapt("pretrain.lora", model, LORA, ["fusion"], seed=1)
+    adapt("pretrain.lora", model, LORA.model_copy(update={"trained": named}), fresh, seed=1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith("image.") for name in trained)
     assert all(".lora_" in name for name in trained if name.startswith("text."))
