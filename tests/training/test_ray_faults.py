@@ -159,13 +159,13 @@ def assert_same_weights(trainings: Trainings, name: str, stage: int) -> None:
 # Before any driver is killed: what one has reserved Ray forgets after three minutes, and a group that may shrink waits.
 
 
-def test_a_node_that_is_to_go_leaves_a_checkpoint_and_one_that_comes_is_used(
+def test_before_a_node_goes_there_is_a_checkpoint_and_the_others_go_on_from_it(
     trainings: Trainings, nodes: Nodes
 ) -> None:
-    """No other checkpoint is written, so all that comes after begins with that one. No tracking server ever is."""
+    """No other checkpoint is written. There is no tracking server either, all the time."""
     training = {"zero_stage": 3, "num_workers": [1, 2], "checkpoint_every_steps": STEPS + 1, "log_every_steps": 1}
-    drained, gone, alone = 5, 9, 12
-    plan = {"name": "drained", "training": training, "halts": [drained, gone, alone]}
+    drained, gone = 5, 9
+    plan = {"name": "drained", "training": training, "halts": [drained, gone]}
     nodes.have(1)
     driver = Driver(nodes, trainings, plan, uri=f"http://127.0.0.1:{free_port()}")
     raylet = nodes.one_of(driver.ranks_at(drained))
@@ -177,15 +177,13 @@ def test_a_node_that_is_to_go_leaves_a_checkpoint_and_one_that_comes_is_used(
     driver.ranks_at(gone)
     nodes.kill(raylet)
     driver.let_go(gone)
-    driver.ranks_at(alone, num_ranks=1)
-    nodes.have(1)
     assert driver.end() == 0, driver.log.read_text()[-5000:]
 
     (saved,) = trainings.events("drained", "checkpoint")
     assert (saved["reason"], drained <= saved["step"] < gone) == ("preemption", True)
     assert saved["time"] < deadline
     started = [(line["step"], line["workers"]) for line in trainings.events("drained", "started")]
-    assert started == [(0, 2), (saved["step"], 1), (saved["step"], 2)]
+    assert started == [(0, 2), (saved["step"], 1)]
     assert largest_difference(trainings.weights("straight-3"), trainings.weights("drained")) < 1e-5
     assert_each_sample_once_an_epoch(trainings.seen("drained"))
     losses = curves(read_journal(driver.here / "journal.jsonl"))["loss"]
