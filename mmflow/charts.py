@@ -25,6 +25,9 @@ class Series:
     name: str
     color: str
     points: Sequence[Point]
+    dashed: bool = False
+    ended: str = ""
+    """Why the line ends before others do: said where a ring stands round its last point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +160,17 @@ def line_chart(
             "M" + "L".join(place(*point) for point in run) + ("h0" if len(run) == 1 else "") for run in line_runs
         )
         values = ";".join(f"{x:g},{y:.6g}" for run in line_runs for x, y in run)
+        dashes = ";stroke-dasharray:3 2" if line.dashed else ""
         parts.append(
-            f'<path class="series" style="stroke:{escape(line.color)}" d="{path}" '
+            f'<path class="series" style="stroke:{escape(line.color)}{dashes}" d="{path}" '
             f'data-name="{escape(line.name)}" data-points="{values}"/>'
         )
+        if line.ended and line_runs:
+            across, down = place(*line_runs[-1][-1]).split(",")
+            parts.append(
+                f'<circle cx="{across}" cy="{down}" r="4" style="fill:transparent;stroke:{escape(line.color)}">'
+                f"<title>{escape(line.ended)}</title></circle>"
+            )
     return "".join(parts) + "</svg>"
 
 

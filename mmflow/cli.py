@@ -209,6 +209,12 @@ def adopt(
     license: Annotated[
         str | None, typer.Option("--license", metavar="NAME", help="Licence of the records that name none.")
     ] = None,
+    captions_required: Annotated[
+        bool,
+        typer.Option(
+            "--captions-required/--captions-optional", help="Whether a picture without a caption is no sample."
+        ),
+    ] = True,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave damaged tars out, and say so in quarantine.")
     ] = False,
@@ -223,6 +229,7 @@ def adopt(
             tars,
             split=split,
             license=license,
+            captions_required=captions_required,
             skip_damaged=skip_damaged,
             progress=lambda done, total: report(done, total, "tars"),
         )
@@ -247,34 +254,37 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
     1 where they do not."""
     from mmflow.artifacts import join
     from mmflow.cluster.local import ensure_ray
+    from mmflow.stages import started
     from mmflow.training.check import check_training
     from mmflow.training.selfcheck import small_check
+    from mmflow.training.tasks import tasks_of
     from mmflow.training.workers import compare_gradients_on_ray
 
     loaded = _recipe(recipe, overrides)
-    sections = {"pretrain": loaded.pretrain} | ({"distill": loaded.distill} if loaded.distill else {})
+    sections = {"pretrain": started(loaded)} | ({"distill": loaded.distill} if loaded.distill else {})
     for name, section in sections.items():
         check_training(name, section)
     ensure_ray(max(each.training.most_workers * each.training.cpus_per_worker for each in sections.values()))
     different = 0
     for name, section in sections.items():
         training = section.training
-        found = compare_gradients_on_ray(
-            small_check(
-                section.model,
-                section.objectives,
-                zero_stage=training.zero_stage,
-                in_micro_batches=training.micro_batch_size is not None,
-                offload_optimizer=training.offload_optimizer,
-            ),
-            num_workers=training.most_workers,
-            cpus_per_worker=training.cpus_per_worker,
-            directory=join(loaded.workspace, "selfcheck"),
-        )
-        for each in found:
-            verdict = "equal" if each.equal else "DIFFERENT"
-            print(f"{name} {each.objective}: max error {each.error:.1e} of {each.largest:.1e}: {verdict}")
-        different += sum(not each.equal for each in found)
+        for task in tasks_of(name, section):
+            found = compare_gradients_on_ray(
+                small_check(
+                    section.model,
+                    task.objectives,
+                    zero_stage=training.zero_stage,
+                    in_micro_batches=training.micro_batch_size is not None,
+                    offload_optimizer=training.offload_optimizer,
+                ),
+                num_workers=training.most_workers,
+                cpus_per_worker=training.cpus_per_worker,
+                directory=join(loaded.workspace, "selfcheck"),
+            )
+            for each in found:
+                verdict = "equal" if each.equal else "DIFFERENT"
+                print(f"{task.key} {each.objective}: max error {each.error:.1e} of {each.largest:.1e}: {verdict}")
+            different += sum(not each.equal for each in found)
     if different:
         raise MmflowError(
             f"{recipe}: {different} gradients are not those of one process; train on one worker, and report this"

@@ -15,9 +15,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mmflow.artifacts import local_path
 from mmflow.config import Config
-from mmflow.errors import RecipeError
+from mmflow.errors import MmflowError, RecipeError
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.ingest.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
+from mmflow.models.config import PackageConfig
 from mmflow.registry.config import PromoteConfig
 from mmflow.scoring.config import ScoreConfig
 from mmflow.shards.config import ShardConfig
@@ -84,12 +85,46 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(fields).__name__}")
     for override in overrides:
         _override(fields, override)
+    _begin_from_package(fields, path)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_explain(error)}") from error
     workspace = local_path(recipe.workspace)
     return recipe.model_copy(update={"workspace": str(workspace)}) if workspace else recipe
+
+
+def _begin_from_package(fields: dict[str, Any], path: str) -> None:
+    """Complete `pretrain.model` by what the package that `pretrain.start` names is made of.
+
+    Raises RecipeError where there is no such package. What is wrong with the keys is for the recipe's own check.
+    """
+    section = fields.get("pretrain")
+    if not isinstance(section, dict) or not isinstance(section.get("model", {}), dict) or not section.get("start"):
+        return
+    try:
+        start = PackageConfig.model_validate(section["start"])
+    except ValidationError:
+        return
+    from mmflow.models.package import read_config, read_package
+    from mmflow.registry.versions import located
+
+    try:
+        found = read_config(read_package(str(located(start, str(fields.get("workspace"))).package)))
+    except MmflowError as error:
+        raise RecipeError(f"{path}: pretrain.start: {error}") from error
+    section["model"] = _completed(section.get("model", {}), found.model_dump(mode="json"))
+
+
+def _completed(said: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said, and what is known where nothing is said, key by key."""
+    both = {name: (value, known[name]) for name, value in said.items() if name in known}
+    sections = {
+        name: _completed(ours, theirs)
+        for name, (ours, theirs) in both.items()
+        if isinstance(ours, dict) and isinstance(theirs, dict)
+    }
+    return {**known, **said, **sections}
 
 
 def dump_recipe(recipe: Recipe) -> str:

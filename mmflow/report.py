@@ -182,6 +182,7 @@ def _training(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
                 name: artifact.manifest[name]
                 for name in ("parameters", "steps", "global_batch_size", "num_workers", "zero_stage")
             },
+            "stopped": artifact.manifest.get("stopped"),
             "restarts": max(0, sum(1 for line in lines if line.get("event") == "started") - 1),
             "seconds": round(times[-1] - times[0], 1) if times else 0.0,
             "samples_per_second": _mean(drawn.get("samples_per_second", [])),

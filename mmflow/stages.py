@@ -7,14 +7,14 @@ Packages below know how; this file alone knows the order. Each function returns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
-from mmflow.distillation.config import TeacherConfig
-from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
+from mmflow.errors import MissingArtifactError, MisuseError, MmflowError, RecipeError
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -70,7 +70,7 @@ class Loop:
                 find(source.uri)
             except MisuseError as error:
                 raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
-        trained: dict[str, Section] = {"pretrain": self.recipe.pretrain}
+        trained: dict[str, Section] = {"pretrain": started(self.recipe)}
         if self.recipe.distill is not None:
             trained["distill"] = self.recipe.distill
         for name in (each for each in trained if each in stages):
@@ -82,10 +82,14 @@ class Loop:
             from mmflow.models.package import read_config, read_package
             from mmflow.training.check import check_student
 
-            check_student(self.recipe.pretrain, self.recipe.distill)
-            packages = [each.package for each in self.recipe.distill.teachers]
-            known = [read_config(read_package(package)) for package in packages if package is not None]
-            if len(known) == len(packages):  # what a registered teacher can give is known when the stage looks it up
+            check_student(started(self.recipe), self.recipe.distill)
+            known = []
+            others = self.recipe.distill.teachers
+            for number, teacher in enumerate(others):
+                if teacher.package is not None:
+                    with _named(f"distill.teachers.{number}"):
+                        known.append(read_config(read_package(teacher.package)))
+            if len(known) == len(others):  # what a registered teacher can give is known when the stage looks it up
                 teachers = [self.recipe.pretrain.model, *known]
                 check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
         if not {*trained, "evaluate"}.isdisjoint(stages):
@@ -207,23 +211,37 @@ def _pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
 
         return vocabulary_of_data("pretrain", section, inputs["shard"].uri)
 
-    return _training_stage(recipe, "pretrain", recipe.pretrain, inputs, vocabulary)
+    return _training_stage(recipe, "pretrain", started(recipe), inputs, vocabulary)
+
+
+def started(recipe: Recipe) -> PretrainConfig:
+    """Section `pretrain`, with the URI of the package that it begins with where a registered version was named."""
+    from mmflow.registry.versions import located
+
+    start = recipe.pretrain.start
+    if start is None:
+        return recipe.pretrain
+    return recipe.pretrain.model_copy(update={"start": located(start, recipe.workspace)})
+
+
+@contextlib.contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Have an error begin with the key of the recipe that names what it is about."""
+    try:
+        yield
+    except MmflowError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def _distill(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.registry.tracking import tracking_uri
-    from mmflow.registry.versions import package_of
+    from mmflow.registry.versions import located
 
     assert recipe.distill is not None
     section = recipe.distill
-    teachers = [
-        TeacherConfig(
-            package=package_of(each.model, each.version, uri=tracking_uri(recipe.workspace)), weight=each.weight
-        )
-        if each.model is not None and each.version is not None
-        else each
-        for each in section.teachers
-    ]
+    teachers = []
+    for number, teacher in enumerate(section.teachers):
+        with _named(f"distill.teachers.{number}"):
+            teachers.append(located(teacher, recipe.workspace))
 
     def vocabulary(section: Section) -> Vocabulary:
         from mmflow.loading.vocabulary import Vocabulary
@@ -262,20 +280,25 @@ def _train(
     from mmflow.cluster.local import ensure_ray
     from mmflow.models.package import CARD, read_package
     from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
-    from mmflow.shards.dataset import open_dataset
     from mmflow.training.job import TrainingJob, total_steps
-    from mmflow.training.stage import kept_vocabulary
+    from mmflow.training.stage import check_held_out, kept_vocabulary
+    from mmflow.training.tasks import tasks_of
     from mmflow.training.telemetry import watch
     from mmflow.training.workers import train_on_ray
 
     training = section.training
-    steps = total_steps(section.loader, open_dataset(inputs["shard"].uri), training)
+    tasks = tasks_of(name, section)
+    check_held_out(name, tasks, inputs["shard"].uri, training.validation)
+    steps = total_steps(tasks, inputs["shard"].uri, training)
     lineage = {
         "stage": name,
         "identity": uri.rsplit("/", 1)[-1],
         "recipe": recipe.name,
         "inputs": dict(fingerprints),
     }
+    start = section.start if isinstance(section, PretrainConfig) else None
+    if start is not None and recipe.pretrain.start is not None:
+        lineage["start"] = recipe.pretrain.start.model_dump(exclude_none=True)
     if not exists(join(uri, PACKAGE, CARD)):  # a driver killed after the last step has only the commit left to do
         learnt = kept_vocabulary(join(uri, VOCABULARY), partial(vocabulary, section))
         job = TrainingJob(
@@ -288,6 +311,9 @@ def _train(
             objectives=section.objectives,
             training=training,
             seed=recipe.seed,
+            start=None if start is None else start.package,
+            lora=section.lora if isinstance(section, PretrainConfig) else None,
+            several=tasks if len(tasks) > 1 else (),
             package=join(uri, PACKAGE),
             journal=join(uri, JOURNAL),
             checkpoints=join(uri, CHECKPOINTS),
@@ -311,10 +337,12 @@ def _train(
                 with mirror(journal, run, uri=tracking_uri(recipe.workspace)), watch(journal, steps, report):
                     train_on_ray(job, uri)
     package = read_package(join(uri, PACKAGE))
+    # A package of an earlier version does not say how many steps it took.
+    ending: dict[str, Any] = {"steps": steps, **package.card["lineage"]}
     return {
         "fingerprint": package.digest,
         "parameters": package.parameters,
-        "steps": steps,
+        **{name: ending[name] for name in ("steps", "stopped", "packaged_step") if name in ending},
         "global_batch_size": training.global_batch_size,
         "num_workers": training.most_workers,
         "zero_stage": training.zero_stage,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmflow.errors import RecipeError
+from mmflow.errors import MissingArtifactError, RecipeError
 from mmflow.recipe import load_recipe
 from mmflow.stages import Loop
 from tests.tiny import tiny_fields, write_recipe
@@ -47,3 +47,12 @@ def test_a_model_that_scores_pairs_has_no_rows_to_score(tmp_path: Path) -> None:
     loop = loop_of(tmp_path, pretrain=pretrain, distill=None, promote=promote)
     with pytest.raises(RecipeError, match=r"^score: the candidate has no space to compare in: its model\.video is tig"):
         loop.plan("score")
+
+
+def test_a_teacher_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    records.touch()
+    fields: dict[str, Any] = tiny_fields(tmp_path / "workspace", str(records))
+    distill = fields["distill"] | {"teachers": [{"package": str(tmp_path / "nowhere")}]}
+    with pytest.raises(MissingArtifactError, match=r"^distill\.teachers\.0: .*/nowhere: no mmflow\.json, so no model"):
+        loop_of(tmp_path, shard=fields["shard"], distill=distill).check(["distill"])

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mmflow.config import Config
+from mmflow.models.config import PackageConfig
 from mmflow.objectives.config import ObjectiveConfig
 
 
@@ -111,23 +112,11 @@ class LessonsConfig(Config):
         return {name: section for name, section in sections.items() if section is not None}
 
 
-class TeacherConfig(Config):
+class TeacherConfig(PackageConfig):
     """A teacher beside the one that `pretrain` trained, which weighs 1."""
 
-    package: str | None = None
-    """URI of its model package."""
-    model: str | None = None
-    """Name of a registered model, in place of `package`."""
-    version: int | None = Field(None, ge=1)
-    """Its version: a fixed one, because the champion of today is another tomorrow."""
     weight: float = Field(1.0, gt=0)
     """How much its word counts beside the others'."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> TeacherConfig:
-        if (self.package is None) == (self.model is None) or (self.model is None) != (self.version is None):
-            raise ValueError("give either package, a model package's URI, or model and version of a registered one")
-        return self
 
 
 class CacheConfig(Config):

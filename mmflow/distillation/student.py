@@ -113,8 +113,12 @@ class Student(nn.Module):
                 widths.append((f"{side}_{place}", (ours.widths[here], theirs.widths[there])))
         return [(name, (ours, theirs)) for name, (ours, theirs) in widths if ours and theirs and ours != theirs]
 
-    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
-        """The loss to descend at a step, (), and by name each objective's part, each lesson's, and the logit scale."""
+    def forward(self, batch: Batch, step: int, *, examined: bool = False) -> tuple[Tensor, Parts]:
+        """The loss to descend at a step, (), and by name each objective's part, each lesson's, and the logit scale. A
+        batch that is `examined` is shown to the learner alone: teachers are not asked."""
+        if examined:
+            found: tuple[Tensor, Parts] = self.learner(batch, step, examined=True)
+            return found
         rows = self.learner.rows(batch)
         with torch.no_grad():
             taught = [self._taught(number, batch, step, rows) for number in range(len(self._teachers))]

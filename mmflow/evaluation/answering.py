@@ -8,7 +8,7 @@ normalisation: lower case, numbers as digits, no articles, punctuation or missin
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -91,6 +91,17 @@ def answering_metrics(answers: Sequence[str], people: Sequence[Sequence[str]]) -
     """{"accuracy", "rows"}; accuracy 0 without a row."""
     scores = [answer_accuracy(answer, theirs) for answer, theirs in zip(answers, people, strict=True)]
     return {"accuracy": sum(scores) / len(scores) if scores else 0.0, "rows": float(len(scores))}
+
+
+def accuracy_by_answer(
+    answers: Sequence[str], people: Sequence[Sequence[str]], most: int
+) -> list[tuple[str, int, float]]:
+    """(what most people say, questions, accuracy) of the answers, at most so `most`, that most questions have."""
+    scores = defaultdict[str, list[float]](list)
+    for answer, theirs in zip(answers, people, strict=True):
+        scores[commonest_answer([theirs])].append(answer_accuracy(answer, theirs))
+    commonest = sorted(scores.items(), key=lambda each: (-len(each[1]), each[0]))[:most]
+    return [(name, len(found), sum(found) / len(found)) for name, found in commonest]
 
 
 def commonest_answer(people: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from mmflow.errors import RecipeError
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.training.config import DistillConfig, PretrainConfig
+from mmflow.training.tasks import tasks_of
 
 Gives = frozenset[str]  # ModelConfig's `gives`
 
@@ -74,18 +75,23 @@ def check_evaluation(settings: EvaluateConfig, trained: Mapping[str, PretrainCon
         )
     if settings.classification is not None:
         label = settings.classification.label
-        taught = {stage: section.loader.label for stage, section in trained.items() if "classes" in section.model.heads}
+        taught = {
+            task.key: task.loader.label
+            for stage, section in trained.items()
+            if "classes" in section.model.heads
+            for task in tasks_of(stage, section)
+        }
         if label not in taught.values():
-            stage, other = next(iter(taught.items()))
+            key, other = next(iter(taught.items()))
             raise RecipeError(
-                f"evaluate.classification.label: {label}, and {stage}.loader.label is {other or 'not set'}; make them "
+                f"evaluate.classification.label: {label}, and {key}.loader.label is {other or 'not set'}; make them "
                 "equal, or leave classification out"
             )
-    if settings.answering is not None and all(section.loader.text != "questions" for section in trained.values()):
-        stage = next(iter(trained))
+    tasks = [task for stage, section in trained.items() for task in tasks_of(stage, section)]
+    if settings.answering is not None and all(task.loader.text != "questions" for task in tasks):
         raise RecipeError(
-            f"evaluate.answering: no model here is taught answers; set {stage}.loader.text to questions, or leave "
-            "answering out"
+            f"evaluate.answering: no model here is taught answers; set {tasks[0].key}.loader.text to questions, or "
+            "leave answering out"
         )
 
 

@@ -12,14 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.evaluation import classification
-from mmflow.evaluation.answering import answer_accuracy, answering_metrics, commonest_answer
+from mmflow.evaluation.answering import accuracy_by_answer, answer_accuracy, answering_metrics, commonest_answer
 from mmflow.evaluation.asked import asked_and_given
 from mmflow.evaluation.captions import caption_metrics, typical_caption
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.masked_words import masked_word_metrics
 from mmflow.evaluation.perplexity import perplexity_metrics
 from mmflow.evaluation.predict import class_scores, matching_scores, pair_scores, token_losses, write_texts
-from mmflow.evaluation.retrieval import (
+from mmflow.evaluation.rows import Captions, Rows
+from mmflow.evaluation.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
+from mmflow.loading.tokens import tokenise
+from mmflow.models.embed import Embeddings, embed_captions, embed_images
+from mmflow.models.package import LoadedModel
+from mmflow.retrieval import (
     Found,
     chance_metrics,
     find_any,
@@ -28,11 +33,6 @@ from mmflow.evaluation.retrieval import (
     reordered,
     retrieval_metrics,
 )
-from mmflow.evaluation.rows import Captions, Rows
-from mmflow.evaluation.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
-from mmflow.loading.tokens import tokenise
-from mmflow.models.embed import Embeddings, embed_captions, embed_images
-from mmflow.models.package import LoadedModel
 
 GRID_RESULTS = 5
 SHOWN = 24  # written captions and answers that are kept for people to read
@@ -103,7 +103,8 @@ def examine(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> Examin
     if "classification" in sections:
         metrics["classification"], details["confusion"] = _classify(loaded, rows, first, settings)
     if "answering" in sections:
-        metrics["answering"], details["answers"] = _answer(loaded, rows, settings)
+        metrics["answering"], found = _answer(loaded, rows, settings)
+        details |= found
     if "captions" in sections:
         metrics["captions"], details["captions"] = _caption(loaded, rows, first, settings)
     return Examination(metrics, retrieved, {name: value for name, value in details.items() if value})
@@ -191,7 +192,7 @@ def _classify(
     return metrics, shown
 
 
-def _answer(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> tuple[Metrics, list[dict[str, Any]]]:
+def _answer(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> tuple[Metrics, dict[str, Any]]:
     assert settings.answering is not None
     asked = rows.questions
     samples = [rows.samples[question.row] for question in asked]
@@ -212,7 +213,11 @@ def _answer(loaded: LoadedModel, rows: Rows, settings: EvaluateConfig) -> tuple[
         }
         for place in _spread(len(asked))
     ]
-    return answering_metrics(answers, people), shown
+    by_answer = [
+        {"answer": answer, "questions": questions, "accuracy": accuracy}
+        for answer, questions, accuracy in accuracy_by_answer(answers, people, CONFUSION_CLASSES)
+    ]
+    return answering_metrics(answers, people), {"answers": shown, "by_answer": by_answer}
 
 
 def _caption(

@@ -27,8 +27,15 @@ NUM_STAGE_COLORS = 7  # --stage-0 to --stage-6 in the template
 MODEL_COLORS = {name: f"var(--{name})" for name in ("teacher", "student", "untrained", "chance")}
 # These describe how the training went, not what was learned; they stand after the losses.
 TELEMETRY = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second")
+VALIDATION = "validation/"
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 LOOKS = {"picture": "what moved the score", "rollout": "attention rollout"}
+# What a section of `written` is called, by the first of its parts that is there: in the navigation, and over it.
+WRITTEN = {
+    "captions": ("Writes", "What it writes"),
+    "answers": ("Answers", "What it answers"),
+    "confusion": ("Confuses", "What it takes for what"),
+}
 FINDS = {"text_to_image": "captions find their picture", "image_to_text": "pictures find their caption"}
 
 
@@ -154,35 +161,38 @@ def metric_tables(models: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def curve_charts(training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A small chart a curve, its models drawn over each other; losses first. `latest` holds each line's last value."""
-    names = list(dict.fromkeys(name for role in training.values() for name in role.get("curves") or {}))
+    """A small chart a curve, its models drawn over each other and what validations found over that, dashed; losses
+    first. `latest` holds each model's last values."""
+    found = list(dict.fromkeys(name for role in training.values() for name in role.get("curves") or {}))
+    names = [name for name in found if not name.startswith(VALIDATION) or name.removeprefix(VALIDATION) not in found]
     names = [name for name in names if name not in TELEMETRY] + [name for name in TELEMETRY if name in names]
     steps = [x for role in training.values() for points in (role.get("curves") or {}).values() for x, _ in points]
     # One range of steps for all, so that the page's cursor stands at the same place in every chart.
     x_range = (min(steps), max(steps)) if steps else None
     drawn = []
     for name in names:
-        curves = {
-            role: entry["curves"][name] for role, entry in training.items() if (entry.get("curves") or {}).get(name)
-        }
-        series = [
-            Series(name=role, color=model_color(role), points=[(x, y) for x, y in points])
-            for role, points in curves.items()
-        ]
+        series, latest = [], []
+        for role, entry in training.items():
+            lines = [
+                Series(
+                    name=f"{role}{kind}",
+                    color=model_color(role),
+                    points=[(x, y) for x, y in points],
+                    dashed=bool(kind),
+                    ended=entry.get("stopped") or "",
+                )
+                for kind, path in (("", name), (", held out", VALIDATION + name))
+                if (points := (entry.get("curves") or {}).get(path))
+            ]
+            series += lines
+            # A run that ended in NaN must say so here, not show its last healthy value.
+            values = [line.points[-1][1] for line in lines]
+            told = [format_number(value) if is_finite(value) else "NaN" for value in values]
+            latest += [(role, ", held out ".join(told))] if told else []
         if series:
-            drawn.append(
-                {
-                    "name": words(name),
-                    "svg": Markup(
-                        charts.line_chart(series, title=f"{words(name)} by step", x_label="step", x_range=x_range)
-                    ),
-                    # A run that ended in NaN must say so here, not show its last healthy value.
-                    "latest": [
-                        (line.name, format_number(line.points[-1][1]) if is_finite(line.points[-1][1]) else "NaN")
-                        for line in series
-                    ],
-                }
-            )
+            title = metric_words(name)
+            chart = charts.line_chart(series, title=f"{title} by step", x_label="step", x_range=x_range)
+            drawn.append({"name": title, "svg": Markup(chart), "latest": latest})
     return drawn
 
 
@@ -226,8 +236,14 @@ def look_view(looks: Mapping[str, Any]) -> list[dict[str, Any]]:
     return drawn
 
 
+def written_titles(written: Mapping[str, Any]) -> tuple[str, str]:
+    """What the section is called in the navigation, and what stands over it."""
+    return next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"])
+
+
 def confusion_view(confusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns (classes, and none of them where that was answered), a row a class, and each cell's share of it."""
+    """The columns (classes, and none of them where that was answered), a row a class, each cell's share of it, and the
+    share that was right."""
     names, counts = confusion.get("classes") or [], confusion.get("counts") or []
     unanswered = any(row[-1] for row in counts)
     return {
@@ -239,8 +255,9 @@ def confusion_view(confusion: Mapping[str, Any]) -> dict[str, Any]:
                     {"count": count, "share": f"{count / max(1, sum(row)):.3g}"}
                     for count in (row if unanswered else row[:-1])
                 ],
+                "right": row[number] / max(1, sum(row)),
             }
-            for name, row in zip(names, counts, strict=False)
+            for number, (name, row) in enumerate(zip(names, counts, strict=False))
         ],
     }
 
@@ -281,6 +298,7 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
         curves=curve_charts(report.get("training") or {}),
         similarity=similarity_chart(report.get("scores") or {}),
         looks=look_view(report.get("looks") or {}),
+        written_titles=written_titles(report.get("written") or {}),
         confusion=confusion_view((report.get("written") or {}).get("confusion") or {}),
         picture=lambda key: data_uri(images[key]) if key in images else "",
         meter=meter,

@@ -229,6 +229,7 @@ CorpusConfig = Annotated[
     Field(discriminator="name"),
 ]
 """A demonstration corpus; each has its own options."""
+NUMBERED = ("easy_vqa", "fashion_mnist")  # their records have no names but split and number
 ONE_CORPUS, SEVERAL_CORPORA = "one corpus", "several corpora"  # which of the two a recipe has; no key has a space
 
 
@@ -241,6 +242,12 @@ def _told_apart(corpora: list[CorpusConfig]) -> list[CorpusConfig]:
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
     if repeated:
         raise ValueError(f"{repeated[0]} is named twice; its records would be repeated")
+    numbered = [name for name in names if name in NUMBERED]
+    if len(numbered) > 1:
+        raise ValueError(
+            f"{' and '.join(numbered)} both name their records train-00000 and so on; shard each by a recipe of its "
+            "own, and train on both by loader.mixture"
+        )
     _hold_out_the_same(corpora)
     return corpora
 

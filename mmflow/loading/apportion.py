@@ -83,10 +83,12 @@ def timeline(stages: Sequence[Stage], global_batch_size: int) -> tuple[Segment, 
     return tuple(segments)
 
 
-def apportion(segments: Sequence[Segment], drawn: Sequence[int], dealt: int) -> tuple[int, ...]:
+def apportion(
+    segments: Sequence[Segment], drawn: Sequence[int], dealt: int, key: str = "loader.mixture"
+) -> tuple[int, ...]:
     """What each dataset has given when `dealt` samples are dealt in all, `drawn` being what each gave until now.
 
-    Raises RecipeError where `drawn` is not of this mixture: it lies too far from what the weights ask.
+    Raises RecipeError naming `key` where `drawn` is not of these weights: it lies too far from what they ask.
     """
     owed = _owed(next(segment for segment in reversed(segments) if segment.first <= dealt), dealt)
     # Both bounds of what a dataset may have given, |given - owed| <= 1 - 1/parts, times parts to stay whole numbers.
@@ -100,8 +102,8 @@ def apportion(segments: Sequence[Segment], drawn: Sequence[int], dealt: int) -> 
     if not 0 <= left <= len(may_give):
         asked = [round(each / WHOLE) for each in owed]
         raise RecipeError(
-            f"loader.mixture: the checkpoint drew {list(drawn)} samples of its datasets, these weights ask for {asked} "
-            "by now; resume with the weights and the batch size that it was trained with"
+            f"{key}: the checkpoint drew {list(drawn)} of each, these weights ask for {asked} by now; resume with the "
+            "weights and the batch size that it was trained with"
         )
 
     def latest(number: int) -> float:

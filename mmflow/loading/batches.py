@@ -34,6 +34,7 @@ class Batch:
     readings: tuple[tuple[Tensor, Tensor], ...] = ()  # token ids and mask as other models read the texts, (B, T) each
     places: NDArray[np.int64] | None = None  # (B, 4): dataset, shard, row and view, by which what is stored is found
     skipped: tuple[str, ...] = ()  # a line for each sample that was left out: which, and why
+    task: int = 0  # the number of the task that it is of, where there are several
     state: LoaderState  # where the batch after this one begins
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:

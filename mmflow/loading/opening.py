@@ -15,7 +15,7 @@ from mmflow.errors import MissingArtifactError, MisuseError
 from mmflow.loading.apportion import stages
 from mmflow.loading.bucketing import Buckets
 from mmflow.loading.cache import node_cache
-from mmflow.loading.config import LoaderConfig
+from mmflow.loading.config import AugmentConfig, LoaderConfig, WorkersConfig
 from mmflow.loading.load import Reading, ViewSettings
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.mixture import MixtureOrder
@@ -153,6 +153,20 @@ def views_of(config: LoaderConfig, *, image_pixels: int, max_tokens: int, seed: 
         label=config.label,
         on_corrupt=config.on_corrupt,
     )
+
+
+def held_out_loader(config: LoaderConfig, split: str) -> LoaderConfig:
+    """What examines a split as `config` trains on another: of the same dataset each sample once, and as it is."""
+    changes = {
+        "split": split,
+        "mixture": None,
+        "augment": AugmentConfig(),
+        "bucket_batches": 1,
+        "prefetch_batches": min(2, config.prefetch_batches),  # what lies ahead of the last is read for nothing
+        # Threads start at once, processes would take seconds of each validation.
+        "workers": WorkersConfig(kind="threads", count=config.workers.count),
+    }
+    return config.model_copy(update=changes)
 
 
 def _lengths(readers: Sequence[Reader], dataset: int, shard: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:

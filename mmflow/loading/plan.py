@@ -43,10 +43,13 @@ class LoaderState:
     epoch: int = 0
     position: int = 0  # samples dealt over all ranks: in this epoch, or in the whole training where there is a mixture
     drawn: tuple[int, ...] = ()  # of a mixture: samples dealt of each dataset, when the group of batches began
+    tasks: tuple[LoaderState, ...] = ()  # where each of several stands; then `drawn` are the batches that each has had
 
     def __post_init__(self) -> None:
-        # JSON gives back a list.
+        # JSON gives back lists and dictionaries.
         object.__setattr__(self, "drawn", tuple(self.drawn))
+        tasks = (each if isinstance(each, LoaderState) else LoaderState(**each) for each in self.tasks)
+        object.__setattr__(self, "tasks", tuple(tasks))
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
+
+from tokenizers import Tokenizer
 
 from mmflow.errors import RecipeError
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.reader import Reader
 from mmflow.loading.text import label_of, questions_of
-from mmflow.loading.tokens import load_tokenizer, train_tokenizer
+from mmflow.loading.tokens import train_tokenizer
 
 MAX_TEXTS = 2_000_000  # a vocabulary is settled long before this many
 MAX_ANSWERS = 3_129  # of a question-answering model: as many as VQA v2's models choose from (arXiv 1708.02711)
@@ -26,31 +27,37 @@ class Vocabulary:
     classes: tuple[str, ...] = ()  # labels in order of their names, or answers from the commonest
 
 
-def learn_vocabulary(
-    readers: Sequence[Reader], config: LoaderConfig, vocabulary_size: int, checkpoint: Path | None, key: str
-) -> Vocabulary:
-    """The vocabulary of a stage's data: the tokenizer of a text encoder's `checkpoint`, or one trained on the texts.
+@dataclass(frozen=True)
+class Texts:
+    """Data that a stage is trained on, and what of it is read."""
 
-    `key` is the recipe's key of the stage, for errors. Raises RecipeError where classes are asked for and there are
-    none, and as `questions_of`.
+    key: str  # the recipe's key of the loader, for errors
+    readers: Sequence[Reader]
+    config: LoaderConfig
+
+
+def learn_vocabulary(data: Sequence[Texts], vocabulary_size: int, tokenizer: Tokenizer | None = None) -> Vocabulary:
+    """The vocabulary of a stage's data, with the `tokenizer` that is given or one trained on the texts.
+
+    Raises RecipeError where classes are asked for and there are none, and as `questions_of`.
     """
-    counts: Counter[str] = Counter()
-    texts = _texts(readers, config, counts)
-    if checkpoint is not None:
-        tokenizer = load_tokenizer(checkpoint, f"{key}.model.text.checkpoint")
+    counts: list[Counter[str]] = [Counter() for _ in data]
+    texts = [_texts(each.readers, each.config, counted) for each, counted in zip(data, counts, strict=True)]
+    if tokenizer is None:
+        tokenizer = train_tokenizer(islice(chain(*texts), MAX_TEXTS), vocabulary_size)
+    for each, read, counted in zip(data, texts, counts, strict=True):
+        if each.config.text == "questions" or each.config.label is not None:
+            deque(read, maxlen=0)  # what is left of them, for its classes
+        if each.config.label is not None and not counted:
+            raise RecipeError(
+                f"{each.key}.label: no sample of split {each.config.split!r} has a class of that name; its metadata "
+                f'needs "classes": {{"{each.config.label}": "…"}}'
+            )
+    total = sum(counts, Counter())
+    if any(each.config.text == "questions" for each in data):
+        classes = [answer for answer, _ in sorted(total.items(), key=lambda each: (-each[1], each[0]))][:MAX_ANSWERS]
     else:
-        tokenizer = train_tokenizer(islice(texts, MAX_TEXTS), vocabulary_size)
-    if config.text == "questions" or config.label is not None:
-        deque(texts, maxlen=0)  # what is left of them, for its classes
-    if config.label is not None and not counts:
-        raise RecipeError(
-            f"{key}.loader.label: no sample of split {config.split!r} has a class of that name; its metadata needs "
-            f'"classes": {{"{config.label}": "…"}}'
-        )
-    if config.text == "questions":
-        classes = [answer for answer, _ in sorted(counts.items(), key=lambda each: (-each[1], each[0]))][:MAX_ANSWERS]
-    else:
-        classes = sorted(counts)
+        classes = sorted(total)
     return Vocabulary(tokenizer.to_str(), tuple(classes))
 
 

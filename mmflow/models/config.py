@@ -154,6 +154,39 @@ class DecoderConfig(Config):
         return self
 
 
+class PackageConfig(Config):
+    """A model package, where it lies or as a version of a registered model."""
+
+    package: str | None = None
+    """URI of the model package."""
+    model: str | None = None
+    """Name of a registered model, in place of `package`."""
+    version: int | None = Field(None, ge=1)
+    """Its version: a fixed one, because the champion of today is another tomorrow."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> PackageConfig:
+        if (self.package is None) == (self.model is None) or (self.model is None) != (self.version is None):
+            raise ValueError("give either package, a model package's URI, or model and version of a registered one")
+        return self
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (LoRA, arXiv 2106.09685) beside linear layers of encoders, fusion and decoder, which stay as
+    they are. What begins fresh is trained in full."""
+
+    rank: int = Field(8, ge=1)
+    """Rows of the two matrices whose product is added to a layer's."""
+    alpha: float = Field(16.0, gt=0)
+    """The product is multiplied by this and divided by the rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of what an adapter reads that is dropped in training."""
+    targets: list[str] = Field(default_factory=list)
+    """The layers, by the ends of their names, such as `query` or `attention.self.query`; none: all linear ones."""
+    trained: list[str] | None = None
+    """What is trained in full, by the beginnings of names, such as `heads.classes`; null: projections, scale, heads."""
+
+
 Head = Literal["matching", "masked_language", "masked_image", "classes"]
 GIVES: dict[Head, str] = {
     "matching": "matching_logits",

@@ -53,6 +53,12 @@ class Encoder(nn.Module):
             module.eval()
         return self
 
+    def freeze_statistics(self) -> None:
+        """Have norms of which nothing is trained leave their running statistics as they are."""
+        norms = (each for each in self.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm))
+        self._frozen += [norm for norm in norms if not any(each.requires_grad for each in norm.parameters())]
+        self.train(self.training)
+
     @contextmanager
     def _maps(self, asked: bool) -> Iterator[dict[str, bool]]:
         # SDPA gives no maps, so eager for this one call.

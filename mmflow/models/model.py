@@ -152,7 +152,11 @@ def _unit(rows_BE: Tensor) -> Tensor:
 
 
 def _accept_older_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    # Packages from before the scale was a module of its own.
+    accept_older_names(state, prefix)
+
+
+def accept_older_names(state: dict[str, Any], prefix: str = "") -> None:
+    """Rename what packages call otherwise that are from before the scale was a module of its own."""
     if f"{prefix}logit_scale" in state:
         state[f"{prefix}scale.logit_scale"] = state.pop(f"{prefix}logit_scale")
 

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from mmflow.artifacts import content_hash, exists, join, read_bytes, read_json, write_bytes, write_json
+from mmflow.artifacts import (
+    content_hash,
+    exists,
+    join,
+    positioned_reader,
+    read_bytes,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from mmflow.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.models.config import EncoderConfig, ModelConfig
 
@@ -147,6 +156,21 @@ def load_package(package: Package) -> LoadedModel:
     model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
     model.load_state_dict(load(files[WEIGHTS]))
     return LoadedModel(model.eval(), tokenizer, config, classes)
+
+
+def read_weights(package: Package) -> dict[str, Tensor]:
+    """The package's weights by name, without a model of them. Raises as `load_package`."""
+    from safetensors.torch import load
+
+    return load(_read_file(package, WEIGHTS))
+
+
+def weight_shapes(package: Package) -> dict[str, tuple[int, ...]]:
+    """The shapes of the package's weights by name, from the head of their file alone, which is not compared with the
+    card. Raises MissingArtifactError where the file is gone."""
+    read = positioned_reader(join(package.uri, WEIGHTS))
+    header = json.loads(read(int.from_bytes(read(8, 0), "little"), 8))
+    return {name: tuple(each["shape"]) for name, each in header.items() if name != "__metadata__"}
 
 
 def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:

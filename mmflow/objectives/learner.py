@@ -61,8 +61,11 @@ class Learner(nn.Module):
         self.seed = seed
         self.ranks = ranks
 
-    def forward(self, batch: Batch, step: int, micro_batch: MicroBatch | None = None) -> tuple[Tensor, Parts]:
-        """The loss to descend at a step, (), and what to report by name: each objective's own, and the logit scale.
+    def forward(
+        self, batch: Batch, step: int, micro_batch: MicroBatch | None = None, *, examined: bool = False
+    ) -> tuple[Tensor, Parts]:
+        """The loss to descend at a step, (), and what to report by name: each objective's own, and the logit scale; of
+        a batch that is `examined` in place of the scale the embeddings, where the model gives them.
 
         Of a micro-batch the losses that are means over places, and the pull of those that compare rows; before their
         slopes are known, nothing but its embeddings.
@@ -70,7 +73,9 @@ class Learner(nn.Module):
         if micro_batch is None:
             outputs = self.outputs(self.model, self.config, batch, step, self.rows(batch))
             loss, parts = total(outputs, self.objectives, step)
-            return loss, parts | scales(outputs)
+            if not examined:
+                return loss, parts | scales(outputs)
+            return loss, parts | (_embeddings(outputs) if "embeddings" in self.model.gives else {})
         outputs = self.outputs(self.model, self.config, batch, step, micro_batch.rows, places=micro_batch.places)
         embedded = _embedded(outputs) if self.compares else {}  # first in each pass, or dropout would not be the same
         if micro_batch.slopes is None:
@@ -81,6 +86,10 @@ class Learner(nn.Module):
             mean, parts = total(outputs, means, step)
             loss = loss + mean
         return loss, parts
+
+    def of(self, batch: Batch) -> Learner:
+        """The learner of a batch's task: itself, for it has one."""
+        return self
 
     @property
     def compares(self) -> bool:
@@ -149,8 +158,11 @@ class Learner(nn.Module):
 
 def _embedded(outputs: Outputs) -> Parts:
     """All that the objectives that compare rows read."""
-    embeddings = {"image_embedding": outputs.image_embedding, "text_embedding": outputs.text_embedding}
-    return embeddings | scales(outputs)
+    return _embeddings(outputs) | scales(outputs)
+
+
+def _embeddings(outputs: Outputs) -> Parts:
+    return {"image_embedding": outputs.image_embedding, "text_embedding": outputs.text_embedding}
 
 
 def scales(outputs: Outputs) -> Parts:

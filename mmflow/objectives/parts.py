@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from mmflow.errors import RecipeError
 from mmflow.models.config import ModelConfig
@@ -20,11 +20,14 @@ TRAINED_BY = {
 }
 
 
-def check_trained(key: str, config: ModelConfig, objectives: ObjectivesConfig, taught: Collection[str] = ()) -> None:
-    """Raise RecipeError naming the part that no objective trains. `key` is the recipe's section; `taught` are parts
-    that something else trains, as a teacher's lessons do."""
+def check_trained(
+    key: str, config: ModelConfig, tasks: Sequence[ObjectivesConfig], taught: Collection[str] = ()
+) -> None:
+    """Raise RecipeError naming the part that no objective of any task trains. `key` is the recipe's section; `taught`
+    are parts that something else trains, as a teacher's lessons do."""
     named = {
         f"{name} by {section.by}" if isinstance(section, AnsweringConfig) else name
+        for objectives in tasks
         for name, section in objectives.named.items()
     }
     settings = {"embedding_width": config.embedding_width, "bias": config.bias, "decoder": config.decoder}

@@ -12,15 +12,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmflow.artifacts import local_path
 from mmflow.errors import TrackingError
-from mmflow.registry.tracking import connect, explained, without_credentials
+from mmflow.models.config import PackageConfig
+from mmflow.registry.tracking import connect, explained, tracking_uri, without_credentials
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.tracking import MlflowClient
+
+Located = TypeVar("Located", bound=PackageConfig)
 
 CHAMPION = "champion"
 DIGEST_TAG = "mmflow.digest"
@@ -119,6 +122,15 @@ def package_of(name: str, version: int, *, uri: str) -> str:
     if version not in known:
         raise TrackingError(f"{name}: no version {version} is registered; `mmflow models list` shows those that are")
     return known[version]
+
+
+def located(package: Located, workspace: str) -> Located:
+    """The settings of a package with its URI in place of a registered version. Raises as `package_of`; without one
+    the registry is left alone."""
+    if package.model is None or package.version is None:
+        return package
+    uri = package_of(package.model, package.version, uri=tracking_uri(workspace))
+    return package.model_copy(update={"package": uri, "model": None, "version": None})
 
 
 def history(name: str, alias: str = CHAMPION, *, uri: str) -> tuple[AliasChange, ...]:

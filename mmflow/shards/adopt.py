@@ -63,19 +63,23 @@ def adopt(
     *,
     split: str = "train",
     license: str | None = None,
+    captions_required: bool = True,
     skip_damaged: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Artifact:
     """Commit the dataset at `uri` of tars that others wrote (paths or URIs, globs and brace ranges), each a shard.
 
     Where it was committed from the same tars before, that is returned at once; a killed adoption goes on. `license` is
-    that of records that name none. Raises MisuseError for tars that are not there or for another dataset at `uri`,
-    CorruptArtifactError at a damaged tar, unless those are skipped. Memory: a shard's index, and 8 bytes a key.
+    that of records that name none; without `captions_required` pictures alone are samples too. Raises MisuseError for
+    tars that are not there or for another dataset at `uri`, CorruptArtifactError at a damaged tar, unless those are
+    skipped. Memory: a shard's index, and 8 bytes a key.
     """
     if not SPLIT.fullmatch(split):
         raise MisuseError(f"split {split!r}: lower-case letters, digits, - and _ are needed, at most 40")
     found = list_tars(tars)
     settings = {"split": split, "license": license, "skip_damaged": skip_damaged}
+    if not captions_required:  # named only where it is so: what was adopted before there was a choice stays what it is
+        settings["captions_required"] = False
     asked = {"version": ADOPT_VERSION, **settings, "tars": [(tar.name, tar.size) for tar in found]}
     identity = content_hash(asked)[:16]
     with exclusive(uri):
@@ -92,7 +96,7 @@ def adopt(
             progress(done, len(found))
             name = shard_name(len(tar_of_name))
             try:
-                adopt_tar(uri, name, tar, license, identity)
+                adopt_tar(uri, name, tar, license, captions_required, identity)
             except CorruptArtifactError as error:
                 if not skip_damaged:
                     raise
@@ -153,12 +157,13 @@ def check_directory(uri: str, tars: Sequence[Tar]) -> None:
         raise MisuseError(f"{uri}: not empty ({min(files - {'.lock'})}); name a new directory")
 
 
-def adopt_tar(uri: str, name: str, tar: Tar, license: str | None, identity: str) -> None:
+def adopt_tar(uri: str, name: str, tar: Tar, license: str | None, captions_required: bool, identity: str) -> None:
     """Index one tar as a shard, unless an earlier run did. Raises CorruptArtifactError, naming the byte.
 
     An index that has lost its repeats already is of use only to the same adoption: among other tars others repeat.
     """
-    plan = content_hash([ADOPT_VERSION, license, tar.name, tar.size, tar.modified])
+    optional = [] if captions_required else ["captions optional"]
+    plan = content_hash([ADOPT_VERSION, license, tar.name, tar.size, tar.modified, *optional])
     with contextlib.suppress(MmflowError):
         written = read_index_and_commit(index_uri(uri, name))[1]
         system, path = filesystem(tar_uri(uri, name))
@@ -167,7 +172,7 @@ def adopt_tar(uri: str, name: str, tar: Tar, license: str | None, identity: str)
     with on_this_machine(tar.uri, beside=local_path(join(uri, "shards"))) as source:
         try:
             with source.open("rb", buffering=READ_BYTES) as stream:
-                entries, rejected, checksum, size = index_tar(stream, tar.name, license)
+                entries, rejected, checksum, size = index_tar(stream, tar.name, license, captions_required)
         except CorruptArtifactError as error:
             raise CorruptArtifactError(f"{tar.uri}: {error}; get it anew, or pass --skip-damaged") from error
         bring(source, tar_uri(uri, name))

@@ -32,7 +32,9 @@ Row = dict[str, Any]
 Group = list[tuple[str, Member]]
 
 
-def index_tar(stream: IO[bytes], source: str, license: str | None) -> tuple[list[Row], list[Row], str, int]:
+def index_tar(
+    stream: IO[bytes], source: str, license: str | None, captions_required: bool
+) -> tuple[list[Row], list[Row], str, int]:
     """(index rows, rejected records, xxh3_128 of the tar, its bytes), from one read to the end of the stream.
 
     Raises CorruptArtifactError for a damaged tar, naming the byte.
@@ -42,7 +44,7 @@ def index_tar(stream: IO[bytes], source: str, license: str | None) -> tuple[list
     hashed = _Hashed(stream)
     for key, members in read_groups(hashed):
         try:
-            entries.append({"row": len(entries), **index_sample(key, members, license)})
+            entries.append({"row": len(entries), **index_sample(key, members, license, captions_required)})
         except Rejected as rejection:
             rejected.append(
                 {
@@ -98,7 +100,7 @@ def _is_wanted(name: str) -> bool:
     return split is not None and split[1] in (*IMAGE_EXTENSIONS, *SIDECARS)
 
 
-def index_sample(key: str, members: Group, license: str | None) -> Row:
+def index_sample(key: str, members: Group, license: str | None, captions_required: bool) -> Row:
     """A sample's row of the index, but for its number. Raises Rejected."""
     check_key(key)
     suffixes = dict(members)
@@ -121,7 +123,7 @@ def index_sample(key: str, members: Group, license: str | None) -> Row:
         captions, metadata = read_texts(bodies[1], bodies[2])
     except UnicodeDecodeError as error:
         raise Rejected(Reason.record_malformed, f"{txt.name if txt else ''}: not UTF-8: {error.reason}") from error
-    if not captions:
+    if captions_required and not captions:
         raise Rejected(Reason.caption_missing, there)
     named = metadata.get("license")
     entry: Row = {
@@ -129,8 +131,8 @@ def index_sample(key: str, members: Group, license: str | None) -> Row:
         "image_extension": EXTENSIONS.get(header.format, header.format.lower()),
         "width": header.width,
         "height": header.height,
-        "caption_tokens": max(estimate_tokens(caption["text"]) for caption in captions),
-        "caption_characters": max(len(caption["text"]) for caption in captions),
+        "caption_tokens": max((estimate_tokens(caption["text"]) for caption in captions), default=0),
+        "caption_characters": max((len(caption["text"]) for caption in captions), default=0),
         "languages": [caption["language"] for caption in captions],
         "license": named if isinstance(named, str) else license,
         "frames": [],
@@ -153,15 +155,19 @@ def check_key(key: str) -> None:
 def read_texts(txt: bytes, body: bytes) -> tuple[tuple[Caption, ...], dict[str, Any]]:
     """(captions, metadata) of a sample, from the bodies of its .txt and .json, either of which may be empty.
 
-    A JSON of ours says both. Of another's, the .txt is the caption if it holds text, else what the JSON has under
-    captions, caption, text or TEXT; all of the JSON is metadata. Raises ValueError for what is no text or no JSON.
+    A JSON of ours says both, that there is no caption too. Of another's, the .txt is the caption if it holds text, else
+    what the JSON has under captions, caption, text or TEXT; all of the JSON is metadata. Raises ValueError for what is
+    no text or no JSON.
     """
     value = json.loads(body) if body else {}
-    if isinstance(value, dict) and isinstance(value.get("metadata"), dict) and (ours := _ours(value.get("captions"))):
-        return ours, value["metadata"]
     metadata = value if isinstance(value, dict) else {"json": value}
+    ours = _ours(metadata.get("captions")) if isinstance(metadata.get("metadata"), dict) else None
+    if ours:
+        return ours, metadata["metadata"]
     if text := clean_text(txt.decode()):
         return (Caption(language="und", text=text),), metadata
+    if ours is not None:
+        return (), metadata["metadata"]
     for key in TEXT_KEYS:
         if found := _captions(metadata.get(key)):
             return found, metadata
@@ -176,11 +182,11 @@ def is_json(body: bytes) -> bool:
     return False
 
 
-def _ours(value: Any) -> tuple[Caption, ...]:
+def _ours(value: Any) -> tuple[Caption, ...] | None:
     if not isinstance(value, list):
-        return ()
+        return None
     if not all(isinstance(each, dict) and each.keys() == {"language", "text"} for each in value):
-        return ()
+        return None
     return tuple(Caption(language=each["language"], text=each["text"]) for each in value)
 
 

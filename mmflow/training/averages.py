@@ -6,7 +6,8 @@ where states are, saved with them, and left as it is by a step that DeepSpeed le
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,3 +50,29 @@ def whole_average(engine: Any, parameter: Tensor, places: Mapping[Tensor, tuple[
     flat, fragment = places[parameter]
     # Before the first step that was not left out, the average is the weights.
     return fragment.whole(engine.basic_optimizer.state[flat].get(AVERAGE, flat), engine.device)
+
+
+@contextlib.contextmanager
+def averages_in_place(engine: Any) -> Iterator[None]:
+    """Have the weights be their averages within the block: the two change places, and are bit-equal afterwards.
+    Collective; after an error within the block the engine is of no more use."""
+    _change_places(engine)
+    yield
+    _change_places(engine)
+
+
+@torch.no_grad()
+def _change_places(engine: Any) -> None:
+    for weights, state in engine.basic_optimizer.state.items():
+        if AVERAGE in state:
+            kept = weights.detach().clone()
+            weights.data.copy_(state[AVERAGE])
+            state[AVERAGE].copy_(kept)
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        zero.checkpoint_event_prologue()  # leaves each rank its part of the parameters that ZeRO keeps whole
+        for number in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero.checkpoint_event_epilogue()
+    elif stage > 0:
+        zero.update_lp_params()

@@ -1,4 +1,4 @@
-"""What a restart needs: DeepSpeed's state, the loader's position, what the guards know and each rank's random state.
+"""What a restart needs: DeepSpeed's state, the loader's position and each rank's random state.
 
 Written by all ranks, read by any number of them. Ray Train's own checkpoints are not used: its list of them is
 overwritten in place, so that a driver killed meanwhile cannot start again; a failed upload ends the run; and it offers
@@ -34,6 +34,7 @@ from mmflow.training.reshape import layout, load_reshaped, state_hash
 from mmflow.training.store import (
     STAGING,
     Saved,
+    best_first,
     copy,
     directory_of,
     publish_part,
@@ -70,7 +71,8 @@ class Checkpoints:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def save(self, engine: Any, step: int, state: LoaderState, metrics: Mapping[str, float], **facts: Any) -> bool:
-        """Write a checkpoint of a step, if there is room. Raises TrainingError where the recipe says to stop else."""
+        """Write a checkpoint of a step with some facts, if there is room. Raises TrainingError where the recipe says to
+        stop else."""
         self.finish(step)
         problem = first_problem(self._prune(step) if self._rank == 0 else "")
         if not problem:
@@ -136,7 +138,7 @@ class Checkpoints:
             keep_last=config.keep_last,
             keep_best=config.keep_best,
             best_metric=config.best_metric,
-            highest=config.best_is == "highest",
+            highest=config.best_is_highest,
         ):
             remove(each.uri)
 
@@ -179,16 +181,25 @@ class Checkpoints:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def newest(self) -> Iterator[Saved]:
-        """Those that exist and whose files are what was written, newest first; the others are noted.
+        """Those that exist and whose files are what was written, newest first; the others are noted. Raises as
+        `best`."""
+        return self._readable(saved_checkpoints)
+
+    def best(self) -> Iterator[Saved]:
+        """The same, those with the best `best_metric` first. None where none has it.
 
         All ranks see the same ones. Raises CorruptArtifactError when there were some and the last was no use either:
         to begin anew is for whoever runs this to decide.
         """
+        metric, highest = self._config.best_metric, self._config.best_is_highest
+        return self._readable(lambda store: best_first(saved_checkpoints(store), metric, highest=highest))
+
+    def _readable(self, find: Callable[[str], list[Saved]]) -> Iterator[Saved]:
         box: list[list[Saved]] = [[]]
         problem = ""
         if self._rank == 0:
             try:
-                box = [saved_checkpoints(self._store)]
+                box = [find(self._store)]
             except OSError as error:
                 problem = f"{self._store}: {' '.join(str(error).split())[:300]}"
         problem = first_problem(problem)
@@ -217,12 +228,13 @@ class Checkpoints:
         return bool(problem)
 
     def load(self, engine: Any, saved: Saved, *, seed: int) -> LoaderState | None:
-        """Restore an engine that has not trained yet, and this rank's random state; where the loader goes on. None
+        """Restore an engine, and this rank's random state; where the loader goes on. None
         where it cannot be, on any rank: the engine is spoilt.
 
         On another number of ranks the random state is a new one that follows from (seed, step, rank). DeepSpeed can
         start from scratch in silence when it does not find what it expects (DeepSpeed#6691), so what was loaded is
-        compared with what was saved.
+        compared with what was saved. On as many ranks its loader unpickles files, which can run code: a checkpoint is
+        to be this workspace's own, never another's.
         """
         with self._files(saved) as directory:
             problem = self._load(engine, saved, directory, seed)

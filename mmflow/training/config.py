@@ -9,8 +9,10 @@ from pydantic import Field, PositiveInt, model_validator
 from mmflow.config import Config
 from mmflow.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
-from mmflow.models.config import ModelConfig
+from mmflow.models.config import LoraConfig, ModelConfig, PackageConfig
 from mmflow.objectives.config import ObjectivesConfig
+
+VALIDATION = "validation/"  # before the names of what validations write
 
 
 class OptimizerConfig(Config):
@@ -52,11 +54,16 @@ class CheckpointsConfig(Config):
     keep_best: int = Field(0, ge=0)
     """Kept besides: those with the best `best_metric`."""
     best_metric: str = "loss"
-    """A metric of the journal's line that ends at the checkpoint."""
-    best_is: Literal["lowest", "highest"] = "lowest"
-    """Which value of `best_metric` is the best."""
+    """A loss of the journal's line that ends at the checkpoint, or what a validation found there: such as
+    `validation/loss` or `validation/text_to_image/R@1`, for which a checkpoint is written wherever it is the best yet.
+    """
     without_room: Literal["go_on", "stop"] = "go_on"
     """A disk too full for a checkpoint: train on from the older ones and say so, or end the run."""
+
+    @property
+    def best_is_highest(self) -> bool:
+        """Whether more of `best_metric` is better: of recall, not of losses."""
+        return "R@" in self.best_metric
 
 
 class GuardsConfig(Config):
@@ -78,6 +85,28 @@ class GuardsConfig(Config):
     """An exchange between workers that takes longer has failed; who did not come to it is named."""
     memory_headroom: float = Field(0.1, ge=0, lt=1)
     """Share of the machine's and the accelerator's memory below which the journal warns."""
+
+
+class ValidationConfig(Config):
+    """A look at held-out samples in the midst of the training: losses, and retrieval where the model has a shared
+    space."""
+
+    split: str
+    """A split of the stage's own dataset, and of those of its tasks, that nothing is trained on."""
+    every_steps: int = Field(500, ge=1)
+    """Every so many steps, and after the last."""
+    max_samples: int = Field(2_048, ge=2)
+    """Of the split at most; the same ones every time, whatever the number of workers."""
+    max_seconds: float = Field(60.0, gt=0)
+    """The longest that the workers may stand for it: then it is cut, the journal says so, and it decides nothing."""
+    batch_size: int | None = Field(None, ge=2)
+    """Samples at once over all workers, without gradients; null: as many as a step has. A contrastive loss is the lower
+    the fewer they are."""
+    patience: int | None = Field(None, ge=1)
+    """End the training after this many in a row without a better `checkpoints.best_metric`, and package the best
+    checkpoint where `checkpoints.keep_best` keeps it, else the last weights. null trains to the last step."""
+    least_gain: float = Field(0.0, ge=0)
+    """What a better value must be better by."""
 
 
 class TrainingConfig(Config):
@@ -115,11 +144,15 @@ class TrainingConfig(Config):
     checkpoint_every_minutes: float | None = Field(None, gt=0)
     """A checkpoint also where the last one is this old, at the next line of the journal."""
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    validation: ValidationConfig | None = None
+    """Leave it out for a training that looks at its own loss alone."""
     guards: GuardsConfig = GuardsConfig()
     max_restarts: int = Field(3, ge=0)
     """Times that the workers are restarted from the last checkpoint before the stage fails."""
     log_every_steps: int = Field(10, ge=1)
     """A line of the journal is the mean of this many steps."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Dense peak of a worker's accelerator in this precision, for `mfu`; null: as its maker says, where it is known."""
 
     @property
     def least_workers(self) -> int:
@@ -147,13 +180,45 @@ class TrainingConfig(Config):
         return self
 
 
-class PretrainConfig(Config):
-    """Stage `pretrain`: a model from scratch or from encoders that others trained, the teacher."""
+class TaskConfig(Config):
+    """One of several tasks that a model learns at once."""
 
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Stands before its metrics, as in `vqa/answering`."""
+    weight: float = Field(1.0, gt=0)
+    """Its share of the steps, beside the weights of the others. A step is of one task."""
+    dataset: str | None = None
+    """URI of a committed dataset; the stage's own where it is left out."""
+    loader: LoaderConfig = LoaderConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
+
+
+class PretrainConfig(Config):
+    """Stage `pretrain`: a model from scratch, from encoders that others trained or from a package, the teacher."""
+
+    start: PackageConfig | None = None
+    """The model package that it begins with: weights, tokenizer, and settings, of which `model` need say only what is
+    to be otherwise. What the package lacks begins as it is drawn."""
+    lora: LoraConfig | None = None
+    """Train adapters in place of what is trained already; leave it out to train all of it."""
     model: ModelConfig
     loader: LoaderConfig = LoaderConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
+    tasks: list[TaskConfig] = Field(default_factory=list)
+    """Several tasks at once, each with a loader and objectives of its own, in place of those two."""
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _tasks_are_several(self) -> PretrainConfig:
+        names = [task.name for task in self.tasks]
+        if len(names) == 1:
+            raise ValueError(f"tasks: {names[0]} is the only one; name another, or give loader and objectives instead")
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: {', '.join(names)} names one twice; metrics are told apart by name")
+        for name in ("loader", "objectives"):
+            if self.tasks and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: each of the tasks has its own; move it there")
+        return self
 
 
 class DistillConfig(Config):

@@ -31,7 +31,7 @@ def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
 
 
 def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: int) -> tuple[Tensor, Parts]:
-    learner, size = engine.module, engine.train_micro_batch_size_per_gpu()
+    learner, size = engine.module.of(batch), engine.train_micro_batch_size_per_gpu()
     cuts = [slice(start, min(start + size, len(batch.real))) for start in range(0, len(batch.real), size)]
     rows = learner.rows(batch)
     places = learner.places(batch, step, rows, cuts)

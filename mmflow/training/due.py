@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 PREEMPTION = "preemption"
+BEST = "best"  # a validation's word, not the clock's
 ASK_EVERY_SECONDS = 5.0  # as often as Ray itself looks which nodes are to go
 
 

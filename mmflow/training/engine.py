@@ -129,6 +129,21 @@ def engine_settings(
     }
 
 
+def forget_gradients(engine: Any) -> None:
+    """Empty the buffers in which ZeRO 3, and every stage that offloads, keeps gradients from step to step.
+
+    Where a step uses a part of the model alone, the rest would move by the gradient of the last step that used it.
+    """
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return
+    if stage == 3:
+        zero.grad_partitions_flat_buffer.zero_()
+    for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
+        if flat.grad is not None:
+            flat.grad.zero_()
+
+
 def check_fp16(key: str, accelerated: bool) -> None:
     """Raise RecipeError where there are no GPUs. `key` is the training section's."""
     if not accelerated:

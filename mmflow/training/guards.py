@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,8 @@ class Guards:
 
     def __init__(self, config: GuardsConfig) -> None:
         self._config = config
-        self._losses: deque[float] = deque(maxlen=config.spike_window)
+        # By task: the losses of one are no measure of another's.
+        self._losses: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.spike_window))
         self._rewinds = 0
         self._watched_until = 0
         self.passed_over: frozenset[int] = frozenset()
@@ -54,8 +55,8 @@ class Guards:
         """Whether the step's gradients are looked at before they are used."""
         return self._config.on_nonfinite == "skip" or step <= self._watched_until
 
-    def look(self, losses: Mapping[int, float]) -> Trouble | None:
-        """The trouble of some steps, by their losses over all ranks; sound ones join the window."""
+    def look(self, losses: Mapping[int, float], tasks: Mapping[int, int] | None = None) -> Trouble | None:
+        """The trouble of some steps, by their losses over all ranks and their tasks; sound ones join the window."""
         bad = [step for step, loss in losses.items() if not math.isfinite(loss)]
         if bad:
             return Trouble("nonfinite", tuple(bad), f"the loss is {losses[bad[0]]}")
@@ -63,11 +64,12 @@ class Guards:
             return None
         high = []
         for step, loss in losses.items():
-            limit = spike_limit(self._losses, self._config.spike_deviations)
-            if len(self._losses) >= self._config.spike_window // 2 and loss > limit:
+            before = self._losses[tasks[step] if tasks else 0]
+            limit = spike_limit(before, self._config.spike_deviations)
+            if len(before) >= self._config.spike_window // 2 and loss > limit:
                 high.append(step)
             else:
-                self._losses.append(loss)
+                before.append(loss)
         if not high:
             return None
         return Trouble("spike", tuple(high), f"the loss is {losses[high[0]]:.4g}, far above those before it")
@@ -98,9 +100,9 @@ class Guards:
         return {"rewinds": self._rewinds, "passed_over": sorted(self.passed_over)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Add what a checkpoint knew; what this process has learnt since stays."""
-        self._rewinds = max(self._rewinds, state["rewinds"])
-        self.passed_over |= set(state["passed_over"])
+        """What an earlier process knew."""
+        self._rewinds = state["rewinds"]
+        self.passed_over = frozenset(state["passed_over"])
 
 
 def spike_limit(losses: Sequence[float] | deque[float], deviations: float) -> float:
@@ -122,6 +124,14 @@ def gradients_are_finite(engine: Any) -> bool:
         return bool(torch.stack([each.isfinite().all() for each in gradients]).all())
     engine.optimizer.check_overflow()
     return not engine.optimizer.overflow
+
+
+def take_step(engine: Any) -> None:
+    """Take the step that a backward pass prepared. One that DeepSpeed drops, because its gradients do not fit the loss
+    scale of fp16, counts in the schedule too: DeepSpeed would end a training before its rate has come down."""
+    engine.step()
+    if getattr(engine.optimizer, "overflow", False):
+        engine.lr_scheduler.step()
 
 
 def leave_out(engine: Any) -> None:

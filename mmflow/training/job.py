@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,35 @@ from mmflow.distillation.student import Student
 from mmflow.distillation.teachers import TeacherPackage, open_teachers
 from mmflow.errors import CorruptArtifactError, MissingArtifactError, TrainingError
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.opening import open_loader, open_readers, steps_per_epoch
+from mmflow.loading.loader import START
+from mmflow.loading.opening import open_readers, steps_per_epoch
 from mmflow.loading.plan import LoaderState
 from mmflow.loading.tokens import read_tokenizer
-from mmflow.models.config import ModelConfig
+from mmflow.models.config import LoraConfig, ModelConfig
 from mmflow.models.encoders import parameter_count
+from mmflow.models.lora import adapt, adapter_count, merged
 from mmflow.models.marks import with_marks
 from mmflow.models.model import Model, build
 from mmflow.models.package import load_package, portable, read_package, write_package
+from mmflow.models.start import Begun, begin, fresh_parts
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Ranks
 from mmflow.objectives.objectives import check
 from mmflow.objectives.outputs import masking_tokens
-from mmflow.shards.dataset import Dataset, open_dataset
+from mmflow.objectives.tasks import TaskLearner
+from mmflow.shards.dataset import open_dataset
 from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.collectives import average_buffers, gather_rows, pass_on
 from mmflow.training.config import TrainingConfig
 from mmflow.training.due import PREEMPTION, Due
 from mmflow.training.engine import build_engine, compile_parts, prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards, Rewind, Trouble
+from mmflow.training.hardware import peak_flops
 from mmflow.training.loop import train
 from mmflow.training.pulse import Pulse
+from mmflow.training.sources import open_source, open_validation
+from mmflow.training.store import Saved
+from mmflow.training.tasks import Task
 from mmflow.training.telemetry import Journal
 
 GUARDS = "guards.json"  # beside the checkpoints
@@ -63,15 +71,26 @@ class TrainingJob:
     checkpoints: str  # URI
     classes: tuple[str, ...] = ()  # labels or answers that targets are numbered by
     lineage: Mapping[str, Any] = field(default_factory=dict)
+    start: str | None = None  # URI of the package that the model begins with
+    lora: LoraConfig | None = None
+    several: tuple[Task, ...] = ()  # in place of `loader` and `objectives`
     teachers: tuple[TeacherPackage, ...] = ()
     lessons: LessonsConfig | None = None
     initialise: InitialiseConfig | None = None  # by the first teacher
     stored_views: int = 0  # that the teachers' caches know; 0: they have none
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What is learnt: the stage itself is one task unless it has several."""
+        return self.several or (Task(key=self.stage, loader=self.loader, objectives=self.objectives),)
 
-def total_steps(loader: LoaderConfig, dataset: Dataset, training: TrainingConfig) -> int:
-    """Steps of the whole training."""
-    return training.epochs * steps_per_epoch(loader, dataset, training.global_batch_size)
+
+def total_steps(tasks: Sequence[Task], dataset: str, training: TrainingConfig) -> int:
+    """Steps of the whole training of a stage whose own dataset lies at a URI. An epoch has as many as an epoch of each
+    task's data."""
+    size = training.global_batch_size
+    epoch = sum(steps_per_epoch(each.loader, open_dataset(each.dataset or dataset), size) for each in tasks)
+    return training.epochs * epoch
 
 
 def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) -> None:
@@ -98,13 +117,14 @@ def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) ->
                 preempted=preempted,
             )
             checkpoints = Checkpoints(job.checkpoints, config.checkpoints, note)
+            rank = _Rank(job, tokenizer, checkpoints, guards, due, pulse, journal, flush)
             try:
                 _recall(job.checkpoints, guards)
-                trouble = _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush)
+                trouble = _train(rank)
                 while trouble is not None:
                     guards.rewound(trouble)
                     _keep(job.checkpoints, guards)
-                    trouble = _train(job, tokenizer, checkpoints, guards, due, pulse, journal, flush, after=trouble)
+                    trouble = _train(rank, after=trouble)
             except RuntimeError as error:
                 if not _is_of_an_exchange(error):
                     raise
@@ -112,70 +132,68 @@ def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) ->
         flush()
 
 
-def _train(
-    job: TrainingJob,
-    tokenizer: Tokenizer,
-    checkpoints: Checkpoints,
-    guards: Guards,
-    due: Due,
-    pulse: Pulse,
-    journal: Journal | None,
-    flush: Callable[[], None],
-    after: Trouble | None = None,
-) -> Trouble | None:
+@dataclass(frozen=True)
+class _Rank:
+    """What a rank has at hand through all that its training goes back to."""
+
+    job: TrainingJob
+    tokenizer: Tokenizer
+    checkpoints: Checkpoints
+    guards: Guards
+    due: Due
+    pulse: Pulse
+    journal: Journal | None  # rank 0's
+    flush: Callable[[], None]
+
+
+def _train(rank: _Rank, after: Trouble | None = None) -> Trouble | None:
     """Train from the newest checkpoint on; the trouble that leads back to it, or None when the package is written."""
-    dataset = open_dataset(job.dataset)
-    steps = total_steps(job.loader, dataset, job.training)
-    built, step, state = _begin(job, tokenizer, steps, checkpoints, guards)
+    job, checkpoints, journal = rank.job, rank.checkpoints, rank.journal
+    steps = total_steps(job.tasks, job.dataset, job.training)
+    built, saved, state = _begin(rank, steps)
+    step = saved.step if saved else 0
     learner, engine = built.learner, built.engine
-    loader = open_loader(
-        job.loader,
-        dataset,
-        tokenizer,
-        global_batch_size=job.training.global_batch_size,
-        image_pixels=built.image_pixels,
-        max_tokens=job.model.max_tokens,
-        seed=job.seed,
-        reads_text=bool(job.model.text or job.model.decoder or job.teachers),
-        classes=job.classes,
-        stored_views=job.stored_views,
-        readings=learner.readings if isinstance(learner, Student) else (),
-        cores=job.training.cpus_per_worker,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        device=engine.device,
-        state=state,
-    )
+    readings = learner.readings if isinstance(learner, Student) else ()
+    loader = open_source(job, rank.tokenizer, engine.device, state, image_pixels=built.image_pixels, readings=readings)
+    validation = open_validation(job, rank.tokenizer, engine.device, steps)
+    if validation and saved:
+        validation.best.restore(saved.facts.get("best", {}))
     if journal:
         where = {"epoch": state.epoch, "position": state.position, "workers": dist.get_world_size()}
         if after is None:
             journal.event(step, "started", **where)
+            if step == 0 and built.begun is not None:
+                journal.event(step, "begun", package=job.start, **asdict(built.begun))
         else:
             journal.event(step, "rewound", **where, steps=after.steps, reason=after.what)
 
     def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> bool:
-        is_begun = checkpoints.save(engine, step, state, metrics, guards=guards.state())
+        facts = {"best": validation.best.state()} if validation else {}
+        is_begun = checkpoints.save(engine, step, state, metrics, **facts)
         if reason == PREEMPTION:
             checkpoints.finish(step)  # this machine may be gone before the next one
-        flush()
+        rank.flush()
         return is_begun
 
     try:
         with contextlib.closing(iter(loader)) as ready:
-            train(
+            last = train(
                 engine,
                 ready,
                 first_step=step,
                 state=state,
                 total_steps=steps,
                 log_every=job.training.log_every_steps,
-                due=due,
+                due=rank.due,
                 save=save,
-                guards=guards,
+                guards=rank.guards,
                 journal=journal,
                 shard_name=lambda dataset, shard: loader.readers[dataset].shards[shard].name,
-                at=pulse.at,
+                at=rank.pulse.at,
                 memory_headroom=job.training.guards.memory_headroom,
+                tasks=[each.name for each in job.several],
+                validation=validation,
+                peak_flops=_peak_flops(job.training, engine.device),
             )
     except Rewind as rewind:
         checkpoints.finish(step)
@@ -184,9 +202,27 @@ def _train(
     except TrainingError:
         checkpoints.settle()  # what is on its way is what a restart goes on from
         raise
-    checkpoints.finish(steps)  # a package that is whole must not be lost with a checkpoint that nobody will need
-    _write(job, learner, averaged_by=engine if job.training.ema_decay is not None else None)
+    checkpoints.finish(last)  # a package that is whole must not be lost with a checkpoint that nobody will need
+    ending: dict[str, Any] = {"steps": last}
+    if validation and validation.best.ended:
+        ending |= {"stopped": validation.best.ended, "packaged_step": _bring_best(rank, engine) or last}
+    _write(job, learner, ending, averaged_by=engine if job.training.ema_decay is not None else None)
     return None
+
+
+def _bring_best(rank: _Rank, engine: Any) -> int | None:
+    """Load the best checkpoint and give its step; None where none is kept."""
+    if rank.job.training.checkpoints.keep_best:
+        for saved in rank.checkpoints.best():
+            if rank.checkpoints.load(engine, saved, seed=rank.job.seed) is not None:
+                return saved.step
+    return None
+
+
+def _peak_flops(training: TrainingConfig, device: torch.device) -> float | None:
+    if training.peak_tflops is not None:
+        return training.peak_tflops * 1e12
+    return peak_flops(device, training.precision)
 
 
 def _keep(store: str, guards: Guards) -> None:
@@ -211,30 +247,35 @@ def _recall(store: str, guards: Guards) -> None:
 class _Built:
     """What is trained, the side of the pictures that it is shown, and what trains it."""
 
-    learner: Learner | Student
+    learner: Learner | TaskLearner | Student
     image_pixels: int
     engine: Any
+    begun: Begun | None = None  # with the weights of a package
 
 
-def _begin(
-    job: TrainingJob, tokenizer: Tokenizer, steps: int, checkpoints: Checkpoints, guards: Guards
-) -> tuple[_Built, int, LoaderState]:
-    """What goes on from the newest checkpoint that can be read, the steps done, and where the loader begins."""
-    for saved in checkpoints.newest():
-        built = _build(job, tokenizer, steps)
-        state = checkpoints.load(built.engine, saved, seed=job.seed)
+def _begin(rank: _Rank, steps: int) -> tuple[_Built, Saved | None, LoaderState]:
+    """What goes on from the newest checkpoint that can be read, that checkpoint, and where the loader begins."""
+    job = rank.job
+    for saved in rank.checkpoints.newest():
+        built = _build(job, rank.tokenizer, steps)
+        state = rank.checkpoints.load(built.engine, saved, seed=job.seed)
         if state is not None:
-            guards.restore(saved.facts["guards"])
-            return built, saved.step, state
+            return built, saved, state
         built.engine.destroy()
-    built = _build(job, tokenizer, steps)
+    built = _build(job, rank.tokenizer, steps)
     # Dropout must differ between ranks, or every rank drops the same units.
     torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
-    return built, 0, LoaderState()
+    return built, None, START
 
 
 def _build(job: TrainingJob, tokenizer: Tokenizer, steps: int) -> _Built:
     learner, image_pixels = _learner(job, tokenizer)
+    begun = None
+    if job.start is not None:
+        begun = begin(f"{job.stage}.start", _model(learner), read_package(job.start), job.classes)
+    if job.lora is not None:
+        fresh = begun.fresh if begun is not None else fresh_parts(_model(learner), job.model)
+        adapt(f"{job.stage}.lora", _model(learner), job.lora, fresh, job.seed)
     if job.training.compile:
         compile_parts(_model(learner))
     engine = build_engine(
@@ -248,7 +289,7 @@ def _build(job: TrainingJob, tokenizer: Tokenizer, steps: int) -> _Built:
         offload_optimizer=job.training.offload_optimizer,
         ema_decay=job.training.ema_decay,
     )
-    return _Built(learner, image_pixels, engine)
+    return _Built(learner, image_pixels, engine, begun)
 
 
 def _is_of_an_exchange(error: RuntimeError) -> bool:
@@ -256,22 +297,24 @@ def _is_of_an_exchange(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def _model(learner: Learner | Student) -> Model:
+def _model(learner: Learner | TaskLearner | Student) -> Model:
     return (learner.learner if isinstance(learner, Student) else learner).model
 
 
-def _write(job: TrainingJob, learner: Learner | Student, averaged_by: Any) -> None:
+def _write(
+    job: TrainingJob, learner: Learner | TaskLearner | Student, ending: Mapping[str, Any], averaged_by: Any
+) -> None:
     average_buffers(learner)
     model = _model(learner)
     state = whole_state(model, averaged_by)
     if dist.get_rank() == 0:
         write_package(
             job.package,
-            state=state,
+            state=state if job.lora is None else merged(state, job.lora),
             config=portable(job.model, model),
             tokenizer_json=job.tokenizer_json,
-            parameters=parameter_count(model),
-            lineage=job.lineage,
+            parameters=parameter_count(model) - adapter_count(model),
+            lineage={**job.lineage, **ending},
             classes=job.classes,
         )
     dist.barrier()  # no rank leaves before the package is whole
@@ -293,13 +336,17 @@ def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
             journal.close()
 
 
-def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learner | Student, int]:
+def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learner | TaskLearner | Student, int]:
     """What is trained, and the side of the pictures that it is shown."""
     model = build(f"{job.stage}.model", job.model, tokenizer.get_vocab_size(), job.seed, len(job.classes))
     special = masking_tokens(tokenizer)
-    check(f"{job.stage}.objectives", job.objectives, model.gives, special)
+    for task in job.tasks:
+        check(f"{task.key}.objectives", task.objectives, model.gives, special)
     ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
-    learner = Learner(model, job.model, job.objectives, special, seed=job.seed, ranks=ranks)
+    learners = [Learner(model, job.model, each.objectives, special, seed=job.seed, ranks=ranks) for each in job.tasks]
+    if job.several:
+        return TaskLearner(learners), job.model.image_pixels
+    (learner,) = learners
     if not job.teachers or job.lessons is None:
         return learner, job.model.image_pixels
     if job.initialise is not None:

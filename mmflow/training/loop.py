@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.training.descent import descend
-from mmflow.training.due import Due
+from mmflow.training.due import BEST, PREEMPTION, Due
+from mmflow.training.engine import forget_gradients
 from mmflow.training.guards import (
     Buffers,
     Guards,
@@ -25,9 +27,12 @@ from mmflow.training.guards import (
     gradients_are_finite,
     leave_out,
     pass_over,
+    take_step,
     weights_are_finite,
 )
+from mmflow.training.hardware import hardware_metrics, training_flops
 from mmflow.training.telemetry import Journal
+from mmflow.training.validation import Validation
 
 Save = Callable[[int, LoaderState, Mapping[str, float], str], bool]
 """Of a step, its state and metrics, and why; whether there was room."""
@@ -51,23 +56,33 @@ def train(
     shard_name: ShardName,
     at: Callable[[int, str], None] = lambda step, doing: None,
     memory_headroom: float = 0.0,
-) -> None:
-    """Run the steps after `first_step`, whose batch begins at `state`, to `total_steps`, saving whenever it is due.
+    tasks: Sequence[str] = (),
+    validation: Validation | None = None,
+    peak_flops: float | None = None,
+) -> int:
+    """Run the steps after `first_step`, whose batch begins at `state`, to `total_steps`, saving whenever it is due;
+    the last step, which is an earlier one where validation ends the training.
 
     The engine's module takes a batch and the step, and gives the loss to descend, (), and the parts to report by name.
     Every rank calls it; rank 0 has a journal. `at` is told what the rank does. An interval of the journal also ends at
-    each checkpoint, so that a run that was resumed writes the same lines as one that was never stopped. Raises what
-    the guards do about a loss that is wrong or a weight that is not finite, which is never saved.
+    each checkpoint and validation, so that a run that was resumed writes the same lines as one that was never stopped.
+    Of several tasks each has metrics of its own name. `peak_flops` are those of an accelerator. Raises what the guards
+    do about a loss that is wrong or a weight that is not finite, which is never saved.
     """
     engine.train()
     warned = False
-    interval = _Interval()
-    for step in range(first_step + 1, total_steps + 1):
+    flops: dict[int, float] = {}  # of a sample, by task
+    interval = _Interval(tasks, flops)
+    step = first_step
+    while step < total_steps and not (validation and validation.best.ended):
+        step += 1
         at(step, "loading")
         began = time.perf_counter()
         batch = next(source)
         interval.waited += time.perf_counter() - began
         at(step, "computing")
+        if batch.task not in flops:
+            flops[batch.task] = training_flops(engine, batch)
         if batch.skipped:
             if journal:
                 journal.event(step, "skipped", samples=list(batch.skipped))
@@ -82,7 +97,8 @@ def train(
                 journal.event(step, "left_out", reason="a gradient is not finite", samples=samples)
         state = batch.state
         is_last = step == total_steps
-        if not (step % log_every == 0 or is_last or due.is_regular(step)):
+        is_validated = validation is not None and validation.is_due(step)
+        if not (step % log_every == 0 or is_last or due.is_regular(step) or is_validated):
             continue
 
         low_memory = bool(memory_headroom) and free_memory_share(engine.device) < memory_headroom
@@ -99,33 +115,45 @@ def train(
             if norm is not None:  # ZeRO 0 keeps it to itself
                 metrics["gradient_norm"] = float(norm)
             metrics["skipped_steps"] = float(engine.skipped_steps)
+            metrics |= hardware_metrics(engine.device, metrics["model_tflops_per_second"], peak_flops)
             if journal:
                 journal.metrics(step, metrics)
         reason = None if is_last else due.reason(step, signals)
-        trouble = guards.look(losses)
+        trouble = guards.look(losses, interval.tasks)
         if trouble:
             _meet(trouble, step, interval, guards, journal, shard_name)
+        if validation and is_validated and reason != PREEMPTION:  # whose machine may be gone before it is done
+            at(step, "validating")
+            validated, is_wanted = validation.look(engine, step, journal)
+            metrics |= validated
+            if is_wanted and not is_last:
+                reason = reason or BEST
         if (reason or is_last) and not weights_are_finite(engine.module):
             # A gradient that is not finite spoils the weights after a sound loss, and every restart from them. Leaving
             # steps out mends none of it.
             spoilt = Trouble("spoilt", (step,), "a weight is not finite, so none is saved")
             _meet(spoilt, step, interval, guards, journal, shard_name)
-        interval = _Interval()
+        interval = _Interval(tasks, flops)
         if reason:
             at(step, "saving")
             if save(step, state, metrics, reason) and journal:
                 journal.event(step, "checkpoint", epoch=state.epoch, position=state.position, reason=reason)
+    if journal and validation and validation.best.ended:
+        journal.event(step, "stopped", reason=validation.best.ended)
+    return step
 
 
 def _step(engine: Any, batch: Batch, step: int, interval: _Interval, *, watched: bool) -> bool:
     """Take a step; False where it was left out, because it was watched and its gradients are not finite."""
     buffers = Buffers(engine.module) if watched else None
+    if interval.names:
+        forget_gradients(engine)
     loss, parts = descend(engine, batch, step)
     if buffers and not gradients_are_finite(engine):
         leave_out(engine)
         buffers.bring_back()
         return False
-    engine.step()
+    take_step(engine)
     interval.add(step, loss, parts, batch)
     return True
 
@@ -164,25 +192,35 @@ def _samples(shard_name: ShardName, batch: Seen) -> dict[str, list[str]]:
 class _Interval:
     """Sums over the steps between two lines of the journal; exchanged between ranks once, at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str], flops: Mapping[int, float]) -> None:
+        self.names = names  # of the tasks, where there are several
+        self.flops = flops  # of a sample, by task
         self.began = time.perf_counter()
         self.waited = 0.0
         self.batches: dict[int, Seen] = {}
         self.losses: dict[int, Tensor] = {}
+        self.tasks: dict[int, int] = {}
         self.sums: dict[str, Tensor] = {}
+        self.steps: Counter[str] = Counter()  # that each of the sums is of
 
     def add(self, step: int, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
         tokens = (batch.token_mask * batch.real[:, None]).sum()  # indexing by a mask would wait for the device
+        samples = batch.real.sum()
         counts = {
-            "samples": batch.real.sum(),
+            "samples": samples,
+            "tflops": samples * (self.flops[batch.task] / 1e12),
             "tokens": tokens,
             "slots": torch.tensor(batch.token_mask.numel()),
             "skipped": torch.tensor(len(batch.skipped)),
         }
         self.losses[step] = loss.detach().double().reshape(())
+        self.tasks[step] = batch.task
+        if self.names:
+            parts = {f"{self.names[batch.task]}/{name}": value for name, value in {"loss": loss, **parts}.items()}
         for name, value in {**parts, **counts}.items():
             value = value.detach().double().reshape(())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.steps[name] += 1
 
     def close(
         self, device: torch.device, signals: Mapping[str, float]
@@ -200,14 +238,16 @@ class _Interval:
         if not losses:
             return {}, {}, heard
         totals = dict(zip(self.sums, values[len(losses) : len(tensors)], strict=True))
-        samples, tokens, slots, skipped = (totals.pop(name) for name in ("samples", "tokens", "slots", "skipped"))
+        names = ("samples", "tflops", "tokens", "slots", "skipped")
+        samples, tflops, tokens, slots, skipped = (totals.pop(name) for name in names)
         metrics = {"loss": sum(losses.values()) / len(losses)}
-        metrics |= {name: value / len(losses) / num_ranks for name, value in totals.items()}
+        metrics |= {name: value / self.steps[name] / num_ranks for name, value in totals.items()}
         return (
             metrics
             | {
                 "samples_per_second": samples / seconds,
                 "tokens_per_second": tokens / seconds,
+                "model_tflops_per_second": tflops / seconds,
                 "padding_waste": 1 - tokens / slots,
                 "skipped_samples": skipped,
                 "loader_stall": self.waited / seconds,

@@ -103,7 +103,7 @@ def laggards(beats: Mapping[int, Beat], world_size: int, *, now: float, dead_aft
             else f"rank {rank} was never heard of"
             for rank in silent
         )
-    order = ("starting", "loading", "computing", "saving")
+    order = ("starting", "loading", "computing", "validating", "saving")
     behind = min((beat.step, order.index(beat.doing)) for beat in beats.values())
     return "; ".join(
         f"rank {rank} stands at step {beat.step}, {beat.doing}, for {now - beat.since:.0f} s"

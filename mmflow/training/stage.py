@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from mmflow.artifacts import exists, local_path, read_json, write_json
+from mmflow.errors import MisuseError
 from mmflow.ingest.listing import fingerprint
+from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_mixed, open_readers
-from mmflow.loading.vocabulary import Vocabulary, learn_vocabulary
+from mmflow.loading.tokens import load_tokenizer, read_tokenizer
+from mmflow.loading.vocabulary import Texts, Vocabulary, learn_vocabulary
 from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ImageEncoderConfig, ModelConfig, TextEncoderConfig
-from mmflow.models.package import read_package
+from mmflow.models.package import read_package, read_vocabulary
 from mmflow.shards.dataset import open_dataset
-from mmflow.training.config import DistillConfig, PretrainConfig
+from mmflow.training.config import DistillConfig, PretrainConfig, ValidationConfig
+from mmflow.training.tasks import Task, tasks_of
 
 Section = PretrainConfig | DistillConfig
 # How batches are prepared, by how many workers, in what memory, and when a run stops: a remedy that an error names must
@@ -28,6 +35,7 @@ OPERATIONAL = {
         "compile",
         "max_restarts",
         "log_every_steps",
+        "peak_tflops",
         "checkpoint_every_steps",
         "checkpoint_every_minutes",
         "checkpoints",
@@ -42,23 +50,44 @@ def identity(key: str, section: Section) -> tuple[dict[str, Any], dict[str, str]
     """What of a section decides about the weights, and the fingerprints of what it names that lies elsewhere, which is
     known by its content. `key` is the recipe's, for errors."""
     settings = section.model_dump(mode="json", exclude=OPERATIONAL)
+    settings.pop("start", None)
+    settings.pop("tasks", None)
+    if settings.get("lora") is None:
+        settings.pop("lora", None)
     settings["model"]["vocabulary_size"] = section.model.vocabulary_size or VOCABULARY_SIZE
     for said in (settings["training"], settings["training"]["optimizer"]):
         for name in [name for name, unsaid in LATER.items() if name in said and said[name] == unsaid]:
             del said[name]
+    validation = settings["training"].pop("validation")
+    if validation is not None and validation["patience"] is not None:  # else it looks on
+        del validation["max_seconds"]
+        kept = section.training.checkpoints
+        validation |= {"metric": kept.best_metric, "packages_best": kept.keep_best > 0}
+        settings["training"]["validation"] = validation
     fingerprints = {}
-    if section.loader.mixture is not None:
-        datasets = section.loader.mixture.datasets
-        settings["loader"]["mixture"]["datasets"] = [each.split for each in datasets]
-        for number, each in enumerate(datasets):
-            place = f"{key}.loader.mixture.datasets.{number}.uri"
-            fingerprints[f"mixture {number}"] = open_mixed(place, each.uri).fingerprint
+    told = []
+    for task in tasks_of(key, section):
+        prefix = f"{task.name} " if task.name else ""
+        if task.dataset is not None:
+            fingerprints[f"{prefix}dataset"] = open_mixed(f"{task.key}.dataset", task.dataset).fingerprint
+        loader = task.loader.model_dump(mode="json", exclude=OPERATIONAL["loader"])
+        if task.loader.mixture is not None:
+            datasets = task.loader.mixture.datasets
+            loader["mixture"]["datasets"] = [each.split for each in datasets]
+            for number, each in enumerate(datasets):
+                place = f"{task.key}.loader.mixture.datasets.{number}.uri"
+                fingerprints[f"{prefix}mixture {number}"] = open_mixed(place, each.uri).fingerprint
+        objectives = task.objectives.model_dump(mode="json")
+        told.append({"name": task.name, "weight": task.weight, "loader": loader, "objectives": objectives})
+    settings |= {"tasks": told} if len(told) > 1 else {"loader": told[0]["loader"]}
     for side, encoder in encoders_of(section.model).items():
         if encoder.checkpoint is not None:
             settings["model"][side]["checkpoint"] = None
             directory = checkpoint_directory(f"{key}.model.{side}.checkpoint", encoder.checkpoint)
             files = sorted(path.name for path in directory.iterdir() if path.is_file())
             fingerprints[f"{side} checkpoint"] = fingerprint(str(directory), files)
+    if isinstance(section, PretrainConfig) and section.start is not None:
+        fingerprints["start"] = read_package(str(section.start.package)).digest
     if isinstance(section, DistillConfig):
         settings["teachers"] = [each.weight for each in section.teachers]
         for number, teacher in enumerate(section.teachers):
@@ -75,23 +104,39 @@ def encoders_of(model: ModelConfig) -> dict[str, ImageEncoderConfig | TextEncode
 
 def with_absolute_paths(section: Section) -> Section:
     """The section as workers can use it, whose working directory is another's."""
-    loader, model = section.loader, section.model
+    model = section.model
+    for side, encoder in encoders_of(model).items():
+        if encoder.checkpoint is not None and not encoder.checkpoint.startswith(IN_PACKAGE):
+            changed = encoder.model_copy(update={"checkpoint": _absolute(encoder.checkpoint)})
+            model = model.model_copy(update={side: changed})
+    changes: dict[str, Any] = {"loader": _with_absolute_paths(section.loader), "model": model}
+    if isinstance(section, PretrainConfig):
+        if section.start is not None:
+            changes["start"] = section.start.model_copy(update={"package": _absolute(str(section.start.package))})
+        changes["tasks"] = [
+            each.model_copy(
+                update={
+                    "dataset": None if each.dataset is None else _absolute(each.dataset),
+                    "loader": _with_absolute_paths(each.loader),
+                }
+            )
+            for each in section.tasks
+        ]
+    if isinstance(section, DistillConfig):
+        changes["teachers"] = [
+            each.model_copy(update={"package": _absolute(str(each.package))}) for each in section.teachers
+        ]
+    return section.model_copy(update=changes)
+
+
+def _with_absolute_paths(loader: LoaderConfig) -> LoaderConfig:
     if loader.mixture is not None:
         datasets = [each.model_copy(update={"uri": _absolute(each.uri)}) for each in loader.mixture.datasets]
         loader = loader.model_copy(update={"mixture": loader.mixture.model_copy(update={"datasets": datasets})})
     if loader.cache.directory is not None:
         cache = loader.cache.model_copy(update={"directory": _absolute(loader.cache.directory)})
         loader = loader.model_copy(update={"cache": cache})
-    for side, encoder in encoders_of(model).items():
-        if encoder.checkpoint is not None and not encoder.checkpoint.startswith(IN_PACKAGE):
-            changed = encoder.model_copy(update={"checkpoint": _absolute(encoder.checkpoint)})
-            model = model.model_copy(update={side: changed})
-    changes: dict[str, Any] = {"loader": loader, "model": model}
-    if isinstance(section, DistillConfig):
-        changes["teachers"] = [
-            each.model_copy(update={"package": _absolute(str(each.package))}) for each in section.teachers
-        ]
-    return section.model_copy(update=changes)
+    return loader
 
 
 def _absolute(uri: str) -> str:
@@ -100,14 +145,48 @@ def _absolute(uri: str) -> str:
 
 
 def vocabulary_of_data(key: str, section: Section, dataset: str) -> Vocabulary:
-    """The vocabulary of the dataset at a URI. Raises as `learn_vocabulary`."""
-    # Texts alone are read: no frames, no pictures.
-    readers = open_readers(section.loader.model_copy(update={"frames": 0}), open_dataset(dataset))
-    text = section.model.text
-    checkpoint = text.checkpoint if text else None
-    directory = checkpoint_directory(f"{key}.model.text.checkpoint", checkpoint) if checkpoint else None
-    size = section.model.vocabulary_size or VOCABULARY_SIZE
-    return learn_vocabulary(readers, section.loader, size, directory, key)
+    """The vocabulary of the dataset at a URI. Of a package that the model begins with the tokenizer is kept, and the
+    classes where they are all that the data has. Raises as `learn_vocabulary`."""
+    data = [
+        Texts(
+            f"{task.key}.loader",
+            # Texts alone are read: no frames, no pictures.
+            open_readers(task.loader.model_copy(update={"frames": 0}), open_dataset(task.dataset or dataset)),
+            task.loader,
+        )
+        for task in tasks_of(key, section)
+    ]
+    learnt = learn_vocabulary(data, section.model.vocabulary_size or VOCABULARY_SIZE, tokenizer_of(key, section))
+    if isinstance(section, PretrainConfig) and section.start is not None:
+        _, known = read_vocabulary(read_package(str(section.start.package)))
+        if set(learnt.classes) <= set(known):
+            return replace(learnt, classes=known)
+    return learnt
+
+
+def tokenizer_of(key: str, section: Section) -> Tokenizer | None:
+    """The tokenizer that a section's package or text checkpoint brings; None where it is to be trained on the data.
+    `key` is the recipe's, for errors. Raises as `load_tokenizer`."""
+    if isinstance(section, PretrainConfig) and section.start is not None:
+        return read_tokenizer(read_vocabulary(read_package(str(section.start.package)))[0])
+    checkpoint = section.model.text.checkpoint if section.model.text is not None else None
+    if checkpoint is None:
+        return None
+    place = f"{key}.model.text.checkpoint"
+    return load_tokenizer(checkpoint_directory(place, checkpoint), place)
+
+
+def check_held_out(key: str, tasks: Sequence[Task], dataset: str, validation: ValidationConfig | None) -> None:
+    """Raise MisuseError naming the key where a task's dataset, or the stage's own at a URI, lacks the split."""
+    if validation is None:
+        return
+    for each in tasks:
+        data = open_dataset(each.dataset or dataset)
+        if validation.split not in data.splits:
+            raise MisuseError(
+                f"{key}.training.validation.split: {data.uri} has no split {validation.split!r}; there are "
+                f"{', '.join(data.splits)}"
+            )
 
 
 def kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:

@@ -12,6 +12,7 @@ and agree. A kill at any moment leaves at worst one that does not exist yet, bes
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,11 +189,16 @@ def remove_from(store: str, step: int) -> None:
 def superfluous(
     checkpoints: Sequence[Saved], *, keep_last: int, keep_best: int, best_metric: str, highest: bool
 ) -> Iterator[Saved]:
-    """Those, newest first, that are neither among the newest nor the best; one without the metric is never the best."""
-    scored = [each for each in checkpoints if best_metric in each.facts["metrics"]]
-    scored.sort(key=lambda each: each.facts["metrics"][best_metric], reverse=highest)
+    """Those, newest first, that are neither among the newest nor the best."""
+    scored = best_first(checkpoints, best_metric, highest=highest)
     kept = {each.uri for each in (*checkpoints[:keep_last], *scored[:keep_best])}
     return (each for each in checkpoints if each.uri not in kept)
+
+
+def best_first(checkpoints: Sequence[Saved], metric: str, *, highest: bool) -> list[Saved]:
+    """Those that have a finite value of the metric."""
+    scored = [each for each in checkpoints if math.isfinite(each.facts["metrics"].get(metric, math.nan))]
+    return sorted(scored, key=lambda each: each.facts["metrics"][metric], reverse=highest)
 
 
 def remove_staging(store: str) -> None:

@@ -72,7 +72,7 @@ def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None])
     def follow() -> None:
         while not ended.wait(1.0):
             lines = list(read_journal(path))
-            last = next((line for line in reversed(lines) if "metrics" in line), None)
+            last = next((line for line in reversed(lines) if "loss" in line.get("metrics", ())), None)
             if last is not None:
                 metrics = last["metrics"]
                 note = f"loss {metrics['loss']:.3f}, {metrics['samples_per_second']:,.0f} samples/s"

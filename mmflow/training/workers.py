@@ -3,7 +3,9 @@ to go. Nothing else of training knows Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from mmflow.errors import TrainingError
@@ -12,6 +14,7 @@ from mmflow.training.job import TrainingJob, run_rank
 from mmflow.training.selfcheck import Compared, GradientCheck, compare_gradients
 
 RUN = "ray"  # Ray Train's own directory
+COLLECTIVE_TIMEOUT = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"  # which workers inherit
 COLLATERAL = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
@@ -30,8 +33,6 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
     if config.precision == "fp16":
         check_fp16(f"{job.stage}.training", accelerated)
     hung_after = 60 * config.guards.hung_after_minutes
-    # Of Ray's own exchanges between workers, which it does not limit unless told. Workers inherit it.
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(hung_after))
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"job": job},
@@ -46,7 +47,8 @@ def train_on_ray(job: TrainingJob, directory: str) -> None:
         ),
     )
     try:
-        trainer.fit()
+        with limited_exchanges(hung_after):
+            trainer.fit()
     except TrainingFailedError as error:
         raise TrainingError(f"{job.stage}: {_cause(error)}; a rerun goes on from the last checkpoint") from error
 
@@ -80,6 +82,20 @@ def compare_gradients_on_ray(
     # Not its metrics: Ray Train keeps those of a report that brings a checkpoint alone.
     found: list[Compared] = result.return_value
     return found
+
+
+@contextlib.contextmanager
+def limited_exchanges(seconds: float) -> Iterator[None]:
+    """Limit Ray's own exchanges between workers, which it does not unless the environment says so: what this process
+    was started with, or else `seconds`, for this training alone, because the next may have another limit."""
+    if COLLECTIVE_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[COLLECTIVE_TIMEOUT] = str(seconds)
+    try:
+        yield
+    finally:
+        del os.environ[COLLECTIVE_TIMEOUT]
 
 
 def _compare_on_worker(config: dict[str, GradientCheck]) -> list[Compared]:

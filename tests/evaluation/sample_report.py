@@ -152,6 +152,7 @@ def written() -> dict[str, Any]:
             }
             for place, key in enumerate(keys)
         ],
+        "by_answer": [{"answer": "circle", "questions": 12, "accuracy": 0.75}],
         "confusion": {"classes": ["circle", "square"], "counts": [[7, 2, 1], [3, 5, 0]]},
     }
 

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.answering import answer_accuracy, answering_metrics, commonest_answer, normalise_answer
+from mmflow.evaluation.answering import (
+    accuracy_by_answer,
+    answer_accuracy,
+    answering_metrics,
+    commonest_answer,
+    normalise_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +97,9 @@ def test_metrics_are_means_over_questions() -> None:
 def test_the_commonest_answer_is_counted_after_normalisation() -> None:
     assert commonest_answer([["Two", "2"], ["2.", "red"], ["red"]]) == "2"
     assert commonest_answer([]) == ""
+
+
+def test_accuracy_is_told_by_the_answer_that_most_people_gave() -> None:
+    people = [["Red"], ["red", "red", "dark"], ["two"], ["red"]]
+    assert accuracy_by_answer(["red", "dark", "2", "blue"], people, 2) == [("red", 3, 4 / 9), ("2", 1, 1.0)]
+    assert accuracy_by_answer(["red", "dark", "2", "blue"], people, 1) == [("red", 3, 4 / 9)]

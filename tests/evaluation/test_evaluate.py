@@ -67,10 +67,12 @@ def test_each_model_is_examined_in_what_it_gives() -> None:
         "matcher": set(),
         "captioner": {"captions"},
         "classifier": {"confusion"},
-        "answerer": {"answers"},
+        "answerer": {"answers", "by_answer"},
     }
     assert found["captioner"].metrics["captions"]["perplexity"] > 1
     assert len(found["answerer"].details["answers"]) == 6
+    by_answer = found["answerer"].details["by_answer"]
+    assert sum(row["questions"] for row in by_answer) == found["answerer"].metrics["answering"]["rows"]
     assert {answer["accuracy"] for answer in found["answerer"].details["answers"]} <= {0.0, 1.0, 2 / 3, 1 / 3, 0.5}
 
 

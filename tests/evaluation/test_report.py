@@ -240,6 +240,27 @@ def test_loss_that_ended_in_nan_says_so() -> None:
     assert re.search(r"loss\s+teacher NaN", text)
 
 
+def test_a_validation_is_drawn_over_the_training_s_own_curve_and_its_end_is_marked() -> None:
+    report = sample_report()
+    curves = {
+        "loss": [[0, 5.0], [10, 4.0], [20, 3.0]],
+        "validation/loss": [[10, 4.5], [20, 4.75]],
+        "validation/text_to_image/R@1": [[10, 0.5], [20, 0.25]],
+    }
+    report["training"] = {"teacher": {"stage": "pretrain", "stopped": "no better <loss>", "curves": curves}}
+    parsed = Page(render_report(report, {}))
+    drawn = [attrs for tag, attrs in parsed.elements if (attrs.get("class") or "") == "series"]
+    assert [(attrs["data-name"], attrs["data-points"]) for attrs in drawn] == [
+        ("teacher", "0,5;10,4;20,3"),
+        ("teacher, held out", "10,4.5;20,4.75"),
+        ("teacher", "10,0.5;20,0.25"),
+    ]
+    assert ["dasharray" in attrs["style"] for attrs in drawn] == [False, True, False]
+    assert re.search(r"loss\s+teacher 3(\.0+)?, held out 4\.75", parsed.text)
+    assert "validation text → image R@1" in parsed.text
+    assert parsed.text.count("no better <loss>") == 3
+
+
 def test_maps_lie_over_their_picture_and_weigh_the_captions_pieces() -> None:
     report = sample_report()
     report["looks"]["rows"] = report["looks"]["rows"][:1]
@@ -260,11 +281,18 @@ def test_maps_lie_over_their_picture_and_weigh_the_captions_pieces() -> None:
 def test_confusions_are_shares_of_their_row_and_no_answer_is_a_column_where_it_was_given() -> None:
     report = sample_report()
     parsed = Page(render_report(report, {}))
-    assert re.search(r"is, taken for circle square none circle 7 2 1 square 3 5 0", parsed.text)
+    assert re.search(r"is, taken for circle square none right circle 7 2 1 70.0% square 3 5 0 62.5%", parsed.text)
     shares = [attrs["style"] for tag, attrs in parsed.elements if tag == "td" and attrs.get("style")]
     assert shares == [f"--weight: {share}" for share in ("0.7", "0.2", "0.1", "0.375", "0.625", "0")]
     report["written"]["confusion"]["counts"] = [[7, 2, 0], [3, 5, 0]]
     assert "none" not in Page(render_report(report, {})).text[: parsed.text.index("Teacher, student")]
+
+
+def test_what_was_written_is_called_by_what_is_there() -> None:
+    report = sample_report()
+    for part, title in (("captions", "What it writes"), ("answers", "What it answers"), ("confusion", "What it takes")):
+        assert title in Page(render_report(report, {})).text
+        del report["written"][part]
 
 
 def test_missing_figure_prints_as_a_dash() -> None:

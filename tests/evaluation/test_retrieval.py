@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.retrieval import (
+from mmflow.retrieval import (
     Found,
     chance_metrics,
     find_any,

@@ -127,6 +127,7 @@ def test_several_corpora_are_sources_whose_records_keep_the_splits_they_name(
     [
         ([], r"corpus: list should have at least 1 item"),
         ([{"name": "openmoji"}, {"name": "openmoji"}], r"corpus: openmoji is named twice"),
+        ([{"name": "easy_vqa"}, {"name": "fashion_mnist"}], r"corpus: easy_vqa and fashion_mnist both name .*mixture"),
         ([{"name": "openclipart", "image_pixels": 9}], r"corpus\.0\.image_pixels: unknown key; the keys here are name"),
         ([{"name": "openmoji", "image_pixels": 9}], r"corpus\.0\.image_pixels: input should be greater than"),
         ([{"name": "openmoj"}], r"corpus\.0\.name: 'openmoj' is none of 'openmoji'"),

@@ -122,7 +122,7 @@ def test_weight_on_a_dataset_without_samples_is_refused() -> None:
 
 def test_what_another_mixture_drew_is_refused() -> None:
     segments = timeline([Stage(0, to_shares([1.0, 1.0]))], 8)
-    with pytest.raises(RecipeError, match=r"drew \[30, 10\] samples of its datasets, these weights ask for \[24, 24\]"):
+    with pytest.raises(RecipeError, match=r"drew \[30, 10\] of each, these weights ask for \[24, 24\]"):
         apportion(segments, (30, 10), 48)
 
 

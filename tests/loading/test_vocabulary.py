@@ -13,7 +13,7 @@ from mmflow.errors import CorruptArtifactError, RecipeError
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.reader import Reader
 from mmflow.loading.tokens import read_tokenizer, train_tokenizer
-from mmflow.loading.vocabulary import Vocabulary, learn_vocabulary
+from mmflow.loading.vocabulary import Texts, Vocabulary, learn_vocabulary
 from mmflow.shards.dataset import Dataset, index_uri, tar_uri
 from mmflow.shards.index import read_index
 from tests.shards.handmade import Handmade, write_dataset
@@ -29,7 +29,7 @@ def dataset_of(directory: Path, *metadata: dict[str, Any]) -> Dataset:
 
 def learn(dataset: Dataset, **loader: Any) -> Vocabulary:
     config = LoaderConfig.model_validate(loader)
-    return learn_vocabulary([Reader(dataset, "train", frames=False)], config, 200, None, "pretrain")
+    return learn_vocabulary([Texts("pretrain.loader", [Reader(dataset, "train", frames=False)], config)], 200)
 
 
 def questions(*pairs: tuple[str, list[str]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ DECODER = MODEL["decoder"]
 
 def trained(objectives: dict[str, Any], taught: tuple[str, ...] = (), **changes: Any) -> None:
     config = ModelConfig.model_validate(MODEL | {"heads": [], "decoder": None, "bias": None, "fusion": None} | changes)
-    check_trained("pretrain", config, ObjectivesConfig.model_validate(objectives), taught)
+    check_trained("pretrain", config, [ObjectivesConfig.model_validate(objectives)], taught)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pyarrow.dataset
 import pytest
+import torch
 
 from mmflow.artifacts import MANIFEST
 from mmflow.models.package import load_package, read_package
@@ -145,6 +146,35 @@ def test_a_fused_model_trains_by_several_objectives_at_once(
     assert loaded.classes == ("bar", "circle", "square")
     losses = curves(read_journal(Path(trained.file("journal.jsonl"))))
     assert {"loss", "contrastive", "matching", "masked_language", "classification"} <= losses.keys()
+
+
+def test_a_package_is_tuned_on_two_tasks_by_adapters(recipe: Recipe, report: dict[str, Any], tmp_path: Path) -> None:
+    started = read_package(Loop(recipe).committed("pretrain").file("package"))
+    fields = recipe.model_dump(mode="json") | {"distill": None}
+    fields["promote"]["candidate"] = "teacher"
+    labels = {"name": "shapes", "loader": {"label": "shape"}, "objectives": {"classification": {}}}
+    fields["pretrain"] = {
+        "start": {"package": started.uri},
+        "lora": {"rank": 2},
+        "model": {"heads": ["classes"]},
+        "tasks": [{"name": "pairs", "weight": 2}, labels],
+        "training": fields["pretrain"]["training"] | {"epochs": 1, "zero_stage": 3},
+    }
+    loop = Loop(load_recipe(write_recipe(tmp_path / "tuned.yaml", fields)))
+    loop.check()
+    trained = loop.run("pretrain")
+    assert trained.manifest["inputs"]["start"] == started.digest
+    lines = list(read_journal(Path(trained.file("journal.jsonl"))))
+    assert {"loss", "pairs/contrastive", "shapes/classification"} <= curves(lines).keys()
+    (begun,) = (line for line in lines if line.get("event") == "begun")
+    assert (begun["fresh"], begun["left_out"]) == (["heads"], [])
+    package = read_package(trained.file("package"))
+    assert package.card["lineage"]["start"] == {"package": started.uri}
+    tuned, before = (load_package(each).model.state_dict() for each in (package, started))
+    assert tuned.keys() - before.keys() == {"heads.classes.weight", "heads.classes.bias"}
+    moved = {name for name in before if not torch.equal(tuned[name], before[name])}
+    assert "text.backbone.encoder.layer.0.attention.self.query.weight" in moved
+    assert not any(name.startswith("image.") or "norm" in name.lower() for name in moved)  # convolutions, statistics
 
 
 def test_a_student_begins_with_its_teacher_s_weights_and_hears_two_teachers_from_their_cache(

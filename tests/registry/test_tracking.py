@@ -12,24 +12,15 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 from mmflow.errors import MisuseError, TrackingError
 from mmflow.registry.tracking import TrainingRun, admitted, connect, create_run, mirror, tracking_uri
+from tests.registry.mlflow_server import free_port, start_server
 
 RUN = TrainingRun(experiment="nightly", name="pretrain", identity="0123456789ab", params={"optimizer": {"lr": 1e-3}})
-SERVER = """
-import os, sys
-uri, artifacts, port = sys.argv[1:]
-os.environ |= {"_MLFLOW_SERVER_FILE_STORE": uri, "_MLFLOW_SERVER_REGISTRY_STORE": uri}
-os.environ |= {"_MLFLOW_SERVER_ARTIFACT_ROOT": artifacts, "MLFLOW_DISABLE_TELEMETRY": "true"}
-from werkzeug.serving import run_simple
-from mlflow.server import app
-run_simple("127.0.0.1", int(port), app, threaded=True)
-"""
 DRIVER = """
 import sys, time
 from pathlib import Path
@@ -77,25 +68,9 @@ def stored(database: Path, name: str) -> list[tuple[int, float]]:
     return [(int(step), float(value)) for step, value in rows]
 
 
-def start_server(database: Path, port: int, *, wait: bool = True) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", SERVER, f"sqlite:///{database}", str(database.parent / "artifacts"), str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while wait:
-        assert process.poll() is None, "the server ended"
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-        except OSError:
-            time.sleep(0.1)
-        else:
-            wait = False
-    return process
-
-
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    return free_port()
 
 
 def test_server_killed_in_mid_stream_costs_no_point_and_no_time(database, port, tmp_path, caplog):

@@ -128,6 +128,32 @@ def test_captions_are_found_where_writers_put_them(tmp_path: Path) -> None:
     assert dataset.index(dataset.shards("train")[0])["license"].to_pylist().count("PD") == 1
 
 
+def test_pictures_without_a_caption_are_samples_where_none_is_required(tmp_path: Path) -> None:
+    questions = {"questions": [{"question": "what colour is it", "answers": ["red"]}]}
+    members = [
+        *good(1),
+        ("classes.jpg", JPEG),
+        ("classes.json", b'{"label": "shoe"}'),
+        ("ours.jpg", JPEG),
+        ("ours.txt", b""),
+        ("ours.json", json.dumps({"captions": [], "metadata": questions}).encode()),
+        ("alone.jpg", JPEG),
+        ("no-image.txt", b"text"),
+    ]
+    tar = write(tmp_path / "a.tar", members)
+    dataset = adopted(tmp_path / "dataset", tar, captions_required=False)
+    assert {sample.key: (len(sample.captions), sample.metadata) for sample in Reader(dataset, "train")} == {
+        "000000": (1, {"url": "a/0"}),
+        "classes": (0, {"label": "shoe"}),
+        "ours": (0, questions),
+        "alone": (0, {}),
+    }
+    assert rejected(dataset) == {"no-image": "image_missing"}
+    assert dataset.index(dataset.shards("train")[0])["caption_tokens"].to_pylist()[1:] == [0, 0, 0]
+    with pytest.raises(MisuseError, match="other tars or settings"):
+        adopt(dataset.uri, [str(tar)])
+
+
 def test_what_cannot_be_trained_on_goes_to_quarantine_and_its_neighbours_stay(tmp_path: Path) -> None:
     bad = {
         "no-image": [("txt", b"text")],

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmflow.artifacts import write_json
 from mmflow.errors import MmflowError
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
@@ -31,6 +32,8 @@ from mmflow.training import job as training_job
 from mmflow.training.config import TrainingConfig
 from mmflow.training.job import TrainingJob, run_rank
 from mmflow.training.store import saved_checkpoints
+from mmflow.training.tasks import Task
+from tests.tiny import SMALLEST_MODEL
 
 BATCH, EPOCHS, EVERY = 5, 2, 4  # a batch that neither two nor three ranks divide
 VICTIM = "key-11"  # of shard 00001
@@ -55,6 +58,23 @@ MODEL = ModelConfig.model_validate(
     }
 )
 
+# With both, and a matrix of which ZeRO-3 leaves a rank its part.
+UNSTEADY = ModelConfig.model_validate(
+    {
+        **SMALLEST_MODEL,
+        "text": {
+            "type": "bert",
+            "options": {
+                **OPTIONS,
+                "hidden_size": 320,
+                "intermediate_size": 320,
+                "hidden_dropout_prob": 0.3,
+                "max_position_embeddings": 16,
+            },
+        },
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -63,11 +83,14 @@ class Training:
     name: str  # its directory
     dataset: str
     tokenizer: str  # a file
+    tasks: tuple[str, ...] = ()  # several of these names, all alike
+    unsteady: bool = False  # a model whose random state and batches' statistics matter
     training: dict[str, Any] = field(default_factory=dict)
     checkpoints: str | None = None  # elsewhere than in its directory
     die: tuple[int, int] | None = None  # the rank, and the step at which it kills itself
     die_while_saving: tuple[int, int] | None = None  # the rank, and which rename of its files it does not survive
     sleep: tuple[int, int] | None = None  # the rank, and the step before which it sleeps
+    halts: tuple[int, ...] = ()  # steps before which all ranks wait, once, until they are let go or are no more
     poison: str | None = None  # "loss", "gradient" or "spike", of every batch with the victim in it
 
 
@@ -76,8 +99,8 @@ class Poisoned(Learner):
 
     poison: str | None = None
 
-    def forward(self, batch: Batch, step: int, *more: Any) -> tuple[Tensor, Parts]:
-        loss, parts = super().forward(batch, step, *more)
+    def forward(self, batch: Batch, step: int, *more: Any, **options: Any) -> tuple[Tensor, Parts]:
+        loss, parts = super().forward(batch, step, *more, **options)
         if VICTIM in batch.keys:
             if self.poison == "loss":
                 loss = loss * float("nan")
@@ -101,9 +124,13 @@ def job_of(plan: Training, directory: Path) -> TrainingJob:
         stage="pretrain",
         dataset=plan.dataset,
         tokenizer_json=Path(plan.tokenizer).read_text(),
-        model=MODEL,
+        model=UNSTEADY if plan.unsteady else MODEL,
         loader=LoaderConfig(),
         objectives=ObjectivesConfig(),
+        several=tuple(
+            Task(key=f"pretrain.tasks.{number}", name=name, loader=LoaderConfig(), objectives=ObjectivesConfig())
+            for number, name in enumerate(plan.tasks)
+        ),
         training=TrainingConfig.model_validate(fields | plan.training),
         seed=3,
         package=str(here / "package"),
@@ -112,51 +139,70 @@ def job_of(plan: Training, directory: Path) -> TrainingJob:
     )
 
 
-def run(plan: Training, directory: Path) -> str:
-    """What the training ended with: "", or the error."""
+def run(plan: Training, directory: Path, preempted: Callable[[], bool] = lambda: False) -> None:
+    """The training, whose rank meets what it is told to. Raises what the training does."""
     here = directory / plan.name
-    here.mkdir(exist_ok=True)
     Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
         job = job_of(plan, directory)
-        training_job.train = watched(plan, seen.write, job.checkpoints)
+        training_job.train = watched(plan, job, here, seen.write)
         os.replace = dying_replace(plan)
         try:
-            run_rank(job)
-        except MmflowError as error:
-            return str(error)
+            run_rank(job, preempted)
         finally:
             os.replace, training_job.train = REPLACE, TRAIN
-    return ""
 
 
 TRAIN, REPLACE = training_job.train, os.replace
 
 
-def watched(plan: Training, write: Callable[[str], Any], checkpoints: str) -> Callable[..., None]:
+def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str], Any]) -> Callable[..., int]:
     """The loop over batches that are written down, and in which this rank meets its fate."""
+    halts = [step for step in plan.halts if not any(here.glob(halted(step, "*")))]
 
-    def train(engine: Any, source: Iterator[Batch], *, first_step: int, **settings: Any) -> None:
+    def train(engine: Any, source: Iterator[Batch], *, first_step: int, **settings: Any) -> int:
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(source, first_step + 1):
                 if plan.die == (dist.get_rank(), step):
-                    wait_for_checkpoint(checkpoints, (step - 1) // EVERY * EVERY)
+                    wait_for_checkpoint(job, step)
                     os.kill(os.getpid(), signal.SIGKILL)
                 if plan.sleep == (dist.get_rank(), step):
                     time.sleep(3600)
+                if step in halts:
+                    wait_for_checkpoint(job, step)
+                    halt(here, step)
                 keys = [key for key, real in zip(batch.keys, batch.real.tolist(), strict=True) if real]
                 write(json.dumps({"step": step, "keys": keys}) + "\n")
                 yield batch
 
-        TRAIN(engine, batches(), first_step=first_step, **settings)
+        return TRAIN(engine, batches(), first_step=first_step, **settings)
 
     return train
 
 
-def wait_for_checkpoint(checkpoints: str, step: int) -> None:
-    """It is brought to its place while the training goes on."""
+def halted(step: int, rank: int | str) -> str:
+    """The file in which a rank says that it has come to a step."""
+    return f"halted-{step}-{rank}.json"
+
+
+def let_go(step: int) -> str:
+    """The file that lets all ranks go on."""
+    return f"let-go-{step}"
+
+
+def halt(here: Path, step: int) -> None:
+    """Say which process has come to a step, and wait."""
+    write_json(str(here / halted(step, dist.get_rank())), {"process": os.getpid(), "raylet": os.getppid()})
+    while not (here / let_go(step)).exists():
+        time.sleep(0.02)
+
+
+def wait_for_checkpoint(job: TrainingJob, step: int) -> None:
+    """The last one before a step is brought to its place while the training goes on."""
+    every = job.training.checkpoint_every_steps
+    last = (step - 1) // every * every
     for _ in range(1000):
-        if any(each.step == step for each in saved_checkpoints(checkpoints)):
+        if last == 0 or any(each.step == last for each in saved_checkpoints(job.checkpoints)):
             return
         time.sleep(0.05)
 
@@ -189,8 +235,13 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
     for fields in plans:
         pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-        said = run(Training(**pairs), directory)
-        (directory / fields["name"] / f"said-{rank}.txt").write_text(said)
+        (directory / fields["name"]).mkdir(exist_ok=True)
+        said = directory / fields["name"] / f"said-{rank}.txt"
+        try:
+            run(Training(**pairs), directory)
+            said.write_text("")
+        except MmflowError as error:
+            said.write_text(str(error))
     dist.destroy_process_group()
 
 

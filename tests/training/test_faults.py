@@ -3,143 +3,34 @@ disks, samples that give no number, ranks that do not come."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
+import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mmflow.shards.dataset import Dataset
 from mmflow.training.store import saved_checkpoints
 from mmflow.training.telemetry import read_journal
-from tests.shards.handmade import Handmade, write_dataset
-from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY, VICTIM
-from tests.training.tiny_training import cut
+from tests.training.faulty_ranks import EPOCHS, VICTIM
+from tests.training.tiny_training import cut, turn
+from tests.training.trainings import (
+    LAST_SAVED,
+    SAMPLES,
+    STAGES,
+    STEPS,
+    Trainings,
+    assert_each_sample_once_an_epoch,
+    largest_difference,
+)
 
 pytestmark = pytest.mark.timeout(1200)  # fixtures run many trainings in turn, which a loaded machine takes long over
 
-ROOT = Path(__file__).parents[2]
-SAMPLES = (9, 14, 8)  # of each shard
-STEPS_PER_EPOCH = -(-sum(SAMPLES) // BATCH)
-STEPS = EPOCHS * STEPS_PER_EPOCH
-LAST_SAVED = (STEPS - 1) // EVERY * EVERY
-KILLED_AT = 10
-STAGES = (1, 2, 3)
 each_stage = pytest.mark.parametrize("stage", STAGES)
-
-
-class Trainings:
-    """A directory with a dataset, and the trainings of it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.runs = 0
-        self.dataset = dataset_in(directory)
-        self.tokenizer = directory / "tokenizer.json"
-        words = [f"picture-{number}" for number in range(sum(SAMPLES))]
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        tokenizer = Tokenizer(
-            models.WordLevel({word: id for id, word in enumerate(special + words)}, unk_token="[UNK]")
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.add_special_tokens(special)
-        tokenizer.save(str(self.tokenizer))
-
-    def run(self, num_ranks: int, *plans: dict[str, Any], dies: bool = False, exchange_seconds: float = 60) -> None:
-        """Go through the trainings; with `dies`, rank 0 ends before they do, and the others are not waited for long."""
-        self.runs += 1
-        shared = {"dataset": self.dataset.uri, "tokenizer": str(self.tokenizer)}
-        text = json.dumps([{**shared, **plan} for plan in plans])
-        environment = {
-            **os.environ,
-            "RENDEZVOUS": f"rendezvous-{self.runs}",
-            "EXCHANGE_SECONDS": str(exchange_seconds),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.training.faulty_ranks"]
-        logs = [self.directory / f"log-{self.runs}-{rank}" for rank in range(num_ranks)]
-        ranks = []
-        for rank, log in enumerate(logs):
-            arguments = [*command, str(rank), str(num_ranks), str(self.directory), text]
-            with log.open("w") as stream:
-                ranks.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
-        try:
-            codes = [ranks[0].wait(timeout=900)]
-            with contextlib.suppress(subprocess.TimeoutExpired) if dies else contextlib.nullcontext():
-                codes += [rank.wait(timeout=exchange_seconds + 10 if dies else 900) for rank in ranks[1:]]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        if not dies:
-            assert codes == [0] * num_ranks, "\n".join(log.read_text()[-3000:] for log in logs)
-
-    def copy(self, source: str, target: str, *, without: tuple[str, ...] = ("package",)) -> Path:
-        """Another training that has come as far."""
-        shutil.copytree(self.directory / source, self.directory / target, ignore=shutil.ignore_patterns(*without))
-        return self.directory / target
-
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.directory / name / "package" / "model.safetensors")
-
-    def said(self, name: str, rank: int = 0) -> str:
-        return (self.directory / name / f"said-{rank}.txt").read_text()
-
-    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
-        return [line for line in read_journal(self.directory / name / "journal.jsonl") if line.get("event") == kind]
-
-    def seen(self, name: str) -> dict[int, list[str]]:
-        """Step → keys over all ranks and every time that the step was taken."""
-        found: dict[int, list[str]] = {}
-        for path in sorted((self.directory / name).glob("seen-*.jsonl")):
-            for line in map(json.loads, path.read_text().splitlines()):
-                found.setdefault(line["step"], []).extend(line["keys"])
-        return found
-
-
-def dataset_in(directory: Path) -> Dataset:
-    shards, number = [], 0
-    for samples in SAMPLES:
-        rows = [
-            Handmade(key=f"key-{each}", captions=[{"language": "en", "text": f"picture-{each}"}], size=(24, 24))
-            for each in range(number, number + samples)
-        ]
-        shards.append(("train", rows))
-        number += samples
-    return write_dataset(directory / "dataset", shards)
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """A key's bias has no gradient by its mathematics, and Adam steps along the sign of its rounding error."""
-    assert one.keys() == other.keys()
-    return max(
-        float((one[name] - other[name]).abs().max()) for name in one if not name.endswith(("key.bias", "k_proj.bias"))
-    )
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture(scope="module")
-def trainings(place: Trainings) -> Trainings:
-    """Trained on two ranks at each stage without a fault, and to the death of one of them."""
-    keep = {"checkpoints": {"keep_last": 9}}
-    plans = [{"name": f"straight-{stage}", "training": {"zero_stage": stage, **keep}} for stage in STAGES]
-    killed = {"name": "killed", "training": {"zero_stage": 2, **keep}, "die": [1, KILLED_AT]}
-    place.run(2, *plans, killed, dies=True)
-    assert [place.said(f"straight-{stage}") for stage in STAGES] == ["", "", ""]
-    return place
+AGAIN = ("again-2", "damaged", "turned", "half")
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +51,11 @@ def same(trainings: Trainings) -> Trainings:
     trainings.copy("killed", "again-2")
     damaged = trainings.copy("killed", "damaged")
     cut(next((damaged / "checkpoints" / "step-00000008").rglob("zero_pp_rank_1*optim_states.pt")))
+    turned = trainings.copy("killed", "turned")
+    turn(next((turned / "checkpoints" / "step-00000008").rglob("zero_pp_rank_0*optim_states.pt")))
     half = trainings.copy("killed", "half")
     (half / "checkpoints" / "step-00000008" / "part-1.json").unlink()
-    trainings.run(2, *({"name": name, "training": {"zero_stage": 2}} for name in ("again-2", "damaged", "half")))
+    trainings.run(2, *({"name": name, "training": {"zero_stage": 2}} for name in AGAIN))
     return trainings
 
 
@@ -172,17 +65,24 @@ def test_a_killed_rank_leaves_checkpoints_and_no_package(trainings: Trainings) -
     assert not (trainings.directory / "killed" / "package").exists()
 
 
-@pytest.mark.parametrize("name", ["again-2", "damaged", "half"])
+@pytest.mark.parametrize("name", AGAIN)
 def test_a_restart_on_as_many_ranks_is_bit_equal_to_no_restart(same: Trainings, name: str) -> None:
     expected, found = same.weights("straight-2"), same.weights(name)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert [line["step"] for line in same.events(name, "started")] == [0, 8 if name == "again-2" else 4]
 
 
-def test_a_checkpoint_that_was_cut_short_is_refused_on_every_rank_and_named(same: Trainings) -> None:
-    (refused,) = same.events("damaged", "refused")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("damaged", r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: \d+ bytes, \d+ were written"),
+        ("turned", r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: not the bytes that were written"),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_is_refused_on_every_rank_and_named(same: Trainings, name: str, said: str) -> None:
+    (refused,) = same.events(name, "refused")
     assert refused["step"] == 8
-    assert "zero_pp_rank_1_mp_rank_00_optim_states.pt" in refused["reason"]
+    assert re.search(said, refused["reason"])
     assert same.events("half", "refused") == []  # what its ranks did not all finish was never there
 
 
@@ -200,18 +100,16 @@ def test_a_restart_on_another_number_of_ranks_ends_at_the_same_weights(
 
 @pytest.mark.parametrize("name", ["straight-2", "again-2"])
 def test_every_sample_is_seen_once_an_epoch(same: Trainings, name: str) -> None:
-    everything = sorted(f"key-{number}" for number in range(sum(SAMPLES)))
     seen = same.seen(name)
-    for epoch in range(EPOCHS):
-        steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
-        assert sorted({key for step in steps for key in seen[step]}) == everything
+    assert_each_sample_once_an_epoch(seen)
     if name == "straight-2":
-        assert sum(len(keys) for keys in seen.values()) == EPOCHS * len(everything)
+        assert sum(len(keys) for keys in seen.values()) == EPOCHS * sum(SAMPLES)
 
 
 # --- numbers that are none ------------------------------------------------------------------------------------------
 
 POISONED_STAGES = (0, 1, 2, 3)
+SPIKE = {"on_nonfinite": "stop", "spike_window": 10, "spike_deviations": 20}
 
 
 def guarded(name: str, stage: int, poison: str, **guards: Any) -> dict[str, Any]:
@@ -225,12 +123,11 @@ def poisoned(place: Trainings) -> Trainings:
         for stage in POISONED_STAGES
         for policy, kind in (("skip", "loss"), ("skip", "gradient"), ("rewind", "loss"), ("rewind", "gradient"))
     ]
-    spike = {"on_nonfinite": "stop", "spike_window": 10, "spike_deviations": 20}
     plans += [
         guarded("stop", 2, "loss"),
-        guarded("spike-rewind", 2, "spike", on_spike="rewind", **spike),
-        guarded("spike-record", 2, "spike", on_spike="record", **spike),
-        guarded("spike-enough", 2, "spike", on_spike="rewind", max_rewinds=0, **spike),
+        guarded("spike-rewind", 2, "spike", on_spike="rewind", **SPIKE),
+        guarded("spike-record", 2, "spike", on_spike="record", **SPIKE),
+        guarded("spike-enough", 2, "spike", on_spike="rewind", max_rewinds=0, **SPIKE),
     ]
     place.run(1, *plans)
     return place
@@ -292,6 +189,19 @@ def test_a_spike_is_gone_past_or_recorded_or_enough(poisoned: Trainings) -> None
     assert poisoned.said("spike-enough").startswith(f"step {step}: the loss is ")
 
 
+def test_a_restart_knows_what_the_training_went_back_for(poisoned: Trainings) -> None:
+    (rewound,) = poisoned.events("spike-rewind", "rewound")
+    here = poisoned.copy("spike-rewind", "remembered")
+    for saved in saved_checkpoints(str(here / "checkpoints")):
+        if saved.step > rewound["step"]:
+            shutil.rmtree(saved.uri)
+    poisoned.run(1, guarded("remembered", 2, "spike", on_spike="rewind", **SPIKE))
+    assert poisoned.events("remembered", "started")[-1]["step"] == rewound["step"]
+    assert poisoned.events("remembered", "rewound") == [rewound]
+    expected, found = poisoned.weights("spike-rewind"), poisoned.weights("remembered")
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
 # --- room, and ranks that do not come -------------------------------------------------------------------------------
 
 
@@ -332,34 +242,6 @@ def test_a_rank_that_does_not_come_is_named(place: Trainings) -> None:
     (hung,) = place.events("hung", "hung")
     assert hung["reason"].startswith("rank 1 stands at step 3, loading, for ")
     assert "rank 1 stands at step 3, loading" in place.said("hung")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@each_stage
-def test_a_lost_node_shrinks_the_group_and_a_new_one_grows_it(trainings: Trainings, stage: int) -> None:
-    epochs = 200
-    training = {
-        "zero_stage": stage,
-        "epochs": epochs,
-        "checkpoint_every_steps": 50,
-        "num_workers": [1, 2],
-        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 2},
-    }
-    plan = {"dataset": trainings.dataset.uri, "tokenizer": str(trainings.tokenizer), "name": f"nodes-{stage}"}
-    step = random.Random(stage).randint(100, 300)
-    command = [sys.executable, "-m", "tests.training.losing_nodes", str(trainings.directory)]
-    command += [json.dumps({**plan, "training": training}), str(step)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1000)
-    assert done.returncode == 0, done.stderr[-3000:]
-    started = trainings.events(plan["name"], "started")
-    assert [line["workers"] for line in started[:2]] == [2, 1]
-    assert started[1]["step"] >= step - 50
-    lines = list(read_journal(trainings.directory / plan["name"] / "journal.jsonl"))
-    assert max(line["step"] for line in lines) == epochs * STEPS_PER_EPOCH
-    trainings.run(1, {"name": f"alone-{stage}", "training": {**training, "num_workers": 1}})
-    expected, found = trainings.weights(f"alone-{stage}"), trainings.weights(plan["name"])
-    assert largest_difference(expected, found) < 1e-4
 
 
 @pytest.mark.slow

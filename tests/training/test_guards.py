@@ -74,7 +74,7 @@ def test_policies() -> None:
         guards(on_spike="rewind").act(spike, "")
 
 
-def test_rewinds_are_bounded_and_known_to_the_next_checkpoint() -> None:
+def test_rewinds_are_bounded_and_known_to_a_restart() -> None:
     found = guards(on_spike="rewind", on_nonfinite="rewind", max_rewinds=2)
     found.rewound(Trouble("spike", (9, 10), "high"))
     assert found.passed_over == {8, 9, 10}

@@ -17,6 +17,7 @@ from tests.training.tiny_training import (
     BATCH,
     CHECKPOINT_EVERY,
     DAMAGES,
+    DROPPING_STAGES,
     LOG_EVERY,
     STORE,
     TOTAL_STEPS,
@@ -43,7 +44,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, damage in DAMAGES.items():
         shutil.copytree(directory / "straight-2" / STORE, directory / name / STORE)
         damage(directory / name / STORE)
-    perform("resumed", "damaged", "poisoned", "bf16", directory=directory)
+    perform("resumed", "damaged", "poisoned", "dropped", "bf16", directory=directory)
     return directory
 
 
@@ -128,6 +129,15 @@ def test_learning_rate_warms_up_and_decays(directory: Path) -> None:
     rates = dict(curves(read_journal(directory / "straight-2" / "journal.jsonl"))["learning_rate"])
     assert rates[LOG_EVERY] == pytest.approx(0.01)
     assert list(rates.values()) == sorted(rates.values(), reverse=True)
+
+
+@pytest.mark.parametrize("zero_stage", DROPPING_STAGES)
+def test_a_step_that_deepspeed_drops_counts_in_the_schedule(directory: Path, zero_stage: int) -> None:
+    straight, dropped = (
+        curves(read_journal(directory / f"{name}-{zero_stage}" / "journal.jsonl")) for name in ("straight", "dropped")
+    )
+    assert [skipped for _, skipped in dropped["skipped_steps"]] == [1.0] * len(straight["loss"])
+    assert dropped["learning_rate"] == straight["learning_rate"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

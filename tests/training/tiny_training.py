@@ -33,6 +33,7 @@ from mmflow.training.telemetry import Journal
 from tests.tiny import SMALLEST_MODEL
 
 ZERO_STAGES = (0, 1, 2, 3)
+DROPPING_STAGES = (1, 2)  # ZeRO 3 looks in fp16 alone
 TOTAL_STEPS, CHECKPOINT_EVERY, LOG_EVERY = 8, 4, 3
 BATCH, STEPS_PER_EPOCH, VOCABULARY = 6, 5, 40
 START = LoaderState()
@@ -58,8 +59,8 @@ class Poisoned(Learner):
 
     poison: str | None = None
 
-    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Parts]:
-        loss, parts = super().forward(batch, step)
+    def forward(self, batch: Batch, step: int, *more: Any, **options: Any) -> tuple[Tensor, Parts]:
+        loss, parts = super().forward(batch, step, *more, **options)
         if self.poison == "loss" and step == 2:
             loss = loss * float("nan")
         if self.poison == "gradient" and step == 3:
@@ -217,6 +218,14 @@ def poisoned(directory: Path) -> None:
     torch.save(found, directory / "found.pt")
 
 
+def dropped(directory: Path) -> None:
+    """A step that DeepSpeed drops for its gradients, as it does in fp16, which is for accelerators."""
+    for zero_stage in DROPPING_STAGES:
+        engine = engine_of(zero_stage, poison="gradient")
+        engine.optimizer.check_grad_overflow = True
+        run(engine, directory / f"dropped-{zero_stage}")
+
+
 def bf16(directory: Path) -> None:
     """Half precision at each ZeRO stage."""
     for zero_stage in ZERO_STAGES:
@@ -233,7 +242,7 @@ def main() -> None:
     os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for act in acts:
-        {each.__name__: each for each in (straight, resumed, damaged, poisoned, bf16)}[act](Path(directory))
+        {each.__name__: each for each in (straight, resumed, damaged, poisoned, dropped, bf16)}[act](Path(directory))
     dist.destroy_process_group()
 
 

@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.tiled import dense_loss, loss_in_strips
 
 WARM_STEPS, STEPS = 5, 20
-COUNTED_ROWS = 8  # of the batch whose arithmetic is counted
 LONGEST_SEARCH = 8  # doublings
 VOCABULARY, TOKENS = 49_408, 77
-# Dense bf16 operations a second, by what the device calls itself: its maker's data sheets.
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 SIZES: dict[str, dict[str, Any]] = {
     "vit_b_16": {
         "image": {"type": "vit", "options": {"patch_size": 16}, "pooling": "first"},
@@ -52,12 +48,14 @@ def training_steps(size: str, batch: int, compiled: bool) -> dict[str, float | N
     """Samples a second of whole steps with a DeepSpeed engine, and the share that they make of the GPU's peak."""
     from mmflow.training.descent import descend
     from mmflow.training.engine import compile_parts
+    from mmflow.training.hardware import peak_flops, training_flops
 
     learner = _learner(size)
     if compiled:
         compile_parts(learner.model)
     engine = _engine(learner, batch)
     given = _batch(size, batch, engine.device)
+    flops = training_flops(engine, given)
     for step in range(WARM_STEPS + STEPS):
         if step == WARM_STEPS:
             _wait(engine.device)
@@ -66,19 +64,9 @@ def training_steps(size: str, batch: int, compiled: bool) -> dict[str, float | N
         engine.step()
     _wait(engine.device)
     rate = batch * STEPS / (time.perf_counter() - began)
-    peak = _peak(engine.device)
+    peak = peak_flops(engine.device, "bf16")
     dist.destroy_process_group()
-    return {"samples_per_second": rate, "share_of_peak": rate * operations(size) / peak if peak else None}
-
-
-def operations(size: str) -> float:
-    """Of one sample's forward and backward pass: what the model asks for, not what is computed again."""
-    device = _device()
-    learner = _learner(size).to(device)
-    given = _batch(size, COUNTED_ROWS, device)
-    with FlopCounterMode(display=False) as counter:
-        learner(given, 1)[0].backward()
-    return counter.get_total_flops() / COUNTED_ROWS
+    return {"samples_per_second": rate, "share_of_peak": rate * flops / peak if peak else None}
 
 
 def fits(size: str, batch: int, checkpointed: bool) -> bool:
@@ -175,12 +163,6 @@ def _batch(size: str, rows: int, device: torch.device) -> Any:
         real=torch.ones(rows, dtype=torch.bool, device=device),
         state=LoaderState(),
     )
-
-
-def _peak(device: torch.device) -> float | None:
-    """Operations a second that the GPU's maker promises; None where nobody here knows."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK.items() if part in name), None)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,107 @@
+"""Adapters go into every kind of part, change nothing at first, and merged compute what they computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmflow.models.config import LoraConfig, ModelConfig
+from mmflow.models.lora import adapt, adapter_count, merged
+from mmflow.models.model import Model, build
+from tests.tiny import SMALLEST_MODEL
+
+OPTIONS = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+VIT = {"type": "vit", "options": {**OPTIONS, "patch_size": 8}}
+LORA = LoraConfig(rank=2, alpha=3.0)
+FUSIONS = ("concatenation", "gated", "cross_attention", "both_directions", "co_attention", "single_stream")
+
+
+def fused(kind: str) -> dict[str, Any]:
+    attends = {} if kind in ("concatenation", "gated") else {"layers": 1, "heads": 2}
+    return {"image": VIT, "fusion": {"kind": kind, "width": 8, **attends}, "heads": ["matching"]}
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "vit and bert": {"image": VIT},
+    "clip": {
+        "image": {"type": "clip_vision_model", "options": {**OPTIONS, "patch_size": 8}, "pooling": "pooler"},
+        "text": {"type": "clip_text_model", "options": {**OPTIONS, "max_position_embeddings": 16}, "pooling": "pooler"},
+    },
+    "siglip's pooler": {
+        "image": {"type": "siglip_vision_model", "options": {**OPTIONS, "patch_size": 8}, "pooling": "pooler"}
+    },
+    "decoder": {"image": VIT, "decoder": {"width": 8, "layers": 1, "heads": 2}},
+    **{kind: fused(kind) for kind in FUSIONS},
+}
+
+
+def model_of(name: str) -> Model:
+    config = ModelConfig.model_validate(SMALLEST_MODEL | MODELS[name])
+    return build("pretrain.model", config, 64, seed=1).eval()
+
+
+@torch.no_grad()
+def outputs(model: Model) -> list[Tensor]:
+    """All that the model can compute of two pictures and texts."""
+    random = torch.Generator().manual_seed(2)
+    pixels = torch.randn(2, 3, 16, 16, generator=random)
+    ids, mask = torch.randint(5, 64, (2, 6), generator=random), torch.ones(2, 6, dtype=torch.int64)
+    image, text = model.encode_image(pixels), model.encode_text(ids, mask)
+    found = [model.embed_image(image), model.embed_text(text)]
+    if model.fusion is not None:
+        found.append(model.matching_logits(model.fuse(image, text)))
+    if model.decoder is not None:
+        found.append(model.decode(model.memory(image), ids))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_merged_model_computes_what_the_adapted_one_does(name: str) -> None:
+    plain, adapted = model_of(name), model_of(name)
+    before = outputs(plain)
+    adapt("pretrain.lora", adapted, LORA, [], seed=1)
+    adapted.eval()
+    torch.testing.assert_close(outputs(adapted), before)
+    with torch.no_grad():
+        for parameter_name, parameter in adapted.named_parameters():
+            if ".lora_B." in parameter_name:
+                parameter.normal_()
+    after = outputs(adapted)
+    plain.load_state_dict(merged(adapted.state_dict(), LORA))
+    for one, other, old in zip(outputs(plain), after, before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(one, old, atol=1e-3)
+    parts = {each.split(".")[0] for each, parameter in adapted.named_parameters() if ".lora_" in each}
+    assert parts == {"image", "text"} | {part for part in ("fusion", "decoder") if part in MODELS[name]}
+    assert adapter_count(adapted) == sum(each.numel() for each in adapted.parameters()) - sum(
+        each.numel() for each in plain.parameters()
+    )
+
+
+@pytest.mark.parametrize(("fresh", "named"), [(["fusion"], None), ([], ["fusion"])])
+def test_what_is_frozen_gets_no_adapter_and_what_is_fresh_or_named_is_trained_in_full(
+    fresh: list[str], named: list[str] | None
+) -> None:
+    model = model_of("cross_attention")
+    for parameter in model.image.parameters():
+        parameter.requires_grad_(False)
+    adapt("pretrain.lora", model, LORA.model_copy(update={"trained": named}), fresh, seed=1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith("image.") for name in trained)
+    assert all(".lora_" in name for name in trained if name.startswith("text."))
+    fusion = {name for name, _ in model.named_parameters() if name.startswith("fusion.")}
+    assert fusion <= trained
+    assert not any(".lora_" in name for name in fusion)
+
+
+def test_running_statistics_stay_as_they_are() -> None:
+    config = ModelConfig.model_validate(SMALLEST_MODEL)
+    model = build("pretrain.model", config, 64, seed=1)
+    adapt("pretrain.lora", model, LORA, [], seed=1)
+    model.train()
+    before = {name: each.clone() for name, each in model.named_buffers()}
+    model.encode_image(torch.randn(4, 3, 16, 16))
+    assert [name for name, each in model.named_buffers() if not torch.equal(each, before[name])] == []

@@ -1,0 +1,174 @@
+"""A training that begins with a package: what it takes of it, what it begins anew, and what it refuses beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from mmflow.errors import RecipeError
+from mmflow.loading.tokens import train_tokenizer
+from mmflow.models.config import ModelConfig
+from mmflow.models.encoders import parameter_count
+from mmflow.models.model import Model, build
+from mmflow.models.package import Package, read_package, weight_shapes, write_package
+from mmflow.models.start import begin
+from mmflow.recipe import Recipe, load_recipe
+from mmflow.registry import versions
+from mmflow.stages import Loop, started
+from mmflow.training.check import check_training
+from mmflow.training.stage import identity, tokenizer_of
+from tests.tiny import SMALLEST_MODEL, tiny_fields, write_recipe
+
+FUSION = {"kind": "cross_attention", "width": 8, "layers": 1, "heads": 2}
+CLASSES = ("bar", "circle", "square")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["red circle", "green square", "blue bar"], 64)
+
+
+def model_of(tokenizer: Tokenizer, seed: int, num_classes: int = 3, **changes: Any) -> Model:
+    config = ModelConfig.model_validate(SMALLEST_MODEL | changes)
+    return build("pretrain.model", config, tokenizer.get_vocab_size(), seed=seed, num_classes=num_classes)
+
+
+def package_of(directory: Path, tokenizer: Tokenizer, seed: int = 1, **changes: Any) -> Package:
+    model = model_of(tokenizer, seed, **changes)
+    return write_package(
+        str(directory),
+        state=model.state_dict(),
+        config=ModelConfig.model_validate(SMALLEST_MODEL | changes),
+        tokenizer_json=tokenizer.to_str(),
+        parameters=parameter_count(model),
+        lineage={},
+        classes=CLASSES if "classes" in changes.get("heads", ()) else (),
+    )
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Package:
+    """A dual encoder that also classifies."""
+    return package_of(tmp_path_factory.mktemp("package") / "dual", tokenizer, heads=["classes"])
+
+
+def recipe_of(directory: Path, package: Package, **pretrain: Any) -> Recipe:
+    fields: dict[str, Any] = tiny_fields(directory / "workspace", "records.jsonl") | {"distill": None}
+    fields["promote"]["candidate"] = "teacher"
+    loader, objectives = {"label": "shape"}, {"contrastive": {}, "classification": {}}
+    section = {"start": {"package": package.uri}, "loader": loader, "objectives": objectives}
+    return load_recipe(write_recipe(directory / "recipe.yaml", fields | {"pretrain": section | pretrain}))
+
+
+def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tokenizer: Tokenizer) -> None:
+    theirs = model_of(tokenizer, 1, heads=["classes"]).state_dict()
+    model = model_of(tokenizer, 2, embedding_width=None, heads=["classes", "masked_language"])
+    drawn = {name: each.clone() for name, each in model.state_dict().items()}
+    begun = begin("pretrain.start", model, package, CLASSES)
+    assert begun.fresh == ("heads.masked_language",)
+    assert set(begun.left_out) == {"image_projection", "text_projection", "scale"}
+    for name, tensor in model.state_dict().items():
+        expected = drawn if name.startswith("heads.masked_language") else theirs
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_head_that_tells_others_apart_begins_anew(package: Package, tokenizer: Tokenizer) -> None:
+    model = model_of(tokenizer, 2, heads=["classes"])
+    drawn = model.heads["classes"].weight.clone()
+    begun = begin("pretrain.start", model, package, CLASSES[::-1])
+    assert (begun.fresh, begun.left_out) == (("heads",), ("heads",))
+    assert torch.equal(model.heads["classes"].weight, drawn)
+
+
+def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, package, model={"image": {"frozen_layers": "all"}})
+    theirs = ModelConfig.model_validate(SMALLEST_MODEL | {"heads": ["classes"]})
+    image = theirs.image.model_copy(update={"frozen_layers": "all"})
+    assert recipe.pretrain.model == theirs.model_copy(update={"image": image})
+    check_training("pretrain", recipe.pretrain)
+    found = tokenizer_of("pretrain", recipe.pretrain)
+    assert found is not None
+    assert found.to_str() == tokenizer.to_str()
+    again = load_recipe(write_recipe(tmp_path / "resolved.yaml", recipe.model_dump(mode="json")))
+    assert again.pretrain == recipe.pretrain
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            {"embedding_width": 8},
+            r"start: image_projection\.weight is \[6, 8\] in the package and \[8, 8\] by pretrain\.model; make them",
+        ),
+        (
+            {"fusion": FUSION | {"width": 16}},
+            r"start: heads\.classes\.weight is \[3, 8\] in the package and \[2, 16\] by pretrain\.model",
+        ),
+        ({"vocabulary_size": 70}, r"model\.vocabulary_size: 70, and the package of pretrain\.start brings its own"),
+        (
+            {"image": {"type": None, "checkpoint": "/nowhere"}},
+            r"model\.image\.checkpoint: its weights are those of pretrain\.start; leave one of the two out",
+        ),
+    ],
+)
+def test_a_model_that_the_package_does_not_fit_is_refused(
+    package: Package, tmp_path: Path, model: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"pretrain\.{said}"):
+        check_training("pretrain", recipe_of(tmp_path, package, model=model).pretrain)
+
+
+def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    options = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    image = {"type": "vit", "options": options | {"patch_size": 8}}
+    other = package_of(tmp_path / "vit", tokenizer, image=image)
+    fields = SMALLEST_MODEL | {"vocabulary_size": 64}
+    section = recipe_of(tmp_path, other, model=fields, loader={}, objectives={}).pretrain
+    changed = section.model_copy(update={"model": ModelConfig.model_validate(fields)})
+    with pytest.raises(RecipeError, match=r"^pretrain\.start: no weight of the package's image encoder is one of pret"):
+        check_training("pretrain", changed)
+
+
+def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
+        recipe_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
+    with pytest.raises(RecipeError, match=r"pretrain\.start: give either package, a model package's URI, or model and"):
+        recipe_of(tmp_path, package, start={"model": "nothing"})
+
+
+def test_a_registered_version_is_looked_up(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = {("tagger", 3): package.uri}
+    monkeypatch.setattr(versions, "package_of", lambda name, version, *, uri: registered[name, version])
+    recipe = recipe_of(tmp_path, package, start={"model": "tagger", "version": 3})
+    assert recipe.pretrain.model == recipe_of(tmp_path, package).pretrain.model
+    assert started(recipe).start == recipe_of(tmp_path, package).pretrain.start
+    assert identity("pretrain", started(recipe))[1] == {"start": package.digest}
+
+
+def test_another_package_is_another_artifact(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    section = recipe_of(tmp_path, package).pretrain
+    moved = package_of(tmp_path / "moved", tokenizer, heads=["classes"])
+    other = package_of(tmp_path / "other", tokenizer, seed=3, heads=["classes"])
+    by_package = {
+        each.uri: identity("pretrain", recipe_of(tmp_path, each).pretrain) for each in (package, moved, other)
+    }
+    assert by_package[package.uri] == by_package[moved.uri] == identity("pretrain", section)
+    assert by_package[package.uri][1] == {"start": package.digest}
+    assert by_package[other.uri] != by_package[package.uri]
+    scratch = section.model_copy(update={"start": None})
+    assert identity("pretrain", scratch) == (by_package[package.uri][0], {})
+
+
+def test_the_head_of_the_weights_has_their_shapes(package: Package) -> None:
+    expected = read_package(package.uri)
+    assert weight_shapes(expected)["image_projection.weight"] == (6, 8)
+
+
+def test_the_whole_recipe_is_checked_by_the_package(package: Package, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, package)
+    source = recipe.shard.model_copy(update={"sources": []})
+    Loop(recipe.model_copy(update={"shard": source})).check(["pretrain"])

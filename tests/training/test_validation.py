@@ -1,0 +1,342 @@
+"""Validation in the midst of a training by real ranks: what it says, what it leaves as it was, and how it ends one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmflow.errors import MisuseError, RecipeError
+from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
+from mmflow.loading.loader import START
+from mmflow.loading.opening import held_out_loader, open_loader
+from mmflow.models.package import load_package, read_package
+from mmflow.objectives.config import ObjectivesConfig
+from mmflow.objectives.learner import Learner
+from mmflow.objectives.outputs import masking_tokens
+from mmflow.retrieval import find_one, retrieval_metrics
+from mmflow.shards.dataset import Dataset
+from mmflow.training.best import Best
+from mmflow.training.check import check_training
+from mmflow.training.config import PretrainConfig, TrainingConfig
+from mmflow.training.hardware import known_peak
+from mmflow.training.stage import check_held_out, identity
+from mmflow.training.store import saved_checkpoints
+from mmflow.training.tasks import tasks_of
+from mmflow.training.telemetry import curves, read_journal
+from tests.shards.handmade import Handmade, write_dataset
+from tests.tiny import SMALLEST_MODEL
+from tests.training.faulty_ranks import BATCH, MODEL, OPTIONS
+from tests.training.trainings import SAMPLES, STEPS, Trainings, largest_difference
+
+pytestmark = pytest.mark.timeout(600)
+
+HELD_OUT, LOOKED_AT = 9, 7  # samples
+LOSS = "validation/loss"
+RECALLS = [f"validation/{direction}/R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5)]
+LOOKS: dict[str, Any] = {"split": "held_out", "every_steps": 4, "max_samples": LOOKED_AT}
+KEEPS = {"checkpoints": {"keep_last": 9, "keep_best": 1, "best_metric": LOSS}}
+# After steps 2, 4, 6 and 8, of which none is better than the first by so much.
+ENDS = {"validation": {**LOOKS, "every_steps": 2, "patience": 3, "least_gain": 100}, **KEEPS}
+RARELY = {"checkpoint_every_steps": 100}  # but where one is the best
+STAGES = (2, 3)
+
+
+def split_in(directory: Path) -> Dataset:
+    """The dataset of all trainings with a held-out split beside it."""
+    number, shards = 0, []
+    for split, samples in (*(("train", each) for each in SAMPLES), ("held_out", HELD_OUT)):
+        start = 0 if split == "held_out" else number
+        rows = [
+            Handmade(
+                key=f"{'held' if split == 'held_out' else 'key'}-{each}",
+                captions=[{"language": "en", "text": f"picture-{each}"}],
+                size=(24, 24),
+            )
+            for each in range(start, start + samples)
+        ]
+        shards.append((split, rows))
+        number += samples
+    return write_dataset(directory / "split", shards)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    place = Trainings(tmp_path_factory.mktemp("validation"))
+    place.dataset = split_in(place.directory)
+    return place
+
+
+@pytest.fixture(scope="module")
+def validated(place: Trainings) -> Trainings:
+    looks = {"zero_stage": 2, "ema_decay": 0.7, "validation": LOOKS}
+    cut = {"zero_stage": 2, "validation": {**LOOKS, "max_seconds": 1e-6, "patience": 1}, **KEEPS}
+    place.run(
+        1,
+        {"name": "values-1", "training": looks},
+        {"name": "cut", "training": cut},
+        {"name": "several", "tasks": ["one", "other"], "training": {**looks, "epochs": 1}},
+        {"name": "best", "training": {"zero_stage": 2, **ENDS, **RARELY}},
+        {"name": "ends", "training": {"zero_stage": 2, **ENDS}},
+    )
+    again = place.copy("ends", "again")
+    shutil.rmtree(again / "checkpoints" / "step-00000008")
+    place.copy("ends", "over")
+    pairs = [
+        {"name": f"{name}-{stage}", "unsteady": True, "training": {"zero_stage": stage, "ema_decay": 0.7, **more}}
+        for stage in STAGES
+        for name, more in (("alone", {}), ("looked-at", {"validation": {**LOOKS, "every_steps": 3}}))
+    ]
+    restarts = [{"name": name, "training": {"zero_stage": 2, **ENDS}} for name in ("again", "over")]
+    sharded = {"name": "best-3", "training": {"zero_stage": 3, **ENDS, **RARELY}}
+    place.run(
+        2,
+        *pairs,
+        *restarts,
+        sharded,
+        {"name": "values-2", "training": {**looks, "zero_stage": 3, "peak_tflops": 1e-3}},
+        {"name": "last", "training": {**looks, "zero_stage": 0, "ema_decay": None}},
+    )
+    place.run(3, {"name": "values-3", "training": {**looks, "zero_stage": 0}})
+    return place
+
+
+def curves_of(place: Trainings, name: str) -> dict[str, list[tuple[int, float]]]:
+    return curves(read_journal(place.directory / name / "journal.jsonl"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_is_bit_equal_with_and_without_validation(validated: Trainings, stage: int) -> None:
+    alone, looked_at = (validated.weights(f"{name}-{stage}") for name in ("alone", "looked-at"))
+    assert [name for name in alone if not torch.equal(alone[name], looked_at[name])] == []
+    assert validated.seen(f"alone-{stage}") == validated.seen(f"looked-at-{stage}")
+    assert [step for step, _ in curves_of(validated, f"looked-at-{stage}")[LOSS]] == [3, 6, 9, 12, STEPS]
+
+
+def test_values_are_the_same_on_any_number_of_ranks(validated: Trainings) -> None:
+    expected = curves_of(validated, "values-1")
+    for name in (LOSS, "validation/contrastive", *RECALLS):
+        assert [step for step, _ in expected[name]] == [4, 8, 12, STEPS]
+        for num_ranks in (2, 3):
+            assert curves_of(validated, f"values-{num_ranks}")[name] == [
+                (step, pytest.approx(value, rel=1e-5)) for step, value in expected[name]
+            ]
+    assert len({value for _, value in expected[LOSS]}) == 4
+    of_averages, of_last = expected[LOSS][-1], curves_of(validated, "last")[LOSS][-1]
+    assert of_averages[1] != pytest.approx(of_last[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["values-1", "values-2", "values-3", "last"])
+def test_values_are_those_of_the_package(validated: Trainings, name: str) -> None:
+    """The last of them, taken again by the model that was written: of whole batches as the loader deals them."""
+    loaded = load_package(read_package(str(validated.directory / name / "package")))
+    augmented = LoaderConfig(augment=AugmentConfig(crop=CropConfig(), token_dropout=0.5), bucket_batches=2)
+    loader = open_loader(
+        held_out_loader(augmented, "held_out"),
+        validated.dataset,
+        loaded.tokenizer,
+        global_batch_size=BATCH,
+        image_pixels=MODEL.image_pixels,
+        max_tokens=MODEL.max_tokens,
+        seed=3,
+    )
+    objectives, special = ObjectivesConfig(), masking_tokens(loaded.tokenizer)
+    learner = Learner(loaded.model, loaded.config, objectives, special, seed=3).eval()
+    first = loader.batch(START)
+    second = loader.batch(first.state)
+    second.real[LOOKED_AT - BATCH :] = False
+    losses, images, texts = [], [], []
+    with torch.no_grad():
+        for number, batch in enumerate((first, second)):
+            _, parts = learner(batch, number, examined=True)
+            losses.append(float(parts["contrastive"]) * int(batch.real.sum()))
+            images.append(parts["image_embedding"][batch.real])
+            texts.append(parts["text_embedding"][batch.real])
+    found = curves_of(validated, name)
+    assert found[LOSS][-1] == (STEPS, pytest.approx(sum(losses) / LOOKED_AT, rel=1e-5))
+    similarity = (torch.cat(texts) @ torch.cat(images).T).numpy()
+    for direction, matrix in (("text_to_image", similarity), ("image_to_text", similarity.T)):
+        recalls = retrieval_metrics(find_one(np.ascontiguousarray(matrix)))
+        for k in (1, 5):
+            assert found[f"validation/{direction}/R@{k}"][-1][1] == pytest.approx(recalls[f"R@{k}"])
+
+
+def test_each_of_several_tasks_is_looked_at(validated: Trainings) -> None:
+    found = curves_of(validated, "several")
+    assert [step for step, _ in found[LOSS]] == [4, 8, 12, STEPS]  # an epoch of each
+    for task in ("one", "other"):  # alike, and looked at with the same weights
+        for name in ("loss", "contrastive", "text_to_image/R@1"):
+            assert found[f"validation/{task}/{name}"] == found[f"validation/one/{name}"]
+        assert found[f"validation/{task}/loss"] == [(step, pytest.approx(value)) for step, value in found[LOSS]]
+    assert "validation/contrastive" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "packaged"),
+    [("best", "best", 2), ("best-3", "best", 2), ("ends", "ends", 8), ("again", "ends", 8), ("over", "ends", 8)],
+)
+def test_a_training_without_gain_ends_with_the_best_weights_that_are_kept(
+    validated: Trainings, name: str, like: str, packaged: int
+) -> None:
+    ends = {line["step"] for line in validated.events(name, "stopped")}
+    assert ends == {8}
+    lineage = read_package(str(validated.directory / name / "package")).card["lineage"]
+    assert (lineage["steps"], lineage["packaged_step"]) == (8, packaged)
+    assert "at step 2 by 100 in 3 validations" in lineage["stopped"]
+    assert largest_difference(validated.weights(like), validated.weights(name)) < 1e-5
+    started = [line["step"] for line in validated.events(name, "started")]
+    assert started == {"again": [0, 4], "over": [0, 8]}.get(name, [0])
+
+
+def test_the_best_weights_are_those_of_their_step(validated: Trainings) -> None:
+    store = validated.directory / "best" / "checkpoints"
+    (saved,) = saved_checkpoints(str(store))
+    assert saved.step == 2
+    assert saved.facts["metrics"][LOSS] == dict(curves_of(validated, "best")[LOSS])[2]
+    # Of one rank, so whole.
+    state = torch.load(next(store.rglob("*model_states.pt")), weights_only=False)["module"]
+    packaged = validated.weights("best")
+    assert [name for name, value in packaged.items() if not torch.equal(state[f"model.{name}"], value)] == []
+
+
+def test_one_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings) -> None:
+    assert validated.said("cut") == ""
+    events = validated.events("cut", "validation_cut")
+    assert [line["step"] for line in events] == [4, 8, 12, STEPS]
+    assert "max_seconds" in events[0]["reason"]
+    found = curves_of(validated, "cut")
+    assert [name for name in found if name.startswith("validation/")] == []
+    assert found["loss"][-1][0] == STEPS  # patience 1 did not end it
+    best = [line for line in validated.events("cut", "checkpoint") if line["reason"] == "best"]
+    assert best == []
+
+
+def test_hardware_is_told(validated: Trainings) -> None:
+    found = curves_of(validated, "values-1")
+    assert "mfu" not in found  # a processor's peak is nobody's promise
+    assert all(value > 1e7 for _, value in found["peak_process_bytes"])
+    asked = curves_of(validated, "values-2")
+    for (_, tflops), (_, mfu) in zip(asked["model_tflops_per_second"], asked["mfu"], strict=True):
+        assert mfu == pytest.approx(tflops / (2 * 1e-3))
+
+
+def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> None:
+    loaded = load_package(read_package(str(validated.directory / "values-1" / "package")))
+    loader = open_loader(
+        LoaderConfig(),
+        validated.dataset,
+        loaded.tokenizer,
+        global_batch_size=BATCH,
+        image_pixels=MODEL.image_pixels,
+        max_tokens=MODEL.max_tokens,
+        seed=3,
+    )
+    learner = Learner(loaded.model, loaded.config, ObjectivesConfig(), masking_tokens(loaded.tokenizer), seed=3)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # in operations that it knows
+        learner(loader.batch(START), 1)[0].backward()
+    # Nobody needs the gradient of the pictures, a large part of so small a model's.
+    of_pictures = 2 * 3 * MODEL.image_pixels**2 * OPTIONS["hidden_size"]
+    counted = counter.get_total_flops() / BATCH + of_pictures
+    for num_ranks in (1, 2, 3):
+        lines = curves_of(validated, f"values-{num_ranks}")
+        told = 1e12 * lines["model_tflops_per_second"][0][1] / lines["samples_per_second"][0][1]
+        assert told == pytest.approx(counted, rel=0.05)
+
+
+def test_peaks_go_by_the_words_of_a_name() -> None:
+    assert known_peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert known_peak("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert known_peak("NVIDIA H100 PCIe", "fp32") == 51e12
+    assert known_peak("Tesla T4", "bf16") is None
+    assert known_peak("NVIDIA A10G", "bf16") is None  # another device than an A10
+
+
+# --- what is best ---------------------------------------------------------------------------------------------------
+
+
+def looks(best: Best, *values: float) -> list[bool]:
+    return [best.look(step, {LOSS: value}) for step, value in enumerate(values, 1)]
+
+
+def test_small_gains_count_once_they_add_up() -> None:
+    best = Best(LOSS, highest=False, least_gain=0.125, patience=2)
+    assert looks(best, 1.0, 0.9375, 0.875, 0.8125) == [True, False, True, False]
+    assert best.ended is None
+    assert looks(best, 0.8) == [False]
+    assert best.ended == "no better validation/loss than 0.875 at step 3 by 0.125 in 2 validations"
+
+
+def test_what_is_no_number_is_never_the_best() -> None:
+    best = Best("validation/R@1", highest=True, patience=3)
+    assert [best.look(step, {"validation/R@1": value}) for step, value in ((1, float("nan")), (2, 0.1), (3, 0.1))] == [
+        False,
+        True,
+        False,
+    ]
+    assert not best.look(4, {})  # cut: it counts for nothing
+    assert best.state() == {"metric": "validation/R@1", "value": 0.1, "step": 2, "since": 1}
+
+
+def test_a_restart_knows_what_was_best_unless_it_is_told_another_metric() -> None:
+    best, again, other = (Best(name, highest=False, patience=2) for name in (LOSS, LOSS, "validation/contrastive"))
+    looks(best, 1.0, 2.0)
+    for each in (again, other):
+        each.restore(best.state())
+    assert again.state() == best.state()
+    assert not again.look(3, {LOSS: 1.5})
+    assert again.ended
+    assert other.state()["value"] is None
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+def section(best_metric: str = "loss", **validation: Any) -> PretrainConfig:
+    training = {"checkpoints": {"best_metric": best_metric}, "validation": {**LOOKS, **validation}}
+    return PretrainConfig.model_validate({"model": SMALLEST_MODEL, "training": training})
+
+
+@pytest.mark.parametrize(
+    ("said", "given"),
+    [
+        ("checkpoints.best_metric: this training writes no perplexity; take one of loss, ", section("perplexity")),
+        ("checkpoints.best_metric: .* writes no validation/R@1; ", section("validation/R@1")),
+        ("validation.split: train is what pretrain.loader trains on", section(split="train")),
+        ("validation.patience: it waits .*, and loss is of what is trained on", section(patience=2)),
+    ],
+)
+def test_a_metric_that_nothing_writes_is_refused_by_its_key(said: str, given: PretrainConfig) -> None:
+    with pytest.raises(RecipeError, match=rf"^pretrain\.training\.{said}"):
+        check_training("pretrain", given)
+
+
+def test_a_metric_of_validation_wants_validation() -> None:
+    check_training("pretrain", section(LOSS, patience=2))
+    check_training("pretrain", section("validation/image_to_text/R@5"))
+    without = PretrainConfig.model_validate(
+        {"model": SMALLEST_MODEL, "training": {"checkpoints": {"best_metric": LOSS}}}
+    )
+    with pytest.raises(RecipeError, match=r"best_metric: this training writes no validation/loss"):
+        check_training("pretrain", without)
+
+
+def test_a_split_that_is_not_there_is_named(validated: Trainings) -> None:
+    given = section(split="elsewhere")
+    with pytest.raises(MisuseError, match=r"^pretrain\.training\.validation\.split: .* there are .*held_out"):
+        check_held_out("pretrain", tasks_of("pretrain", given), validated.dataset.uri, given.training.validation)
+
+
+def test_a_look_makes_no_other_training_and_an_end_does() -> None:
+    plain = PretrainConfig.model_validate({"model": SMALLEST_MODEL})
+    told, _ = identity("pretrain", plain)
+    assert identity("pretrain", section())[0] == told
+    assert "validation" not in told["training"]
+    ends, more = (identity("pretrain", section(LOSS, patience=patience))[0] for patience in (2, 3))
+    assert told != ends != more
+    assert TrainingConfig().validation is None

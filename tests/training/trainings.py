@@ -1,0 +1,125 @@
+"""Whole trainings of a small dataset by real ranks, and what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from mmflow.shards.dataset import Dataset
+from mmflow.training.telemetry import read_journal
+from tests.shards.handmade import Handmade, write_dataset
+from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = (9, 14, 8)  # of each shard
+STEPS_PER_EPOCH = -(-sum(SAMPLES) // BATCH)
+STEPS = EPOCHS * STEPS_PER_EPOCH
+LAST_SAVED = (STEPS - 1) // EVERY * EVERY
+STAGES = (1, 2, 3)
+
+
+class Trainings:
+    """A directory with a dataset, and the trainings of it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.runs = 0
+        self.dataset = dataset_in(directory)
+        self.tokenizer = directory / "tokenizer.json"
+        words = [f"picture-{number}" for number in range(sum(SAMPLES))]
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        tokenizer = Tokenizer(
+            models.WordLevel({word: id for id, word in enumerate(special + words)}, unk_token="[UNK]")
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens(special)
+        tokenizer.save(str(self.tokenizer))
+
+    def run(self, num_ranks: int, *plans: dict[str, Any], dies: bool = False, exchange_seconds: float = 60) -> None:
+        """Go through the trainings; with `dies`, rank 0 ends before they do, and the others are not waited for long."""
+        self.runs += 1
+        shared = {"dataset": self.dataset.uri, "tokenizer": str(self.tokenizer)}
+        text = json.dumps([{**shared, **plan} for plan in plans])
+        environment = {
+            **os.environ,
+            "RENDEZVOUS": f"rendezvous-{self.runs}",
+            "EXCHANGE_SECONDS": str(exchange_seconds),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "tests.training.faulty_ranks"]
+        logs = [self.directory / f"log-{self.runs}-{rank}" for rank in range(num_ranks)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            arguments = [*command, str(rank), str(num_ranks), str(self.directory), text]
+            with log.open("w") as stream:
+                ranks.append(subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=stream, stderr=stream))
+        try:
+            codes = [ranks[0].wait(timeout=900)]
+            with contextlib.suppress(subprocess.TimeoutExpired) if dies else contextlib.nullcontext():
+                codes += [rank.wait(timeout=exchange_seconds + 10 if dies else 900) for rank in ranks[1:]]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        if not dies:
+            assert codes == [0] * num_ranks, "\n".join(log.read_text()[-3000:] for log in logs)
+
+    def copy(self, source: str, target: str, *, without: tuple[str, ...] = ("package",)) -> Path:
+        """Another training that has come as far."""
+        shutil.copytree(self.directory / source, self.directory / target, ignore=shutil.ignore_patterns(*without))
+        return self.directory / target
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / name / "package" / "model.safetensors")
+
+    def said(self, name: str, rank: int = 0) -> str:
+        return (self.directory / name / f"said-{rank}.txt").read_text()
+
+    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
+        return [line for line in read_journal(self.directory / name / "journal.jsonl") if line.get("event") == kind]
+
+    def seen(self, name: str) -> dict[int, list[str]]:
+        """Step → keys over all ranks and every time that the step was taken."""
+        found: dict[int, list[str]] = {}
+        for path in sorted((self.directory / name).glob("seen-*.jsonl")):
+            for line in map(json.loads, path.read_text().splitlines()):
+                found.setdefault(line["step"], []).extend(line["keys"])
+        return found
+
+
+def dataset_in(directory: Path) -> Dataset:
+    shards, number = [], 0
+    for samples in SAMPLES:
+        rows = [
+            Handmade(key=f"key-{each}", captions=[{"language": "en", "text": f"picture-{each}"}], size=(24, 24))
+            for each in range(number, number + samples)
+        ]
+        shards.append(("train", rows))
+        number += samples
+    return write_dataset(directory / "dataset", shards)
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """A key's bias has no gradient by its mathematics, and Adam steps along the sign of its rounding error."""
+    assert one.keys() == other.keys()
+    return max(
+        float((one[name] - other[name]).abs().max()) for name in one if not name.endswith(("key.bias", "k_proj.bias"))
+    )
+
+
+def assert_each_sample_once_an_epoch(seen: dict[int, list[str]]) -> None:
+    """However often a step was taken, and by however many ranks, it was of the same samples."""
+    everything = sorted(f"key-{number}" for number in range(sum(SAMPLES)))
+    assert sorted(seen) == list(range(1, STEPS + 1))
+    for epoch in range(EPOCHS):
+        steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
+        assert sorted(key for step in steps for key in set(seen[step])) == everything
