@@ -94,7 +94,9 @@ class TarWriter:
 
     def add(self, members: Iterable[tuple[str, bytes]]) -> list[int]:
         """Append files, each a name and a body; return the offsets of their bodies."""
-        offsets, parts, end = [], [], self.bytes
+        offsets: list[int] = []
+        parts: list[bytes] = []
+        end = self.bytes
         for name, body in members:
             size = len(body)
             parts += (header(name, size), body, bytes(padding(size)))
