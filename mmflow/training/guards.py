@@ -170,11 +170,19 @@ class Buffers:
 @torch.no_grad()
 def weights_are_finite(module: nn.Module) -> bool:
     """Whether every rank's weights and buffers are; ZeRO 3 leaves a rank its own part of a weight, in `ds_tensor`."""
-    held: list[Tensor] = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
+    held = [_held(parameter) for parameter in module.parameters()]
     held += list(module.buffers())
     finite = torch.stack([each.isfinite().all() for each in held]).all().to(torch.uint8)
     dist.all_reduce(finite, dist.ReduceOp.MIN)
     return bool(finite)
+
+
+def _held(parameter: Any) -> Tensor:
+    """What this rank holds of a weight, without what pads the last ranks' parts: whatever memory held before."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter  # type: ignore[no-any-return]
+    part: Tensor = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
