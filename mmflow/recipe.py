@@ -99,8 +99,10 @@ def _begin_from_package(fields: dict[str, Any], path: str) -> None:
 
     Raises RecipeError where there is no such package. What is wrong with the keys is for the recipe's own check.
     """
-    section = fields.get("pretrain")
+    section, workspace = fields.get("pretrain"), fields.get("workspace")
     if not isinstance(section, dict) or not isinstance(section.get("model", {}), dict) or not section.get("start"):
+        return
+    if not isinstance(workspace, str):
         return
     try:
         start = PackageConfig.model_validate(section["start"])
@@ -110,14 +112,16 @@ def _begin_from_package(fields: dict[str, Any], path: str) -> None:
     from mmflow.registry.versions import located
 
     try:
-        found = read_config(read_package(str(located(start, str(fields.get("workspace"))).package)))
+        found = read_config(read_package(str(located(start, workspace).package)))
     except MmflowError as error:
         raise RecipeError(f"{path}: pretrain.start: {error}") from error
     section["model"] = _completed(section.get("model", {}), found.model_dump(mode="json"))
 
 
 def _completed(said: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said, and what is known where nothing is said, key by key."""
+    """What is said, and what is known where nothing is said, key by key; of a part of another kind all is said."""
+    if any(said.get(name, known.get(name)) != known.get(name) for name in ("kind", "type", "checkpoint")):
+        return said
     both = {name: (value, known[name]) for name, value in said.items() if name in known}
     sections = {
         name: _completed(ours, theirs)

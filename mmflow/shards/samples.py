@@ -164,6 +164,8 @@ def read_texts(txt: bytes, body: bytes) -> tuple[tuple[Caption, ...], dict[str, 
     ours = _ours(metadata.get("captions")) if isinstance(metadata.get("metadata"), dict) else None
     if ours:
         return ours, metadata["metadata"]
+    if set(metadata) != {"captions", "metadata"}:
+        ours = None  # who else writes a list of no captions may have them under another name
     if text := clean_text(txt.decode()):
         return (Caption(language="und", text=text),), metadata
     if ours is not None:

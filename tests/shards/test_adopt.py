@@ -113,6 +113,7 @@ def test_captions_are_found_where_writers_put_them(tmp_path: Path) -> None:
         "txt-and-json": [("txt", b"a caption"), ("json", b'{"caption": "another"}')],
         "broken-json": [("txt", b"a caption"), ("json", b"{")],
         "list-json": [("txt", b"a caption"), ("json", b"[1, 2]")],
+        "none-but": [("json", b'{"captions":[],"metadata":{},"text":"a caption"}')],
         "ours": [("txt", b"x"), ("json", b'{"captions":[{"language":"en","text":"a caption"}],"metadata":{"a":1}}')],
     }
     members = []
