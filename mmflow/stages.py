@@ -221,7 +221,8 @@ def started(recipe: Recipe) -> PretrainConfig:
     start = recipe.pretrain.start
     if start is None:
         return recipe.pretrain
-    return recipe.pretrain.model_copy(update={"start": located(start, recipe.workspace)})
+    with _named("pretrain.start"):
+        return recipe.pretrain.model_copy(update={"start": located(start, recipe.workspace)})
 
 
 @contextlib.contextmanager

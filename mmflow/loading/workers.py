@@ -39,7 +39,8 @@ NAME = "mmflow-loader"
 QUEUED = 2  # tasks that a process holds: the one at work and the next, so that it never waits for the caller
 STOP_SECONDS = 5.0  # a process that has not ended by itself by then is killed
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, of glibc
-KEPT_BYTES, MAX_HEAP_BYTES = 128 << 20, 32 << 20  # the second is the most that glibc takes
+KEPT_BYTES = 2**31 - 1  # as a training's engine has it, whose process this may be
+MAX_HEAP_BYTES = 32 << 20  # the most that glibc takes
 
 Ring = NDArray[np.uint8]  # (buffers, rows, frames, side, side, 3)
 Load = Callable[[Slots, NDArray[np.uint8]], Loaded]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 CARD = "mmflow.json"
 WEIGHTS = "model.safetensors"
+MAX_HEAD_BYTES = 100_000_000  # as safetensors itself bounds it
 CONFIG = "config.json"
 MODEL_TYPE = "mmflow"  # in it, where transformers has the name of an architecture
 TOKENIZER = "tokenizer.json"
@@ -167,10 +168,14 @@ def read_weights(package: Package) -> dict[str, Tensor]:
 
 def weight_shapes(package: Package) -> dict[str, tuple[int, ...]]:
     """The shapes of the package's weights by name, from the head of their file alone, which is not compared with the
-    card. Raises MissingArtifactError where the file is gone."""
-    read = positioned_reader(join(package.uri, WEIGHTS))
-    header = json.loads(read(int.from_bytes(read(8, 0), "little"), 8))
-    return {name: tuple(each["shape"]) for name, each in header.items() if name != "__metadata__"}
+    card. Raises MissingArtifactError where the file is gone, CorruptArtifactError where it has no such head."""
+    uri = join(package.uri, WEIGHTS)
+    read = positioned_reader(uri)
+    try:
+        header = json.loads(read(min(int.from_bytes(read(8, 0), "little"), MAX_HEAD_BYTES), 8))
+        return {name: tuple(each["shape"]) for name, each in header.items() if name != "__metadata__"}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CorruptArtifactError(f"{uri}: no weights ({error}); write the package again") from error
 
 
 def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:

@@ -100,8 +100,8 @@ class ValidationConfig(Config):
     max_seconds: float = Field(60.0, gt=0)
     """The longest that the workers may stand for it: then it is cut, the journal says so, and it decides nothing."""
     batch_size: int | None = Field(None, ge=2)
-    """Samples at once over all workers, without gradients; null: as many as a step has. A contrastive loss is the lower
-    the fewer they are."""
+    """Samples at once over all workers, without gradients; null: as many as a step has, or as the fewest workers'
+    micro-batches. A contrastive loss is the lower the fewer they are."""
     patience: int | None = Field(None, ge=1)
     """End the training after this many in a row without a better `checkpoints.best_metric`, and package the best
     checkpoint where `checkpoints.keep_best` keeps it, else the last weights. null trains to the last step."""

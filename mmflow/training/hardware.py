@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmflow.loading.batches import Batch
@@ -56,21 +58,25 @@ def training_flops(engine: Any, batch: Batch) -> float:
     """Floating-point operations of a sample's forward and backward pass, by a forward pass of some of a batch's rows.
 
     What the model asks for, not what is computed: neither activations computed again nor a teacher count, and frozen
-    layers as though they were trained. Collective; random states and weights stay as they are.
+    layers as though they were trained. Texts are as long as this batch's. Collective; random states and weights stay
+    as they are.
     """
     rows = rows_of(batch, slice(0, engine.train_micro_batch_size_per_gpu()))
-    is_compiled = any(each._compiled_call_impl is not None for each in engine.module.modules())
-    # Operations within a compiled graph are not seen, and a graph for this pass would take minutes.
-    as_written = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
     engine.eval()
     counted = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     counter = FlopCounterMode(display=False, custom_mapping=counted)
     counter.mod_tracker = _AllAsOne()  # type: ignore[assignment]
-    with torch.no_grad(), as_written, counter:
+    with torch.no_grad(), as_written(engine.module), counter:  # operations within a compiled graph are not seen
         engine(rows, 0, examined=True)
     engine.train()
     forward: int = counter.get_total_flops()
     return PASSES * forward / len(rows.real)
+
+
+def as_written(module: nn.Module) -> AbstractContextManager[object]:
+    """Have a module compute without its compiled graphs: one for a pass without gradients would take minutes."""
+    is_compiled = any(each._compiled_call_impl is not None for each in module.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
 
 
 class _AllAsOne:

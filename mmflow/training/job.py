@@ -158,6 +158,7 @@ def _train(rank: _Rank, after: Trouble | None = None) -> Trouble | None:
     validation = open_validation(job, rank.tokenizer, engine.device, steps)
     if validation and saved:
         validation.best.restore(saved.facts.get("best", {}))
+        validation.examined = saved.facts.get("examined", saved.step)
     if journal:
         where = {"epoch": state.epoch, "position": state.position, "workers": dist.get_world_size()}
         if after is None:
@@ -168,7 +169,7 @@ def _train(rank: _Rank, after: Trouble | None = None) -> Trouble | None:
             journal.event(step, "rewound", **where, steps=after.steps, reason=after.what)
 
     def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> bool:
-        facts = {"best": validation.best.state()} if validation else {}
+        facts = {"best": validation.best.state(), "examined": validation.examined} if validation else {}
         is_begun = checkpoints.save(engine, step, state, metrics, **facts)
         if reason == PREEMPTION:
             checkpoints.finish(step)  # this machine may be gone before the next one

@@ -72,8 +72,10 @@ def train(
     engine.train()
     warned = False
     flops: dict[int, float] = {}  # of a sample, by task
-    interval = _Interval(tasks, flops)
     step = first_step
+    if validation and step and validation.is_due(step) and validation.examined < step:
+        validation.look(engine, step, journal)  # which a machine that had to go left out
+    interval = _Interval(tasks, flops)
     while step < total_steps and not (validation and validation.best.ended):
         step += 1
         at(step, "loading")
@@ -82,7 +84,9 @@ def train(
         interval.waited += time.perf_counter() - began
         at(step, "computing")
         if batch.task not in flops:
+            began = time.perf_counter()
             flops[batch.task] = training_flops(engine, batch)
+            interval.began += time.perf_counter() - began  # no part of the step
         if batch.skipped:
             if journal:
                 journal.event(step, "skipped", samples=list(batch.skipped))
@@ -128,7 +132,8 @@ def train(
             metrics |= validated
             if is_wanted and not is_last:
                 reason = reason or BEST
-        if (reason or is_last) and not weights_are_finite(engine.module):
+        ends = is_last or (validation is not None and validation.best.ended is not None)
+        if (reason or ends) and not weights_are_finite(engine.module):
             # A gradient that is not finite spoils the weights after a sound loss, and every restart from them. Leaving
             # steps out mends none of it.
             spoilt = Trouble("spoilt", (step,), "a weight is not finite, so none is saved")

@@ -58,7 +58,9 @@ def open_validation(
     config, kept = job.training.validation, job.training.checkpoints
     if config is None:
         return None
-    size = min(config.batch_size or job.training.global_batch_size, config.max_samples)  # what is beyond is padding
+    step_size, micro = job.training.global_batch_size, job.training.micro_batch_size
+    size = config.batch_size or min(step_size, micro * job.training.least_workers if micro else step_size)
+    size = min(size, config.max_samples)  # what is beyond is padding
     held_out = [
         HeldOut(
             task=number,

@@ -177,9 +177,18 @@ def tokenizer_of(key: str, section: Section) -> Tokenizer | None:
 
 
 def check_held_out(key: str, tasks: Sequence[Task], dataset: str, validation: ValidationConfig | None) -> None:
-    """Raise MisuseError naming the key where a task's dataset, or the stage's own at a URI, lacks the split."""
+    """Raise MisuseError naming the key where a task's dataset, or the stage's own at a URI, lacks the split, or one of
+    their mixtures trains on it."""
     if validation is None:
         return
+    examined = {open_dataset(each.dataset or dataset).fingerprint for each in tasks}
+    for task in tasks:
+        for number, other in enumerate(task.loader.mixture.datasets if task.loader.mixture else ()):
+            if other.split == validation.split and open_dataset(other.uri).fingerprint in examined:
+                raise MisuseError(
+                    f"{task.key}.loader.mixture.datasets.{number}.split: {validation.split} of {other.uri} is what "
+                    f"{key}.training.validation examines; train on another"
+                )
     for each in tasks:
         data = open_dataset(each.dataset or dataset)
         if validation.split not in data.splits:

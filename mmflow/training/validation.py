@@ -27,6 +27,7 @@ from mmflow.training.best import Best
 from mmflow.training.collectives import average_buffers, gather_rows
 from mmflow.training.config import VALIDATION, ValidationConfig
 from mmflow.training.guards import Buffers
+from mmflow.training.hardware import as_written
 from mmflow.training.random_state import random_state, set_random_state
 from mmflow.training.telemetry import Journal
 
@@ -77,6 +78,7 @@ class Validation:
         self._config, self._held_out = config, held_out
         self._keeps_best, self._averaged, self._last_step = keeps_best, averaged, last_step
         self.best = best
+        self.examined = 0  # the last step that there was one after, if it was cut or not
 
     def is_due(self, step: int) -> bool:
         """Whether there is one after a step."""
@@ -85,13 +87,14 @@ class Validation:
     def look(self, engine: Any, step: int, journal: Journal | None) -> tuple[dict[str, float], bool]:
         """The metrics of a validation, by the names of `validation_metrics`, and whether a checkpoint is wanted because
         it is the best yet. One that took too long is cut: it has none, and the journal says so. Collective."""
-        began = time.monotonic()
+        began, self.examined = time.monotonic(), step
         drawn, buffers = random_state(engine.device), Buffers(engine.module)
         average_buffers(engine.module)
         engine.eval()
         metrics: dict[str, float] = {}
         is_cut = False
-        with averages_in_place(engine) if self._averaged else contextlib.nullcontext(), torch.no_grad():
+        weights = averages_in_place(engine) if self._averaged else contextlib.nullcontext()
+        with weights, torch.no_grad(), as_written(engine.module):
             for each in self._held_out:
                 found, is_cut = self._examine(engine, each, began)
                 if is_cut:
