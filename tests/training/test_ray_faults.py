@@ -163,6 +163,7 @@ def assert_same_weights(trainings: Trainings, name: str, stage: int) -> None:
 # Before any driver is killed: what one has reserved Ray forgets after three minutes, and a group that may shrink waits.
 
 
+@pytest.mark.slow
 def test_before_a_node_goes_there_is_a_checkpoint_and_the_others_go_on_from_it(
     trainings: Trainings, nodes: Nodes
 ) -> None:

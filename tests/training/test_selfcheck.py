@@ -27,6 +27,7 @@ def test_equal_is_equal_but_for_rounding(error: float, largest: float, equal: bo
     assert Compared("contrastive", error, largest).equal == equal
 
 
+@pytest.mark.slow  # a test of README's commands has workers compared too
 def test_workers_descend_the_gradient_of_one_process(ray_cluster: None, tmp_path: Path) -> None:
     model = ModelConfig.model_validate({**SMALLEST_MODEL, "bias": -10.0})
     check = small_check(
