@@ -9,7 +9,6 @@ one that dies closes it, which is seen at once, where a queue that all share can
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import mmap
 import multiprocessing
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmflow.allocator import keep_freed_memory
 from mmflow.errors import MmflowError, TrainingError
 from mmflow.loading.load import Loaded
 from mmflow.loading.plan import Slots
@@ -38,9 +38,6 @@ from mmflow.loading.plan import Slots
 NAME = "mmflow-loader"
 QUEUED = 2  # tasks that a process holds: the one at work and the next, so that it never waits for the caller
 STOP_SECONDS = 5.0  # a process that has not ended by itself by then is killed
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's, of glibc
-KEPT_BYTES = 2**31 - 1  # as a training's engine has it, whose process this may be
-MAX_HEAP_BYTES = 32 << 20  # the most that glibc takes
 
 Ring = NDArray[np.uint8]  # (buffers, rows, frames, side, side, 3)
 Load = Callable[[Slots, NDArray[np.uint8]], Loaded]
@@ -77,7 +74,8 @@ class Workers(Protocol):
 
 def start(kind: Literal["threads", "processes"], count: int, load: Load, shape: tuple[int, ...]) -> Workers:
     """`count` workers and a ring of `shape`. Processes get a copy of `load`, which must pickle."""
-    _keep_freed_memory()  # of the caller too, who makes floats of the pixels
+    # A tenth of a sample's time in two runs of three; of the caller too, who makes floats of the pixels.
+    keep_freed_memory()
     return Threads(load, count, shape) if kind == "threads" else Processes(load, count, shape)
 
 
@@ -211,18 +209,6 @@ class Processes:
             self._file = -1
 
 
-def _keep_freed_memory() -> None:
-    """Have the allocator keep a picture's memory for the next one, where it is glibc's.
-
-    By itself it gives half a megabyte back to the system and asks for it again a millisecond later; the pages, cleared
-    each time, took a tenth of a sample's time in two runs of three, by how the blocks happened to lie.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(M_MMAP_THRESHOLD, MAX_HEAP_BYTES)
-        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
 def _death(worker: _Worker) -> TrainingError:
     worker.process.join(STOP_SECONDS)
     code = worker.process.exitcode
@@ -272,7 +258,7 @@ def _serve(connection: Connection, descriptor: int, shape: tuple[int, ...]) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the caller's to answer
     torch.set_num_threads(1)  # it would start a thread for every core of the machine, and so would tokenizers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _keep_freed_memory()
+    keep_freed_memory()
     memory = mmap.mmap(descriptor, 0)
     ring_bytes = math.prod(shape)
     ring: Ring = np.frombuffer(memory, np.uint8, ring_bytes).reshape(shape)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmflow.allocator import keep_freed_memory
 from mmflow.errors import RecipeError
 from mmflow.models.learning_rates import learning_rate_factors
 from mmflow.models.model import Model
@@ -34,23 +35,8 @@ def prepare_deepspeed() -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not accelerated:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the buffers that a step frees for the next one, instead of giving them back to the kernel.
-
-    Activations are megabytes each, which glibc maps anew and has zeroed page by page at every use: a tenth of the
-    quickstart's step.
-    """
-    import ctypes
-
-    top_pad, trim_threshold, mmap_max = -2, -1, -4  # M_TOP_PAD, M_TRIM_THRESHOLD, M_MMAP_MAX of <malloc.h>
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # musl and macOS have none
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(top_pad, 256 << 20)
+        # Activations are megabytes each: a tenth of the quickstart's step.
+        keep_freed_memory(grows_by=256 << 20)
 
 
 def build_engine(
