@@ -254,11 +254,11 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
     1 where they do not."""
     from mmflow.artifacts import join
     from mmflow.cluster.local import ensure_ray
-    from mmflow.stages import started
     from mmflow.training.check import check_training
     from mmflow.training.selfcheck import small_check
     from mmflow.training.tasks import tasks_of
     from mmflow.training.workers import compare_gradients_on_ray
+    from mmflow.training_stages import started
 
     loaded = _recipe(recipe, overrides)
     sections = {"pretrain": started(loaded)} | ({"distill": loaded.distill} if loaded.distill else {})

@@ -14,7 +14,8 @@ from typing import Any
 
 from mmflow.artifacts import Artifact, exists, join, local_path, read_bytes, read_json, write_bytes, write_json
 from mmflow.recipe import dump_recipe
-from mmflow.stages import JOURNAL, Loop
+from mmflow.stages import Loop
+from mmflow.training_stages import JOURNAL
 
 VERSIONS = ("mmflow", "torch", "ray", "deepspeed", "transformers", "mlflow", "dagster", "pyarrow", "webdataset")
 EXAMPLES = 24

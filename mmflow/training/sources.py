@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
@@ -16,11 +14,9 @@ from mmflow.loading.plan import LoaderState
 from mmflow.loading.tasks import TaskLoader
 from mmflow.shards.dataset import open_dataset
 from mmflow.training.best import Best
+from mmflow.training.job import TrainingJob
 from mmflow.training.tasks import Task
 from mmflow.training.validation import HeldOut, Validation
-
-if TYPE_CHECKING:
-    from mmflow.training.job import TrainingJob
 
 
 def open_source(

@@ -10,7 +10,8 @@ from typing import Any
 
 from mmflow.errors import TrainingError
 from mmflow.training.engine import check_fp16
-from mmflow.training.job import TrainingJob, run_rank
+from mmflow.training.job import TrainingJob
+from mmflow.training.rank import run_rank
 from mmflow.training.selfcheck import Compared, GradientCheck, compare_gradients
 
 RUN = "ray"  # Ray Train's own directory

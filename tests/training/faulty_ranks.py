@@ -28,9 +28,11 @@ from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import ModelConfig
 from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Parts
-from mmflow.training import job as training_job
+from mmflow.training import building
+from mmflow.training import rank as training_rank
 from mmflow.training.config import TrainingConfig
-from mmflow.training.job import TrainingJob, run_rank
+from mmflow.training.job import TrainingJob
+from mmflow.training.rank import run_rank
 from mmflow.training.store import saved_checkpoints
 from mmflow.training.tasks import Task
 from tests.tiny import SMALLEST_MODEL
@@ -145,15 +147,15 @@ def run(plan: Training, directory: Path, preempted: Callable[[], bool] = lambda:
     Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
         job = job_of(plan, directory)
-        training_job.train = watched(plan, job, here, seen.write)
+        training_rank.train = watched(plan, job, here, seen.write)
         os.replace = dying_replace(plan)
         try:
             run_rank(job, preempted)
         finally:
-            os.replace, training_job.train = REPLACE, TRAIN
+            os.replace, training_rank.train = REPLACE, TRAIN
 
 
-TRAIN, REPLACE = training_job.train, os.replace
+TRAIN, REPLACE = training_rank.train, os.replace
 
 
 def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str], Any]) -> Callable[..., int]:
@@ -226,7 +228,7 @@ def main() -> None:
     plans: list[Mapping[str, Any]] = json.loads(sys.argv[4])
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    training_job.Learner = Poisoned
+    building.Learner = Poisoned
     from mmflow.training.engine import prepare_deepspeed
 
     prepare_deepspeed()

@@ -18,9 +18,10 @@ from mmflow.models.package import Package, read_package, weight_shapes, write_pa
 from mmflow.models.start import begin
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry import versions
-from mmflow.stages import Loop, started
+from mmflow.stages import Loop
 from mmflow.training.check import check_training
 from mmflow.training.stage import identity, tokenizer_of
+from mmflow.training_stages import started
 from tests.tiny import SMALLEST_MODEL, tiny_fields, write_recipe
 
 FUSION = {"kind": "cross_attention", "width": 8, "layers": 1, "heads": 2}

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmflow.errors import MisuseError, RecipeError
 from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
-from mmflow.loading.loader import START
+from mmflow.loading.loader import START, Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
 from mmflow.objectives.config import ObjectivesConfig
@@ -132,13 +132,11 @@ def test_values_are_the_same_on_any_number_of_ranks(validated: Trainings) -> Non
     assert of_averages[1] != pytest.approx(of_last[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["values-1", "values-2", "values-3", "last"])
-def test_values_are_those_of_the_package(validated: Trainings, name: str) -> None:
-    """The last of them, taken again by the model that was written: of whole batches as the loader deals them."""
+def packaged(validated: Trainings, name: str, config: LoaderConfig) -> tuple[Learner, Loader]:
+    """The model that a training wrote, and batches as it was shown them."""
     loaded = load_package(read_package(str(validated.directory / name / "package")))
-    augmented = LoaderConfig(augment=AugmentConfig(crop=CropConfig(), token_dropout=0.5), bucket_batches=2)
     loader = open_loader(
-        held_out_loader(augmented, "held_out"),
+        config,
         validated.dataset,
         loaded.tokenizer,
         global_batch_size=BATCH,
@@ -146,8 +144,15 @@ def test_values_are_those_of_the_package(validated: Trainings, name: str) -> Non
         max_tokens=MODEL.max_tokens,
         seed=3,
     )
-    objectives, special = ObjectivesConfig(), masking_tokens(loaded.tokenizer)
-    learner = Learner(loaded.model, loaded.config, objectives, special, seed=3).eval()
+    return Learner(loaded.model, loaded.config, ObjectivesConfig(), masking_tokens(loaded.tokenizer), seed=3), loader
+
+
+@pytest.mark.parametrize("name", ["values-1", "values-2", "values-3", "last"])
+def test_values_are_those_of_the_package(validated: Trainings, name: str) -> None:
+    """The last of them, taken again by the model that was written: of whole batches as the loader deals them."""
+    augmented = LoaderConfig(augment=AugmentConfig(crop=CropConfig(), token_dropout=0.5), bucket_batches=2)
+    learner, loader = packaged(validated, name, held_out_loader(augmented, "held_out"))
+    learner.eval()
     first = loader.batch(START)
     second = loader.batch(first.state)
     second.real[LOOKED_AT - BATCH :] = False
@@ -227,17 +232,7 @@ def test_hardware_is_told(validated: Trainings) -> None:
 
 
 def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> None:
-    loaded = load_package(read_package(str(validated.directory / "values-1" / "package")))
-    loader = open_loader(
-        LoaderConfig(),
-        validated.dataset,
-        loaded.tokenizer,
-        global_batch_size=BATCH,
-        image_pixels=MODEL.image_pixels,
-        max_tokens=MODEL.max_tokens,
-        seed=3,
-    )
-    learner = Learner(loaded.model, loaded.config, ObjectivesConfig(), masking_tokens(loaded.tokenizer), seed=3)
+    learner, loader = packaged(validated, "values-1", LoaderConfig())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # in operations that it knows
         learner(loader.batch(START), 1)[0].backward()
     # Nobody needs the gradient of the pictures, a large part of so small a model's.

@@ -27,15 +27,16 @@ from mmflow.objectives.config import ObjectivesConfig
 from mmflow.objectives.learner import Learner, Ranks
 from mmflow.objectives.outputs import MaskingTokens
 from mmflow.objectives.tasks import TaskLearner
-from mmflow.training import job as training_job
+from mmflow.training import rank as training_rank
 from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.config import GuardsConfig, OptimizerConfig, TrainingConfig
 from mmflow.training.due import Due
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from mmflow.training.fragments import fragments_of
 from mmflow.training.guards import Guards
-from mmflow.training.job import TrainingJob, run_rank
+from mmflow.training.job import TrainingJob
 from mmflow.training.loop import train
+from mmflow.training.rank import run_rank
 from mmflow.training.tasks import Task
 from mmflow.training.telemetry import Journal
 
@@ -229,7 +230,7 @@ def straight(directory: Path) -> None:
 
 def stopped(directory: Path) -> None:
     """Ended before a step, with a checkpoint behind it."""
-    whole = training_job.train
+    whole = training_rank.train
 
     def train_until(engine: Any, source: Iterator[Batch], **settings: Any) -> None:
         def until() -> Iterator[Batch]:
@@ -240,11 +241,11 @@ def stopped(directory: Path) -> None:
 
         whole(engine, until(), **settings)
 
-    training_job.train = train_until
+    training_rank.train = train_until
     for stage in JOBS:
         with contextlib.suppress(TrainingError):
             run_rank(job_of(directory, f"stopped-{stage}", stage))
-    training_job.train = whole
+    training_rank.train = whole
 
 
 def resumed(directory: Path) -> None:
