@@ -114,12 +114,16 @@ def load_reshaped(engine: Any, parts: Sequence[Mapping[str, Any]], directory: Pa
     zero = engine.optimizer
     if stage == 3:
         zero.checkpoint_event_prologue()  # leaves each rank its part of the parameters that ZeRO keeps whole
+    is_fused = zero.optimizer.defaults.get("fused")
     for one in held(engine):
+        where = one.flat.device if is_fused else torch.device("cpu")  # torch counts steps beside the parameters
         rank, number, *_ = pieces[one.pieces[0][0]][0]
         masters, states = old[rank]
         wanted: dict[str, Tensor] = {MASTER: masters[number], **states[number]}
         new = {
-            state: torch.zeros_like(one.flat, dtype=value.dtype) if _is_elementwise(value) else value.clone()
+            state: torch.zeros_like(one.flat, dtype=value.dtype)
+            if _is_elementwise(value)
+            else value.to(where, copy=True)
             for state, value in wanted.items()
         }
         for name, fragment in one.pieces:
