@@ -48,11 +48,7 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open() as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+        yield from _parsed(lines)
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -66,24 +62,42 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 
 @contextlib.contextmanager
 def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None]) -> Iterator[None]:
-    """Report a journal's progress from a thread while the block runs."""
+    """Report a journal's progress from a thread while the block runs: of what is written from now on, so that neither
+    an earlier run nor the start of this one counts in how long it takes."""
     ended = threading.Event()
 
-    def follow() -> None:
+    def follow(position: int) -> None:
+        note = "starting"
         while not ended.wait(1.0):
-            lines = list(read_journal(path))
-            last = next((line for line in reversed(lines) if "loss" in line.get("metrics", ())), None)
-            if last is not None:
-                metrics = last["metrics"]
-                note = f"loss {metrics['loss']:.3f}, {metrics['samples_per_second']:,.0f} samples/s"
-                report(last["step"], total_steps, note)
-            elif lines:
-                report(lines[-1]["step"], total_steps, "starting")
+            lines, position = _lines_after(path, position)
+            for line in lines:
+                metrics = line.get("metrics", {})
+                if "loss" in metrics:
+                    note = f"loss {metrics['loss']:.3f}, {metrics['samples_per_second']:,.0f} samples/s"
+            if lines:
+                report(lines[-1]["step"], total_steps, note)
 
-    thread = threading.Thread(target=follow, name="journal-watch", daemon=True)
+    now = path.stat().st_size if path.exists() else 0
+    thread = threading.Thread(target=follow, args=(now,), name="journal-watch", daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
+
+
+def _lines_after(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines that begin at a byte or after it, and where they end."""
+    if not path.exists():
+        return [], position
+    with path.open("rb") as stream:
+        stream.seek(position)
+        whole = stream.read().rpartition(b"\n")[0]
+    return list(_parsed(whole.split(b"\n"))), position + len(whole) + bool(whole)
+
+
+def _parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with contextlib.suppress(ValueError):  # torn by a kill
+            yield json.loads(line)

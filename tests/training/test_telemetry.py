@@ -73,15 +73,26 @@ def test_not_a_number_survives_the_file(tmp_path: Path) -> None:
     assert math.isnan(next(iter(read_journal(tmp_path / "journal.jsonl")))["metrics"]["loss"])
 
 
-def test_watch_reports_the_last_line_while_the_block_runs(tmp_path: Path) -> None:
+def test_watch_reports_what_is_written_from_then_on(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    journal = Journal(path)
-    journal.metrics(10, {"loss": 2.5, "samples_per_second": 1234.0})
-    journal.event(10, "checkpoint")
-    reports = []
-    with watch(path, 50, lambda done, total, note: reports.append((done, total, note))):
+    earlier = Journal(path)
+    earlier.metrics(30, {"loss": 2.6, "samples_per_second": 1.0})
+    earlier.close()
+    reports: list[tuple[int, int, str]] = []
+
+    def wait_for(number: int) -> None:
         deadline = time.monotonic() + 10
-        while not reports and time.monotonic() < deadline:
+        while len(reports) < number and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    with watch(path, 50, lambda done, total, note: reports.append((done, total, note))):
+        journal = Journal(path)
+        journal.event(30, "started")
+        wait_for(1)
+        journal.metrics(40, {"loss": 2.5, "samples_per_second": 1234.0})
+        journal.event(40, "checkpoint")
+        with path.open("a") as torn:
+            torn.write('{"step": 41')
+        wait_for(2)
     journal.close()
-    assert reports[0] == (10, 50, "loss 2.500, 1,234 samples/s")
+    assert reports == [(30, 50, "starting"), (40, 50, "loss 2.500, 1,234 samples/s")]
