@@ -1,5 +1,8 @@
 """The typed errors: each message is one line that says what, where and what to do; the command line adds nothing."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class MmflowError(Exception):
     """A failure that one line explains. The command line prints it and exits with `exit_code`."""
@@ -43,3 +46,13 @@ class ClusterError(MmflowError):
 
 class TrackingError(MmflowError):
     """The MLflow server or database refuses or cannot be reached where its answer is needed."""
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Have an error begin with the key of the recipe that names what it is about; its type, by which a
+    scheduler knows whether to try again, stays."""
+    try:
+        yield
+    except MmflowError as error:
+        raise type(error)(f"{key}: {error}") from error

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mmflow.artifacts import local_path
 from mmflow.config import Config
-from mmflow.errors import MmflowError, RecipeError
+from mmflow.errors import RecipeError, named
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.ingest.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
 from mmflow.models.config import PackageConfig
@@ -97,7 +97,7 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 def _begin_from_package(fields: dict[str, Any], path: str) -> None:
     """Complete `pretrain.model` by what the package that `pretrain.start` names is made of.
 
-    Raises RecipeError where there is no such package. What is wrong with the keys is for the recipe's own check.
+    Raises as `located` and `read_package`. What is wrong with the keys is for the recipe's own check.
     """
     section, workspace = fields.get("pretrain"), fields.get("workspace")
     if not isinstance(section, dict) or not isinstance(section.get("model", {}), dict) or not section.get("start"):
@@ -111,10 +111,8 @@ def _begin_from_package(fields: dict[str, Any], path: str) -> None:
     from mmflow.models.package import read_config, read_package
     from mmflow.registry.versions import located
 
-    try:
+    with named(f"{path}: pretrain.start"):
         found = read_config(read_package(str(located(start, workspace).package)))
-    except MmflowError as error:
-        raise RecipeError(f"{path}: pretrain.start: {error}") from error
     section["model"] = _completed(section.get("model", {}), found.model_dump(mode="json"))
 
 

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from mmflow.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
-from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
+from mmflow.errors import MissingArtifactError, MisuseError, RecipeError, named
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
-from mmflow.training_stages import PACKAGE, Inputs, Section, distill, named, pretrain, started
+from mmflow.training_stages import PACKAGE, Inputs, Section, distill, pretrain, started
 
 
 @dataclass(frozen=True)

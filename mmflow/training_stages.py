@@ -7,14 +7,13 @@ A run that finds any of it done goes on from there.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmflow.artifacts import Artifact, Stage, exists, join, local_path
-from mmflow.errors import MmflowError
+from mmflow.errors import named
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
@@ -51,15 +50,6 @@ def started(recipe: Recipe) -> PretrainConfig:
         return recipe.pretrain
     with named("pretrain.start"):
         return recipe.pretrain.model_copy(update={"start": located(start, recipe.workspace)})
-
-
-@contextlib.contextmanager
-def named(key: str) -> Iterator[None]:
-    """Have an error begin with the key of the recipe that names what it is about."""
-    try:
-        yield
-    except MmflowError as error:
-        raise type(error)(f"{key}: {error}") from error
 
 
 def distill(recipe: Recipe, inputs: Inputs) -> Stage:

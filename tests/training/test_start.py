@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mmflow.errors import RecipeError
+from mmflow.errors import MissingArtifactError, RecipeError, TrackingError
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
@@ -135,7 +135,7 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
 
 
 def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
+    with pytest.raises(MissingArtifactError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
         recipe_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
     with pytest.raises(RecipeError, match=r"pretrain\.start: give either package, a model package's URI, or model and"):
         recipe_of(tmp_path, package, start={"model": "nothing"})
@@ -148,6 +148,14 @@ def test_a_registered_version_is_looked_up(package: Package, tmp_path: Path, mon
     assert recipe.pretrain.model == recipe_of(tmp_path, package).pretrain.model
     assert started(recipe).start == recipe_of(tmp_path, package).pretrain.start
     assert identity("pretrain", started(recipe))[1] == {"start": package.digest}
+
+
+def test_a_registry_that_is_away_is_no_fault_of_the_recipe(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    with pytest.raises(TrackingError, match=r"recipe\.yaml: pretrain\.start: .*MLFLOW_TRACKING_URI"):
+        recipe_of(tmp_path, package, start={"model": "tagger", "version": 3})
 
 
 def test_another_package_is_another_artifact(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
