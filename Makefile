@@ -26,11 +26,12 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## the whole loop on a small real corpus, on this machine
 	@$(BIN)/mmflow quickstart
 
+# Two processes, each with one Ray for all of its tests: most of a test's time is waiting for processes to start.
 test: $(STAMP) ## every test but the slow sweeps
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(STAMP) ## every test
-	@$(BIN)/python -m pytest -m ''
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m ''
 
 lint: $(STAMP) ## formatting, lint and types
 	@$(BIN)/ruff format --check .
