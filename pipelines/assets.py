@@ -66,7 +66,11 @@ def _report_asset(loop: Loop) -> AssetsDefinition:
 
 def cause_of(error: BaseException) -> MmflowError | None:
     """The typed error that a stage raised, out of Dagster's wrapping."""
+    looked_at: set[int] = set()  # a chain of causes can be a ring
     seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, MmflowError):
+    while seen is not None and id(seen) not in looked_at:
+        if isinstance(seen, MmflowError):
+            return seen
+        looked_at.add(id(seen))
         seen = seen.__cause__ or seen.__context__
-    return seen
+    return None
