@@ -166,15 +166,15 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
 
 
 def _training(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    from mmflow.training.telemetry import curves, read_journal
+    from mmflow.training.telemetry import curves, followed, read_journal
 
     found = {}
     for role, stage in (("teacher", "pretrain"), ("student", "distill")):
         if stage not in artifacts:
             continue
         artifact = artifacts[stage]
-        path = local_path(artifact.file(JOURNAL))
-        lines = list(read_journal(path)) if path else []
+        with followed(artifact.file(JOURNAL)) as (path, _):
+            lines = list(read_journal(path))
         drawn = curves(lines)
         times = [line["time"] for line in lines]
         found[role] = {

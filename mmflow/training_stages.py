@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmflow.artifacts import Artifact, Stage, exists, join, local_path
+from mmflow.artifacts import Artifact, Stage, exists, join
 from mmflow.errors import named
 from mmflow.progress import progress
 from mmflow.recipe import Recipe, settings_of
@@ -103,7 +103,7 @@ def _train(
     from mmflow.training.job import TrainingJob, total_steps
     from mmflow.training.stage import check_held_out, kept_vocabulary
     from mmflow.training.tasks import tasks_of
-    from mmflow.training.telemetry import watch
+    from mmflow.training.telemetry import followed, watch
     from mmflow.training.workers import train_on_ray
 
     training = section.training
@@ -149,13 +149,16 @@ def _train(
             params=settings_of(section),
             tags={"mmflow.stage": name, "mmflow.dataset": inputs["shard"].fingerprint},
         )
-        journal = local_path(job.journal)
-        with progress(name) as report:
-            if journal is None:
+        with (
+            progress(name) as report,
+            followed(job.journal) as (journal, fetch),
+            mirror(journal, run, uri=tracking_uri(recipe.workspace), kept_in=job.journal),
+            watch(journal, steps, report),
+        ):
+            try:
                 train_on_ray(job, uri)
-            else:
-                with mirror(journal, run, uri=tracking_uri(recipe.workspace)), watch(journal, steps, report):
-                    train_on_ray(job, uri)
+            finally:
+                fetch()  # before its last lines are sent
     package = read_package(join(uri, PACKAGE))
     # A package of an earlier version does not say how many steps it took.
     ending: dict[str, Any] = {"steps": steps, **package.card["lineage"]}

@@ -27,7 +27,9 @@ def ray_cluster() -> Iterator[None]:
 
     for attempt in (1, 2):
         try:
-            ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", configure_logging=True)
+            ray.init(
+                address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", configure_logging=True
+            )
             break
         except Exception:
             ray.shutdown()

@@ -189,8 +189,9 @@ def read_points(journal: Path, offset: int, limit: int = METRICS_PER_CALL) -> tu
 class Mirror:
     """The thread's state: how far the journal is sent, to which run, and whether MLflow answers."""
 
-    def __init__(self, journal: Path, run: TrainingRun, uri: str) -> None:
+    def __init__(self, journal: Path, run: TrainingRun, uri: str, kept_in: str) -> None:
         self.journal, self.run, self.uri, self.where = journal, run, uri, without_credentials(uri)
+        self.kept_in = kept_in or str(journal)
         self.sent_path = f"{journal}.sent"
         self.run_id: str | None = None  # until MLflow has answered once
         self.offset = 0  # bytes of the journal that MLflow has
@@ -222,7 +223,7 @@ class Mirror:
                     self.run_id = None  # the server came back with another database: begin anew there
                 if self.outage is None:
                     self.outage = time.monotonic()
-                    log.warning("%s: metrics wait in %s: %s", self.where, self.journal, one_line(error))
+                    log.warning("%s: metrics wait in %s: %s", self.where, self.kept_in, one_line(error))
 
     def send(self) -> None:
         """Send all whole lines of the journal. Raises what MLflow raises; what was sent before that stays counted."""
@@ -275,18 +276,21 @@ class Mirror:
         self.abandoned.set()
         self.num_unsent = len(self.unsent(read_points(self.journal, self.offset, limit=sys.maxsize)[0]))
         if self.num_unsent:
-            log.warning("%s: %d points could not be sent and stay in %s", self.where, self.num_unsent, self.journal)
+            log.warning("%s: %d points could not be sent and stay in %s", self.where, self.num_unsent, self.kept_in)
 
 
 @contextlib.contextmanager
-def mirror(journal: Path, run: TrainingRun, *, uri: str, last_attempt_seconds: float = 15.0) -> Iterator[Mirror]:
+def mirror(
+    journal: Path, run: TrainingRun, *, uri: str, kept_in: str = "", last_attempt_seconds: float = 15.0
+) -> Iterator[Mirror]:
     """Send a growing journal to the MLflow run of `run.identity` from a daemon thread, while the block trains.
 
     Each line of the journal is `{"step": int, "time": seconds since 1970, "metrics": {name: value}}`; it may not exist
     yet. MLflow makes nothing raise or wait, save the end of the block for `last_attempt_seconds` at most. The run ends
     FINISHED, FAILED (an exception) or KILLED (KeyboardInterrupt, SystemExit). An empty block sends what an outage left.
+    Messages name `kept_in` where the journal is a copy of what is kept there.
     """
-    mirrored = Mirror(journal, run, uri)
+    mirrored = Mirror(journal, run, uri, kept_in)
     mirrored.thread.start()
     status: Status = "KILLED"
     try:

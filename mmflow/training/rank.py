@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.artifacts import join, local_path, read_json, write_bytes, write_json
+from mmflow.artifacts import join, read_json, write_json
 from mmflow.distillation.student import Student
 from mmflow.errors import CorruptArtifactError, MissingArtifactError, TrainingError
 from mmflow.loading.loader import START
@@ -36,7 +34,7 @@ from mmflow.training.loop import train
 from mmflow.training.pulse import Pulse
 from mmflow.training.sources import open_source, open_validation
 from mmflow.training.store import Saved
-from mmflow.training.telemetry import Journal
+from mmflow.training.telemetry import Journal, appended
 
 GUARDS = "guards.json"  # beside the checkpoints
 
@@ -231,15 +229,9 @@ def _write(job: TrainingJob, learner: Learning, ending: Mapping[str, Any], avera
 
 @contextlib.contextmanager
 def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
-    """Rank 0's journal, and how to bring it to a workspace that cannot be appended to (an object store)."""
+    """Rank 0's journal, and how to have its store hold all of it."""
     if dist.get_rank() != 0:
         yield None, lambda: None
         return
-    path = local_path(uri)
-    with tempfile.TemporaryDirectory() as scratch:
-        here = path or Path(scratch) / "journal.jsonl"
-        journal = Journal(here)
-        try:
-            yield journal, (lambda: None) if path else (lambda: write_bytes(uri, here.read_bytes()))
-        finally:
-            journal.close()
+    with appended(uri) as opened:
+        yield opened

@@ -2,6 +2,9 @@
 
 Lines are {"step", "time", "metrics"} or {"step", "time", "event"}. A run that resumes appends to the same journal: a
 step that was run twice stands twice, with the same loss, and readers keep the last.
+
+An object store cannot append. There rank 0 writes a file of its own, which is brought to the store as it grows, and
+whoever reads along follows it by a copy.
 """
 
 from __future__ import annotations
@@ -9,11 +12,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from mmflow.artifacts import exists, filesystem, local_path, positioned_reader, read_bytes, write_bytes
+
+BRING_SECONDS = 10.0  # between two looks at what is to be brought to an object store, or from it
 
 
 class Journal:
@@ -41,6 +49,81 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
+
+
+@contextlib.contextmanager
+def appended(uri: str) -> Iterator[tuple[Journal, Callable[[], None]]]:
+    """The journal at a URI, to go on with, and how to have the store hold all of it now."""
+    path = local_path(uri)
+    if path is not None:
+        with contextlib.closing(Journal(path)) as journal:
+            yield journal, lambda: None
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch) / "journal.jsonl"
+        if exists(uri):
+            here.write_bytes(read_bytes(uri))
+        brought = 0
+
+        def bring() -> None:
+            nonlocal brought
+            lines = here.read_bytes()
+            if len(lines) > brought:
+                write_bytes(uri, lines)
+                brought = len(lines)
+
+        with contextlib.closing(Journal(here)) as journal, _again_and_again(bring) as now:
+            yield journal, now
+
+
+@contextlib.contextmanager
+def followed(uri: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The journal at a URI as a local file that grows as it does, and how to have it hold all that is there now."""
+    path = local_path(uri)
+    if path is not None:
+        yield path, lambda: None
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        here = Path(scratch) / "journal.jsonl"
+        here.touch()
+
+        def fetch() -> None:
+            system, place = filesystem(uri)
+            size, known = system.get_file_info(place).size or 0, here.stat().st_size
+            if size > known:  # what is known is how it still begins
+                with here.open("ab") as copy:
+                    copy.write(positioned_reader(uri)(size - known, known))
+
+        with _again_and_again(fetch) as now:
+            now()  # what an earlier run wrote is no news
+            yield here, now
+
+
+@contextlib.contextmanager
+def _again_and_again(act: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Act every few seconds, and whenever told to. Where the store does not answer it is for the next time: a journal
+    costs no step."""
+    ended, one_at_a_time = threading.Event(), threading.Lock()
+
+    def now() -> None:
+        with one_at_a_time, contextlib.suppress(OSError):
+            act()
+
+    def go_on() -> None:
+        pause = BRING_SECONDS
+        while not ended.wait(pause):
+            began = time.monotonic()
+            now()
+            pause = max(BRING_SECONDS, 20 * (time.monotonic() - began))  # a long journal takes long to bring
+
+    thread = threading.Thread(target=go_on, name="journal", daemon=True)
+    thread.start()
+    try:
+        yield now
+    finally:
+        ended.set()
+        thread.join()
+        now()
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import psutil
 import pyarrow.dataset
+import pyarrow.fs
 import pytest
 import torch
 
-from mmflow.artifacts import MANIFEST
+from mmflow.artifacts import MANIFEST, filesystem, join, read_json
 from mmflow.models.package import load_package, read_package
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry.tracking import tracking_uri
@@ -26,6 +27,7 @@ from mmflow.shards.verify import verify_dataset
 from mmflow.stages import Loop
 from mmflow.training.telemetry import curves, read_journal
 from pipelines.run import run_pipeline
+from tests.object_store import CREDENTIALS, object_store
 from tests.tiny import tiny_fields, write_recipe, write_shapes
 
 STAGES = ["shard", "pretrain", "distill", "evaluate", "promote", "score"]
@@ -94,9 +96,13 @@ def test_every_sample_is_scored_once_by_the_champion(recipe: Recipe, report: dic
 
 
 def test_training_is_in_mlflow_as_one_finished_run_a_stage(recipe: Recipe, report: dict[str, Any]) -> None:
+    assert_tracked(report, tracking_uri(recipe.workspace))
+
+
+def assert_tracked(report: dict[str, Any], uri: str) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri(recipe.workspace))
+    client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["distill", "pretrain"]
@@ -268,6 +274,39 @@ def wait_for(happened: Callable[[], bool], ended: Callable[[], bool], log: str =
         assert not ended() or happened(), Path(log).read_text()
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
+
+
+def test_a_workspace_in_an_object_store_holds_the_same_though_the_driver_was_killed(
+    report: dict[str, Any], records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
+    with object_store() as workspace:
+        path = write_recipe(tmp_path / "tiny.yaml", {**tiny_fields(tmp_path, records), "workspace": workspace})
+        system, directory = filesystem(workspace)
+        trained = pyarrow.fs.FileSelector(f"{directory}/pretrain", recursive=True, allow_not_found=True)
+
+        def checkpoints() -> int:
+            return sum(each.base_name == "part-0.json" for each in system.get_file_info(trained))
+
+        command = [sys.executable, "-m", "mmflow.cli", "run", path]
+        with (tmp_path / "log").open("ab") as log:
+            driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for(lambda: checkpoints() >= 2, lambda: driver.poll() is not None, log.name)
+        finally:
+            driver.kill()
+            driver.wait()
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = read_json(join(workspace, "report.json"))
+    assert fingerprints(found) == fingerprints(report)
+    assert [found["training"][role]["restarts"] for role in ("teacher", "student")] == [1, 0]
+    for role in ("teacher", "student"):
+        assert found["training"][role]["curves"]["loss"] == report["training"][role]["curves"]["loss"]
+    assert_tracked(found, f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.mark.slow
