@@ -17,6 +17,7 @@ from tests.benchmarks.table import merge, section
 SUBJECTS = (
     "build",
     "cached_teacher",
+    "distillation",
     "duplicates",
     "memory",
     "plan",
@@ -36,7 +37,7 @@ def foot(name: str, subject: ModuleType, seconds: float) -> str:
     versions = [f"{package} {version(package)}" for package in ("mmflow", *subject.VERSIONS)]
     versions += [f"{package} {peers.version(package)}" for package in subject.PEERS]
     share = "" if SHARE == 1 else f" **Tried out on {SHARE:.1%} of the sets: no figures to quote.**"
-    when = f"rounds: {RUNS}, {seconds / 60:.1f} minutes, {datetime.now(UTC):%Y-%m-%d}"
+    when = f"rounds: {getattr(subject, 'ROUNDS', RUNS)}, {seconds / 60:.1f} minutes, {datetime.now(UTC):%Y-%m-%d}"
     return f"`python -m tests.benchmarks {name}`, {when}; {machine()}; {', '.join(versions)}.{share}"
 
 

@@ -12,8 +12,8 @@ from tests.benchmarks.table import Row, faster
 
 SAMPLES, SAMPLES_PER_SHARD = 1_024, 128
 IMAGE_PIXELS, MAX_TOKENS, VIEWS, BATCH, SEED = 64, 24, 2, 64, 1
-STUDENT, TEACHER = 192, 384  # widths: twice the width is four times the parameters
-WARM_STEPS, SECONDS = 3, 12.0
+STUDENT, TEACHER = 256, 512  # widths: twice the width is four times the parameters
+WARM_STEPS, SECONDS = 3, 20.0
 GOAL = 2.0
 PEERS = ()
 VERSIONS = ("torch", "transformers", "ray")
@@ -55,7 +55,7 @@ def prepare(samples: int) -> dict[str, Any]:
     from mmflow.models.package import CARD, write_package
     from tests.shards.handmade import Handmade, write_dataset
 
-    directory = SCRATCH / f"cached-teacher-{samples}"
+    directory = SCRATCH / f"cached-teacher-{samples}-{TEACHER}"
     texts = [f"a picture of the number {number} and {number % 97} more" for number in range(samples)]
     if not exists(str(directory / "package" / CARD)):
         shutil.rmtree(directory, ignore_errors=True)
@@ -109,6 +109,8 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
     from mmflow.objectives.learner import Learner
     from mmflow.objectives.outputs import masking_tokens
     from mmflow.shards.dataset import open_dataset
+    from mmflow.training.config import OptimizerConfig
+    from mmflow.training.optimizers import build_optimizer
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
@@ -125,7 +127,7 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
     model = build("model", config, tokenizer.get_vocab_size(), seed=0)
     learner = Learner(model, config, ObjectivesConfig(), masking_tokens(tokenizer), seed=SEED)
     student = Student(learner, teachers, lessons).train()
-    descent = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    descent = build_optimizer([{"params": list(student.parameters())}], OptimizerConfig())
     loader = open_loader(
         _loader_config(), data, tokenizer, global_batch_size=BATCH, image_pixels=student.image_pixels,
         max_tokens=MAX_TOKENS, seed=SEED, stored_views=VIEWS, readings=student.readings,
