@@ -49,7 +49,7 @@ def _start(num_cpus: int) -> None:
         try:
             with _native_stderr_closed():
                 ray.init(**settings, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
+        except Exception as error:  # a bare one where the node is not up in time
             ray.shutdown()
             if address or attempt == STARTS:
                 where = f"RAY_ADDRESS={address}" if address else "an embedded Ray"
