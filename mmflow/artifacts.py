@@ -44,8 +44,20 @@ def local_path(uri: str) -> Path | None:
 
 def join(uri: str, *parts: str) -> str:
     """`uri/part/…`, keeping the query that an s3:// URI may carry at its end."""
+    base, options = _without_options(uri)
+    return "/".join([base.rstrip("/"), *parts]) + options
+
+
+def suffixed(uri: str, suffix: str) -> str:
+    """The URI of a file beside another: its name and a suffix."""
+    base, options = _without_options(uri)
+    return base + suffix + options
+
+
+def _without_options(uri: str) -> tuple[str, str]:
+    """A URI in two: what it names, and its query."""
     base, query, options = uri.partition("?") if local_path(uri) is None else (uri, "", "")
-    return "/".join([base.rstrip("/"), *parts]) + query + options
+    return base, query + options
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:

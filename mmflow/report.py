@@ -166,15 +166,14 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
 
 
 def _training(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    from mmflow.training.telemetry import curves, followed, read_journal
+    from mmflow.training.telemetry import curves, journal_at
 
     found = {}
     for role, stage in (("teacher", "pretrain"), ("student", "distill")):
         if stage not in artifacts:
             continue
         artifact = artifacts[stage]
-        with followed(artifact.file(JOURNAL)) as (path, _):
-            lines = list(read_journal(path))
+        lines = journal_at(artifact.file(JOURNAL))
         drawn = curves(lines)
         times = [line["time"] for line in lines]
         found[role] = {

@@ -152,7 +152,7 @@ def _train(
         with (
             progress(name) as report,
             followed(job.journal) as (journal, fetch),
-            mirror(journal, run, uri=tracking_uri(recipe.workspace), kept_in=job.journal),
+            mirror(journal, run, uri=tracking_uri(recipe.workspace), copy_of=job.journal),
             watch(journal, steps, report),
         ):
             try:

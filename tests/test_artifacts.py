@@ -31,6 +31,7 @@ from mmflow.artifacts import (
     read_artifact,
     read_bytes,
     read_json,
+    suffixed,
     write_bytes,
     write_json,
 )
@@ -124,6 +125,11 @@ def test_publish_killed_within_the_block_shows_nothing_under_the_final_name(tmp_
 )
 def test_join_keeps_the_query_at_the_end(uri: str, parts: tuple[str, ...], joined: str) -> None:
     assert join(uri, *parts) == joined
+
+
+def test_a_suffix_is_the_name_s() -> None:
+    assert suffixed("s3://bucket/a?scheme=http", ".sent") == "s3://bucket/a.sent?scheme=http"
+    assert suffixed("/data/what?", ".sent") == "/data/what?.sent"
 
 
 def test_local_path_knows_files_from_stores(tmp_path: Path) -> None:

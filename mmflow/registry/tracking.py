@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mmflow.artifacts import local_path, read_json, write_json
+from mmflow.artifacts import local_path, read_json, suffixed, write_json
 from mmflow.errors import MisuseError, MmflowError, TrackingError
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ class Mirror:
 
     def __init__(self, journal: Path, run: TrainingRun, uri: str, kept_in: str) -> None:
         self.journal, self.run, self.uri, self.where = journal, run, uri, without_credentials(uri)
-        self.kept_in = kept_in or str(journal)
-        self.sent_path = f"{journal}.sent"
+        self.kept_in = kept_in
+        self.sent_uri = suffixed(kept_in, ".sent")
         self.run_id: str | None = None  # until MLflow has answered once
         self.offset = 0  # bytes of the journal that MLflow has
         self.last_step: dict[str, int] = {}  # of each metric that MLflow has
@@ -243,14 +243,14 @@ class Mirror:
                 return
             self.offset = offset
             # Killed before this line, the next process sends the batch again: MLflow's primary key drops what it has.
-            write_json(self.sent_path, {"run_id": run_id, "offset": offset, "last_step": self.last_step})
+            write_json(self.sent_uri, {"run_id": run_id, "offset": offset, "last_step": self.last_step})
 
     def open(self) -> str:
         """Find or create the run, and go on where an earlier process stopped sending to it."""
         run_id = create_run(self.uri, self.run)
         self.offset, self.last_step = 0, {}
         with contextlib.suppress(MmflowError, OSError, KeyError, TypeError):
-            state = read_json(self.sent_path)
+            state = read_json(self.sent_uri)
             if state["run_id"] == run_id and state["offset"] <= self.journal.stat().st_size:
                 self.offset, self.last_step = int(state["offset"]), dict(state["last_step"])
         self.run_id = run_id
@@ -281,16 +281,16 @@ class Mirror:
 
 @contextlib.contextmanager
 def mirror(
-    journal: Path, run: TrainingRun, *, uri: str, kept_in: str = "", last_attempt_seconds: float = 15.0
+    journal: Path, run: TrainingRun, *, uri: str, copy_of: str | None = None, last_attempt_seconds: float = 15.0
 ) -> Iterator[Mirror]:
     """Send a growing journal to the MLflow run of `run.identity` from a daemon thread, while the block trains.
 
     Each line of the journal is `{"step": int, "time": seconds since 1970, "metrics": {name: value}}`; it may not exist
     yet. MLflow makes nothing raise or wait, save the end of the block for `last_attempt_seconds` at most. The run ends
     FINISHED, FAILED (an exception) or KILLED (KeyboardInterrupt, SystemExit). An empty block sends what an outage left.
-    Messages name `kept_in` where the journal is a copy of what is kept there.
+    Beside the journal it is remembered what was sent: at the URI that it is a passing `copy_of`, where it is one.
     """
-    mirrored = Mirror(journal, run, uri, kept_in)
+    mirrored = Mirror(journal, run, uri, copy_of or str(journal))
     mirrored.thread.start()
     status: Status = "KILLED"
     try:

@@ -75,7 +75,6 @@ def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) ->
                 if not _is_of_an_exchange(error):
                     raise
                 raise TrainingError(f"{' '.join(str(error).split())[:200]}; {pulse.missing()}") from error
-        flush()
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class _Rank:
     due: Due
     pulse: Pulse
     journal: Journal | None  # rank 0's
-    flush: Callable[[], None]
+    flush: Callable[[], object]  # have the journal's store hold all of it
 
 
 def _train(rank: _Rank, after: Trouble | None = None) -> Trouble | None:
@@ -116,10 +115,11 @@ def _train(rank: _Rank, after: Trouble | None = None) -> Trouble | None:
 
     def save(step: int, state: LoaderState, metrics: Mapping[str, float], reason: str) -> bool:
         facts = {"best": validation.best.state(), "examined": validation.examined} if validation else {}
+        rank.flush()  # first: who goes on from this step writes none of the lines before it
         is_begun = checkpoints.save(engine, step, state, metrics, **facts)
         if reason == PREEMPTION:
             checkpoints.finish(step)  # this machine may be gone before the next one
-        rank.flush()
+            rank.flush()
         return is_begun
 
     try:
@@ -147,12 +147,14 @@ def _train(rank: _Rank, after: Trouble | None = None) -> Trouble | None:
         engine.destroy()
         return rewind.trouble
     except TrainingError:
+        rank.flush()  # before another rank's end is this one's too
         checkpoints.settle()  # what is on its way is what a restart goes on from
         raise
     checkpoints.finish(last)  # a package that is whole must not be lost with a checkpoint that nobody will need
     ending: dict[str, Any] = {"steps": last}
     if validation and validation.best.ended:
         ending |= {"stopped": validation.best.ended, "packaged_step": _bring_best(rank, engine) or last}
+    rank.flush()  # who finds the package trains no more
     _write(job, learner, ending, averaged_by=engine if job.training.ema_decay is not None else None)
     return None
 
@@ -228,7 +230,7 @@ def _write(job: TrainingJob, learner: Learning, ending: Mapping[str, Any], avera
 
 
 @contextlib.contextmanager
-def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], None]]]:
+def _journal(uri: str) -> Iterator[tuple[Journal | None, Callable[[], object]]]:
     """Rank 0's journal, and how to have its store hold all of it."""
     if dist.get_rank() != 0:
         yield None, lambda: None

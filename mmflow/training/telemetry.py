@@ -10,8 +10,11 @@ whoever reads along follows it by a copy.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -20,8 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from mmflow.artifacts import exists, filesystem, local_path, positioned_reader, read_bytes, write_bytes
+from mmflow.errors import MmflowError
 
 BRING_SECONDS = 10.0  # between two looks at what is to be brought to an object store, or from it
+LAST_PAUSES = (1.0, 4.0, 10.0)  # before an end gives up a store that does not answer
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -52,15 +59,14 @@ class Journal:
 
 
 @contextlib.contextmanager
-def appended(uri: str) -> Iterator[tuple[Journal, Callable[[], None]]]:
+def appended(uri: str) -> Iterator[tuple[Journal, Callable[[], object]]]:
     """The journal at a URI, to go on with, and how to have the store hold all of it now."""
     path = local_path(uri)
     if path is not None:
         with contextlib.closing(Journal(path)) as journal:
             yield journal, lambda: None
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        here = Path(scratch) / "journal.jsonl"
+    with _copy_of(uri, "appended") as here:
         if exists(uri):
             here.write_bytes(read_bytes(uri))
         brought = 0
@@ -72,19 +78,18 @@ def appended(uri: str) -> Iterator[tuple[Journal, Callable[[], None]]]:
                 write_bytes(uri, lines)
                 brought = len(lines)
 
-        with contextlib.closing(Journal(here)) as journal, _again_and_again(bring) as now:
+        with contextlib.closing(Journal(here)) as journal, _again_and_again(uri, bring) as now:
             yield journal, now
 
 
 @contextlib.contextmanager
-def followed(uri: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+def followed(uri: str) -> Iterator[tuple[Path, Callable[[], object]]]:
     """The journal at a URI as a local file that grows as it does, and how to have it hold all that is there now."""
     path = local_path(uri)
     if path is not None:
         yield path, lambda: None
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        here = Path(scratch) / "journal.jsonl"
+    with _copy_of(uri, "followed") as here:
         here.touch()
 
         def fetch() -> None:
@@ -94,20 +99,44 @@ def followed(uri: str) -> Iterator[tuple[Path, Callable[[], None]]]:
                 with here.open("ab") as copy:
                     copy.write(positioned_reader(uri)(size - known, known))
 
-        with _again_and_again(fetch) as now:
+        with _again_and_again(uri, fetch) as now:
             now()  # what an earlier run wrote is no news
             yield here, now
 
 
 @contextlib.contextmanager
-def _again_and_again(act: Callable[[], None]) -> Iterator[Callable[[], None]]:
-    """Act every few seconds, and whenever told to. Where the store does not answer it is for the next time: a journal
-    costs no step."""
-    ended, one_at_a_time = threading.Event(), threading.Lock()
+def _copy_of(uri: str, use: str) -> Iterator[Path]:
+    """Where a copy of the journal at a URI may lie: always the same place for a use, so that a kill leaves nothing that
+    nobody removes."""
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    directory = Path(tempfile.gettempdir()) / f"mmflow-journal-{name}" / use
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    try:
+        yield directory / "journal.jsonl"
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
-    def now() -> None:
-        with one_at_a_time, contextlib.suppress(OSError):
-            act()
+
+@contextlib.contextmanager
+def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[], object]]:
+    """Act every few seconds, and whenever told to. Where the store of `uri` does not answer it is for the next time,
+    and once for the last: no journal ends a training."""
+    ended, one_at_a_time = threading.Event(), threading.Lock()
+    is_away = False
+
+    def now() -> bool:
+        nonlocal is_away
+        with one_at_a_time:
+            try:
+                act()
+            except (OSError, MmflowError) as error:
+                if not is_away:
+                    log.warning("%s: the journal waits: %s", uri, " ".join(str(error).split())[:300])
+                is_away = True
+                return False
+            is_away = False
+            return True
 
     def go_on() -> None:
         pause = BRING_SECONDS
@@ -123,7 +152,18 @@ def _again_and_again(act: Callable[[], None]) -> Iterator[Callable[[], None]]:
     finally:
         ended.set()
         thread.join()
-        now()
+        for pause in (*LAST_PAUSES, None):
+            if now():
+                break
+            if pause is None:
+                log.warning("%s: the journal's last lines are lost, for the store did not answer", uri)
+            else:
+                time.sleep(pause)
+
+
+def journal_at(uri: str) -> list[dict[str, Any]]:
+    """The lines of the journal at a URI, oldest first; none where there is no journal."""
+    return list(_parsed(read_bytes(uri).split(b"\n"))) if exists(uri) else []
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
