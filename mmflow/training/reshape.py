@@ -114,18 +114,18 @@ def load_reshaped(engine: Any, parts: Sequence[Mapping[str, Any]], directory: Pa
     zero = engine.optimizer
     if stage == 3:
         zero.checkpoint_event_prologue()  # leaves each rank its part of the parameters that ZeRO keeps whole
-    is_fused = zero.optimizer.defaults.get("fused")
+    groups = _optimizer(files[0], stage)["param_groups"]
+    is_fused = any(group.get("fused") for group in groups)
     for one in held(engine):
-        where = one.flat.device if is_fused else torch.device("cpu")  # torch counts steps beside the parameters
         rank, number, *_ = pieces[one.pieces[0][0]][0]
         masters, states = old[rank]
         wanted: dict[str, Tensor] = {MASTER: masters[number], **states[number]}
         new = {
-            state: torch.zeros_like(one.flat, dtype=value.dtype)
-            if _is_elementwise(value)
-            else value.to(where, copy=True)
+            state: torch.zeros_like(one.flat, dtype=value.dtype) if _is_elementwise(value) else value.clone()
             for state, value in wanted.items()
         }
+        if is_fused:
+            new["step"] = new["step"].to(one.flat.device)  # where torch's fused AdamW counts
         for name, fragment in one.pieces:
             for state, value in new.items():
                 if _is_elementwise(value):
@@ -133,7 +133,7 @@ def load_reshaped(engine: Any, parts: Sequence[Mapping[str, Any]], directory: Pa
         one.flat.data.copy_(new.pop(MASTER))
         zero.optimizer.state[one.flat] = new
 
-    for group, saved in zip(zero.optimizer.param_groups, _optimizer(files[0], stage)["param_groups"], strict=True):
+    for group, saved in zip(zero.optimizer.param_groups, groups, strict=True):
         group.update({name: value for name, value in saved.items() if name != "params"})
     if stage == 3:
         flats = zero.fp32_partitioned_groups_flat
