@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mmflow.artifacts import local_path
 from mmflow.config import Config
-from mmflow.errors import RecipeError, named
+from mmflow.errors import MissingArtifactError, RecipeError, named
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.ingest.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
 from mmflow.models.config import PackageConfig
@@ -72,7 +72,8 @@ class Recipe(Config):
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file with `dotted.key=value` overrides, a local workspace made absolute.
 
-    Raises RecipeError: one line with the file, the key, the value seen and what to do.
+    Raises RecipeError: one line with the file, the key, the value seen and what to do. Where `pretrain.start` names a
+    package that is damaged, or a registered version, raises as `read_package` and `located` besides.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -97,7 +98,8 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 def _begin_from_package(fields: dict[str, Any], path: str) -> None:
     """Complete `pretrain.model` by what the package that `pretrain.start` names is made of.
 
-    Raises as `located` and `read_package`. What is wrong with the keys is for the recipe's own check.
+    Raises RecipeError where there is no such package, and as `located` and `read_package`. What is wrong with the keys
+    is for the recipe's own check.
     """
     section, workspace = fields.get("pretrain"), fields.get("workspace")
     if not isinstance(section, dict) or not isinstance(section.get("model", {}), dict) or not section.get("start"):
@@ -111,8 +113,11 @@ def _begin_from_package(fields: dict[str, Any], path: str) -> None:
     from mmflow.models.package import read_config, read_package
     from mmflow.registry.versions import located
 
-    with named(f"{path}: pretrain.start"):
-        found = read_config(read_package(str(located(start, workspace).package)))
+    try:
+        with named(f"{path}: pretrain.start"):
+            found = read_config(read_package(str(located(start, workspace).package)))
+    except MissingArtifactError as error:  # named wrongly
+        raise RecipeError(str(error)) from error
     section["model"] = _completed(section.get("model", {}), found.model_dump(mode="json"))
 
 

@@ -66,11 +66,13 @@ def _report_asset(loop: Loop) -> AssetsDefinition:
 
 def cause_of(error: BaseException) -> MmflowError | None:
     """The typed error that a stage raised, out of Dagster's wrapping."""
-    looked_at: set[int] = set()  # a chain of causes can be a ring
-    seen: BaseException | None = error
-    while seen is not None and id(seen) not in looked_at:
-        if isinstance(seen, MmflowError):
-            return seen
-        looked_at.add(id(seen))
-        seen = seen.__cause__ or seen.__context__
+    to_see: list[BaseException | None] = [error]
+    seen: set[int] = set()  # causes can go in a ring
+    while to_see:
+        each = to_see.pop()
+        if isinstance(each, MmflowError):
+            return each
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            to_see += [each.__context__, each.__cause__]
     return None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mmflow.errors import MissingArtifactError, RecipeError, TrackingError
+from mmflow.errors import RecipeError, TrackingError
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
@@ -135,9 +135,7 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
 
 
 def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path) -> None:
-    with pytest.raises(
-        MissingArtifactError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"
-    ):
+    with pytest.raises(RecipeError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
         recipe_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
     with pytest.raises(RecipeError, match=r"pretrain\.start: give either package, a model package's URI, or model and"):
         recipe_of(tmp_path, package, start={"model": "nothing"})
