@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from tests.registry.mlflow_server import free_port
 
 BUCKET = "bucket"
+START_SECONDS = 60.0
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
 
 
@@ -25,12 +26,15 @@ def object_store() -> Iterator[str]:
         command, env=os.environ | CREDENTIALS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     make = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    deadline = time.monotonic() + START_SECONDS
     try:
         while True:
             assert server.poll() is None, "the server ended"
             try:
-                urllib.request.urlopen(make, timeout=5).close()
+                ask(make, timeout=5).close()
             except OSError:
+                assert time.monotonic() < deadline, "no answer"
                 time.sleep(0.1)
             else:
                 break

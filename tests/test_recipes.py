@@ -33,7 +33,7 @@ def test_a_recipe_is_sound_before_anything_is_made(path: Path) -> None:
 def test_recipes_of_one_workspace_share_one_dataset() -> None:
     recipes = [load_recipe(str(path)) for path in PATHS]
     drawings = [recipe for recipe in recipes if recipe.workspace.endswith("drawings")]
-    assert {recipe.name for recipe in drawings} >= {"clip", "siglip", "albef", "lxmert", "captioner"}
+    assert {recipe.name for recipe in drawings} >= {"clip", "siglip", "albef", "lxmert", "captioner", "distilled"}
     first = drawings[0]
     for recipe in drawings:
         assert (recipe.workspace, recipe.corpus, recipe.shard) == (first.workspace, first.corpus, first.shard)

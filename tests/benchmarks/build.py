@@ -141,7 +141,7 @@ def ray_data(paths: list[str], output: str) -> float:
         image.save(stream, "JPEG", quality=QUALITY)
         return {"__key__": Path(row["path"]).stem.replace(".", "-"), "jpg": stream.getvalue(), "txt": b"a drawing"}
 
-    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     began = time.perf_counter()
     images = ray.data.read_images(paths, mode="RGB", include_paths=True)
     images.map(shrink).write_webdataset(output, encoder=None)

@@ -75,7 +75,7 @@ def prepare(samples: int) -> dict[str, Any]:
             parameters=parameter_count(model), lineage={},
         )  # fmt: skip
     tokenizer = _tokenizer(directory / "dataset")
-    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     (cached,) = with_caches(
         [TeacherPackage(package=str(directory / "package"))],
         key="distill.cache", cache=CacheConfig(augmentations=VIEWS), dataset=str(directory / "dataset"),

@@ -91,7 +91,7 @@ def read_ray(uri: str) -> float:
     """Every sample of the tars, as bytes, on a running Ray."""
     import ray
 
-    ray.init(num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     tars = _tars(uri)
     seconds = seconds_of(
         lambda: sum(1 for _ in ray.data.read_webdataset(tars, decoder=False).iter_rows()), count_of(uri)

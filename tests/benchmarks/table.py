@@ -11,6 +11,7 @@ HEAD = """# Beside peers
 
 Written by `make bench`; `python -m tests.benchmarks NAME` measures one subject again. Both sides in turn, each run in a
 fresh process; figures are medians, ratios are medians of the ratios of the rounds. ✓ and ✗: whether the goal was met.
+A round of `distillation` is a seed.
 """
 COLUMNS = ("what", "mmflow", "peer", "peer's", "unit", "ratio", "goal", "note")
 SECTION = re.compile(r"^## (\S+)$", re.MULTILINE)

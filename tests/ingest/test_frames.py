@@ -128,9 +128,9 @@ def test_a_lie_about_the_number_of_frames_neither_hangs_nor_passes() -> None:
     control = body.index(b"acTL") + 4
     for claim in (11, 2**31 - 1):
         lie = chunk(b"acTL", struct.pack(">II", claim, 0))
-        start = time.perf_counter()
+        start = time.process_time()
         rejected = rejection(body[: control - 8] + lie + body[control + 12 :])
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
         assert rejected.reason is Reason.image_truncated
         assert rejected.detail == f"10 frames of the {claim} that its header promises"
     fewer = body[: control - 8] + chunk(b"acTL", struct.pack(">II", 3, 0)) + body[control + 12 :]
@@ -141,11 +141,11 @@ def test_an_animation_too_long_to_decode_is_refused_at_once() -> None:
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x4c\x01\x00"
     screen = b"GIF89a" + struct.pack("<HH", 4000, 3000) + b"\x80\x00\x00" + bytes(6)
     body = screen + frame * 200 + b";"
-    start = time.perf_counter()
+    start = time.process_time()
     rejected = rejection(body, max_pixels=80_000_000)
     assert rejected.reason is Reason.image_too_large
     assert "188 frames of 4000×3000 pixels" in rejected.detail
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert prepare_images([body], ImageConfig(max_frames=1)).width == 341
 
 

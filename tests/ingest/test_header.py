@@ -96,10 +96,10 @@ def bmp_bomb() -> bytes:
 def test_bomb_costs_its_header_only(make: Callable[[], bytes]) -> None:
     data = make()
     rejection(data)
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(10):
         assert rejection(data) is Reason.image_too_large
-    assert (time.perf_counter() - start) / 10 < 0.05
+    assert (time.process_time() - start) / 10 < 0.05
 
 
 def test_bomb_of_avif_is_refused_by_its_own_decoder() -> None:
@@ -151,9 +151,9 @@ def test_notes_of_a_png_can_do_no_harm() -> None:
         b"tEXt": b"Comment\0" + bytes(3_000_000),
     }.items():
         for data in (with_chunk(picture, kind, body), picture[:-12] + chunk(kind, body) + picture[-12:]):
-            start = time.perf_counter()
+            start = time.process_time()
             header = probe(data)
-            assert time.perf_counter() - start < 0.05
+            assert time.process_time() - start < 0.05
             assert np.array_equal(np.asarray(header.image.convert("RGB")), gradient(32, 48))
             assert without_notes(data) == picture
     assert without_notes(picture) is picture
@@ -167,10 +167,10 @@ def test_absurd_tags_of_a_tiff_cost_nothing() -> None:
     for place in range(directory + 2, len(body) - 12, 12):
         for count in (0, 2**31, 2**32 - 1):
             absurd = body[: place + 4] + struct.pack("<I", count) + body[place + 8 :]
-            start = time.perf_counter()
+            start = time.process_time()
             with contextlib.suppress(Rejected):
                 check_bounds(probe(absurd), ImageConfig())
-            assert time.perf_counter() - start < 0.5
+            assert time.process_time() - start < 0.5
 
 
 def test_orientation_turns_the_size_that_bounds_see() -> None:

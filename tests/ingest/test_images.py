@@ -177,9 +177,9 @@ def test_hashes_are_of_what_is_stored() -> None:
 def test_bounds() -> None:
     assert rejection(file_of(Image.new("RGB", (3, 3)))) is Reason.image_too_small
     assert rejection(file_of(Image.new("RGB", (300, 10)))) is Reason.image_too_narrow
-    start = time.perf_counter()
+    start = time.process_time()
     assert rejection(bomb(30_000, 30_000)) is Reason.image_too_large
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
 
 
 def test_a_size_that_the_encoder_cannot_write_is_named() -> None:
@@ -229,10 +229,10 @@ def test_a_second_header_in_a_jpeg_does_not_get_round_the_bounds() -> None:
     segment = jpeg[frame : frame + 19]
     huge = segment[:5] + b"\xea\x60\xea\x60" + segment[9:]  # 60,000 × 60,000
     for body in (huge + segment, segment + huge):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(Rejected):
             prepared(jpeg[:frame] + body + jpeg[frame + 19 :])
-        assert time.perf_counter() - start < 0.5
+        assert time.process_time() - start < 0.5
 
 
 RED_CLIP = reds(range(0, 120, 20), 24, 20)

@@ -87,9 +87,9 @@ def test_what_lies_past_the_bound_is_not_read_and_no_line_is_cut(comment: int) -
 
 def test_a_hostile_pattern_costs_no_time() -> None:
     robots = parse_robots(b"User-agent: *\nDisallow: /" + b"*a" * 200 + b"b$\n", "mmflow")
-    began = time.perf_counter()
+    began = time.process_time()
     assert robots.allows("/" + "a" * 7_000)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @given(st.binary(max_size=300), st.text("/ab*$%2F?é", min_size=1, max_size=12))
