@@ -28,10 +28,10 @@ quickstart: $(STAMP) ## the whole loop on a small real corpus, on this machine
 
 # Two processes, each with one Ray for all of its tests: most of a test's time is waiting for processes to start.
 test: $(STAMP) ## every test but the slow sweeps
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP) ## every test
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m ''
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m ''
 
 lint: $(STAMP) ## formatting, lint and types
 	@$(BIN)/ruff format --check .

@@ -15,9 +15,16 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+LONGEST = ("training", "pipelines", "test_readme", "cluster")
+
 # A time limit for each example fails on a loaded machine, not on a broken program.
 settings.register_profile("mmflow", deadline=None)
 settings.load_profile("mmflow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two processes that share them neither is done long before the other."""
+    items.sort(key=lambda item: not {item.path.stem, item.path.parent.name}.intersection(LONGEST))
 
 
 @pytest.fixture(scope="session")
