@@ -156,7 +156,7 @@ def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[],
             if now():
                 break
             if pause is None:
-                log.warning("%s: the journal's last lines are lost, for the store did not answer", uri)
+                log.warning("%s: the store did not answer; the journal's last lines were not copied", uri)
             else:
                 time.sleep(pause)
 

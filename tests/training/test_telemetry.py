@@ -186,5 +186,5 @@ def test_a_store_that_is_away_ends_no_training_and_is_told_of_once(
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
         "the journal waits: no answer",
         "the journal waits: no answer",
-        "the journal's last lines are lost, for the store did not answer",
+        "the store did not answer; the journal's last lines were not copied",
     ]
