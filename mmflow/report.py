@@ -166,7 +166,8 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
 
 
 def _training(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    from mmflow.training.telemetry import curves, journal_at
+    from mmflow.training.journal_store import journal_at
+    from mmflow.training.telemetry import curves
 
     found = {}
     for role, stage in (("teacher", "pretrain"), ("student", "distill")):

@@ -101,9 +101,10 @@ def _train(
     from mmflow.models.package import CARD, read_package
     from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
     from mmflow.training.job import TrainingJob, total_steps
+    from mmflow.training.journal_store import followed
     from mmflow.training.stage import check_held_out, kept_vocabulary
     from mmflow.training.tasks import tasks_of
-    from mmflow.training.telemetry import followed, watch
+    from mmflow.training.telemetry import watch
     from mmflow.training.workers import train_on_ray
 
     training = section.training

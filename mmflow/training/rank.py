@@ -30,11 +30,12 @@ from mmflow.training.engine import prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards, Rewind, Trouble
 from mmflow.training.hardware import peak_flops
 from mmflow.training.job import TrainingJob, total_steps
+from mmflow.training.journal_store import appended
 from mmflow.training.loop import train
 from mmflow.training.pulse import Pulse
 from mmflow.training.sources import open_source, open_validation
 from mmflow.training.store import Saved
-from mmflow.training.telemetry import Journal, appended
+from mmflow.training.telemetry import Journal
 
 GUARDS = "guards.json"  # beside the checkpoints
 
