@@ -15,7 +15,7 @@ from typing import Any
 from yarl import URL
 
 from mmflow.ingest.config import FetchConfig
-from mmflow.ingest.guard import Lookup, parse_url
+from mmflow.ingest.guard import NO_URL, Lookup, parse_url
 from mmflow.ingest.politeness import Host, Hosts, backoff
 from mmflow.ingest.reasons import Reason, Rejected
 from mmflow.ingest.request import REDIRECTS, Answer, Client, Failure, open_client
@@ -182,7 +182,7 @@ class _Fetcher:
             return parse_url(str(url.join(URL(location))), loopback=self._settings.loopback)
         except Rejected as rejected:
             raise Failure(rejected.reason, f"redirected: {rejected.detail}") from rejected
-        except ValueError as error:
+        except NO_URL as error:
             raise Failure(Reason.fetch_refused, "redirected: not a URL") from error
 
     async def _check_robots(self, host: Host, url: URL) -> None:

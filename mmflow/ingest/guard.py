@@ -19,6 +19,7 @@ from yarl import URL
 
 from mmflow.ingest.reasons import Reason, Rejected
 
+NO_URL = (ValueError, IndexError)  # what yarl raises; of "0://[]@" the second
 MAX_URL = 8_000  # characters: about what servers take in a request line
 # Web ports, and what anyone may listen on, less the ports on which browsers too refuse to speak HTTP
 # (https://fetch.spec.whatwg.org/#port-blocking): a request there is a command to a mail, chat or file server.
@@ -104,7 +105,7 @@ def parse_url(text: str, *, loopback: bool = False) -> URL:
     try:
         url = URL(text.strip()).with_fragment(None)
         host, port = url.raw_host, url.port
-    except ValueError as error:
+    except NO_URL as error:
         raise _refused("not a URL") from error
     if url.scheme not in ("http", "https"):
         raise _refused(f"scheme {url.scheme[:20]!r}, http or https is needed")

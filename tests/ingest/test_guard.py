@@ -8,7 +8,7 @@ import ipaddress
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmflow.ingest.guard import (
@@ -114,6 +114,7 @@ def test_an_address_in_an_odd_spelling_is_refused(ip: ipaddress.IPv4Address, spe
     refusal(f"http://{host}/", loopback=True)
 
 
+@example("0://[]@")
 @given(st.text(max_size=60) | st.text("0123456789.xabcdef:[]@/%#?\\ ", max_size=40).map(lambda rest: f"http://{rest}"))
 def test_any_text_is_a_url_to_a_name_or_public_address_or_refused(text: str) -> None:
     try:
