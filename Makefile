@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## the whole loop on a small real corpus, on this machine
 	@$(BIN)/mmflow quickstart
 
-# Two processes, each with one Ray for all of its tests: most of a test's time is waiting for processes to start.
+# Two processes, each with one Ray for all of its tests.
 test: $(STAMP) ## every test but the slow sweeps
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -182,6 +182,12 @@ def canonical_json(value: Any) -> str:
     return _CANONICAL.encode(value)
 
 
+def scratch_directory(uri: str) -> Path:
+    """Where on this machine may lie for a while what belongs to a URI elsewhere: always the same place, so that kills
+    leave nothing that nobody removes."""
+    return Path(tempfile.gettempdir()) / f"mmflow-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
+
+
 def content_hash(value: Any) -> str:
     """sha256 (hex) of a JSON value in canonical form: key order and white space do not matter."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()

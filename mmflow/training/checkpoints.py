@@ -8,7 +8,6 @@ the newest only, whole or not.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from mmflow.artifacts import local_path
+from mmflow.artifacts import local_path, scratch_directory
 from mmflow.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.plan import LoaderState
 from mmflow.models.encoders import parameter_count
@@ -166,12 +165,8 @@ class Checkpoints:
         )
 
     def _scratch(self) -> Path:
-        """Where this rank writes: always the same place, so that kills leave nothing that nobody removes."""
-        path = local_path(self._store)
-        if path is not None:
-            return path / f"{STAGING}{self._rank}"
-        name = hashlib.sha256(self._store.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"mmflow-{name}" / f"{STAGING}{self._rank}"
+        """Where this rank writes."""
+        return (local_path(self._store) or scratch_directory(self._store)) / f"{STAGING}{self._rank}"
 
     def _without(self, step: int, problem: str) -> None:
         if self._config.without_room == "stop":

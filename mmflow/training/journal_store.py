@@ -7,17 +7,23 @@ a copy.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmflow.artifacts import exists, filesystem, local_path, positioned_reader, read_bytes, write_bytes
+from mmflow.artifacts import (
+    exists,
+    filesystem,
+    local_path,
+    positioned_reader,
+    read_bytes,
+    scratch_directory,
+    write_bytes,
+)
 from mmflow.errors import MmflowError
 from mmflow.training.telemetry import Journal, parsed
 
@@ -75,10 +81,8 @@ def followed(uri: str) -> Iterator[tuple[Path, Callable[[], object]]]:
 
 @contextlib.contextmanager
 def _copy_of(uri: str, use: str) -> Iterator[Path]:
-    """Where a copy of the journal at a URI may lie: always the same place for a use, so that a kill leaves nothing that
-    nobody removes."""
-    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    directory = Path(tempfile.gettempdir()) / f"mmflow-journal-{name}" / use
+    """Where a copy of the journal at a URI may lie for a use of it."""
+    directory = scratch_directory(uri) / use
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
@@ -121,13 +125,12 @@ def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[],
     finally:
         ended.set()
         thread.join()
-        for pause in (*LAST_PAUSES, None):
+        for pause in (0.0, *LAST_PAUSES):
+            time.sleep(pause)
             if now():
                 break
-            if pause is None:
-                log.warning("%s: the store did not answer; the journal's last lines were not copied", uri)
-            else:
-                time.sleep(pause)
+        else:
+            log.warning("%s: the store did not answer; the journal's last lines were not copied", uri)
 
 
 def journal_at(uri: str) -> list[dict[str, Any]]:

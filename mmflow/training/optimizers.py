@@ -28,20 +28,20 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # the same authors' coefficients
 ITERATIONS = 5
 
 
-def build_optimizer(groups: Sequence[Mapping[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer that the recipe names. Muon takes the groups whose `muon` is True."""
     betas = (0.9, config.beta2)
     if config.name == "adamw":
         # Fused: one pass over memory in place of ten, a quarter of the time on a CPU.
-        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)  # type: ignore[arg-type]
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     return {"muon": Muon, "lamb": Lamb}[config.name](groups, config.learning_rate, betas)
 
 
 class WholeParameterOptimizer(torch.optim.Optimizer):
     """Steps parameters, or under ZeRO the flat tensors that hold fragments of them."""
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], learning_rate: float, betas: tuple[float, float]) -> None:
-        super().__init__(groups, {"lr": learning_rate, "betas": betas})  # type: ignore[arg-type]
+    def __init__(self, groups: Sequence[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": learning_rate, "betas": betas})
         self._fragments: Mapping[Tensor, Sequence[Fragment]] = {}
         self._device: torch.device | None = None
 

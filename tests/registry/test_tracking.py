@@ -174,7 +174,7 @@ def test_server_that_never_answers_holds_the_end_for_the_stated_seconds_only(tmp
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()
         with mirror(tmp_path / "journal.jsonl", RUN, uri=uri, last_attempt_seconds=1.0) as mirrored:
-            assert time.monotonic() - started < 0.5
+            assert time.monotonic() - started < 0.1
         assert time.monotonic() - started < 3
         assert mirrored.num_unsent == 6
 

@@ -56,7 +56,7 @@ def test_a_journal_in_a_store_goes_on_where_an_earlier_run_was_killed(store: Sto
         assert store.steps() == [1, 1]
         journal.metrics(3, {"loss": 1.0})
     assert store.steps() == [1, 1, 3]
-    assert list(Path(tempfile.gettempdir()).glob("mmflow-journal-*/*")) == []
+    assert list(Path(tempfile.gettempdir()).glob("mmflow-*/*")) == []
 
 
 def test_a_journal_in_a_store_is_followed_as_it_grows(store: Store) -> None:
