@@ -2,7 +2,7 @@
 
 import sys
 
-from mmflow.cli import main
+from mmflow.cli.main import main
 
 if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])

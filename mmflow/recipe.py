@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from mmflow.artifacts import local_path
-from mmflow.config import Config
-from mmflow.errors import MissingArtifactError, RecipeError, named
+from mmflow.core.artifacts import local_path
+from mmflow.core.config import Config
+from mmflow.core.errors import MissingArtifactError, RecipeError, named
+from mmflow.corpora.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
+from mmflow.dataset.config import ShardConfig
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.ingest.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
+from mmflow.inference.config import ScoreConfig
 from mmflow.models.config import PackageConfig
 from mmflow.registry.config import PromoteConfig
-from mmflow.scoring.config import ScoreConfig
-from mmflow.shards.config import ShardConfig
 from mmflow.training.config import DistillConfig, PretrainConfig
 
 

@@ -17,10 +17,10 @@ from dagster import (
     in_process_executor,
 )
 
-from mmflow.errors import MmflowError
+from mmflow.core.errors import MmflowError
 from mmflow.recipe import Recipe
-from mmflow.report import summary, write_report
-from mmflow.stages import DEFINITIONS, Loop
+from mmflow.report.run import summary, write_report
+from mmflow.stages.loop import DEFINITIONS, Loop
 from pipelines.memory import peak_memory
 
 JOB = "loop"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from mmflow.artifacts import join, local_path
-from mmflow.errors import MmflowError
+from mmflow.core.artifacts import join, local_path
+from mmflow.core.errors import MmflowError
 from mmflow.recipe import Recipe
 
 DAGSTER_YAML = """\
@@ -36,7 +36,7 @@ def run_pipeline(recipe: Recipe) -> None:
     """
     from dagster import DagsterInstance
 
-    from mmflow.stages import Loop
+    from mmflow.stages.loop import Loop
     from pipelines.assets import JOB, build_definitions, cause_of
     from pipelines.memory import watch_memory
 

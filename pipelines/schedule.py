@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-from mmflow.errors import MmflowError, RecipeError
+from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.recipe import Recipe
 from pipelines.run import dagster_home
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmflow.cli import app
+from mmflow.cli.main import app
 from mmflow.recipe import load_recipe
 from mmflow.training.check import check_training
 from tests.tiny import tiny_fields, write_recipe, write_shapes
@@ -125,7 +125,7 @@ def test_the_scheduler_starts_and_stops(recipe: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as stream:
         scheduler = subprocess.Popen(
-            [sys.executable, "-m", "mmflow.cli", "schedule", path],
+            [sys.executable, "-m", "mmflow.cli.main", "schedule", path],
             stdout=stream,
             stderr=stream,
             start_new_session=True,

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.recipe import _parse, dump_recipe, load_recipe, settings_of
 
 QUICKSTART = Path(__file__).parents[1] / "pipelines" / "quickstart.yaml"

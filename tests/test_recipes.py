@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmflow.recipe import load_recipe
-from mmflow.stages import Loop
+from mmflow.stages.loop import Loop
 
 RECIPES = Path(__file__).parent.parent / "pipelines" / "recipes"
 PATHS = sorted(RECIPES.glob("*.yaml"))

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from mmflow.errors import ClusterError, MisuseError
+from mmflow.core.errors import ClusterError, MisuseError
 
 CHECK_SECONDS = (3.0, 5.0)  # (connect, answer): a wrong address is told within 8 s
 REQUEST_SECONDS = (3.0, 30.0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 
 Config = dict[str, Any]
 

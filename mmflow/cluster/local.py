@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from mmflow.errors import ClusterError
+from mmflow.core.errors import ClusterError
 
 STARTS = 2  # a node must be up within a fixed 30 s, which a loaded machine misses now and then
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.training.config import DistillConfig, PretrainConfig
 from mmflow.training.tasks import tasks_of

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmflow.dataset.reader import Sample
 from mmflow.evaluation.asked import SIMILARITIES
-from mmflow.loading.reader import Sample
-from mmflow.models.embed import image_inputs, text_inputs
+from mmflow.inference.embed import image_inputs, text_inputs
 from mmflow.models.hierarchical import HierarchicalEncoder
 from mmflow.models.package import LoadedModel
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 
 Words = list[str]
 References = Sequence[Sequence[str]]  # of each caption, at least one

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from mmflow.config import Config
+from mmflow.core.config import Config
 
 
 class ZeroShotConfig(Config):

@@ -18,13 +18,11 @@ from mmflow.evaluation.captions import caption_metrics, typical_caption
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.masked_words import masked_word_metrics
 from mmflow.evaluation.perplexity import perplexity_metrics
-from mmflow.evaluation.predict import class_scores, matching_scores, pair_scores, token_losses, write_texts
 from mmflow.evaluation.rows import Captions, Rows
-from mmflow.evaluation.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
-from mmflow.loading.tokens import tokenise
-from mmflow.models.embed import Embeddings, embed_captions, embed_images
-from mmflow.models.package import LoadedModel
-from mmflow.retrieval import (
+from mmflow.inference.embed import Embeddings, embed_captions, embed_images
+from mmflow.inference.predict import class_scores, matching_scores, pair_scores, token_losses, write_texts
+from mmflow.inference.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
+from mmflow.learning.retrieval import (
     Found,
     chance_metrics,
     find_any,
@@ -33,6 +31,8 @@ from mmflow.retrieval import (
     reordered,
     retrieval_metrics,
 )
+from mmflow.loading.tokens import tokenise
+from mmflow.models.package import LoadedModel
 
 GRID_RESULTS = 5
 SHOWN = 24  # written captions and answers that are kept for people to read

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmflow.dataset.reader import Sample
 from mmflow.evaluation.perplexity import perplexity_metrics
-from mmflow.loading.reader import Sample
-from mmflow.models.embed import image_inputs, text_inputs
+from mmflow.inference.embed import image_inputs, text_inputs
+from mmflow.learning.outputs import masking_tokens
 from mmflow.models.encoders import Encoded
 from mmflow.models.package import LoadedModel
-from mmflow.objectives.outputs import masking_tokens
 
 # Shapes: M hidden words of all captions, B captions of a batch, C hidden words of a batch, T tokens, V vocabulary.
 

@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mmflow.errors import MisuseError
-from mmflow.loading.reader import Reader, Sample
+from mmflow.core.errors import MisuseError
+from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.reader import Reader, Sample
 from mmflow.loading.text import QUESTIONS
-from mmflow.shards.dataset import Dataset
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from mmflow.artifacts import content_hash, join, read_json, write_json
+from mmflow.core.artifacts import content_hash, join, read_json, write_json
+from mmflow.core.progress import Report
+from mmflow.dataset.dataset import open_dataset
 from mmflow.evaluation.asked import COMPARES, asked_and_given, check_asked, reads_captions
 from mmflow.evaluation.attention import look
 from mmflow.evaluation.config import EvaluateConfig
@@ -23,11 +25,9 @@ from mmflow.evaluation.evaluate import (
     flatten,
 )
 from mmflow.evaluation.rows import Captions, Rows, read_rows
-from mmflow.models.embed import image_inputs
+from mmflow.inference.embed import image_inputs
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package
-from mmflow.progress import Report
-from mmflow.shards.dataset import open_dataset
 
 METRICS = "metrics.json"  # {split: {"rows", "models": {model: metrics}}}
 RETRIEVAL = "retrieval.json"  # {model: {split: [query, …]}}, of models with a shared space

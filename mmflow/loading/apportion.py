@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.config import MixtureConfig
 
 WHOLE = 2**40

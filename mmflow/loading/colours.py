@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mmflow.loading.decode import Pixels
+from mmflow.imaging.decode import Pixels
 
 GREY = 127.5  # what contrast turns about
 LUMA = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as W3C's filters have them

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmflow.config import Config
+from mmflow.core.config import Config
 
 
 class CropConfig(Config):

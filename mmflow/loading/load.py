@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError, CorruptShardError, RecipeError
+from mmflow.core.errors import CorruptArtifactError, CorruptShardError, RecipeError
+from mmflow.dataset.reader import Reader, Sample
 from mmflow.loading.config import AugmentConfig
 from mmflow.loading.frames import choose_frames
 from mmflow.loading.plan import Slots
-from mmflow.loading.reader import Reader, Sample
 from mmflow.loading.text import choose_answer, choose_caption, choose_question, drop_tokens, label_of
 from mmflow.loading.tokens import tokenise
 from mmflow.loading.transforms import generator, random_views

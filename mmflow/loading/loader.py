@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError, TrainingError
+from mmflow.core.errors import CorruptArtifactError, TrainingError
+from mmflow.dataset.reader import Reader
 from mmflow.loading.batches import Batch, assemble
 from mmflow.loading.load import Loaded, ViewSettings, load_slots
 from mmflow.loading.mixture import MixtureOrder
 from mmflow.loading.plan import LoaderState, Order, Slots, rank_slice
 from mmflow.loading.prefetch import on_device
-from mmflow.loading.reader import Reader
 from mmflow.loading.tokens import special_tokens
 from mmflow.loading.workers import Task, start
 

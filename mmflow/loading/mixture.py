@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.apportion import Segment, Stage, apportion, timeline
 from mmflow.loading.bucketing import Buckets, deal_by_length
 from mmflow.loading.epoch import Epochs, Latest

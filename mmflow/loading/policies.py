@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from mmflow.imaging.decode import Pixels
+from mmflow.imaging.resample import PLAIN, Affine, picture_of
 from mmflow.loading.config import PoliciesConfig
-from mmflow.loading.decode import Pixels
-from mmflow.loading.resample import PLAIN, Affine, picture_of
 
 MOST = 8  # operations a view: `PoliciesConfig.count`
 SHEAR = 0.3

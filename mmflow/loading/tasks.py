@@ -13,11 +13,11 @@ from itertools import accumulate
 
 import numpy as np
 
+from mmflow.dataset.reader import Reader
 from mmflow.loading.apportion import Stage, apportion, timeline, to_shares
 from mmflow.loading.batches import Batch
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.plan import LoaderState
-from mmflow.loading.reader import Reader
 
 
 class TaskLoader:

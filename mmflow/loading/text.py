@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmflow.errors import RecipeError
-from mmflow.loading.reader import Caption
+from mmflow.core.errors import RecipeError
+from mmflow.dataset.reader import Caption
 
 QUESTIONS = "questions"  # where the metadata of a sample has them
 

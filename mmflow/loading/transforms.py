@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import xxhash
 
+from mmflow.imaging.decode import Pixels, open_picture, read_pixels
+from mmflow.imaging.resample import PLAIN, Affine, Box, resample
 from mmflow.loading.colours import AS_IT_IS, Recolour, recolour
 from mmflow.loading.config import AugmentConfig, CropConfig
-from mmflow.loading.decode import Pixels, open_picture, read_pixels
 from mmflow.loading.policies import MOST, Chosen, choose, paint, warp_of
-from mmflow.loading.resample import PLAIN, Affine, Box, resample
 
 CROP_ATTEMPTS = 10  # as in Inception's and torchvision's crop: a shape that does not fit is drawn anew
 SINGLE_DRAWS = 12

@@ -9,9 +9,9 @@ from itertools import chain, islice
 
 from tokenizers import Tokenizer
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
+from mmflow.dataset.reader import Reader
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.reader import Reader
 from mmflow.loading.text import label_of, questions_of
 from mmflow.loading.tokens import train_tokenizer
 

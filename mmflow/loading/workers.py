@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmflow.allocator import keep_freed_memory
-from mmflow.errors import MmflowError, TrainingError
+from mmflow.core.allocator import keep_freed_memory
+from mmflow.core.errors import MmflowError, TrainingError
 from mmflow.loading.load import Loaded
 from mmflow.loading.plan import Slots
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import LAST, PAD, SPECIAL
 from mmflow.models.checkpoints import (
     DUAL,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.positions import resampled
 
 IN_PACKAGE = "package:"

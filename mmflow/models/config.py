@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mmflow.config import Config
+from mmflow.core.config import Config
 
 
 class PositionsConfig(Config):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 from mmflow.models.config import DecoderConfig
 
 # Shapes: B batch, T tokens of this call, P tokens up to and with this call, R regions or tokens of the memory, M the

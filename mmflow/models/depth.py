@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 
 
 def layers_of(backbone: Any) -> tuple[str, nn.ModuleList] | None:

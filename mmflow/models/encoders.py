@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import EncoderConfig, ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.depth import freeze
 from mmflow.models.patch_dropout import PatchDropout

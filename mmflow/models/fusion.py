@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import FusionConfig
 from mmflow.models.mixing import Concatenated, Gated, Mixing
 from mmflow.models.single_stream import SingleStream

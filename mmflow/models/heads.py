@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import ImageEncoder, TextEncoder
 from mmflow.models.layers import LAYER_NORM_EPS

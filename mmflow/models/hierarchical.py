@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.attention import Blocks
 from mmflow.models.config import WindowsConfig
 from mmflow.models.encoders import Encoded, TextEncoder

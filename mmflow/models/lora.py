@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import LoraConfig
 from mmflow.models.encoders import Encoder
 from mmflow.models.model import Model

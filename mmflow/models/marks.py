@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import special_tokens
 from mmflow.models.backbones import OWN_IDS, encoder_config
 from mmflow.models.config import ModelConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 from mmflow.models.config import ModelConfig
 from mmflow.models.decoder import Cache, Decoder
 from mmflow.models.encoders import Encoded

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from mmflow.artifacts import (
+from mmflow.core.artifacts import (
     content_hash,
     exists,
     join,
@@ -24,7 +24,7 @@ from mmflow.artifacts import (
     write_bytes,
     write_json,
 )
-from mmflow.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.models.config import EncoderConfig, ModelConfig
 
 if TYPE_CHECKING:

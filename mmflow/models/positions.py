@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 
 # Shapes: P positions, W width, h and w rows and columns of patches.
 

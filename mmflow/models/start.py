@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, accept_older_names
 from mmflow.models.package import Package, read_vocabulary, read_weights, weight_shapes

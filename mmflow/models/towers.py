@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.backbones import OWN_IDS, load_backbone
 from mmflow.models.config import EncoderConfig, ImageEncoderConfig, TextEncoderConfig, VideoConfig
 from mmflow.models.encoders import ImageEncoder, TextEncoder

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.attention import Blocks
 from mmflow.models.config import VideoConfig
 from mmflow.models.encoders import Encoded, ImageEncoder

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
-from mmflow.config import Config
+from mmflow.core.config import Config
 
 # MLflow refuses "/" and ":" in a registered name, and a quote would end the string in its search filters.
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]

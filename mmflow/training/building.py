@@ -8,23 +8,23 @@ from typing import Any
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.distillation.initialise import initialise
-from mmflow.distillation.student import Student
-from mmflow.distillation.teachers import open_teachers
+from mmflow.dataset.dataset import open_dataset
+from mmflow.learning.initialise import initialise
+from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.objectives.table import check
+from mmflow.learning.outputs import masking_tokens
+from mmflow.learning.student import Student
+from mmflow.learning.tasks import TaskLearner
 from mmflow.loading.opening import open_readers
 from mmflow.models.lora import adapt
 from mmflow.models.model import Model
 from mmflow.models.model import build as build_model
 from mmflow.models.package import load_package, read_package
 from mmflow.models.start import Begun, begin, fresh_parts
-from mmflow.objectives.learner import Learner, Ranks
-from mmflow.objectives.objectives import check
-from mmflow.objectives.outputs import masking_tokens
-from mmflow.objectives.tasks import TaskLearner
-from mmflow.shards.dataset import open_dataset
 from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.engine import build_engine, compile_parts
 from mmflow.training.job import TrainingJob
+from mmflow.training.teachers import open_teachers
 
 Learning = Learner | TaskLearner | Student
 

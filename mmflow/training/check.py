@@ -8,7 +8,11 @@ from pathlib import Path
 
 import torch
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.objectives.table import check
+from mmflow.learning.outputs import MaskingTokens, masking_tokens
+from mmflow.learning.parts import check_trained
 from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
@@ -19,10 +23,6 @@ from mmflow.models.marks import with_marks
 from mmflow.models.model import Model, build
 from mmflow.models.package import Package, read_config, read_package
 from mmflow.models.start import check_package, fresh_parts
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.objectives import check
-from mmflow.objectives.outputs import MaskingTokens, masking_tokens
-from mmflow.objectives.parts import check_trained
 from mmflow.training.config import DistillConfig, PretrainConfig, TrainingConfig
 from mmflow.training.stage import encoders_of, tokenizer_of
 from mmflow.training.tasks import Task, tasks_of

@@ -22,8 +22,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from mmflow.artifacts import local_path, scratch_directory
-from mmflow.errors import CorruptArtifactError, TrainingError
+from mmflow.core.artifacts import local_path, scratch_directory
+from mmflow.core.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.plan import LoaderState
 from mmflow.models.encoders import parameter_count
 from mmflow.training.collectives import average_buffers, first_problem

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from mmflow.config import Config
-from mmflow.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
+from mmflow.core.config import Config
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import LoraConfig, ModelConfig, PackageConfig
-from mmflow.objectives.config import ObjectivesConfig
 
 VALIDATION = "validation/"  # before the names of what validations write
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmflow.learning.learner import Parts
+from mmflow.learning.micro_batches import MicroBatch
 from mmflow.loading.batches import Batch
 from mmflow.models.scale import Scale
-from mmflow.objectives.learner import Parts
-from mmflow.objectives.micro_batches import MicroBatch
 from mmflow.training.guards import Buffers
 from mmflow.training.random_state import random_state, set_random_state
 

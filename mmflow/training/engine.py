@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmflow.allocator import keep_freed_memory
-from mmflow.errors import RecipeError
+from mmflow.core.allocator import keep_freed_memory
+from mmflow.core.errors import RecipeError
 from mmflow.models.learning_rates import learning_rate_factors
 from mmflow.models.model import Model
 from mmflow.training.averages import keep_average, whole_average

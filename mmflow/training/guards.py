@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmflow.errors import TrainingError
+from mmflow.core.errors import TrainingError
 from mmflow.training.config import GuardsConfig
 
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution

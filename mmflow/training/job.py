@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmflow.distillation.config import InitialiseConfig, LessonsConfig
-from mmflow.distillation.teachers import TeacherPackage
+from mmflow.dataset.dataset import open_dataset
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.distillation.config import InitialiseConfig, LessonsConfig
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import steps_per_epoch
 from mmflow.models.config import LoraConfig, ModelConfig
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.shards.dataset import open_dataset
 from mmflow.training.config import TrainingConfig
 from mmflow.training.tasks import Task
+from mmflow.training.teachers import TeacherPackage
 
 
 @dataclass(frozen=True, kw_only=True)

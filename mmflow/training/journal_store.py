@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmflow.artifacts import (
+from mmflow.core.artifacts import (
     exists,
     filesystem,
     local_path,
@@ -24,7 +24,7 @@ from mmflow.artifacts import (
     scratch_directory,
     write_bytes,
 )
-from mmflow.errors import MmflowError
+from mmflow.core.errors import MmflowError
 from mmflow.training.telemetry import Journal, parsed
 
 BRING_SECONDS = 10.0  # between two looks at what is to be brought to an object store, or from it

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.artifacts import join, read_json, write_json
-from mmflow.distillation.student import Student
-from mmflow.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from mmflow.core.artifacts import join, read_json, write_json
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from mmflow.learning.student import Student
 from mmflow.loading.loader import START
 from mmflow.loading.plan import LoaderState
 from mmflow.loading.tokens import read_tokenizer

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmflow.learning.config import MatchingConfig, ObjectivesConfig
+from mmflow.learning.learner import ALONE, Learner, Ranks
+from mmflow.learning.outputs import MaskingTokens
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.objectives.config import MatchingConfig, ObjectivesConfig
-from mmflow.objectives.learner import ALONE, Learner, Ranks
-from mmflow.objectives.outputs import MaskingTokens
 from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.descent import descend, rows_of
 from mmflow.training.engine import engine_settings, prepare_deepspeed, whole_state

@@ -8,9 +8,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mmflow.artifacts import exists, local_path, read_json, write_json
-from mmflow.errors import MisuseError
-from mmflow.ingest.listing import fingerprint
+from mmflow.core.artifacts import exists, local_path, read_json, write_json
+from mmflow.core.errors import MisuseError
+from mmflow.core.listing import fingerprint
+from mmflow.dataset.dataset import open_dataset
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.tokens import load_tokenizer, read_tokenizer
@@ -18,7 +19,6 @@ from mmflow.loading.vocabulary import Texts, Vocabulary, learn_vocabulary
 from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.models.package import read_package, read_vocabulary
-from mmflow.shards.dataset import open_dataset
 from mmflow.training.config import DistillConfig, PretrainConfig, ValidationConfig
 from mmflow.training.tasks import Task, tasks_of
 

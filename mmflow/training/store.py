@@ -24,8 +24,8 @@ from typing import Any
 import xxhash
 from pyarrow import fs
 
-from mmflow.artifacts import COPY_BYTES, filesystem, fsync_directory, join, local_path, read_json, write_json
-from mmflow.errors import CorruptArtifactError
+from mmflow.core.artifacts import COPY_BYTES, filesystem, fsync_directory, join, local_path, read_json, write_json
+from mmflow.core.errors import CorruptArtifactError
 
 STEP = "step-"
 PART = "part-"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmflow.learning.config import ObjectivesConfig
 from mmflow.loading.config import LoaderConfig
-from mmflow.objectives.config import ObjectivesConfig
 from mmflow.training.config import DistillConfig, PretrainConfig
 
 

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.retrieval import BLOCK, Found, ranks_of_right, retrieval_metrics
 from mmflow.loading.batches import Batch
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.plan import num_steps
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.retrieval import BLOCK, Found, ranks_of_right, retrieval_metrics
 from mmflow.training.averages import averages_in_place
 from mmflow.training.best import Best
 from mmflow.training.collectives import average_buffers, gather_rows

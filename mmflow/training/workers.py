@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mmflow.errors import TrainingError
+from mmflow.core.errors import TrainingError
 from mmflow.training.engine import check_fp16
 from mmflow.training.job import TrainingJob
 from mmflow.training.rank import run_rank

@@ -46,14 +46,14 @@ def prepare(samples: int) -> dict[str, Any]:
 
     import ray
 
-    from mmflow.artifacts import exists
-    from mmflow.distillation.cache import with_caches
-    from mmflow.distillation.config import CacheConfig
-    from mmflow.distillation.teachers import TeacherPackage
+    from mmflow.core.artifacts import exists
+    from mmflow.inference.teacher_cache import with_caches
+    from mmflow.learning.distillation.config import CacheConfig
     from mmflow.models.encoders import parameter_count
     from mmflow.models.model import build
     from mmflow.models.package import CARD, write_package
-    from tests.shards.handmade import Handmade, write_dataset
+    from mmflow.training.teachers import TeacherPackage
+    from tests.dataset.handmade import Handmade, write_dataset
 
     directory = SCRATCH / f"cached-teacher-{samples}-{TEACHER}"
     texts = [f"a picture of the number {number} and {number % 97} more" for number in range(samples)]
@@ -100,17 +100,17 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
 
     import torch
 
-    from mmflow.distillation.config import LessonsConfig
-    from mmflow.distillation.student import Student
-    from mmflow.distillation.teachers import TeacherPackage, open_teachers
+    from mmflow.dataset.dataset import open_dataset
+    from mmflow.learning.config import ObjectivesConfig
+    from mmflow.learning.distillation.config import LessonsConfig
+    from mmflow.learning.learner import Learner
+    from mmflow.learning.outputs import masking_tokens
+    from mmflow.learning.student import Student
     from mmflow.loading.opening import open_loader
     from mmflow.models.model import build
-    from mmflow.objectives.config import ObjectivesConfig
-    from mmflow.objectives.learner import Learner
-    from mmflow.objectives.outputs import masking_tokens
-    from mmflow.shards.dataset import open_dataset
     from mmflow.training.config import OptimizerConfig
     from mmflow.training.optimizers import build_optimizer
+    from mmflow.training.teachers import TeacherPackage, open_teachers
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
@@ -152,9 +152,9 @@ def _loader_config() -> Any:
 
 
 def _tokenizer(dataset: Path) -> Any:
-    from mmflow.loading.reader import Reader
+    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.reader import Reader
     from mmflow.loading.tokens import train_tokenizer
-    from mmflow.shards.dataset import open_dataset
 
     reader = Reader(open_dataset(str(dataset)), "train")
     return train_tokenizer((caption.text for sample in reader for caption in sample.captions), 500)

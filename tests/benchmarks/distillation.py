@@ -74,10 +74,10 @@ def _without_teacher(seed: int) -> dict[str, Any]:
 
 def examine(fields: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By model of a recipe its held-out recall, %, and its parameters; what was trained before is not trained again."""
-    from mmflow.artifacts import read_json
     from mmflow.cluster.local import stop_ray
+    from mmflow.core.artifacts import read_json
     from mmflow.recipe import Recipe
-    from mmflow.stages import Loop
+    from mmflow.stages.loop import Loop
 
     loop = Loop(Recipe.model_validate(fields))
     models = {"teacher": "pretrain", "student": "distill"}

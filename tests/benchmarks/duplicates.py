@@ -71,7 +71,7 @@ def search(path: str) -> dict[str, float]:
     """Seconds and pairs of our search, on the cores that its process may use."""
     import numpy as np
 
-    from mmflow.ingest.duplicates import near_pairs
+    from mmflow.cleaning.duplicates import near_pairs
 
     hashes = np.load(path)
     began = time.perf_counter()

@@ -84,7 +84,7 @@ def call(function: str, **arguments: Any) -> Any:
 
 def mmflow(*arguments: str, watch: bool = False) -> Finished:
     """The command line, as a user runs it."""
-    return run_command([sys.executable, "-m", "mmflow.cli", *arguments], watch=watch)
+    return run_command([sys.executable, "-m", "mmflow.cli.main", *arguments], watch=watch)
 
 
 def warm(paths: Sequence[Path]) -> None:

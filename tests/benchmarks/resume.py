@@ -62,10 +62,10 @@ def first_batch(uri: str, share: float) -> float:
     """Mean seconds from a state at `share` of the epoch to its batch; what is imported late is left out."""
     from contextlib import closing
 
+    from mmflow.dataset.dataset import open_dataset
     from mmflow.loading.config import LoaderConfig
     from mmflow.loading.opening import open_loader
     from mmflow.loading.plan import LoaderState
-    from mmflow.shards.dataset import open_dataset
 
     tokenizer = tokenizer_of(uri)
     seconds = []
@@ -95,9 +95,9 @@ def tokenizer_of(uri: str):  # type: ignore[no-untyped-def]
     """A tokenizer of the dataset's own captions."""
     from itertools import islice
 
-    from mmflow.loading.reader import Reader
+    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.reader import Reader
     from mmflow.loading.tokens import train_tokenizer
-    from mmflow.shards.dataset import open_dataset
 
     samples = islice(Reader(open_dataset(uri), "train"), 1_000)
     return train_tokenizer((caption.text for sample in samples for caption in sample.captions), VOCABULARY)

@@ -57,9 +57,9 @@ def _rate(name: str, arguments: dict[str, str]) -> float:
 
 def _tokenizer(dataset: Path) -> Path:
     """A tokenizer of the dataset's captions, beside it."""
-    from mmflow.loading.reader import Reader
+    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.reader import Reader
     from mmflow.loading.tokens import train_tokenizer
-    from mmflow.shards.dataset import open_dataset
 
     opened = open_dataset(str(dataset))
     captions = (
@@ -99,13 +99,13 @@ def ours(uri: str, tokenizer: str) -> float:
     """The loader as training uses it, one thread, every body checked against its hash."""
     import torch
 
+    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.reader import Reader
     from mmflow.loading.batches import normalise
     from mmflow.loading.load import ViewSettings
     from mmflow.loading.loader import Loader
     from mmflow.loading.plan import Order
-    from mmflow.loading.reader import Reader
     from mmflow.loading.tokens import load_tokenizer
-    from mmflow.shards.dataset import open_dataset
 
     _bind()
     torch.set_num_threads(1)
@@ -171,12 +171,12 @@ def bare_loop(uri: str, tokenizer: str) -> float:
     import simplejpeg
     import torch
 
+    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.reader import Reader
+    from mmflow.imaging.resample import resample
     from mmflow.loading.batches import normalise
-    from mmflow.loading.reader import Reader
-    from mmflow.loading.resample import resample
     from mmflow.loading.tokens import load_tokenizer
     from mmflow.loading.transforms import DRAWS, draw_view, generator
-    from mmflow.shards.dataset import open_dataset
 
     _bind()
     torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def _crop(width: int, height: int, draws: Any, draw_view: Any) -> tuple[float, f
 
 
 def _count(uri: str) -> int:
-    from mmflow.shards.dataset import open_dataset
+    from mmflow.dataset.dataset import open_dataset
 
     opened = open_dataset(uri)
     return sum(opened.samples(split) for split in opened.splits)

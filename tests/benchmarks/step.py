@@ -214,11 +214,11 @@ def _section() -> dict[str, Any]:
 def _learner() -> Any:
     import torch
 
+    from mmflow.learning.config import ObjectivesConfig
+    from mmflow.learning.learner import Learner
+    from mmflow.learning.outputs import MaskingTokens
     from mmflow.models.config import ModelConfig
     from mmflow.models.model import build
-    from mmflow.objectives.config import ObjectivesConfig
-    from mmflow.objectives.learner import Learner
-    from mmflow.objectives.outputs import MaskingTokens
 
     torch.set_num_threads(CORES)
     config = ModelConfig.model_validate(_section()["model"])

@@ -75,7 +75,7 @@ def seconds_of(work: Callable[[], int], count: int) -> float:
 
 
 def count_of(uri: str) -> int:
-    from mmflow.shards.dataset import open_dataset
+    from mmflow.dataset.dataset import open_dataset
 
     dataset = open_dataset(uri)
     return sum(dataset.samples(split) for split in dataset.splits)
@@ -87,8 +87,8 @@ def write_ours(uri: str) -> float:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from mmflow.shards.pieces import PIECE
-    from mmflow.shards.write import write_shards
+    from mmflow.cleaning.pieces import PIECE
+    from mmflow.dataset.write import write_shards
 
     with _memory() as directory:
         samples = list(_samples(uri))
@@ -140,7 +140,7 @@ def write_webdataset(uri: str) -> float:
 
 def verify_ours(uri: str) -> float:
     """Every byte against the checksums, every header and key."""
-    from mmflow.shards.verify import verify_dataset
+    from mmflow.dataset.verify import verify_dataset
 
     # Lines of what is wrong: none, or the pass counts too many samples.
     return seconds_of(lambda: count_of(uri) + len(verify_dataset(uri, decoded_samples=0)), count_of(uri))
@@ -150,8 +150,8 @@ def _samples(uri: str) -> Iterator[dict[str, Any]]:
     """The dataset's samples with all that a piece's row needs."""
     import json
 
-    from mmflow.artifacts import canonical_json
-    from mmflow.shards.dataset import open_dataset
+    from mmflow.core.artifacts import canonical_json
+    from mmflow.dataset.dataset import open_dataset
 
     dataset = open_dataset(uri)
     for split in dataset.splits:

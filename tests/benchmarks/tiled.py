@@ -70,8 +70,8 @@ def loss_in_strips(batch: int, device: str = "cpu") -> Callable[..., Any]:
     """mmflow's loss of pictures, texts (B, E) and the logit scale (1,)."""
     import torch
 
-    from mmflow.objectives.contrastive import contrastive_loss
-    from mmflow.objectives.rows import global_rows
+    from mmflow.learning.objectives.contrastive import contrastive_loss
+    from mmflow.learning.rows import global_rows
 
     rows = global_rows(torch.ones(batch, dtype=torch.bool, device=device), lambda each: each, rank=0)
     return lambda image, text, scale: contrastive_loss(image, text, scale, rows, lambda each: each)

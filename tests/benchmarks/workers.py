@@ -100,9 +100,9 @@ def _batches(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Iterator
 
 
 def _loader(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Any:
+    from mmflow.dataset.dataset import open_dataset
     from mmflow.loading.config import AugmentConfig, LoaderConfig, WorkersConfig
     from mmflow.loading.opening import open_loader
-    from mmflow.shards.dataset import open_dataset
 
     augment = AugmentConfig(max_zoom=1.2, max_aspect=1.1, max_shift=0.05, flip=0.5, brightness=0.1, contrast=0.1)
     config = LoaderConfig(augment=augment, workers=WorkersConfig.model_validate({"kind": kind, "count": CORES}))

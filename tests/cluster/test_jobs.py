@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from mmflow.cluster import jobs
-from mmflow.errors import ClusterError, MisuseError
+from mmflow.core.errors import ClusterError, MisuseError
 
 RECIPE = "workspace: {workspace}\n"
 # Each job notes its start in a file, so that a test can count how often it really ran.

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mmflow.cluster.lint import check_cluster
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 
 OURS = Path(__file__).parents[2] / "cluster.yaml"
 Config = dict[str, Any]

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from mmflow.cluster import local
-from mmflow.errors import ClusterError
+from mmflow.core.errors import ClusterError
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from mmflow.recipe import load_recipe
-from mmflow.stages import Loop
+from mmflow.stages.loop import Loop
 from tests.tiny import tiny_fields, write_recipe, write_shapes
 
 
 def mmflow(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmflow.cli", *arguments]
+    command = [sys.executable, "-m", "mmflow.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from mmflow.dataset.reader import Caption, Sample
 from mmflow.evaluation.rows import Captions, Rows
-from mmflow.loading.reader import Caption, Sample
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build

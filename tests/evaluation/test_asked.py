@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.evaluation.asked import asked_and_given, check_asked, check_evaluation, reads_captions
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.models.config import ModelConfig

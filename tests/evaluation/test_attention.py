@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mmflow.evaluation.attention import counted, look, of_pooled, rollout, self_relevance
+from mmflow.inference.embed import image_inputs
 from mmflow.models.config import ModelConfig
-from mmflow.models.embed import image_inputs
 from mmflow.models.package import LoadedModel
 from tests.evaluation.models import IMAGE, TEXT, captions_of, dual_config, loaded_model, matcher_config, picture
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 from mmflow.evaluation import evaluate
 from mmflow.evaluation.asked import asked_and_given
 from mmflow.evaluation.config import EvaluateConfig, ZeroShotConfig

@@ -9,8 +9,8 @@ import torch
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.evaluate import examine
 from mmflow.evaluation.masked_words import guess_words, masked_word_metrics
+from mmflow.inference.embed import image_inputs
 from mmflow.models.config import ModelConfig
-from mmflow.models.embed import image_inputs
 from mmflow.models.package import LoadedModel
 from tests.evaluation.models import COLOURS, answerer_config, captions_of, loaded_model, picture, rows
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from mmflow.artifacts import join, read_json
-from mmflow.errors import MisuseError
+from mmflow.core.artifacts import join, read_json
+from mmflow.core.errors import MisuseError
+from mmflow.dataset.dataset import Dataset
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.evaluation.report import render_report
 from mmflow.evaluation.stage import evaluate_models, metrics_of, metrics_of_package
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.package import write_package
-from mmflow.shards.dataset import Dataset
+from mmflow.report.run_page import render_report
+from tests.dataset.handmade import Handmade, write_dataset
 from tests.evaluation.models import COLOURS, captioner_config, captions_of, dual_config, loaded_model
-from tests.shards.handmade import Handmade, write_dataset
 
 SETTINGS = EvaluateConfig.model_validate(
     {

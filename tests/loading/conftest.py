@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmflow.shards.dataset import Dataset
-from tests.shards.handmade import Handmade, write_dataset
+from mmflow.dataset.dataset import Dataset
+from tests.dataset.handmade import Handmade, write_dataset
 
 SHARD_SAMPLES = (9, 14, 0, 8)  # of split train; the third shard's records were all rejected
 

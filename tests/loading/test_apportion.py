@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.apportion import WHOLE, Stage, apportion, stages, timeline, to_shares
 from mmflow.loading.config import CurriculumConfig, MixedDatasetConfig, MixtureConfig
 

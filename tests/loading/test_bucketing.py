@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.bucketing import Buckets, deal_by_length
 from mmflow.loading.permutation import key_of, mix
 from mmflow.loading.plan import LoaderState, Order

@@ -12,16 +12,16 @@ import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError, MissingArtifactError, RecipeError
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, RecipeError
+from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.reader import Reader
+from mmflow.imaging.decode import decode
 from mmflow.loading.config import AugmentConfig
-from mmflow.loading.decode import decode
 from mmflow.loading.load import BLANK, Loaded, ViewSettings, load_slots
 from mmflow.loading.plan import Slots
-from mmflow.loading.reader import Reader
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.loading.transforms import centre_view
-from mmflow.shards.dataset import Dataset, open_dataset
-from tests.shards.handmade import Handmade, picture, write_dataset
+from tests.dataset.handmade import Handmade, picture, write_dataset
 
 SIDE = 16
 SETTINGS = ViewSettings(

@@ -22,17 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.reader import Reader
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import AugmentConfig, LoaderConfig, MixedDatasetConfig, MixtureConfig, WorkersConfig
 from mmflow.loading.loader import Loader
 from mmflow.loading.opening import open_loader, steps_per_epoch
 from mmflow.loading.plan import LoaderState
-from mmflow.loading.reader import Reader
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.loading.workers import NAME
-from mmflow.shards.dataset import Dataset, open_dataset
-from tests.shards.handmade import Handmade, write_dataset
+from tests.dataset.handmade import Handmade, write_dataset
 
 BATCH, STEPS = 7, 5  # of an epoch: 31 samples, the last batch with 4 rows of padding
 AUGMENT = AugmentConfig(max_zoom=1.3, max_shift=0.1, flip=0.5, brightness=0.2, token_dropout=0.2)

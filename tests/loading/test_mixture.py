@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.apportion import Stage, to_shares
 from mmflow.loading.bucketing import Buckets
 from mmflow.loading.mixture import MixtureOrder

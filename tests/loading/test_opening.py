@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.errors import MissingArtifactError, MisuseError
+from mmflow.core.errors import MissingArtifactError, MisuseError
+from mmflow.dataset.dataset import Dataset
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_readers
-from mmflow.shards.dataset import Dataset
 
 
 def mixed(*datasets: dict[str, str]) -> LoaderConfig:

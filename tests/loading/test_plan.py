@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.epoch import EpochPlan
 from mmflow.loading.plan import LoaderState, Order, Slots, rank_slice
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+from mmflow.imaging.resample import PLAIN, resample
 from mmflow.loading.config import AugmentConfig, Operation, PoliciesConfig
 from mmflow.loading.policies import MOST, PAINTS, WARPS, Chosen, choose, paint, warp_of
-from mmflow.loading.resample import PLAIN, resample
 from tests.loading.pictures import noise
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
+from mmflow.dataset.dataset import Dataset
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.loader import START
@@ -20,8 +21,7 @@ from mmflow.loading.opening import open_loader
 from mmflow.loading.plan import LoaderState
 from mmflow.loading.tasks import TaskLoader
 from mmflow.loading.tokens import train_tokenizer
-from mmflow.shards.dataset import Dataset
-from tests.shards.handmade import Handmade, write_dataset
+from tests.dataset.handmade import Handmade, write_dataset
 
 BATCH, STEPS = 4, 12
 WEIGHTS = (3.0, 1.0)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.errors import RecipeError
-from mmflow.loading.reader import Caption
+from mmflow.core.errors import RecipeError
+from mmflow.dataset.reader import Caption
 from mmflow.loading.text import Question, choose_answer, choose_caption, choose_question, drop_tokens
 
 QUESTIONS = {

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import (
     FIRST,
     LAST,

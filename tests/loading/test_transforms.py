@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.errors import CorruptArtifactError
+from mmflow.core.errors import CorruptArtifactError
+from mmflow.imaging.decode import Pixels, decode
 from mmflow.loading.config import AugmentConfig, CropConfig, PoliciesConfig
-from mmflow.loading.decode import Pixels, decode
 from mmflow.loading.transforms import (
     DRAWS,
     View,

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from mmflow.errors import CorruptArtifactError, RecipeError
+from mmflow.core.errors import CorruptArtifactError, RecipeError
+from mmflow.dataset.dataset import Dataset, index_uri, tar_uri
+from mmflow.dataset.index import read_index
+from mmflow.dataset.reader import Reader
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.reader import Reader
 from mmflow.loading.tokens import read_tokenizer, train_tokenizer
 from mmflow.loading.vocabulary import Texts, Vocabulary, learn_vocabulary
-from mmflow.shards.dataset import Dataset, index_uri, tar_uri
-from mmflow.shards.index import read_index
-from tests.shards.handmade import Handmade, write_dataset
+from tests.dataset.handmade import Handmade, write_dataset
 
 
 def dataset_of(directory: Path, *metadata: dict[str, Any]) -> Dataset:

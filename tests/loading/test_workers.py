@@ -19,7 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mmflow.errors import CorruptArtifactError, TrainingError
+from mmflow.core.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.load import Loaded
 from mmflow.loading.plan import Slots
 from mmflow.loading.workers import NAME, Load, Processes, Task, Workers, start

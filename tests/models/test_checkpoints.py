@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder, without_checkpoint
 from tests.models.backbones import IMAGE, TEXT

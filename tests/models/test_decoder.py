@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmflow.errors import MisuseError
+from mmflow.core.errors import MisuseError
 from mmflow.models.config import DecoderConfig
 from mmflow.models.decoder import Cache, Decoder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.encoders import Encoder, ImageEncoder, TextEncoder, parameter_count
 from mmflow.models.towers import build_image_encoder, build_text_encoder

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from mmflow.errors import MisuseError, MmflowError
+from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.models.config import ModelConfig
 from mmflow.models.exchange import layouts
 from mmflow.models.exchange.checkpoints import import_checkpoint

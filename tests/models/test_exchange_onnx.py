@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mmflow.errors import MisuseError, MmflowError
+from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.models.config import ModelConfig
 from mmflow.models.exchange import onnx_towers
 from mmflow.models.exchange.onnx_towers import IMAGE, SCALE, TEXT, export_onnx

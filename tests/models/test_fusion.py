@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import FusionConfig
 from mmflow.models.encoders import Encoded
 from mmflow.models.fused import Fused, absent

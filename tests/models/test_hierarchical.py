@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import TextEncoderConfig
 from mmflow.models.hierarchical import HierarchicalEncoder
 from mmflow.models.towers import build_text_encoder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.learning_rates import learning_rate_factors
 from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mmflow.errors import MisuseError, RecipeError
+from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.heads import patches
 from mmflow.models.model import Model, build

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer
 
-from mmflow.artifacts import content_hash
-from mmflow.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.artifacts import content_hash
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import Model, build

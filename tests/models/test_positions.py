@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import TextEncoderConfig
 from mmflow.models.positions import num_positions, resampled, stretched
 from mmflow.models.towers import build_text_encoder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmflow.errors import MisuseError, RecipeError
+from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, build
 from mmflow.models.tight import TightSimilarity

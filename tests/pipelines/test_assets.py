@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmflow.errors import TrainingError
+from mmflow.core.errors import TrainingError
 from pipelines.assets import cause_of
 
 

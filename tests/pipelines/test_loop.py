@@ -18,13 +18,13 @@ import pyarrow.fs
 import pytest
 import torch
 
-from mmflow.artifacts import MANIFEST, filesystem, join, read_json
+from mmflow.core.artifacts import MANIFEST, filesystem, join, read_json
+from mmflow.dataset.verify import verify_dataset
 from mmflow.models.package import load_package, read_package
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry.tracking import tracking_uri
 from mmflow.registry.versions import champion, list_versions
-from mmflow.shards.verify import verify_dataset
-from mmflow.stages import Loop
+from mmflow.stages.loop import Loop
 from mmflow.training.telemetry import curves, read_journal
 from pipelines.run import run_pipeline
 from tests.object_store import CREDENTIALS, object_store
@@ -234,7 +234,7 @@ def test_a_worker_killed_in_pretraining_costs_no_step_and_changes_no_weight(
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from mmflow.stages import Loop
+    from mmflow.stages.loop import Loop
 
     again = load_recipe(write_recipe(tmp_path / "tiny.yaml", tiny_fields(tmp_path / "workspace", records)))
     loop = Loop(again)
@@ -291,7 +291,7 @@ def test_a_workspace_in_an_object_store_holds_the_same_though_the_driver_was_kil
         def checkpoints() -> int:
             return sum(each.base_name == "part-0.json" for each in system.get_file_info(trained))
 
-        command = [sys.executable, "-m", "mmflow.cli", "run", path]
+        command = [sys.executable, "-m", "mmflow.cli.main", "run", path]
         with (tmp_path / "log").open("ab") as log:
             driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -331,7 +331,7 @@ def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
     for stage, sign in begun.items():
         with (tmp_path / "log").open("ab") as log:
             driver = subprocess.Popen(
-                [sys.executable, "-m", "mmflow.cli", "run", path], stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-m", "mmflow.cli.main", "run", path], stdout=log, stderr=log, start_new_session=True
             )
         wait_for(lambda sign=sign: any(workspace.glob(sign)), lambda driver=driver: driver.poll() is not None, log.name)
         driver.send_signal(signal.SIGKILL)
@@ -339,7 +339,7 @@ def test_a_driver_killed_in_any_stage_goes_on_to_the_same_artifacts(
         if not list(workspace.glob(f"{stage}/*/{MANIFEST}")):
             killed.append(stage)
     assert killed == list(begun)
-    done = subprocess.run([sys.executable, "-m", "mmflow.cli", "run", path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "mmflow.cli.main", "run", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(workspace / "report.html")
     finished = read_report(recipe)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.errors import MisuseError, TrackingError
+from mmflow.core.errors import MisuseError, TrackingError
 from mmflow.registry.tracking import TrainingRun, admitted, connect, create_run, mirror, tracking_uri
 from tests.registry.mlflow_server import free_port, start_server
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.errors import TrackingError
+from mmflow.core.errors import TrackingError
 from mmflow.registry import versions
 from mmflow.registry.tracking import connect
 

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmflow.artifacts import write_json
-from mmflow.errors import MmflowError
+from mmflow.core.artifacts import write_json
+from mmflow.core.errors import MmflowError
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.learner import Learner, Parts
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import ModelConfig
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.learner import Learner, Parts
 from mmflow.training import building
 from mmflow.training import rank as training_rank
 from mmflow.training.config import TrainingConfig

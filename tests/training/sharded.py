@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.micro_batches import MicroBatch
+from mmflow.learning.objectives.table import total
+from mmflow.learning.outputs import MaskingTokens
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.learner import Learner, Ranks
-from mmflow.objectives.micro_batches import MicroBatch
-from mmflow.objectives.objectives import total
-from mmflow.objectives.outputs import MaskingTokens
 from mmflow.training import selfcheck
 from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.config import OptimizerConfig

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training.config import PretrainConfig, TrainingConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmflow.errors import TrainingError
+from mmflow.core.errors import TrainingError
 from mmflow.training import guards as guards_module
 from mmflow.training.config import GuardsConfig
 from mmflow.training.due import Due

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mmflow import artifacts
-from mmflow.artifacts import write_bytes
+from mmflow.core import artifacts
+from mmflow.core.artifacts import write_bytes
 from mmflow.training import journal_store
 from mmflow.training.journal_store import appended, followed, journal_at
 from mmflow.training.telemetry import read_journal

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mmflow.learning.config import ObjectivesConfig
 from mmflow.models.config import ModelConfig
-from mmflow.objectives.config import ObjectivesConfig
 from mmflow.training.selfcheck import Compared, small_check
 from mmflow.training.workers import compare_gradients_on_ray
 from tests.tiny import SMALLEST_MODEL

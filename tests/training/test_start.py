@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from mmflow.errors import RecipeError, TrackingError
+from mmflow.core.errors import RecipeError, TrackingError
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
@@ -18,10 +18,10 @@ from mmflow.models.package import Package, read_package, weight_shapes, write_pa
 from mmflow.models.start import begin
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry import versions
-from mmflow.stages import Loop
+from mmflow.stages.loop import Loop
+from mmflow.stages.training import started
 from mmflow.training.check import check_training
 from mmflow.training.stage import identity, tokenizer_of
-from mmflow.training_stages import started
 from tests.tiny import SMALLEST_MODEL, tiny_fields, write_recipe
 
 FUSION = {"kind": "cross_attention", "width": 8, "layers": 1, "heads": 2}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mmflow.errors import CorruptArtifactError
+from mmflow.core.errors import CorruptArtifactError
 from mmflow.training.store import (
     Saved,
     copy,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from mmflow.errors import RecipeError
+from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.training.check import check_student, check_training
 from mmflow.training.config import DistillConfig, PretrainConfig

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mmflow.errors import MissingArtifactError, MisuseError, RecipeError
+from mmflow.core.errors import MissingArtifactError, MisuseError, RecipeError
 from mmflow.evaluation.asked import check_evaluation
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.loading.tokens import train_tokenizer
@@ -19,7 +19,7 @@ from mmflow.models.package import write_package
 from mmflow.training.check import check_training
 from mmflow.training.config import PretrainConfig
 from mmflow.training.stage import identity
-from tests.shards.handmade import Handmade, write_dataset
+from tests.dataset.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
 
 FUSED = {"fusion": {"kind": "concatenation", "width": 8}, "heads": ["classes"]}

@@ -12,16 +12,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmflow.errors import MisuseError, RecipeError
+from mmflow.core.errors import MisuseError, RecipeError
+from mmflow.dataset.dataset import Dataset
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.learner import Learner
+from mmflow.learning.outputs import masking_tokens
+from mmflow.learning.retrieval import find_one, retrieval_metrics
 from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.learner import Learner
-from mmflow.objectives.outputs import masking_tokens
-from mmflow.retrieval import find_one, retrieval_metrics
-from mmflow.shards.dataset import Dataset
 from mmflow.training.best import Best
 from mmflow.training.check import check_training
 from mmflow.training.config import PretrainConfig, TrainingConfig
@@ -30,7 +30,7 @@ from mmflow.training.stage import check_held_out, identity
 from mmflow.training.store import saved_checkpoints
 from mmflow.training.tasks import tasks_of
 from mmflow.training.telemetry import curves, read_journal
-from tests.shards.handmade import Handmade, write_dataset
+from tests.dataset.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
 from tests.training.faulty_ranks import BATCH, MODEL, OPTIONS
 from tests.training.trainings import SAMPLES, STEPS, Trainings, largest_difference

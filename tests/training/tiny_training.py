@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmflow.errors import CorruptArtifactError, TrainingError
+from mmflow.core.errors import CorruptArtifactError, TrainingError
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.learner import Learner, Parts
+from mmflow.learning.outputs import MaskingTokens
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.learner import Learner, Parts
-from mmflow.objectives.outputs import MaskingTokens
 from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.config import CheckpointsConfig, GuardsConfig, OptimizerConfig
 from mmflow.training.due import Due

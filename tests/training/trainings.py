@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mmflow.shards.dataset import Dataset
+from mmflow.dataset.dataset import Dataset
 from mmflow.training.telemetry import read_journal
-from tests.shards.handmade import Handmade, write_dataset
+from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY
 
 ROOT = Path(__file__).parents[2]

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmflow.errors import TrainingError
+from mmflow.core.errors import TrainingError
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.outputs import MaskingTokens
+from mmflow.learning.tasks import TaskLearner
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import LoraConfig, ModelConfig
 from mmflow.models.lora import adapt, merged
 from mmflow.models.model import build
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.learner import Learner, Ranks
-from mmflow.objectives.outputs import MaskingTokens
-from mmflow.objectives.tasks import TaskLearner
 from mmflow.training import rank as training_rank
 from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.config import GuardsConfig, OptimizerConfig, TrainingConfig

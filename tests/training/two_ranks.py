@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.outputs import MaskingTokens
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.objectives.config import ObjectivesConfig
-from mmflow.objectives.learner import Learner, Ranks
-from mmflow.objectives.outputs import MaskingTokens
 from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.config import OptimizerConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import MisuseError, MmflowError
+from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.loading.tokens import special_tokens
 from mmflow.models.encoders import ImageEncoder, TextEncoder
 from mmflow.models.exchange.probe import TOLERANCE, probe

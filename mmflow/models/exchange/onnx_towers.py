@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mmflow.errors import MisuseError, MmflowError
+from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.models.exchange.probe import TOLERANCE, probe
 from mmflow.models.model import Model
 from mmflow.models.package import PREPROCESSOR, TOKENIZER, LoadedModel, preprocessor

@@ -122,11 +122,11 @@ def _device() -> torch.device:
 
 
 def _learner(size: str, **changes: Any) -> Any:
+    from mmflow.learning.config import ObjectivesConfig
+    from mmflow.learning.learner import Learner
+    from mmflow.learning.outputs import MaskingTokens
     from mmflow.models.config import ModelConfig
     from mmflow.models.model import build
-    from mmflow.objectives.config import ObjectivesConfig
-    from mmflow.objectives.learner import Learner
-    from mmflow.objectives.outputs import MaskingTokens
 
     fields = SIZES[size]
     sides = {side: {**fields[side], **changes} for side in ("image", "text")}

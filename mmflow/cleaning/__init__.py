@@ -1,0 +1,1 @@
+"""Records to samples, or to a reason why not."""

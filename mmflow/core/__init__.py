@@ -1,0 +1,1 @@
+"""Artifacts, storage URIs, typed errors, the base of settings, progress: nothing about images or models."""

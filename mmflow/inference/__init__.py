@@ -1,0 +1,1 @@
+"""A model package over a dataset, shard by shard."""

@@ -1,0 +1,38 @@
+"""Interactive contrastive learning (ICL of CLIP-KD, arXiv 2307.12732, section 3.2): InfoNCE with the student's anchors
+among the teacher's candidates.
+
+    loss = −½ · mean_i Σ_t w_t [ log softmax_j(s·⟨P_t x_i, y_j^t⟩)_i + log softmax_j(s·⟨P_t y_i, x_j^t⟩)_i ]
+
+s is the student's scale, P_t the projection to the width of teacher t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmflow.learning.distillation.config import InteractiveConfig
+from mmflow.learning.distillation.given import Heard, Space, scaled_products
+from mmflow.learning.rows import Gather, GlobalRows
+
+# Shapes: B rows of this rank, N rows of all ranks, E the teacher's width of the shared space.
+
+
+def interactive(heard: Heard, config: InteractiveConfig) -> Tensor:
+    """The lesson of a batch, ()."""
+    return interactive_loss(heard.projected, heard.spaces, heard.rows, heard.gather)
+
+
+def interactive_loss(
+    projected: Sequence[Space], teachers: Sequence[tuple[float, Space]], rows: GlobalRows, gather: Gather
+) -> Tensor:
+    """This rank's part of the loss, (). `projected` are the student's, one for each teacher, in its width."""
+    total_B = torch.zeros_like(rows.real_B, dtype=torch.float32)
+    for student, (share, teacher) in zip(projected, teachers, strict=True):
+        for anchors_BE, candidates_BE in ((student.image_BE, teacher.text_BE), (student.text_BE, teacher.image_BE)):
+            logits_BN = scaled_products(anchors_BE, gather(candidates_BE), student.logit_scale.float(), rows.real_N)
+            right_B = logits_BN.log_softmax(-1).gather(1, rows.columns_B[:, None])[:, 0]
+            total_B = total_B - share * right_B
+    return rows.mean(0.5 * total_B)

@@ -1,1 +1,0 @@
-"""What a model is trained to do, one file an objective."""

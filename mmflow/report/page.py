@@ -1,0 +1,110 @@
+"""What our HTML pages have in common: the template's surroundings, the style, and figures as people write them.
+
+A page is a single file with no outside resource, so that it opens from an artifact store, a mail or a laptop without a
+network. Captions, keys and file names are untrusted: Jinja escapes them all, and only our own SVG passes as markup.
+"""
+
+from base64 import b64encode
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+
+from mmflow.report.charts import is_finite
+
+MISSING = "—"
+
+
+def environment() -> Environment:
+    """Where templates are found, by their path within the package, with the filters that all of them use.
+
+    They include `page.css.jinja`, the one style, and import their building blocks from `page.html.jinja`.
+    """
+    # Chainable: a figure that nobody recorded prints as a dash, and never costs the morning's page.
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=ChainableUndefined,
+    )
+    made.filters |= {
+        "count": format_count,
+        "number": format_number,
+        "percent": format_percent,
+        "seconds": format_seconds,
+        "bytes": format_bytes,
+        "date": format_date,
+    }
+    return made
+
+
+def format_count(value: object) -> str:
+    """3953 as "3,953", 1300000 as "1.3M"."""
+    if not isinstance(value, int | float) or not is_finite(value):
+        return MISSING
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        # 999,950 of the next lower unit would round up to "1,000.0M".
+        if abs(value) >= scale * 0.99995:
+            return f"{value / scale:.1f}{suffix}"
+    return f"{value:,.0f}" if value == int(value) else format_number(value)
+
+
+def format_number(value: object) -> str:
+    """About three significant digits: 0.0714 as "0.071", 5.24 as "5.24", 142.7 as "143"."""
+    if not isinstance(value, int | float) or not is_finite(value):
+        return MISSING
+    if isinstance(value, int) or value == 0:
+        return f"{value:,.0f}"
+    decimals = next((d for bound, d in ((100, 0), (10, 1), (1, 2), (0.001, 3)) if abs(value) >= bound), None)
+    return f"{value:.2g}".replace("e-0", "e-") if decimals is None else f"{value:,.{decimals}f}"
+
+
+def format_percent(value: object) -> str:
+    """A share as "61.2%"; below one percent with two decimals, as there the first alone says nothing."""
+    if not isinstance(value, int | float) or not is_finite(value):
+        return MISSING
+    if value in (0, 1):
+        return f"{value:.0%}"
+    return f"{value:.2%}" if abs(value) < 0.01 else f"{value:.1%}"
+
+
+def format_seconds(value: object) -> str:
+    """0.042 as "42 ms", 12.4 as "12.4 s", 287.3 as "4 min 47 s", 9000 as "2 h 30 min"; with no-break spaces."""
+    if not isinstance(value, int | float) or not is_finite(value):
+        return MISSING
+    if value < 99.95:
+        return f"{value:.1f}\u00a0s" if value >= 0.1 or value == 0 else f"{value * 1000:.0f}\u00a0ms"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(round(value / 60), 60) if value >= 3570 else (0, minutes)
+    return f"{hours}\u00a0h {minutes:02d}\u00a0min" if hours else f"{minutes}\u00a0min {seconds:02d}\u00a0s"
+
+
+def format_bytes(value: object) -> str:
+    """Binary units, as Kubernetes and Ray state memory: 1300000000 as "1.2 GiB"."""
+    if not isinstance(value, int | float) or not is_finite(value):
+        return MISSING
+    scaled, unit = float(value), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(scaled) < 1023.95 or unit == "PiB":
+            break
+        scaled /= 1024
+    return f"{scaled:,.0f}\u00a0{unit}" if unit == "B" else f"{scaled:,.1f}\u00a0{unit}"
+
+
+def format_date(value: object) -> str:
+    """An ISO 8601 instant as "Sunday 22 November 2026, 03:00 UTC"; text that is none comes back as it is."""
+    try:
+        moment = datetime.fromisoformat(str(value))
+    except ValueError:
+        return str(value)
+    zone = "" if moment.tzinfo is None else " UTC"
+    moment = moment if moment.tzinfo is None else moment.astimezone(UTC)
+    return f"{moment:%A} {moment.day} {moment:%B %Y, %H:%M}{zone}"
+
+
+def data_uri(image: bytes) -> str:
+    """The picture as a data URI, its type read off the bytes; "" for bytes that are no picture a browser shows."""
+    kinds = ((b"\xff\xd8\xff", 0, "jpeg"), (b"\x89PNG", 0, "png"), (b"GIF8", 0, "gif"), (b"WEBP", 8, "webp"))
+    kind = next((kind for magic, at, kind in kinds if image[at : at + len(magic)] == magic), None)
+    return f"data:image/{kind};base64,{b64encode(image).decode()}" if kind else ""

@@ -1,1 +1,0 @@
-"""Records to dataset: tar codec, index, manifest, the Ray Data build, verify."""

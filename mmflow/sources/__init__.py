@@ -1,0 +1,1 @@
+"""What a recipe names, as records: one file for each kind of source."""

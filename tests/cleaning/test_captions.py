@@ -1,0 +1,223 @@
+"""Captions: what is cleaned away, what stays, and which verdict a record gets."""
+
+import unicodedata
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmflow.cleaning.caption_text import clean_text, is_boilerplate
+from mmflow.cleaning.captions import Caption, caption_hash, clean_captions, estimate_tokens
+from mmflow.cleaning.config import CaptionConfig
+from mmflow.cleaning.languages import detect_language, same_language
+from mmflow.cleaning.masks import MASKS
+from mmflow.sources.reasons import Reason, Rejected
+
+
+def caption(text: str, language: str = "en") -> Caption:
+    return Caption(language=language, text=text)
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean"),
+    [
+        ("  a\tred \n\n fox ", "a red fox"),
+        ("cafe\u0301", "café"),
+        ("in\u200bvis\ufeffible\u00ad", "invisible"),
+        ("bell\x07 and \x00null", "bell and null"),
+        ("a \u202eright-to-left\u202c override", "a right-to-left override"),
+        ("half a pair \ud83d", "half a pair"),
+        ("p\u200da\u200dss", "pass"),
+        ("می\u200cخواهم", "می\u200cخواهم"),  # Persian: the joiner spells the word
+        ("क्\u200dष", "क्\u200dष"),
+        ("\U0001f469\u200d\U0001f680 rocket", "\U0001f469\u200d\U0001f680 rocket"),
+        ("\u3000全角\u3000空格 ", "全角 空格"),
+        ("\u200d \u200c", ""),
+        ("Tom &amp; Jerry", "Tom & Jerry"),
+        ("caf&amp;amp;amp;eacute; &amp;#233;", "café é"),
+        ("AT&T, Q&A; R&D", "AT&T, Q&A; R&D"),
+        ("1 &lt; 2", "1 < 2"),
+        ("a <b>red</b><br/>fox &lt;i&gt;here&lt;/i&gt;", "a red fox here"),
+        ("if x<y and y>z", "if x<y and y>z"),
+        ("bell&#7; &#xd800; nul&#0;", "bell \ufffd nul\ufffd"),
+        ("&#8211; &#x1F98A;&nbsp;&#8203;fox &am\u200bp;", "– \U0001f98a fox &"),
+        ("?a=1&copy=2 &notice; &foo; & &;", "?a=1&copy=2 &notice; &foo; & &;"),
+        ("H<sub>2</sub>O <a href=\"http://x/?a=b\" target='_blank'>here</a><P>there</P>", "H2O here there"),
+        ("I <3 you, a < b > c, x <b and c> y, <unknown>", "I <3 you, a < b > c, x <b and c> y, <unknown>"),
+    ],
+)
+def test_clean_text(dirty: str, clean: str) -> None:
+    assert clean_text(dirty) == clean
+
+
+DIRT = [
+    "&",
+    "amp;",
+    "lt;",
+    "gt;",
+    "#38;",
+    "#x200b;",
+    "<",
+    ">",
+    "b",
+    "br",
+    "/",
+    "=",
+    "\u200b",
+    "\u200d",
+    "é",
+    "\u0301",
+    " ",
+]
+DIRT += ["@", "a", ".de", "0", "123", "+", "-", "(", ")", "ش", "\u00a0", "\ud800"]
+TEXTS = st.one_of(st.text(st.characters(codec=None)), st.lists(st.sampled_from(DIRT), max_size=30).map("".join))
+
+
+@given(TEXTS)
+def test_clean_text_is_stable_printable_and_encodable(text: str) -> None:
+    cleaned = clean_text(text)
+    assert clean_text(cleaned) == cleaned
+    assert unicodedata.is_normalized("NFC", cleaned)
+    assert not {unicodedata.category(c) for c in cleaned if c not in "\u200c\u200d"} & {"Cc", "Cf", "Cs"}
+    assert cleaned == " ".join(cleaned.split())
+    cleaned.encode()
+
+
+def test_escapes_that_do_not_come_to_rest_stay_as_they_are_and_take_no_time() -> None:
+    assert clean_text("&&&#35;108;t;") == "<"
+    text = "&" * 50_000 + "#35;" + "35;" * 49_998 + "108;t;"  # each round would undo one of them
+    assert clean_text(text) == text
+
+
+def test_captions_out_of_bounds_are_dropped_and_repeats_folded() -> None:
+    captions = [caption("x"), caption("a  fox"), caption("a fox"), caption("a fox", "de"), caption("y" * 50)]
+    kept = clean_captions(captions, CaptionConfig(max_characters=20))
+    assert kept == [caption("a fox"), caption("a fox", "de")]
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        ([], Reason.caption_missing),
+        (["", " \u200b "], Reason.caption_missing),
+        ([" " * 1_000_000], Reason.caption_missing),
+        (["y" * 200, "x"], Reason.caption_too_long),
+        (["", "x"], Reason.caption_too_short),
+        (["y" * 1_000_000], Reason.caption_too_long),
+        (["&amp;" * 200_000], Reason.caption_too_long),
+        (["IMG_1234.jpg"], Reason.caption_boilerplate),
+        (["", "image of", "x"], Reason.caption_boilerplate),
+    ],
+)
+def test_a_record_without_a_caption_left_is_rejected_with_the_reason(texts: list[str], reason: Reason) -> None:
+    with pytest.raises(Rejected) as rejected:
+        clean_captions([caption(text) for text in texts], CaptionConfig(max_characters=100))
+    assert rejected.value.reason is reason
+
+
+@pytest.mark.parametrize("texts", [[], [" \u200b "], ["IMG_1234.jpg", "x"]])
+def test_a_record_does_without_captions_where_none_is_required(texts: list[str]) -> None:
+    settings = CaptionConfig(required=False)
+    assert clean_captions([caption(text) for text in texts], settings) == []
+    assert clean_captions([caption(text) for text in [*texts, "a fox"]], settings) == [caption("a fox")]
+
+
+def test_token_estimates_are_near_what_tokenizers_give() -> None:
+    assert estimate_tokens("坐电动轮椅的女人 中等肤色") in range(11, 15)
+    assert estimate_tokens("a woman in a motorized wheelchair, medium skin tone") in range(9, 15)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "IMG_1234.JPG", "dsc00012", "DSCN0300", "photo 17", "Image (3)", "untitled", "an image of", "Picture.",
+        "8f14e45fceea167a5a36dedd4bea2543.png", "N/A", "no caption", "Screenshot 20240102", "thumbnail", "a photo",
+        "IMG 20200101 120000", "P1010001", "my cat (1).png", "Figure 3.", "untitled-1", "picture of a", "图片",
+        "Screenshot 2020-01-01 at 10.10.10", "WhatsApp Image 2020-01-01 at 12.00.00 PM", "Sans titre",
+        "d41d8cd98f00b204e9800998ecf8427e", "123e4567-e89b-12d3-a456-426614174000",
+    ],
+)  # fmt: skip
+def test_file_names_and_words_for_pictures_at_large_are_boilerplate(text: str) -> None:
+    assert is_boilerplate(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "image of a fox",
+        "photo album",
+        "framed picture",
+        "camera",
+        "map",
+        "none of us",
+        "a fox.png in the snow",
+        "1984",
+        "how to save an article as a file.png",
+        "P51 Mustang",
+        "Windows 95",
+        "figure skating",
+        "foto di un gatto",
+        "deadbeef",
+    ],
+)
+def test_what_says_something_is_not(text: str) -> None:
+    assert not is_boilerplate(text)
+
+
+def test_masks_are_asked_for_by_name() -> None:
+    captions = [caption("joe&#64;example.com, +1\u200b 415 555 2671")]
+    texts = {
+        what: clean_captions(captions, CaptionConfig(mask=what))[0]["text"] for what in ((), ("email",), ("phone",))
+    }
+    assert list(texts.values()) == [
+        "joe@example.com, +1 415 555 2671",
+        "[email], +1 415 555 2671",
+        "joe@example.com, [phone]",
+    ]
+    assert set(MASKS) == set(get_args(get_args(CaptionConfig.model_fields["mask"].annotation)[0]))
+
+
+@given(TEXTS, st.sampled_from([["email"], ["phone", "email"]]))
+def test_cleaning_twice_changes_nothing(text: str, mask: list[str]) -> None:
+    settings = CaptionConfig(min_characters=1, mask=mask, drop_boilerplate=False)
+    try:
+        cleaned = clean_captions([caption(text)], settings)
+    except Rejected:
+        return
+    assert clean_captions(cleaned, settings) == cleaned
+
+
+def test_a_megabyte_is_not_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmflow.cleaning.captions.clean_text", None)
+    with pytest.raises(Rejected):
+        clean_captions([caption("é<b>" * 300_000)], CaptionConfig())
+
+
+def test_bounds_in_tokens() -> None:
+    settings = CaptionConfig(min_tokens=3, max_tokens=6)
+    kept = clean_captions([caption("fox"), caption("a red fox runs"), caption("word " * 20)], settings)
+    assert kept == [caption("a red fox runs")]
+    with pytest.raises(Rejected, match="tokens, at most 6 are asked"):
+        clean_captions([caption("word " * 20)], settings)
+
+
+def test_languages_are_detected_where_unknown_and_filtered_by_their_primary_part() -> None:
+    german = "Ein roter Drache fliegt im Herbst über die Dünen an der Nordsee"
+    french = "Un cerf-volant rouge vole au-dessus des dunes de la mer du Nord"
+    settings = CaptionConfig(detect_language=True, languages=["fr", "en-GB"])
+    captions = [caption(german, "und"), caption(french, "und"), caption("a red kite", "en-US")]
+    assert clean_captions(captions, settings) == [caption(french, "fr"), caption("a red kite", "en-US")]
+    with pytest.raises(Rejected) as rejected:
+        clean_captions([caption(german, "und")], settings)
+    assert rejected.value.reason is Reason.caption_language
+    assert rejected.value.detail.startswith("de, of fr, en-GB")
+    assert detect_language("zzz") == detect_language("12345") == "und"
+    assert clean_captions([caption("zzz", "und")], CaptionConfig(languages=["fr", "und"])) == [caption("zzz", "und")]
+    assert same_language("zh-Hant", "zh")
+    assert not same_language("fry", "fr")
+
+
+def test_captions_that_differ_in_case_alone_have_one_hash() -> None:
+    assert caption_hash("A Red STRASSE") == caption_hash("a red straße")
+    assert caption_hash("a red fox") != caption_hash("a red box")

@@ -1,0 +1,115 @@
+"""Near duplicates: the search misses nothing, the survivors are those of a plain loop, and crowds fit into memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mmflow.ingest import duplicates
+
+from mmflow.cleaning.duplicates import greedy_owners, near_owners, near_pairs, plan_bands
+
+Hashes = npt.NDArray[np.uint64]
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> Hashes:
+    """Hashes around a few centres, equal ones among them."""
+    centres = draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3))
+    members = draw(st.lists(st.tuples(st.sampled_from(centres), st.sets(st.integers(0, 63), max_size=9)), max_size=40))
+    return np.array([centre ^ sum(1 << bit for bit in bits) for centre, bits in members], np.uint64)
+
+
+def crowd_around(centre: int, number: int, most_bits: int, seed: int = 0) -> Hashes:
+    """Different hashes within so many bits of a centre, in random order."""
+    random = np.random.default_rng(seed)
+    bits = random.integers(0, 64, (number * 2, most_bits), dtype=np.uint64)
+    hashes = np.unique(np.bitwise_xor.reduce(np.uint64(1) << bits, axis=1) ^ np.uint64(centre))
+    return random.permutation(hashes)[:number]
+
+
+def brute_force(hashes: Hashes, radius: int) -> list[list[int]]:
+    values = hashes.tolist()
+    return [[i, j] for i, j in combinations(range(len(values)), 2) if (values[i] ^ values[j]).bit_count() <= radius]
+
+
+def plain_owners(hashes: Hashes, radius: int, num_fixed: int) -> list[int]:
+    values, survivors, owners = hashes.tolist(), [], []
+    for place, value in enumerate(values):
+        near = [other for other in survivors if (values[other] ^ value).bit_count() <= radius]
+        owners.append(near[0] if near and place >= num_fixed else place)
+        if owners[-1] == place:
+            survivors.append(place)
+    return owners
+
+
+@given(crowds(), st.integers(0, 12))
+def test_near_pairs_are_those_of_brute_force(hashes: Hashes, radius: int) -> None:
+    assert near_pairs(hashes, radius).tolist() == brute_force(hashes, radius)
+
+
+@pytest.mark.parametrize("radius", range(13))
+@pytest.mark.parametrize("planned_for", [10**4, 10**6, 10**7])
+def test_the_plans_of_large_sets_miss_nothing(radius: int, planned_for: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = plan_bands(planned_for, radius)
+    monkeypatch.setattr(duplicates, "plan_bands", lambda number, radius: bands)
+    crowd = np.concatenate([crowd_around(2**64 - 1, 60, 8), crowd_around(0xF0F0 << 24, 60, 6)])
+    assert near_pairs(crowd, radius).tolist() == brute_force(crowd, radius)
+
+
+@pytest.mark.parametrize("radius", range(13))
+@pytest.mark.parametrize("number", [0, 1, 1000, 10**5, 10**6, 10**8])
+def test_bands_are_apart_and_leave_no_room_for_a_miss(number: int, radius: int) -> None:
+    bands = plan_bands(number, radius)
+    assert sum(band.flips + 1 for band in bands) == radius + 1
+    bits = [bit for band in bands for bit in range(band.shift, band.shift + band.bits)]
+    assert len(set(bits)) == len(bits)
+    assert set(bits) <= set(range(64))
+
+
+def test_blocks_and_large_buckets_miss_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "BLOCK", 60)
+    monkeypatch.setattr(duplicates, "MAX_COLUMNS", 20)
+    crowd = crowd_around(0, 150, 5)
+    assert near_pairs(crowd, 4).tolist() == brute_force(crowd, 4)
+
+
+@given(crowds(), st.integers(0, 12), st.integers(0, 40))
+def test_survivors_are_those_of_a_plain_loop(hashes: Hashes, radius: int, num_fixed: int) -> None:
+    assert near_owners(hashes, radius, num_fixed).tolist() == plain_owners(hashes, radius, num_fixed)
+
+
+@given(crowds(), st.integers(0, 12), st.integers(0, 40))
+def test_survivors_are_the_same_when_there_are_more_pairs_than_memory(
+    hashes: Hashes, radius: int, num_fixed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "MAX_HITS", 4)
+        assert near_owners(hashes, radius, num_fixed).tolist() == plain_owners(hashes, radius, num_fixed)
+
+
+def test_a_chain_is_not_followed() -> None:
+    chain = np.array([0b0, 0b1, 0b11, 0b111, 0b1111], np.uint64)
+    assert near_owners(chain, 1).tolist() == [0, 0, 2, 2, 4]
+
+
+def test_a_dense_crowd_takes_no_memory_for_its_pairs() -> None:
+    crowd = crowd_around(12345, 12_000, 4)
+    assert len(crowd) == 12_000
+    tracemalloc.start()
+    owners = near_owners(crowd, 8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not owners.any()  # all are within eight bits of the first
+    assert peak < 300 << 20  # the pairs alone would be 1.1 GB
+
+
+def test_owners_of_pairs() -> None:
+    pairs = np.array([[0, 2], [1, 2], [1, 4], [2, 3]], np.int64)
+    assert greedy_owners(pairs, 5).tolist() == [0, 1, 0, 3, 1]
+    assert greedy_owners(np.empty((0, 2), np.int64), 3).tolist() == [0, 1, 2]

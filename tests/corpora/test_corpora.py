@@ -1,0 +1,139 @@
+"""A recipe's demonstration corpora, one or several: each whole in its place, all of them sources of a dataset."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from mmflow.cleaning.pieces import read_piece
+from mmflow.cleaning.prepare import Preparation, prepare_piece
+from mmflow.core.errors import RecipeError
+from mmflow.corpora.corpora import corpora_of, sources_of
+from mmflow.recipe import Recipe, load_recipe
+from mmflow.sources.sources import list_units, read_unit
+from mmflow.stages.loop import Loop
+from tests.corpora.npm_files import write_emoji_packages
+from tests.corpora.test_openclipart import svg
+from tests.imaging.picture_files import file_of
+
+QUICKSTART = Path(__file__).parents[2] / "pipelines" / "quickstart.yaml"
+CLIPARTS = 24
+
+
+@pytest.fixture
+def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """One whose records name no split, and one whose records do."""
+    for number in range(CLIPARTS):
+        picture = Image.new("RGB", (24, 24), (0, 10 * number, 0))
+        drawing = {"png": file_of(picture), "svg": svg(f"drawing {number}")}
+        for kind, body in drawing.items():
+            path = tmp_path / "openclipart" / kind / "shapes" / f"{number}.{kind}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body)
+    packages = write_emoji_packages(tmp_path / "packages", monkeypatch)
+    return [
+        {"name": "openclipart", "package_directory": str(tmp_path / "openclipart")},
+        {"name": "fluent_emoji_anim", "unseen_clip_share": 0.3, "package_directory": str(packages)},
+    ]
+
+
+def recipe_of(directory: Path, corpus: Any) -> Recipe:
+    fields = yaml.safe_load(QUICKSTART.read_text())
+    fields |= {"workspace": str(directory / "workspace"), "corpus": corpus}
+    fields["shard"] = {
+        "image": {"side": 16, "min_side": 8, "max_frames": 2},
+        "splits": {"validation": 0.5},
+        "samples_per_shard": 10,
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return load_recipe(str(path))
+
+
+def told_apart(recipe: Recipe) -> str:
+    return Loop(recipe).plan("corpus").identity
+
+
+def test_one_corpus_is_what_it_was_however_it_is_written(tmp_path: Path) -> None:
+    """A workspace that has the quickstart's drawings does not draw them again."""
+    quickstart = yaml.safe_load(QUICKSTART.read_text())["corpus"]
+    assert told_apart(recipe_of(tmp_path, quickstart)) == "3065335b53eaf383"
+    assert told_apart(recipe_of(tmp_path, [quickstart])) == "3065335b53eaf383"
+    assert told_apart(recipe_of(tmp_path, [quickstart, {"name": "openclipart"}])) != "3065335b53eaf383"
+
+
+def test_where_packages_lie_tells_no_corpora_apart(tmp_path: Path, corpora: list[dict[str, Any]]) -> None:
+    elsewhere = [{**corpus, "package_directory": "/elsewhere"} for corpus in corpora]
+    assert told_apart(recipe_of(tmp_path, corpora)) == told_apart(recipe_of(tmp_path, elsewhere))
+
+
+def test_each_of_several_is_whole_in_its_own_folder(tmp_path: Path, corpora: list[dict[str, Any]]) -> None:
+    pytest.importorskip("emoji")
+    whole = Loop(recipe_of(tmp_path, corpora)).run("corpus")
+    assert whole.manifest["records"] == CLIPARTS + 11
+    assert sorted(path.name for path in Path(whole.uri).iterdir() if path.is_dir()) == [
+        "fluent_emoji_anim",
+        "openclipart",
+    ]
+    # A run that was killed between the two goes on with the second, and ends with the same corpora.
+    again = recipe_of(tmp_path, corpora).model_copy(update={"workspace": str(tmp_path / "again")})
+    place = Path(Loop(again).plan("corpus").directory(again.workspace))
+    place.mkdir(parents=True)
+    (Path(whole.uri) / "openclipart").rename(place / "openclipart")
+    (tmp_path / "openclipart").rename(tmp_path / "gone")
+    assert Loop(again).run("corpus").fingerprint == whole.fingerprint
+
+
+def test_several_corpora_are_sources_whose_records_keep_the_splits_they_name(
+    tmp_path: Path, corpora: list[dict[str, Any]]
+) -> None:
+    pytest.importorskip("emoji")
+    recipe = recipe_of(tmp_path, corpora)
+    corpus, shard = Loop(recipe).run("corpus"), recipe.shard
+    sources = sources_of(corpus.uri, corpora_of(recipe.corpus or []))
+    preparation = Preparation(
+        dataset=str(tmp_path / "dataset"),
+        image=shard.image,
+        captions=shard.captions,
+        splits=shard.splits,
+        group_by=None,
+        fetched=None,
+    )
+    tables = [table for unit in list_units(sources) for table in read_unit(unit, sources[unit.source])]
+    pieces = [read_piece(prepare_piece(table, preparation)["piece"]).to_pylist() for table in tables]
+    rows = [row for piece in pieces for row in piece]
+    assert not [row["detail"] for row in rows if row["reason"] is not None]
+
+    lines = Path(corpus.uri, "fluent_emoji_anim", "records.jsonl").read_text().splitlines()
+    named = {record["key"]: record["split"] for record in map(json.loads, lines)}
+    assert {"train", "unseen_clips"} <= set(named.values())
+    assert {row["key"]: row["split"] for row in rows if row["key"] in named} == named
+    assert {len(row["frames"]) for row in rows if row["key"] in named} == {1}  # after the first, of two
+    drawings = [row["split"] for row in rows if row["key"] not in named]
+    assert len(drawings) == CLIPARTS
+    assert set(drawings) == {"train", "validation"}
+    licenses = Counter(json.loads(row["metadata"])["license"] for row in rows)
+    assert licenses == {"CC-PDDC": CLIPARTS, "MIT": len(named)}
+
+
+@pytest.mark.parametrize(
+    ("corpus", "said"),
+    [
+        ([], r"corpus: list should have at least 1 item"),
+        ([{"name": "openmoji"}, {"name": "openmoji"}], r"corpus: openmoji is named twice"),
+        ([{"name": "easy_vqa"}, {"name": "fashion_mnist"}], r"corpus: easy_vqa and fashion_mnist both name .*mixture"),
+        ([{"name": "openclipart", "image_pixels": 9}], r"corpus\.0\.image_pixels: unknown key; the keys here are name"),
+        ([{"name": "openmoji", "image_pixels": 9}], r"corpus\.0\.image_pixels: input should be greater than"),
+        ([{"name": "openmoj"}], r"corpus\.0\.name: 'openmoj' is none of 'openmoji'"),
+        ([{}], r"corpus\.0\.name: missing"),
+    ],
+)
+def test_a_mistake_in_a_list_is_answered_with_its_place(tmp_path: Path, corpus: Any, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        recipe_of(tmp_path, corpus)

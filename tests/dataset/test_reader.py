@@ -1,0 +1,415 @@
+"""Samples by shard and row: what was written, or an error that says where it no longer is."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mmflow.cleaning.captions import estimate_tokens
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
+from mmflow.dataset.adopt import adopt
+from mmflow.dataset.dataset import Dataset, open_dataset, read_sample
+from mmflow.dataset.index import MEMBERS, read_index_and_commit, write_index
+from mmflow.dataset.reader import Caption, Reader
+from mmflow.loading import reader as reading
+from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
+
+STARTS = (0, 9, 23)  # the first number in each shard that has samples
+
+
+@pytest.fixture
+def copy(small_dataset: Dataset, tmp_path: Path) -> Dataset:
+    shutil.copytree(small_dataset.uri, tmp_path / "copy")
+    return open_dataset(str(tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Twenty samples in two shards, every seventh a clip of three frames."""
+    samples = [handmade(number) for number in range(20)]
+    return write_dataset(
+        tmp_path_factory.mktemp("clips") / "dataset", [("train", samples[:10]), ("train", samples[10:])]
+    )
+
+
+@pytest.fixture
+def remote(small_dataset: Dataset) -> Iterator[Dataset]:
+    """The dataset in an object store in memory."""
+    store = fsspec.filesystem("memory")
+    store.put(small_dataset.uri, "/bucket/dataset", recursive=True)
+    yield open_dataset("fsspec+memory:///bucket/dataset")
+    store.rm("/bucket", recursive=True)
+
+
+def flip(dataset: Dataset, shard: int, offset: int) -> Path:
+    """Change a bit of a tar of split train."""
+    tar = Path(dataset.tar_uri(Reader(dataset, "train").shards[shard]))
+    data = bytearray(tar.read_bytes())
+    data[offset] ^= 1
+    tar.write_bytes(data)
+    return tar
+
+
+def change_index(dataset: Dataset, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    path = f"{dataset.uri}/index/{name}.parquet"
+    table, commit = read_index_and_commit(path)
+    write_index(path, change(table), commit)
+
+
+def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:
+    position = table.schema.get_field_index(name)
+    return table.set_column(position, table.schema.field(position), pa.array(values, table.schema.field(position).type))
+
+
+def test_every_sample_comes_back_as_it_was_recorded(small_dataset: Dataset) -> None:
+    reader = Reader(small_dataset, "train")
+    samples = list(reader)
+    assert len(samples) == len(reader) == 31
+    assert [shard.samples for shard in reader.shards] == [9, 14, 8]  # the shard without samples is passed over
+    for number, sample in enumerate(samples):
+        english, chinese = Caption(f"picture {number}", "en"), Caption(f"图片 {number}", "zh")
+        assert sample.key == f"key-{number}"
+        assert sample.captions == ((english, chinese) if number % 2 else (english,))
+        assert sample.metadata == {"classes": {"group": f"group {number % 3}"}, "number": number}
+        assert sample.extension == "jpg"
+
+
+def test_reader_agrees_with_the_dataset_s_own_random_access(small_dataset: Dataset) -> None:
+    reader = Reader(small_dataset, "train")
+    for ordinal, row in ((2, 7), (0, 0), (1, 13), (0, 8)):
+        plain = read_sample(small_dataset, reader.shards[ordinal], row)
+        sample, members = reader.read(ordinal, row), reader.read_members(ordinal, row)
+        assert (sample.key, sample.image, sample.extension) == (plain["key"], plain["image"], plain["image_extension"])
+        assert sample.captions[0].text == plain["txt"] == members.txt.decode()
+        assert json.loads(members.json) == plain["json"]
+
+
+@pytest.mark.parametrize("scan_bytes", [1, 4_000, 10_000, 1 << 30])
+def test_a_pass_in_requests_of_any_size_gives_what_single_reads_give(
+    clips: Dataset, monkeypatch: pytest.MonkeyPatch, scan_bytes: int
+) -> None:
+    monkeypatch.setattr(reading, "SCAN_BYTES", scan_bytes)
+    reader = Reader(clips, "train")
+    away = Reader(Dataset(f"fsspec+file://{clips.uri}", clips.manifest), "train")
+    for first, stop in ((0, 10), (3, 4), (6, 9), (5, 5)):
+        expected = [reader.read(1, row) for row in range(first, stop)]
+        assert list(reader.samples(1, first, stop)) == list(away.samples(1, first, stop)) == expected
+
+
+def test_the_frames_of_a_clip_come_back_in_their_order(clips: Dataset) -> None:
+    samples = list(Reader(clips, "train"))
+    assert [len(sample.frames) for sample in samples] == [2 if number % 7 == 6 else 0 for number in range(20)]
+    with tarfile.open(clips.tar_uri(clips.shards("train")[0])) as tar:
+        stored = [tar.extractfile(f"key-6{frame}.jpg").read() for frame in ("", ".001", ".002")]  # type: ignore[union-attr]
+    assert [samples[6].image, *samples[6].frames] == stored
+    stills = list(Reader(clips, "train", frames=False))
+    assert all(sample.frames == () for sample in stills)
+    assert [sample.image for sample in stills] == [sample.image for sample in samples]
+
+
+def test_lengths_are_those_of_the_index_and_need_no_tar(copy: Dataset) -> None:
+    shutil.rmtree(Path(copy.uri, "shards"))
+    reader = Reader(copy, "train")
+    expected = [max(estimate_tokens(f"picture {number}"), estimate_tokens(f"图片 {number}")) for number in range(9, 23)]
+    lengths = reader.lengths(1)
+    assert lengths.shape == (14,)
+    # The estimate is that of the caption of most characters.
+    assert [lengths[row] for row in range(0, 14, 2)] == [
+        estimate_tokens(f"picture {9 + row}") for row in range(0, 14, 2)
+    ]
+    assert (lengths <= np.array(expected)).all()
+
+
+def test_splits_are_apart(small_dataset: Dataset) -> None:
+    assert [sample.key for sample in Reader(small_dataset, "dev")] == [f"key-{number}" for number in range(31, 36)]
+    with pytest.raises(MisuseError, match="no split 'test'; there are dev, train"):
+        Reader(small_dataset, "test")
+
+
+@pytest.mark.parametrize("row", [-1, 9, 1 << 40])
+def test_a_row_that_is_not_there_is_misuse(small_dataset: Dataset, row: int) -> None:
+    with pytest.raises(MisuseError, match=rf"00000\.tar: no row {row}; it has 9"):
+        Reader(small_dataset, "train").read(0, row)
+
+
+def test_adopted_tars_in_any_order_of_members_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg, png = picture(1, (64, 48)), picture(2, (30, 40), "PNG")
+    members = [
+        ("a.json", b'{"caption": "from json"}'),
+        ("a.npy", b"x" * 5_000),  # unknown to the index, amid the sample
+        ("a.png", png),
+        ("readme.md", b"not a sample"),
+        ("b.txt", "ünï".encode()),
+        ("b.jpeg", jpeg),
+        ("sub/ü.jpg", jpeg),
+        ("sub/ü.txt", b"deep"),
+        ("sub/ü.json", b"[1, 2]"),
+    ]
+    with tarfile.open(tmp_path / "theirs.tar", "w") as tar:
+        for name, body in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    adopt(str(tmp_path / "ours"), [str(tmp_path / "theirs.tar")])
+    reader = Reader(open_dataset(str(tmp_path / "ours")), "train")
+    found = [(each.key, each.extension, each.image, each.captions[0].text, each.metadata) for each in reader]
+    assert found == [
+        ("a", "png", png, "from json", {"caption": "from json"}),
+        ("b", "jpg", jpeg, "ünï", {}),
+        ("sub/ü", "jpg", jpeg, "deep", {"json": [1, 2]}),
+    ]
+    assert [reader.read(0, row).image for row in (2, 0, 1)] == [jpeg, png, jpeg]
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(reading.os, "pread", lambda file, size, offset: read.append(size) or pread(file, size, offset))
+    reader.read(0, 0)
+    reader.read(0, 1)
+    assert sorted(read) == sorted([len(png), len(members[0][1]), len(jpeg), len("ünï".encode())])  # and nothing else
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_corrupted_byte_is_refused_naming_shard_row_and_key(copy: Dataset, member: str, place: str) -> None:
+    entry = copy.index(copy.shards("train")[1]).slice(3, 1).to_pylist()[0]
+    tar = flip(copy, 1, entry[f"{member}_offset"] + (0 if place == "first" else entry[f"{member}_bytes"] - 1))
+    reader = Reader(copy, "train")
+    expected = f"{tar}: {member} of row 3 ({entry['key']}) is not what was written; run `mmflow verify {copy.uri}`"
+    for read in (lambda: reader.read(1, 3), lambda: list(reader.samples(1, 0, 14)), lambda: list(reader)):
+        with pytest.raises(CorruptArtifactError) as caught:
+            read()
+        assert str(caught.value) == expected
+    assert reader.read(1, 2).key == "key-11"  # its neighbours are sound
+    assert reader.read(1, 4).key == "key-13"
+
+
+def test_a_corrupted_frame_is_refused_by_its_number(clips: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(clips.uri, tmp_path / "copy")
+    copy = open_dataset(str(tmp_path / "copy"))
+    frames = copy.index(copy.shards("train")[0])["frames"][6].as_py()
+    flip(copy, 0, frames[1]["offset"])
+    with pytest.raises(CorruptArtifactError, match=r"00000\.tar: frame 2 of row 6 \(key-6\)"):
+        Reader(copy, "train").read(0, 6)
+    assert Reader(copy, "train", frames=False).read(0, 6).key == "key-6"  # it is not read
+
+
+@pytest.mark.parametrize("change", [-1, +512])
+def test_a_tar_of_another_length_is_refused_at_once(copy: Dataset, change: int) -> None:
+    shard = copy.shards("train")[0]
+    tar = Path(copy.tar_uri(shard))
+    tar.write_bytes((tar.read_bytes() + bytes(512))[: shard.bytes + change])
+    reader = Reader(copy, "train")
+    said = f"{tar}: {shard.bytes + change} bytes, the manifest says {shard.bytes}: it was altered after its commit"
+    for read in (lambda: reader.read(0, 0), reader.check):
+        with pytest.raises(CorruptArtifactError) as caught:
+            read()
+        assert str(caught.value).startswith(said)
+    assert reader.read(1, 0).key == "key-9"
+
+
+def test_a_tar_cut_while_it_is_open_is_refused_by_row(copy: Dataset) -> None:
+    reader = Reader(copy, "train")
+    assert reader.read(0, 8).key == "key-8"
+    tar = Path(copy.tar_uri(reader.shards[0]))
+    with tar.open("r+b") as file:
+        file.truncate(copy.index(reader.shards[0])["txt_offset"][8].as_py())
+    assert reader.read(0, 7).key == "key-7"
+    with pytest.raises(CorruptArtifactError, match=r"txt of row 8 \(key-8\)"):
+        reader.read(0, 8)
+
+
+def test_a_disk_that_fails_is_named(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(reading.os, "pread", fail)
+    with pytest.raises(CorruptArtifactError, match=r"00000\.tar: byte 512 cannot be read \(Input/output error\)"):
+        Reader(small_dataset, "train").read(0, 0)
+
+
+def test_an_index_of_another_length_is_refused(copy: Dataset) -> None:
+    change_index(copy, "00000", lambda table: table.slice(0, 8))
+    with pytest.raises(CorruptArtifactError, match=r"00000\.parquet: 8 rows, the manifest says 9; run `mmflow verify"):
+        Reader(copy, "train").read(0, 0)
+
+
+def test_an_index_whose_rows_are_not_its_tar_s_is_refused(copy: Dataset) -> None:
+    change_index(
+        copy,
+        "00000",
+        lambda table: set_column(table.take(list(range(9))[::-1]), "row", list(range(9))),
+    )
+    assert Reader(copy, "train").read(0, 4).key == "key-4"  # the same row from both ends
+    change_index(
+        copy, "00000", lambda table: set_column(table, "image_offset", table["image_offset"].to_pylist()[::-1])
+    )
+    with pytest.raises(CorruptArtifactError, match=r"00000\.tar: image of row 0 \(key-8\)"):
+        Reader(copy, "train").read(0, 0)
+
+
+def test_the_index_of_another_tar_is_refused(copy: Dataset) -> None:
+    shutil.copy(f"{copy.uri}/index/00004.parquet", f"{copy.uri}/index/00000.parquet")
+    with pytest.raises(CorruptArtifactError, match=r"00000\.parquet: 5 rows"):
+        Reader(copy, "train").read(0, 0)
+    table, _ = read_index_and_commit(f"{copy.uri}/index/00001.parquet")
+    _, commit = read_index_and_commit(f"{copy.uri}/index/00003.parquet")
+    write_index(f"{copy.uri}/index/00001.parquet", table, commit)
+    with pytest.raises(CorruptArtifactError, match=r"00001\.parquet: belongs to a tar of .* the manifest's is another"):
+        Reader(copy, "train").read(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("txt_offset", 1 << 40, "row 3 lies outside of its tar"),
+        ("image_offset", -5, "row 3 lies outside of its tar"),
+        ("json_bytes", 1 << 40, "row 3 lies outside of its tar"),
+        ("row", 7, "rows are not counted from 0"),
+        ("image_xxh3", None, "image_xxh3 with empty cells"),
+    ],
+)
+def test_an_index_that_cannot_be_true_is_refused(copy: Dataset, column: str, value: int | None, said: str) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        values = table[column].to_pylist()
+        values[3] = value
+        return set_column(table, column, values)
+
+    change_index(copy, "00000", change)
+    with pytest.raises(CorruptArtifactError, match=rf"00000\.parquet: {said}.*mmflow verify"):
+        Reader(copy, "train").read(0, 0)
+
+
+def test_a_tar_or_index_that_is_gone_is_named(copy: Dataset) -> None:
+    reader = Reader(copy, "train")
+    reader.check()
+    Path(copy.uri, "index", "00001.parquet").unlink()
+    with pytest.raises(MissingArtifactError, match=r"00001\.parquet"):
+        reader.check()
+    with pytest.raises(MissingArtifactError, match=r"00001\.parquet"):
+        reader.read(1, 0)
+    Path(copy.uri, "shards", "00000.tar").unlink()
+    with pytest.raises(MissingArtifactError, match=r"00000\.tar: no such file"):
+        reader.check()
+    with pytest.raises(MissingArtifactError, match=r"00000\.tar: no such file"):
+        reader.read(0, 0)
+
+
+def test_reader_is_safe_between_threads(small_dataset: Dataset) -> None:
+    reader = Reader(small_dataset, "train")
+    wanted = [(ordinal, row) for row in range(8) for ordinal in range(3)] * 10
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda place: reader.read(*place).key, wanted))
+    assert found == [f"key-{STARTS[ordinal] + row}" for ordinal, row in wanted]
+
+
+def test_more_shards_than_stay_open_are_read(clips: Dataset, tmp_path: Path) -> None:
+    shards = [
+        ("train", [Handmade(key=f"k{number}", captions=[{"language": "en", "text": "one"}])]) for number in range(5)
+    ]
+    reader = Reader(write_dataset(tmp_path / "many", shards), "train", open_shards=2)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert [reader.read(shard, 0).key for shard in (0, 4, 1, 3, 2, 0)] == ["k0", "k4", "k1", "k3", "k2", "k0"]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
+    del reader
+    assert len(list(Path("/proc/self/fd").iterdir())) == before  # at once, not at the next garbage collection
+
+
+def test_a_reader_pickles_into_another_process(clips: Dataset) -> None:
+    reader = Reader(clips, "train", frames=False)
+    reader.read(0, 0)
+    again = pickle.loads(pickle.dumps(reader))  # noqa: S301 — written a moment ago
+    assert [sample.key for sample in again] == [sample.key for sample in reader]
+    assert again.read(0, 6).frames == ()
+
+
+def test_a_remote_dataset_is_read_without_a_cache(remote: Dataset, small_dataset: Dataset) -> None:
+    reader = Reader(remote, "train")
+    reader.check()
+    assert list(reader) == list(Reader(small_dataset, "train"))
+    assert reader.read(2, 7) == Reader(small_dataset, "train").read(2, 7)
+    store = fsspec.filesystem("memory")
+    store.rm("/bucket/dataset/shards/00000.tar")
+    store.pipe("/bucket/dataset/shards/00001.tar", b"short")
+    with pytest.raises(MissingArtifactError, match=r"fsspec\+memory:.*00000\.tar: no such file"):
+        Reader(remote, "train").read(0, 0)
+    with pytest.raises(CorruptArtifactError, match=r"00001\.tar: 5 bytes, the manifest says"):
+        Reader(remote, "train").read(1, 0)
+
+
+# --- read-ahead -------------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_rows_read_ahead_are_asked_of_the_kernel_once(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(reading.os, "posix_fadvise", lambda file, *rest: asked.append(rest))
+    reader = Reader(small_dataset, "train")
+    for _ in range(3):
+        reader.read_ahead(1, 2, 5)
+    reader.read_ahead(0, 0, 8)
+    wait_until(lambda: len(asked) >= 2)
+    index = small_dataset.index(reader.shards[1])
+    start = index["image_offset"][2].as_py()
+    stop = index["json_offset"][5].as_py() + index["json_bytes"][5].as_py()
+    assert (start, stop - start, reading.os.POSIX_FADV_WILLNEED) in asked
+    time.sleep(0.05)
+    assert len(asked) == 2
+
+
+def test_an_error_of_reading_ahead_reaches_the_reader_of_that_shard_once(
+    copy: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(copy, "train")
+    failing = [True]
+
+    def advise(*_: int) -> None:
+        if failing[0]:
+            raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(reading.os, "posix_fadvise", advise)
+    reader.read_ahead(1, 0, 3)
+    wait_until(lambda: bool(reader._ahead.failed))
+    assert reader.read(0, 0).key == "key-0"
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        reader.read(1, 0)
+    failing[0] = False
+    assert reader.read(1, 0).key == "key-9"
+    Path(copy.uri, "shards", "00003.tar").unlink()
+    reader.read_ahead(2, 0, 3)
+    wait_until(lambda: bool(reader._ahead.failed))
+    with pytest.raises(MissingArtifactError, match=r"00003\.tar"):
+        list(reader.samples(2, 0, 1))
+
+
+def test_threads_that_read_ahead_end_with_their_reader(small_dataset: Dataset) -> None:
+    def running() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "mmflow-read-ahead"}
+
+    before = running()
+    reader = Reader(small_dataset, "train")
+    assert not running() - before  # none before they are needed
+    reader.read_ahead(0, 0, 3)
+    own = running() - before
+    assert own
+    del reader
+    wait_until(lambda: not running() & own)

@@ -1,0 +1,263 @@
+"""Verify: silent on a sound dataset, and naming the shard and the trouble on a damaged one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.index import read_commit, read_index, read_index_and_commit, write_index
+from mmflow.dataset.members import check_members, layout_of, pass_over
+from mmflow.dataset.verify import verify_dataset
+from tests.dataset.handmade import Handmade, handmade, write_dataset
+
+REJECTED = [
+    {"source": f"records.jsonl:{number}", "key": f"bad-{number}", "reason": reason, "detail": "as told"}
+    for number, reason in enumerate(("image_missing", "image_missing", "caption_missing"))
+]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """60 samples in four shards, one of them empty, and three rejected records. Read only."""
+    samples = [handmade(number) for number in range(60)]
+    shards = [("train", samples[:25]), ("train", samples[25:45]), ("train", []), ("dev", samples[45:])]
+    return write_dataset(tmp_path_factory.mktemp("verify") / "dataset", shards, REJECTED)
+
+
+@pytest.fixture
+def copy(dataset: Dataset, tmp_path: Path) -> Dataset:
+    shutil.copytree(dataset.uri, tmp_path / "copy")
+    return open_dataset(str(tmp_path / "copy"))
+
+
+def tar_of(dataset: Dataset, number: int = 0) -> Path:
+    return Path(dataset.tar_uri(dataset.shards("train")[number]))
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_sound_dataset_has_nothing_wrong(dataset: Dataset) -> None:
+    assert verify_dataset(dataset.uri) == []
+    assert verify_dataset(dataset.uri, decoded_samples=None) == []
+    assert verify_dataset(dataset.uri, decoded_samples=0) == []
+
+
+def test_flipped_byte_in_a_header_a_body_or_the_padding(copy: Dataset) -> None:
+    tar = tar_of(copy)
+    sound = tar.read_bytes()
+    offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
+    for position, said in ((offset - 500, "damaged header"), (offset + 9, "checksum"), (len(sound) - 1, "checksum")):
+        flip(tar, position)
+        wrong = verify_dataset(copy.uri, decoded_samples=None)
+        assert wrong
+        assert all(tar.name in line for line in wrong)
+        assert any(said in line or "bytes" in line for line in wrong), wrong
+        tar.write_bytes(sound)
+
+
+def test_tar_cut_at_a_member_and_within_one(copy: Dataset) -> None:
+    tar = tar_of(copy, 1)
+    sound = tar.read_bytes()
+    offset = copy.index(copy.shards("train")[1])["txt_offset"][2].as_py()
+    for end, said in ((offset - 512, "without an end of archive"), (offset + 1, "within"), (0, "0 bytes")):
+        tar.write_bytes(sound[:end])
+        wrong = verify_dataset(copy.uri)
+        assert any(tar.name in line and said in line for line in wrong), wrong
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda copy: tar_of(copy).unlink(), "no such file"),
+        (lambda copy: Path(copy.uri, "index", tar_of(copy).stem + ".parquet").unlink(), "no such file"),
+        (
+            lambda copy: Path(copy.uri, "index", tar_of(copy).stem + ".parquet").write_bytes(b"PAR1"),
+            "not a shard's index",
+        ),
+        (lambda copy: shutil.copy(tar_of(copy), tar_of(copy).with_name("09999.tar")), "not in the manifest"),
+        (lambda copy: shutil.rmtree(Path(copy.uri, "quarantine")), "totals.quarantined"),
+        (lambda copy: Path(copy.uri, "manifest.json").unlink(), "nothing was committed"),
+        (lambda copy: Path(copy.uri, "manifest.json").write_text("{}"), "not of format"),
+        (lambda copy: edit_manifest(copy, lambda fields: fields.pop("totals")), "not a dataset's manifest"),
+        (lambda copy: edit_manifest(copy, lambda fields: fields.update(fingerprint="0")), "fingerprint"),
+        (lambda copy: edit_manifest(copy, lambda fields: fields["shards"].pop()), "totals.samples"),
+        (lambda copy: edit_manifest(copy, lambda fields: fields["totals"]["reasons"].popitem()), "totals.reasons"),
+        (lambda copy: edit_index(copy, lambda rows: rows[3].update(key=None)), "key with empty cells"),
+        (lambda copy: edit_index(copy, lambda rows: rows[3].update(row=7)), "not counted from 0"),
+        (lambda copy: edit_index(copy, lambda rows: rows[3].update(width=7)), "the index has 7×"),
+        (lambda copy: edit_index(copy, lambda rows: rows[6]["frames"].pop()), "key-6.002.jpg"),
+        (lambda copy: edit_index(copy, lambda rows: rows[6]["frames"][1].update(xxh3=1)), "frame 2 is not"),
+        (lambda copy: edit_index(copy, lambda rows: rows.pop()), "is not in the index"),
+    ],
+)
+def test_what_is_missing_or_amiss_is_named(copy: Dataset, damage: Callable[[Dataset], object], said: str) -> None:
+    damage(copy)
+    wrong = verify_dataset(copy.uri)
+    assert any(said in line for line in wrong), wrong
+    assert all(copy.uri in line and "\n" not in line for line in wrong)
+
+
+def edit_manifest(dataset: Dataset, change: Callable[[dict[str, object]], object]) -> None:
+    path = Path(dataset.uri, "manifest.json")
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def edit_index(dataset: Dataset, change: Callable[[list[dict[str, object]]], object]) -> None:
+    path = str(Path(dataset.uri, "index", "00000.parquet"))
+    table, commit = read_index_and_commit(path)
+    rows = table.to_pylist()
+    change(rows)
+    write_index(path, table.from_pylist(rows, table.schema), commit)
+
+
+def test_prepared_pieces_of_a_build_are_no_strays(copy: Dataset) -> None:
+    Path(copy.uri, "prepared").mkdir()
+    Path(copy.uri, "prepared", "00000.pack").write_bytes(b"images")
+    Path(copy.uri, "shards", ".staging-x").write_bytes(b"a killed writer's")
+    assert verify_dataset(copy.uri) == []
+
+
+def test_swapped_shards_and_repeated_keys(copy: Dataset) -> None:
+    first, second = copy.shards("train")[:2]
+    shutil.copy(copy.tar_uri(first), copy.tar_uri(second))
+    index = Path(copy.uri, "index")
+    shutil.copy(index / f"{first.name}.parquet", index / f"{second.name}.parquet")
+    edit_manifest(copy, lambda fields: fields["shards"][1].update(samples=25))  # type: ignore[index]
+    wrong = verify_dataset(copy.uri)
+    assert any("belongs to another tar" in line for line in wrong)
+    assert any(f"{second.name}.tar" in line and "of its shards" not in line for line in wrong)
+    assert any(f"{second.name}.tar: and " in line for line in wrong)
+
+
+def test_a_key_that_comes_twice_is_named_with_both_places(tmp_path: Path) -> None:
+    samples = [handmade(number) for number in range(6)]
+    twice = write_dataset(tmp_path / "twice", [("train", samples[:4]), ("dev", [*samples[4:], samples[2]])])
+    (line,) = verify_dataset(twice.uri)
+    # Splits in the order of their names: dev comes first.
+    assert line.endswith("00000.tar: row 2: key 'key-2' is also in shard 00001, row 2")
+
+
+@pytest.mark.parametrize("key", ["Upper", "a.b", "../x", "a/b", "ä", "x" * 81, "key\n", ""])
+def test_keys_that_tars_cannot_carry_are_named(key: str, tmp_path: Path) -> None:
+    found = write_dataset(tmp_path / "keys", [("train", [handmade(1), Handmade(key=key, captions=[CAPTION])])])
+    assert any(f"00000.tar: row 1: key {key!r} is not of" in line for line in verify_dataset(found.uri))
+
+
+CAPTION = {"language": "en", "text": "a picture"}
+
+
+def test_index_that_points_elsewhere_is_found(copy: Dataset) -> None:
+    def lie(rows: list[dict[str, object]]) -> None:
+        rows[2]["txt_offset"] += 1  # type: ignore[operator]
+        rows[3]["json_xxh3"] ^= 1  # type: ignore[operator]
+
+    edit_index(copy, lie)
+    wrong = verify_dataset(copy.uri, decoded_samples=None)
+    assert any("00000.tar: row 2: ('key-" in line for line in wrong)
+    assert any("00000.tar: row 3" in line and "json is not what was written" in line for line in wrong)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_the_quick_pass_accepts_no_header_that_the_slow_one_refuses(
+    dataset: Dataset, tmp_path: Path, data: st.DataObject
+) -> None:
+    """And so for a tar that was cut or that has more behind its end."""
+    shard = dataset.shards("train")[0]
+    layout = layout_of(dataset.index(shard), ours=True)
+    tar = bytearray(Path(dataset.tar_uri(shard)).read_bytes())
+    kind = data.draw(st.sampled_from(("flip", "cut", "more")))
+    if kind == "flip":
+        offset = data.draw(st.sampled_from([*layout.offsets.tolist(), len(tar) + 512 - 1024]))
+        tar[offset - 512 + data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
+    elif kind == "cut":
+        del tar[data.draw(st.integers(0, len(tar) - 1)) :]
+    else:
+        tar += bytes(data.draw(st.integers(1, 2000)))
+    path = tmp_path / "damaged.tar"
+    path.write_bytes(tar)
+    assert not pass_over(str(path), layout).sound
+    path.write_bytes(Path(dataset.tar_uri(shard)).read_bytes())
+    assert pass_over(str(path), layout).sound
+    assert list(check_members(str(path), layout)) == []
+
+
+def test_remote_tars_are_streamed_and_found_damaged_alike(copy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmflow.dataset.members.local_path", lambda uri: None)  # so the object stores' way is taken
+    assert verify_dataset(copy.uri, decoded_samples=0) == []
+    offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
+    flip(tar_of(copy), offset - 500)
+    wrong = verify_dataset(copy.uri, decoded_samples=0)
+    assert any(f"00000.tar: damaged header at byte {offset - 512}" in line for line in wrong)
+
+
+def test_samples_to_decode_are_spread_over_the_shards(copy: Dataset) -> None:
+    """Not the first of every shard: of 100,000 shards that would be 100,000 pictures."""
+    for shard in copy.shards("train"):
+        path = str(Path(copy.uri, "index", f"{shard.name}.parquet"))
+        table, commit = read_index_and_commit(path)
+        rows = [{**row, "image_xxh3": 0} for row in table.to_pylist()]
+        write_index(path, table.from_pylist(rows, table.schema), commit)
+    wrong = verify_dataset(copy.uri, decoded_samples=3)
+    assert sum("image is not what was written" in line for line in wrong) in (2, 3)
+
+
+def test_one_fault_does_not_drown_the_others(copy: Dataset) -> None:
+    first, second = copy.shards("train")[:2]
+    path = str(Path(copy.uri, "index", f"{first.name}.parquet"))
+    table, commit = read_index(path), read_commit(path)
+    write_index(path, table.take(list(reversed(range(table.num_rows)))), commit)
+    tar_of(copy, 1).write_bytes(b"")
+    wrong = verify_dataset(copy.uri)
+    assert sum(f"{first.name}.tar" in line for line in wrong) <= 11
+    assert any(f"{second.name}.tar" in line for line in wrong)
+
+
+def test_quarantine_is_parquet_with_fixed_columns(dataset: Dataset) -> None:
+    for path in Path(dataset.uri, "quarantine").iterdir():
+        assert pq.read_schema(path).names == ["source", "key", "reason", "detail"]
+
+
+def test_verifying_is_much_quicker_than_reading_with_webdataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without decoding on either side, in CPU time; side by side it is 8 to 10 times, see tests/benchmarks."""
+    body = bytes(range(256)) * 117  # 30 KB
+    monkeypatch.setattr("tests.dataset.handmade.picture", lambda seed, size: body)
+    samples = [Handmade(key=f"{number:08d}", captions=[CAPTION]) for number in range(1500)]
+    large = write_dataset(tmp_path / "large", [("train", samples[:750]), ("train", samples[750:])])
+    tars = [large.tar_uri(shard) for shard in large.shards("train")]
+
+    def verify() -> None:
+        assert verify_dataset(large.uri, decoded_samples=0) == []
+
+    def iterate() -> None:
+        assert sum(1 for _ in webdataset.WebDataset(tars, shardshuffle=False)) == 1500
+
+    assert seconds(verify) < seconds(iterate) / 3
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The quickest of five, which is the least disturbed."""
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)

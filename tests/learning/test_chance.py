@@ -1,0 +1,51 @@
+"""Random numbers that belong to a place do not depend on who draws them, and look like chance."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmflow.learning.chance import draw_seed, fingerprint, uniform
+
+
+@given(seed=st.integers(0, 2**32 - 1), first=st.integers(0, 2**31), rows=st.integers(1, 5), places=st.integers(1, 9))
+def test_a_number_depends_on_seed_row_and_place_alone(seed: int, first: int, rows: int, places: int) -> None:
+    numbers = torch.arange(first, first + rows)
+    whole = uniform(seed, numbers, places + 3)
+    for row in range(rows):
+        assert torch.equal(uniform(seed, numbers[row : row + 1], places)[0], whole[row, :places])
+    assert ((whole > 0) & (whole < 1)).all()
+
+
+def test_numbers_are_spread_evenly_and_do_not_follow_their_neighbours() -> None:
+    drawn = uniform(5, torch.arange(400), 500)
+    counts = drawn.flatten().histc(bins=20, min=0, max=1)
+    assert (counts / counts.sum() - 0.05).abs().max() < 0.003  # 200,000 draws: five deviations are 0.0024
+    for one, other in (
+        (drawn[:, 1:], drawn[:, :-1]),
+        (drawn[1:], drawn[:-1]),
+        (drawn, uniform(6, torch.arange(400), 500)),
+    ):
+        correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
+        assert correlation.abs() < 0.012  # five deviations of 200,000 pairs
+    assert drawn.unique().numel() > 0.98 * drawn.numel()
+
+
+def test_each_draw_has_another_seed_and_equal_generators_the_same() -> None:
+    one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    seeds = [draw_seed(one) for _ in range(50)]
+    assert seeds == [draw_seed(other) for _ in range(50)]
+    assert len(set(seeds)) == 50
+
+
+def test_fingerprints_tell_texts_apart_and_not_their_padding() -> None:
+    ids = torch.tensor([[5, 6, 7], [5, 7, 6], [5, 6, 0], [6, 5, 0], [5, 0, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0]])
+    found = fingerprint(ids, mask)
+    assert found.unique().numel() == 5
+    padded = torch.nn.functional.pad(ids, (0, 4), value=9), torch.nn.functional.pad(mask, (0, 4))
+    assert torch.equal(fingerprint(*padded), found)
+    random = torch.Generator().manual_seed(0)
+    many = torch.randint(0, 30_000, (20_000, 12), generator=random)
+    assert fingerprint(many, torch.ones_like(many)).unique().numel() == many.unique(dim=0).shape[0]

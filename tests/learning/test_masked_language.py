@@ -1,0 +1,106 @@
+"""Words are hidden as BERT hides them, and the loss over them is that of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from mmflow.learning.config import MaskedLanguageConfig
+from mmflow.learning.objectives.masked_language import hide_words, masked_language
+from mmflow.learning.outputs import MaskingTokens, masking_tokens
+from mmflow.loading.tokens import train_tokenizer
+from mmflow.models.fused import Fused
+from tests.learning.tiny import SPECIAL, VOCABULARY, TinyModel, batch, gradients, outputs_of, rows_of
+
+MANY = MaskingTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=1000)
+
+
+def test_words_are_hidden_eighty_ten_ten() -> None:
+    """Of 300,000 words; the bounds are five deviations."""
+    ids = torch.randint(5, 1000, (3000, 100), generator=torch.Generator().manual_seed(0))
+    there = torch.ones_like(ids, dtype=torch.bool)
+    hidden, chosen = hide_words(ids, there, torch.arange(3000), MANY, 0.15, seed=11)
+    assert torch.equal(hidden[~chosen], ids[~chosen])
+    assert chosen.float().mean().item() == pytest.approx(0.15, abs=0.0033)
+    of_chosen, was = hidden[chosen], ids[chosen]
+    masked, same = of_chosen == 4, of_chosen == was
+    assert masked.float().mean().item() == pytest.approx(0.8, abs=0.01)
+    assert same.float().mean().item() == pytest.approx(0.1, abs=0.0075)
+    others = of_chosen[~masked & ~same]
+    assert others.min() >= 5
+    counts = others.float().histc(bins=5, min=5, max=1000)  # drawn over the whole vocabulary
+    assert (counts / counts.sum() - 0.2).abs().max() < 0.04
+
+
+@given(
+    rows=st.integers(1, 6),
+    first=st.integers(0, 2**20),
+    share=st.sampled_from([0.15, 0.9]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_special_tokens_and_padding_are_never_hidden(rows: int, first: int, share: float, seed: int) -> None:
+    arguments = batch(rows, seed % 1000)
+    ids, there = arguments["token_ids"], arguments["token_mask"].bool()
+    there[0] = False
+    hidden, chosen = hide_words(ids, there, torch.arange(first, first + rows), SPECIAL, share, seed)
+    assert not chosen[~there | (ids < 5)].any()
+    assert torch.equal(hidden[~chosen], ids[~chosen])
+    assert not ((hidden < 4) & chosen).any()
+
+
+@given(padding=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+def test_what_is_hidden_of_a_row_depends_on_no_other(padding: int, seed: int) -> None:
+    """Neither on the rows beside it nor on what they are padded to."""
+    arguments = batch(6)
+    ids, there = arguments["token_ids"], arguments["token_mask"].bool()
+    hidden, chosen = hide_words(ids, there, torch.arange(6), SPECIAL, 0.5, seed)
+    longer = [torch.nn.functional.pad(each[4:5], (0, padding)) for each in (ids, there)]
+    hidden_alone, chosen_alone = hide_words(*longer, torch.tensor([4]), SPECIAL, 0.5, seed)
+    assert torch.equal(hidden_alone[0, : ids.shape[1]], hidden[4])
+    assert torch.equal(chosen_alone[0, : ids.shape[1]], chosen[4])
+
+
+def test_loss_and_gradient_equal_those_of_transformers() -> None:
+    """Its masked LM loss over the whole sequence, −100 where nothing is asked, on the same hidden words."""
+    from transformers.loss.loss_utils import ForMaskedLMLoss
+
+    model, arguments, rows = TinyModel(), batch(6), rows_of(torch.arange(6) != 2)
+    outputs = outputs_of(model, arguments, rows)
+    loss = masked_language(outputs, MaskedLanguageConfig(share=0.5))
+    found = gradients(loss, model)
+    again = outputs_of(model, arguments, rows)
+    seed = int(torch.randint(1 << 32, (), generator=again.generator))
+    there = arguments["token_mask"].bool() & rows.real_B[:, None]
+    hidden, chosen = hide_words(arguments["token_ids"], there, torch.arange(6), SPECIAL, 0.5, seed)
+    assert chosen.any()
+    logits = model.words(model.fuse(again.image, model.encode_text(hidden, arguments["token_mask"])).text_BTW)
+    expected = ForMaskedLMLoss(logits, arguments["token_ids"].masked_fill(~chosen, -100), VOCABULARY)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    for name, gradient in gradients(expected, model).items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_logits_are_summed_in_fp32() -> None:
+    class Half(TinyModel):
+        def masked_language_logits(self, fused: Fused) -> torch.Tensor:
+            return super().masked_language_logits(fused).bfloat16()
+
+    found, expected = (
+        masked_language(outputs_of(model, batch(6), rows_of(torch.ones(6, dtype=torch.bool))), MaskedLanguageConfig())
+        for model in (Half(), TinyModel())
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.01)
+
+
+def test_special_tokens_of_our_own_tokenizer_and_of_a_marked_one() -> None:
+    ours = masking_tokens(train_tokenizer(["red apple", "green pear"], 64))
+    assert (ours.mask, ours.ids) == (4, (0, 1, 2, 3, 4))
+    marked = Tokenizer(models.WordLevel({"red": 0, "apple": 1}, unk_token="red"))
+    marked.add_special_tokens(["<s>", "<mask>"])
+    assert masking_tokens(marked) == MaskingTokens(mask=3, ids=(2, 3), vocabulary_size=4)
+    unmarked = Tokenizer(models.WordLevel({"red": 0, "apple": 1}, unk_token="red"))
+    assert masking_tokens(unmarked) == MaskingTokens(mask=None, ids=(), vocabulary_size=2)

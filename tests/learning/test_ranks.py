@@ -1,0 +1,122 @@
+"""Every objective over two and three ranks: the mean of the ranks' losses is that of one process, gradients too."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from mmflow.objectives import tiled
+from torch import Tensor
+
+from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.objectives.table import OBJECTIVES, total
+from mmflow.learning.rows import global_rows
+from mmflow.training.collectives import gather_rows, pass_on
+from tests.learning.tiny import TinyModel, batch, gradients, outputs_of, rows_of
+
+ROWS = 12
+OBJECTIVE_CASES: dict[str, dict[str, Any]] = {
+    "contrastive": {"contrastive": {}},
+    "contrastive, smoothed": {"contrastive": {"label_smoothing": 0.2}},
+    "sigmoid": {"sigmoid": {}},
+    "matching": {"matching": {}},
+    "matching, uniform": {"matching": {"negatives": "uniform"}},
+    "masked language": {"masked_language": {"share": 0.5}},
+    "masked image": {"masked_image": {"square_pixels": 4}},
+    "captioning": {"captioning": {"label_smoothing": 0.1}},
+    "answering": {"answering": {}},
+    "answering, scores": {"answering": {"targets": "scores"}},
+    "answering, generation": {"answering": {"by": "generation"}},
+    "classification": {"classification": {"label_smoothing": 0.1}},
+    "all at once": {name: {"weight": 0.5} for name in OBJECTIVES},
+}
+REALS = {
+    "all real": torch.ones(ROWS, dtype=torch.bool),
+    "last rank short": torch.arange(ROWS) < 9,
+    "last rank all padding": torch.arange(ROWS) < 4,
+    "padding here and there": torch.arange(ROWS) % 3 != 1,
+    "one row in all": torch.arange(ROWS) == 1,
+    "no row at all": torch.zeros(ROWS, dtype=torch.bool),
+}
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    return ((objective, real) for objective in OBJECTIVE_CASES for real in REALS)
+
+
+def loss_and_gradients(
+    objective: str, real: str, rank: int, world_size: int
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Of the rows that fall to a rank, their texts padded to the longest among them alone."""
+    model, whole = TinyModel(), batch(ROWS)
+    mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
+    longest = int(whole["token_mask"][mine].sum(1).max())
+    arguments = {name: value[mine] for name, value in whole.items() if name != "targets"}
+    arguments |= {name: arguments[name][:, :longest] for name in ("token_ids", "token_mask")}
+    arguments["targets"] = {name: value[mine] for name, value in whole["targets"].items()}
+    rows = global_rows(REALS[real][mine], gather_rows, rank)
+    outputs = outputs_of(model, arguments, rows, gather=gather_rows, pass_on=pass_on)
+    loss, parts = total(outputs, ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective]), step=0)
+    return loss.detach(), {name: part.detach() for name, part in parts.items()}, gradients(loss, model)
+
+
+def one_of_many(rank: int, world_size: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    tiled.STRIP_ELEMENTS = 16  # several strips a rank
+    store = dist.FileStore(f"{directory}/store", world_size)
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        found = {case: loss_and_gradients(*case, rank, world_size) for case in cases()}
+        passed = pass_on(torch.full((2, 3), rank))
+        gathered = gather_rows(torch.full((2, 3), rank))
+        torch.save({"found": found, "passed": passed, "gathered": gathered}, f"{directory}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("ranks")
+    mp.spawn(one_of_many, args=(request.param, str(directory)), nprocs=request.param)
+    return [torch.load(Path(directory) / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("objective", OBJECTIVE_CASES)
+def test_mean_over_ranks_equals_one_process(ranks: list[dict[str, Any]], objective: str, real: str) -> None:
+    """As DeepSpeed averages; a rank whose rows are all padding has no NaN to add."""
+    found = [rank["found"][objective, real] for rank in ranks]
+    model = TinyModel()
+    config = ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective])
+    expected, expected_parts = total(outputs_of(model, batch(ROWS), rows_of(REALS[real])), config, step=0)
+    assert torch.isfinite(expected)
+    torch.testing.assert_close(torch.stack([loss for loss, _, _ in found]).mean(), expected.detach())
+    for name, part in expected_parts.items():
+        torch.testing.assert_close(torch.stack([parts[name] for _, parts, _ in found]).mean(), part.detach())
+    for name, gradient in gradients(expected, model).items():
+        each = torch.stack([of_rank[name] for _, _, of_rank in found])
+        assert torch.isfinite(each).all()
+        torch.testing.assert_close(each.mean(0), gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_passed_on_comes_from_the_rank_before(ranks: list[dict[str, Any]]) -> None:
+    for number, rank in enumerate(ranks):
+        assert (rank["passed"] == (number - 1) % len(ranks)).all()
+
+
+def test_gathered_rows_are_those_of_all_ranks_in_their_order(ranks: list[dict[str, Any]]) -> None:
+    expected = torch.arange(len(ranks)).repeat_interleave(2)[:, None].expand(-1, 3)
+    assert all(torch.equal(rank["gathered"], expected) for rank in ranks)
+
+
+def test_without_a_group_nothing_moves() -> None:
+    rows = torch.randn(3, 2)
+    assert gather_rows(rows) is rows
+    assert pass_on(rows) is rows

@@ -1,0 +1,193 @@
+"""Retrieval by hand-computed cases, with one right answer and several; what cannot be told apart counts against the
+model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmflow.learning.retrieval import (
+    Found,
+    chance_metrics,
+    find_any,
+    find_one,
+    nearest,
+    ranks_of_right,
+    reordered,
+    retrieval_metrics,
+)
+
+NAN = float("nan")
+
+
+def test_rank_is_one_more_than_the_number_that_score_higher() -> None:
+    similarity = np.array(
+        [
+            [0.9, 0.1, 0.2, 0.3],  # first
+            [0.8, 0.5, 0.4, 0.3],  # second
+            [0.9, 0.8, 0.1, 0.2],  # last
+            [0.1, 0.9, 0.4, 0.5],  # second
+        ]
+    )
+    assert ranks_of_right(similarity).tolist() == [1, 2, 4, 2]
+    assert ranks_of_right(similarity.T).tolist() == [2, 3, 4, 1]
+
+
+def test_ties_count_against_the_model() -> None:
+    assert ranks_of_right(np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5], [0.1, 0.1, 0.5]])).tolist() == [2, 3, 1]
+
+
+def test_what_is_not_a_number_ranks_last() -> None:
+    similarity = np.array([[NAN, 0.1, 0.2], [0.3, 0.9, NAN], [0.1, 0.2, 0.9]])
+    assert ranks_of_right(similarity).tolist() == [3, 2, 1]
+    assert ranks_of_right(np.full((4, 4), NAN)).tolist() == [4, 4, 4, 4]
+    assert ranks_of_right(np.full((3, 3), -np.inf)).tolist() == [3, 3, 3]
+
+
+def test_the_nearest_are_taken_along_either_axis() -> None:
+    similarity = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.8]])
+    assert nearest(similarity, 2, axis=1).tolist() == [[True, False, True], [False, True, True]]
+    assert nearest(similarity, 1, axis=0).tolist() == [[True, False, False], [False, True, True]]
+    assert nearest(similarity, 9, axis=1).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_a_reordering_sorts_the_chosen_by_their_scores_and_leaves_the_others_behind_them(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    similarity = random.uniform(-1, 1, (5, 8))
+    scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8))
+    chosen = nearest(similarity, count, axis=1)
+    found = reordered(similarity, scores, chosen)
+    for row in range(5):
+        first = sorted(np.flatnonzero(chosen[row]), key=lambda place: -scores[row, place])
+        then = sorted(np.flatnonzero(~chosen[row]), key=lambda place: -similarity[row, place])
+        assert np.argsort(-found[row], kind="stable").tolist() == [*first, *then]
+
+
+def test_a_reordering_by_what_is_not_a_number_puts_it_last() -> None:
+    similarity, scores = np.array([[0.9, 0.8, 0.1]]), np.array([[NAN, -3.0, 0.0]])
+    found = reordered(similarity, scores, nearest(similarity, 2, axis=1))
+    assert [int(ranks_of_right(found, np.array([right]))[0]) for right in range(3)] == [3, 2, 3]
+
+
+def test_a_collapsed_model_recalls_nothing() -> None:
+    """All embeddings equal: an optimistic rank would report a perfect model."""
+    embeddings = np.tile(np.array([[0.6, 0.8]], np.float32), (20, 1))
+    expected = {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0, "mAP": 0.05, "mean_rank": 20.0, "median_rank": 20.0}
+    assert retrieval_metrics(find_one(embeddings @ embeddings.T)) == pytest.approx(expected)
+
+
+def found(*ranks: int) -> Found:
+    return Found(np.array(ranks), 1 / np.array(ranks))
+
+
+def test_metrics_by_hand() -> None:
+    assert retrieval_metrics(found(1, 1, 2, 6, 11, 30)) == {
+        "R@1": pytest.approx(2 / 6),
+        "R@5": pytest.approx(3 / 6),
+        "R@10": pytest.approx(4 / 6),
+        "mAP": pytest.approx((1 + 1 + 1 / 2 + 1 / 6 + 1 / 11 + 1 / 30) / 6),
+        "mean_rank": pytest.approx(51 / 6),
+        "median_rank": 4.0,
+    }
+    assert retrieval_metrics(found(3, 4), recall_at=(3,)) == {
+        "R@3": 0.5,
+        "mAP": pytest.approx((1 / 3 + 1 / 4) / 2),
+        "mean_rank": 3.5,
+        "median_rank": 3.5,
+    }
+
+
+def test_a_picture_has_found_its_captions_as_soon_as_one_of_them_comes_up() -> None:
+    pictures = np.array([[0.9, 0.1, 0.8, 0.5, 0.7], [0.9, 0.1, 0.2, 0.3, 0.8]])
+    result = find_any(pictures, np.array([0, 0, 1, 1, 1]))
+    # The first picture's captions are first and last of five; of the second's, places two, three and four.
+    assert result.ranks.tolist() == [1, 2]
+    assert result.precision.tolist() == pytest.approx([(1 / 1 + 2 / 5) / 2, (1 / 2 + 2 / 3 + 3 / 4) / 3])
+
+
+def test_a_caption_finds_its_picture_wherever_that_stands() -> None:
+    captions = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
+    assert find_one(captions, np.array([0, 0, 1])).ranks.tolist() == [1, 2, 1]
+
+
+def test_right_captions_do_not_stand_in_each_others_way_and_wrong_ones_that_tie_do() -> None:
+    owner = np.array([0, 0, 1])
+    assert find_any(np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5]]), owner).ranks.tolist() == [1, 3]
+    assert find_any(np.array([[NAN, 0.5, 0.4], [0.1, NAN, 0.9]]), owner).ranks.tolist() == [1, 2]
+    worst = find_any(np.full((2, 3), NAN), owner)
+    assert worst.ranks.tolist() == [2, 3]
+    assert worst.precision.tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2, 1 / 3])
+
+
+def test_a_collapsed_model_finds_none_of_several_captions() -> None:
+    metrics = retrieval_metrics(find_any(np.zeros((10, 50)), np.repeat(np.arange(10), 5)))
+    assert (metrics["R@1"], metrics["R@10"], metrics["mean_rank"]) == (0.0, 0.0, 46.0)
+
+
+def test_chance_by_hand_and_by_guessing() -> None:
+    assert chance_metrics(20) == {
+        "R@1": pytest.approx(0.05),
+        "R@5": pytest.approx(0.25),
+        "R@10": pytest.approx(0.5),
+        "mAP": pytest.approx(sum(1 / rank for rank in range(1, 21)) / 20),
+        "mean_rank": 10.5,
+        "median_rank": 10.5,
+    }
+    three = {"R@1": pytest.approx(1 / 3), "R@5": 1.0, "R@10": 1.0, "mAP": pytest.approx(11 / 18), "mean_rank": 2}
+    assert chance_metrics(3) == {**three, "median_rank": 2}
+    guessed = [find_one(np.random.default_rng(seed).random((20, 20))) for seed in range(500)]
+    assert_near(guessed, chance_metrics(20))
+
+
+def test_chance_with_several_right_captions_by_guessing() -> None:
+    owner = np.array([0] * 7 + [1] * 6 + [2] * 1 + [3] * 1 + [4] * 5)
+    guessed = [find_any(np.random.default_rng(seed).random((5, 20)), owner) for seed in range(1500)]
+    assert_near(guessed, chance_metrics(20, np.bincount(owner)))
+
+
+def assert_near(guessed: list[Found], expected: dict[str, float]) -> None:
+    together = Found(
+        np.concatenate([each.ranks for each in guessed]), np.concatenate([each.precision for each in guessed])
+    )
+    for name, value in retrieval_metrics(together).items():
+        assert value == pytest.approx(expected[name], rel=0.1), name
+
+
+def plain_search(scores: list[float], right: set[int]) -> tuple[int, float]:
+    """Rank and average precision by walking down the list, wrong candidates before right ones that tie with them."""
+
+    def place(candidate: int) -> tuple[float, bool]:
+        score = scores[candidate]
+        worst = float("inf") if candidate in right else float("-inf")
+        return (worst if np.isnan(score) else -score, candidate in right)
+
+    ordered = sorted(range(len(scores)), key=place)
+    hits = [number for number, candidate in enumerate(ordered, start=1) if candidate in right]
+    return hits[0], float(np.mean([(count + 1) / number for count, number in enumerate(hits)]))
+
+
+@given(data=st.data(), pictures=st.integers(1, 5), levels=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_several_right_answers_equal_a_walk_down_the_list(
+    data: st.DataObject, pictures: int, levels: int, seed: int
+) -> None:
+    extra = data.draw(st.lists(st.integers(0, pictures - 1), max_size=8))
+    owner = np.array([*range(pictures), *extra])
+    random = np.random.default_rng(seed)
+    random.shuffle(owner)
+    scores = random.integers(0, levels, (pictures, len(owner))).astype(np.float32)
+    scores[scores == levels - 1] = random.choice([NAN, 9.0])
+    result = find_any(scores, owner)
+    for picture in range(pictures):
+        rank, precision = plain_search(scores[picture].tolist(), set(np.flatnonzero(owner == picture).tolist()))
+        assert result.ranks[picture] == rank
+        assert result.precision[picture] == pytest.approx(precision)
+
+
+@given(size=st.integers(1, 12), levels=st.integers(1, 5), seed=st.integers(0, 2**32))
+def test_ranks_equal_a_plain_count(size: int, levels: int, seed: int) -> None:
+    similarity = np.random.default_rng(seed).integers(0, levels, (size, size)).astype(np.float32)
+    expected = [1 + sum(similarity[i, j] >= similarity[i, i] for j in range(size) if j != i) for i in range(size)]
+    assert ranks_of_right(similarity).tolist() == expected

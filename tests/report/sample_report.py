@@ -1,0 +1,315 @@
+"""A report as a real quickstart run writes it, with drawn pictures: the tests read it, and so may you, in a browser.
+
+`python -m tests.report.sample_report report.html` writes the page.
+"""
+
+import math
+import random
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from mmflow.report.run_page import render_report
+
+COLORS = {"red": "红色", "green": "绿色", "blue": "蓝色", "orange": "橙色", "violet": "紫色", "brown": "棕色"}
+SHAPES = {"circle": "圆", "square": "方块", "triangle": "三角", "ring": "环"}
+CONCEPTS = [(color, shape) for shape in SHAPES for color in COLORS]
+STAGES = ("corpus", "shard", "pretrain", "distill", "evaluate", "promote", "score")
+
+
+def sample_images() -> dict[str, bytes]:
+    """One small picture a concept, keyed as the sample report's keys; PNG and JPEG in turn."""
+    images = {}
+    for row, (color, shape) in enumerate(CONCEPTS):
+        picture = Image.new("RGB", (96, 96), "white")
+        draw, box = ImageDraw.Draw(picture), (14, 14, 82, 82)
+        if shape == "circle":
+            draw.ellipse(box, fill=color)
+        elif shape == "square":
+            draw.rectangle(box, fill=color)
+        elif shape == "triangle":
+            draw.polygon([(48, 12), (84, 82), (12, 82)], fill=color)
+        else:
+            draw.ellipse(box, outline=color, width=14)
+        body = BytesIO()
+        picture.save(body, "PNG" if row % 2 else "JPEG")
+        images[f"{color}-{shape}"] = body.getvalue()
+    return images
+
+
+def curve(start: float, end: float, steps: int, seed: int, noise: float = 0.04) -> list[list[float]]:
+    """[step, value] pairs that fall from start to end as losses do."""
+    rng = random.Random(seed)
+    return [
+        [step, (end + (start - end) * math.exp(-4 * step / steps)) * (1 + rng.gauss(0, noise))]
+        for step in range(0, steps, 10)
+    ]
+
+
+def training(stage: str, steps: int, seed: int, losses: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    curves = {name: curve(start, end, steps, seed + index) for index, (name, (start, end)) in enumerate(losses.items())}
+    curves["learning_rate"] = [
+        [step, 1e-3 * min(1, step / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))]
+        for step in range(0, steps, 10)
+    ]
+    curves["logit_scale"] = curve(14.3, 38.0, steps, seed + 7, 0.004)
+    curves["gradient_norm"] = curve(6.0, 1.1, steps, seed + 8, 0.22)
+    curves["samples_per_second"] = curve(700.0, 1108.0, steps, seed + 9, 0.05)
+    return {
+        "stage": stage,
+        "parameters": 3_120_000 if stage == "pretrain" else 1_010_000,
+        "steps": steps,
+        "global_batch_size": 192,
+        "num_workers": 2,
+        "zero_stage": 2 if stage == "pretrain" else 1,
+        "restarts": 0 if stage == "pretrain" else 1,
+        "seconds": 131.6 if stage == "pretrain" else 74.2,
+        "samples_per_second": 1021.4 if stage == "pretrain" else 1553.8,
+        "loader_stall_share": 0.0043,
+        "curves": curves,
+    }
+
+
+def measured(first: float, rank: float) -> dict[str, Any]:
+    later = {"R@1": first, "R@5": 1 - (1 - first) ** 2.2, "R@10": 1 - (1 - first) ** 3.1}
+    other = {name: value * 0.93 for name, value in later.items()}
+    return {
+        "text_to_image": {**later, "mean_rank": rank},
+        "image_to_text": {**other, "mean_rank": rank * 1.13},
+        "zero_shot": {"accuracy": min(1.0, first * 0.6 + 0.1), "classes": 10},
+    }
+
+
+def split(rows: int, teacher: float, student: float) -> dict[str, Any]:
+    models = {
+        "teacher": measured(teacher, 5.23),
+        "student": measured(student, 6.41),
+        "untrained": measured(1.6 / rows, rows * 0.47),
+        "chance": measured(1 / rows, (rows + 1) / 2),
+    }
+    for name in ("teacher", "student"):
+        zh = {name: value * 0.9 for name, value in models[name]["text_to_image"].items() if name != "mean_rank"}
+        models[name]["languages"] = {"zh": {"text_to_image": zh}}
+    return {"rows": rows, "models": models}
+
+
+def queries() -> list[dict[str, Any]]:
+    rng, made = random.Random(3), []
+    for index, rank in enumerate((1, 1, 3, 1, 1, 17, 1, 2, 1, 1, 6, 1)):
+        color, shape = CONCEPTS[index * 2]
+        wrong = [concept for concept in CONCEPTS if concept != (color, shape)]
+        rng.shuffle(wrong)
+        found = [*wrong[:4]]
+        found = [*found[: rank - 1], (color, shape), *found[rank - 1 :]] if rank <= 5 else wrong[:5]
+        made.append(
+            {
+                "caption": f"{color} {shape}",
+                "key": f"{color}-{shape}",
+                "rank": rank,
+                "results": [
+                    {
+                        "key": f"{c}-{s}",
+                        "caption": f"{c} {s}",
+                        "score": 0.71 - 0.043 * place - rng.random() * 0.01,
+                        "correct": (c, s) == (color, shape),
+                    }
+                    for place, (c, s) in enumerate(found)
+                ],
+            }
+        )
+    return made
+
+
+def look(index: int) -> dict[str, Any]:
+    color, shape = CONCEPTS[index * 5]
+    ring = [[math.exp(-((row - 3.5) ** 2 + (column - 3.5) ** 2) / 9) for column in range(8)] for row in range(8)]
+    return {
+        "key": f"{color}-{shape}",
+        "caption": f"{color} {shape}",
+        "score": 0.42 - 0.03 * index,
+        "picture": ring,
+        "rollout": [[0.2 + 0.1 * (column % 3) for column in range(8)] for _ in range(8)],
+        "tokens": [{"text": color, "weight": 0.9}, {"text": f" {shape}", "weight": 0.35 + 0.1 * index}],
+    }
+
+
+def written() -> dict[str, Any]:
+    keys = [f"{color}-{shape}" for color, shape in CONCEPTS[:4]]
+    return {
+        "model": "student",
+        "split": "unseen_variants",
+        "captions": [{"key": key, "caption": f"a {key}", "people": [f"the {key}", key]} for key in keys],
+        "answers": [
+            {
+                "key": key,
+                "question": f"what is a {key}?",
+                "answer": "circle",
+                "people": ["circle", "a circle"],
+                "accuracy": 0.6 if place else 0.0,
+            }
+            for place, key in enumerate(keys)
+        ],
+        "by_answer": [{"answer": "circle", "questions": 12, "accuracy": 0.75}],
+        "confusion": {"classes": ["circle", "square"], "counts": [[7, 2, 1], [3, 5, 0]]},
+    }
+
+
+def sample_report() -> dict[str, Any]:
+    """A fresh, complete report: every section that the page knows is there."""
+    summaries = (
+        "4,495 records of OpenMoji 17.0.0",
+        "3,953 samples in 6 shards, 542 quarantined",
+        "700 steps, loss 0.41",
+        "600 steps, loss 1.32",
+        "4 models on 2 splits",
+        "version 3 promoted",
+        "3,953 rows in 6 files",
+    )
+    identities = [f"{random.Random(stage).getrandbits(64):016x}" for stage in STAGES]
+    share = (400, 160, 3393)
+    return {
+        "name": "quickstart",
+        "created": "2026-11-22T03:00:00+00:00",
+        "seconds": 287.3,
+        "peak_memory_bytes": 1_930_000_000,
+        "recipe": "name: quickstart\n\npretrain:\n  steps: 700\n  global_batch_size: 192\n",
+        "machine": {"cores": 2, "memory_bytes": 8_250_000_000, "accelerator": "cpu", "python": "3.11.7"},
+        "versions": {"torch": "2.9.1", "deepspeed": "0.18.2", "ray": "2.52.0", "mlflow": "3.6.0", "mmflow": "0.1.0"},
+        "stages": [
+            {
+                "stage": stage,
+                "status": "reused" if stage == "corpus" else "built",
+                "seconds": seconds,
+                "artifact": f"workspace/quickstart/{stage}/{identity}",
+                "identity": identity,
+                "summary": summary,
+            }
+            for stage, seconds, identity, summary in zip(
+                STAGES, (9.4, 21.7, 138.2, 79.9, 14.6, 0.84, 22.5), identities, summaries, strict=True
+            )
+        ],
+        "dataset": {
+            "fingerprint": "34cd9e0a51b2",
+            "samples": 3953,
+            "bytes": 14_630_000,
+            "splits": {
+                name: {"samples": samples, "shards": shards}
+                for name, samples, shards in zip(
+                    ("unseen_variants", "unseen_concepts", "train"), share, (1, 1, 4), strict=True
+                )
+            },
+            "examples": [
+                {
+                    "key": f"{color}-{shape}",
+                    "split": ("train", "unseen_variants", "unseen_concepts")[i % 3],
+                    "captions": [
+                        {"language": "en", "text": f"{color} {shape}"},
+                        {"language": "zh", "text": COLORS[color] + SHAPES[shape]},
+                    ],
+                }
+                for i, (color, shape) in enumerate(CONCEPTS)
+            ],
+            "quarantine": {
+                "records": 542,
+                "reasons": {"caption_missing": 486, "image_undecodable": 39, "duplicate": 17},
+                "rows": [
+                    {
+                        "source": f"records.jsonl:{17 + row * 3}",
+                        "reason": "caption_missing",
+                        "detail": "no caption in any of en, zh",
+                    }
+                    for row in range(50)
+                ],
+            },
+        },
+        "training": {
+            "teacher": training("pretrain", 700, 11, {"loss": (5.2, 0.41), "contrastive": (5.2, 0.41)}),
+            "student": training(
+                "distill",
+                600,
+                23,
+                {"loss": (7.9, 1.32), "contrastive": (5.2, 0.52), "soft_labels": (1.9, 0.44), "features": (0.98, 0.21)},
+            ),
+        },
+        "evaluation": {
+            "headline": {"split": "unseen_variants", "direction": "text_to_image", "metric": "R@1"},
+            "splits": {"unseen_concepts": split(160, 0.137, 0.118), "unseen_variants": split(400, 0.683, 0.6618)},
+        },
+        "retrieval": {"split": "unseen_variants", "model": "student", "queries": queries()},
+        "looks": {"model": "student", "rows": [look(index) for index in range(4)]},
+        "written": written(),
+        "comparison": {
+            "teacher_parameters": 3_120_000,
+            "student_parameters": 1_010_000,
+            "share_of_teacher": {
+                "unseen_variants": {
+                    "text_to_image/R@10": 0.974,
+                    "text_to_image/R@1": 0.969,
+                    "zero_shot/accuracy": 0.941,
+                },
+                "unseen_concepts": {"text_to_image/R@10": 0.913},
+            },
+            "latency_ms": {"teacher": 8.24, "student": 3.13},
+            "pictures_per_second": {"teacher": 412.0, "student": 1530.0},
+        },
+        "promotion": {
+            "model": "openmoji-dual-encoder",
+            "version": 3,
+            "decision": "promoted",
+            "champion_before": 2,
+            "reasons": ["all 3 checks passed"],
+            "checks": [
+                {
+                    "name": "unseen_variants text_to_image R@1 >= champion",
+                    "challenger": 0.6618,
+                    "threshold": 0.6125,
+                    "passed": True,
+                },
+                {
+                    "name": "unseen_concepts text_to_image R@10 >= 0.30",
+                    "challenger": 0.3223,
+                    "threshold": 0.30,
+                    "passed": True,
+                },
+                {"name": "latency_ms <= 5", "challenger": 3.13, "threshold": 5.0, "passed": True},
+            ],
+        },
+        "scores": {
+            "rows": 3953,
+            "files": 6,
+            "bytes": 8_410_000,
+            "model_digest": "b7c1f20e9a44",
+            "similarity": {
+                "edges": [-0.2 + 0.04 * edge for edge in range(26)],
+                "counts": [round(520 * math.exp(-(((bin_ - 17) / 4.2) ** 2))) for bin_ in range(25)],
+            },
+            "classes": [
+                {"name": name, "rows": rows}
+                for name, rows in (
+                    ("People & Body", 2104),
+                    ("Objects", 534),
+                    ("Symbols", 371),
+                    ("Travel & Places", 358),
+                    ("Flags", 261),
+                    ("Animals & Nature", 144),
+                    ("Food & Drink", 103),
+                    ("Activities", 78),
+                )
+            ],
+        },
+        "lineage": [
+            {
+                "stage": stage,
+                "inputs": [f"{STAGES[i - 1]} {identities[i - 1][:4]}"] if i else [],
+                "output": f"{stage} {identities[i][:4]}",
+            }
+            for i, stage in enumerate(STAGES)
+        ],
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(render_report(sample_report(), sample_images()), encoding="utf-8")

@@ -1,0 +1,252 @@
+"""Tars of others: every writer's headers, and damage that is named while its neighbours are kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from mmflow.ingest import tars, tarstream
+
+from mmflow.sources.records import BYTES_PER_CHUNK
+from mmflow.sources.tarstream import Damage, Member, read_members, split_name
+from tests.sources.reading import read, reasons, texts
+
+
+def sample(number: int, **changes: Any) -> dict[str, Any]:
+    return {"__key__": f"k{number}", "jpg": b"J" * 700, "txt": f"text {number}", "json": {"n": number}} | changes
+
+
+def write(path: Path, samples: list[dict[str, Any]]) -> bytes:
+    with webdataset.TarWriter(str(path), encoder=True) as writer:
+        for each in samples:
+            writer.write(each)
+    return path.read_bytes()
+
+
+def add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    tar.addfile(info, io.BytesIO(body))
+
+
+def positions(data: bytes, name: str) -> int:
+    """Where the header of a member begins."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return tar.getmember(name).offset
+
+
+def test_samples_of_webdataset(tmp_path: Path) -> None:
+    write(tmp_path / "00000.tar", [sample(0), sample(1, json={"caption": "text 1", "license": "CC0"})])
+    first, second = read(tmp_path / "00000.tar", language="en")
+    assert (first["source"], first["key"], first["bodies"]) == ("00000.tar:k0", "k0", [b"J" * 700])
+    assert (first["captions"], first["metadata"]) == ([{"language": "en", "text": "text 0"}], {"n": 0})
+    assert (texts(second), second["metadata"]) == (["text 1"], {"license": "CC0"})
+    assert first["images"] is None
+
+
+def test_our_own_samples_come_back(tmp_path: Path) -> None:
+    captions = [{"language": "en", "text": "a fox"}, {"language": "zh", "text": "狐"}]
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        add(tar, "k.jpg", b"first")
+        add(tar, "k.txt", b"a fox")
+        add(tar, "k.json", json.dumps({"captions": captions, "metadata": {"page": "p"}}).encode())
+        add(tar, "k.002.jpg", b"third")
+        add(tar, "k.001.jpg", b"second")
+    (row,) = read(tmp_path / "a.tar")
+    assert row["bodies"] == [b"first", b"second", b"third"]
+    assert (row["captions"], row["metadata"]) == (captions, {"page": "p"})
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_of_every_writer(tmp_path: Path, format: int) -> None:
+    folder = "d" * 60 if format == tarfile.USTAR_FORMAT else "d" * 160
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        info = tarfile.TarInfo("./x")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+        for name in ("./x/a", f"{folder}/b", f"{folder}/ü"):
+            add(tar, f"{name}.JPG", b"J")
+            add(tar, f"{name}.txt", "grün".encode())
+    rows = read(tmp_path / "a.tar")
+    assert [row["metadata"].get("source_key") for row in rows] == ["x/a", f"{folder}/b", f"{folder}/ü"]
+    assert [texts(row) for row in rows] == [["grün"]] * 3
+    assert {row["reason"] for row in rows} == {None}
+
+
+def test_names_are_split_as_webdataset_does(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("v1.2/Cat.jpg", "v1.2/Cat.txt", "a.b.jpg", "a.txt", "../x.jpg", "._y.jpg", "README"):
+            add(tar, name, b"x")
+    rows = read(tmp_path / "a.tar")
+    assert [(row["source"], row["metadata"].get("source_key")) for row in rows] == [
+        ("a.tar:v1.2/Cat", "v1.2/Cat"),
+        ("a.tar:a", None),
+        ("a.tar:../x", "../x"),
+    ]
+    assert rows[1]["bodies"] == [b"x"]
+    assert [row["reason"] for row in read(tmp_path / "a.tar", keys="strict")] == ["key_invalid", None, "key_invalid"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v1.2/Cat.JPG", ("v1.2/Cat", "jpg")),
+        ("./a.b.jpg", ("a", "b.jpg")),
+        ("../x.jpg", ("../x", "jpg")),
+        ("a.", ("a", "")),
+        ("README", None),
+        ("v1.2/README", None),
+        ("d/._y.jpg", None),
+    ],
+)
+def test_a_name_without_a_dot_or_a_key_belongs_to_no_sample(name: str, expected: tuple[str, str] | None) -> None:
+    assert split_name(name) == expected
+    if "._" in name:
+        return  # a hidden file in a folder is to webdataset a sample of the folder's name
+    theirs = webdataset.tariterators.base_plus_ext(name.removeprefix("./"))
+    assert (expected or (None, None)) == (theirs[0], theirs[1] and theirs[1].lower())
+
+
+def test_repeated_keys_are_records_each(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("k.jpg", "k.txt", "k.jpg", "k.txt", "j.jpg", "k.jpg"):
+            add(tar, name, b"x")
+    assert [row["key"] for row in read(tmp_path / "a.tar")] == ["k", "k", "j", "k"]
+
+
+def test_samples_that_lack_something(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, body in [
+            ("a.txt", b"x"),
+            ("b.jpg", b"x"),
+            ("c.jpg", b"x"),
+            ("c.txt", b"\xff"),
+            ("d.png", b"x"),
+            ("d.json", b"[1]"),
+            ("e.jpg", b"x"),
+            ("e.cls", b"5"),
+        ]:
+            add(tar, name, body)
+    rows = read(tmp_path / "a.tar")
+    assert reasons(rows) == {
+        "a.tar:a": "image_missing",
+        "a.tar:b": None,
+        "a.tar:c": "record_malformed",
+        "a.tar:d": "record_malformed",
+        "a.tar:e": None,
+    }
+    assert "txt" in rows[0]["detail"]
+    assert [rows[1]["captions"], rows[4]["captions"]] == [[], []]
+
+
+def test_a_member_too_large_rejects_its_sample_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tarstream, "MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 1000)
+    write(tmp_path / "a.tar", [sample(0), sample(1, jpg=b"J" * 1001), sample(2)])
+    assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k0": None, "a.tar:k1": "image_too_large", "a.tar:k2": None}
+
+
+@pytest.mark.parametrize(
+    ("member", "shift", "kept"),
+    [
+        ("k3.jpg", 0, [0, 1, 2]),  # between samples
+        ("k3.txt", 0, [0, 1, 2]),  # between members
+        ("k3.jpg", 900, [0, 1, 2]),  # inside a body
+        ("k3.json", 200, [0, 1, 2]),  # inside a header
+        ("k0.jpg", 0, []),
+        ("k0.txt", 3, []),
+    ],
+)
+def test_a_cut_tar_keeps_what_was_whole(tmp_path: Path, member: str, shift: int, kept: list[int]) -> None:
+    path = tmp_path / "a.tar"
+    data = write(path, [sample(number) for number in range(5)])
+    cut = positions(data, member) + shift
+    path.write_bytes(data[:cut])
+    rows = read(path)
+    assert [row["key"] for row in rows if row["reason"] is None] == [f"k{number}" for number in kept]
+    (damage,) = [row for row in rows if row["reason"]]
+    assert (damage["source"], damage["reason"]) == ("a.tar", "source_damaged")
+    assert f"byte {cut}" in damage["detail"] or f"byte {cut - cut % 512}" in damage["detail"]
+    if "k3" in member and member != "k3.jpg":
+        assert "k3" in damage["detail"]
+
+
+@pytest.mark.parametrize(
+    ("member", "lost"),
+    [("k2.jpg", ["k2"]), ("k2.txt", ["k2"]), ("k2.json", ["k2"]), ("k0.jpg", ["k0"]), ("k1.jpg", ["k1"])],
+)
+def test_a_flipped_header_byte_costs_one_sample(tmp_path: Path, member: str, lost: list[str]) -> None:
+    path = tmp_path / "a.tar"
+    order = ("jpg", "json", "txt")
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number in range(5):
+            for extension in order:
+                add(tar, f"k{number}.{extension}", b'{"n": 1}' if extension == "json" else b"x" * 600)
+    data = bytearray(path.read_bytes())
+    start = positions(bytes(data), member)
+    data[start + 2] ^= 0x10
+    path.write_bytes(data)
+    rows = read(path)
+    assert [row["key"] for row in rows if not row["reason"]] == [f"k{n}" for n in range(5) if f"k{n}" not in lost]
+    (damage,) = [row for row in rows if row["reason"]]
+    assert damage["reason"] == "source_damaged"
+    assert f"byte {start}:" in damage["detail"]
+    assert f"not whole: {', '.join(lost)}" in damage["detail"]
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar", b"\x1f\x8b" + bytes(2000), bytes(range(256)) * 40])
+def test_what_is_no_tar_is_one_row(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    (row,) = read(tmp_path / "a.tar")
+    assert (row["source"], row["reason"]) == ("a.tar", "source_damaged")
+
+
+def test_tars_that_were_joined_are_read_to_the_end(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / "x", [sample(number)]) for number in (1, 2))
+    (tmp_path / "a.tar").write_bytes(one + two)
+    assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k1": None, "a.tar:k2": None}
+
+
+def test_chunks_of_a_tar_are_bounded(tmp_path: Path) -> None:
+    from mmflow.sources.config import SourceConfig
+    from mmflow.sources.sources import list_units, read_unit
+
+    write(tmp_path / "a.tar", [sample(number, jpg=bytes(5 << 20)) for number in range(8)])
+    source = SourceConfig(uri=str(tmp_path / "a.tar"))
+    (unit,) = list_units([source])
+    tables = list(read_unit(unit, source))
+    assert [table.num_rows for table in tables] == [3, 3, 2]
+    assert all(table.nbytes < BYTES_PER_CHUNK + 10_000 for table in tables)
+
+
+@given(st.integers(0, 6), st.data())
+def test_no_cut_or_flip_goes_unnoticed_or_fails(number: int, data: st.DataObject) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for each in range(number):
+            add(tar, f"k{each}.jpg", b"x" * data.draw(st.integers(0, 1100)))
+    archive = bytearray(stream.getvalue())
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        members = tar.getmembers()
+    end = members[-1].offset_data + -(-members[-1].size // 512) * 512 if members else 0
+    if data.draw(st.booleans()) or not members:
+        cut = data.draw(st.integers(0, end))
+        found = list(read_members(io.BytesIO(bytes(archive[:cut])), lambda name: True))
+        whole = [each.name for each in members if each.offset_data + each.size <= cut]
+        assert [each.name for each in found if isinstance(each, Member)][: len(whole)] == whole
+        assert isinstance(found[-1], Damage)
+        return
+    hit = data.draw(st.sampled_from(members))
+    archive[hit.offset + data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
+    found = list(read_members(io.BytesIO(bytes(archive)), lambda name: True))
+    damages = [each for each in found if isinstance(each, Damage)]
+    lost = [hit] if damages else []  # the checksum's own padding may be anything
+    assert [each.offset for each in damages] == [each.offset for each in lost]
+    assert [each.name for each in found if isinstance(each, Member)] == [m.name for m in members if m not in lost]
