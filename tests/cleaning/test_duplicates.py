@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mmflow.ingest import duplicates
 
+from mmflow.cleaning import duplicates
 from mmflow.cleaning.duplicates import greedy_owners, near_owners, near_pairs, plan_bands
 
 Hashes = npt.NDArray[np.uint64]

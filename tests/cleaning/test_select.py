@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mmflow.shards import select
 
+from mmflow.cleaning import select
 from mmflow.cleaning.captions import caption_hash
 from mmflow.cleaning.config import DuplicatesConfig
 from mmflow.cleaning.likeness import shingles, similarity

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mmflow.ingest import emoji_packages
 
+from mmflow.corpora import emoji_packages
 from mmflow.corpora.emoji_packages import ANIMATIONS, STYLES
 from mmflow.corpora.npm import NpmPackage
 from tests.imaging.picture_files import clip_of, file_of, reds

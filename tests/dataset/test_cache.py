@@ -20,10 +20,10 @@ import pytest
 import xxhash
 
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError, MmflowError
+from mmflow.dataset import cache as caching
 from mmflow.dataset.cache import CachedShard, ShardCache, node_cache
 from mmflow.dataset.dataset import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
-from mmflow.loading import cache as caching
 from mmflow.loading.config import CacheConfig
 
 SHARD_BYTES = 3_000_000
@@ -32,7 +32,7 @@ SHARD_BYTES = 3_000_000
 CHILD = """
 import sys, time
 from pathlib import Path
-from mmflow.loading import cache as caching
+from mmflow.dataset import cache as caching
 
 uri, checksum, size, directory, log, seconds = sys.argv[1:]
 blocks = caching.read_blocks

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from mmflow.ingest import politeness
 
+from mmflow.fetch import politeness
 from mmflow.fetch.client import Result, Validators, fetch_batch
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.guard import Address

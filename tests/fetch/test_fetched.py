@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
-from mmflow.ingest import known
 
 from mmflow.core.artifacts import exclusive
 from mmflow.core.errors import BusyArtifactError, CorruptArtifactError, MmflowError
+from mmflow.fetch import known
 from mmflow.fetch.client import Result, Validators
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.fetched import FetchedStore
@@ -309,7 +309,7 @@ def test_a_task_that_starts_again_goes_on_after_what_it_published(server: Server
 
 KILLED = """
 import asyncio, sys
-from mmflow.ingest import known
+from mmflow.fetch import known
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.job import fetch_into
 from mmflow.fetch.fetched import FetchedStore

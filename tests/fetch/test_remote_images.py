@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mmflow.ingest import remote_images
 
 from mmflow.core.artifacts import content_hash
+from mmflow.fetch import remote_images
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.fetched import FetchedStore
 from mmflow.fetch.remote_images import fetch_images, is_settled, known_images, may_have_urls, urls_of

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmflow.ingest import colour
 from PIL import Image
 
+from mmflow.imaging import colour
 from mmflow.imaging.colour import flatten, solid
 from mmflow.imaging.header import probe
 from mmflow.imaging.images import decode

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mmflow.core.errors import RecipeError
-from mmflow.evaluation import predict
 from mmflow.evaluation.asked import check_asked
 from mmflow.evaluation.attention import look
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.evaluate import chance, examine
+from mmflow.inference import predict
 from mmflow.inference.embed import image_inputs, text_inputs
 from mmflow.inference.predict import pair_scores
 from mmflow.models.config import ModelConfig

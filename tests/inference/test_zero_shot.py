@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mmflow.evaluation import zero_shot
+from mmflow.inference import zero_shot
 from mmflow.inference.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
 
 NAMES = ["cat", "dog", "cow"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mmflow.objectives import tiled
 from torch import Tensor
 
+from mmflow.learning.objectives import tiled
 from mmflow.learning.objectives.contrastive import contrastive_loss
 from tests.learning.tiny import all_real, alone, rows_of, unit
 

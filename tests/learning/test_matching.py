@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mmflow.objectives import matching as module
-from mmflow.objectives import tiled
 from torch import Tensor
 
 from mmflow.learning.chance import uniform
 from mmflow.learning.config import MatchingConfig
+from mmflow.learning.objectives import matching as module
+from mmflow.learning.objectives import tiled
 from mmflow.learning.objectives.matching import matching
 from mmflow.learning.objectives.negatives import draw_negatives
 from mmflow.models.encoders import Encoded

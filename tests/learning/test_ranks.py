@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from mmflow.objectives import tiled
 from torch import Tensor
 
 from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.objectives import tiled
 from mmflow.learning.objectives.table import OBJECTIVES, total
 from mmflow.learning.rows import global_rows
 from mmflow.training.collectives import gather_rows, pass_on

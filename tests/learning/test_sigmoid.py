@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mmflow.objectives import tiled
 from torch import Tensor
 
+from mmflow.learning.objectives import tiled
 from mmflow.learning.objectives.sigmoid import sigmoid_loss
 from tests.learning.tiny import all_real, alone, rows_of, unit
 

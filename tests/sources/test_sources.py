@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mmflow.ingest import listing
 from pyarrow import fs
 
+from mmflow.core import listing
 from mmflow.core.errors import MisuseError
 from mmflow.core.listing import expand_braces
 from mmflow.sources.config import SourceConfig

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from mmflow.ingest import folders
 
 from mmflow.core.errors import MisuseError
+from mmflow.sources import folders
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.records import KEY
 from mmflow.sources.sources import list_units

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mmflow.ingest import lists
 
+from mmflow.sources import lists
 from mmflow.sources.reasons import Reason
 from tests.sources.reading import read, reasons, texts
 

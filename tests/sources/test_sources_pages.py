@@ -6,8 +6,8 @@ import base64
 from pathlib import Path
 
 import pytest
-from mmflow.ingest import pages
 
+from mmflow.sources import pages
 from mmflow.sources.pages import parse_page
 from tests.sources.reading import read, reasons, texts
 

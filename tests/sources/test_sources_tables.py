@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from mmflow.ingest import tables
 
 from mmflow.core.errors import MisuseError
+from mmflow.sources import tables
 from mmflow.sources.config import FieldsConfig, SourceConfig
 from mmflow.sources.sources import list_units
 from tests.sources.reading import read, reasons, texts

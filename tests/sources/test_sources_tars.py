@@ -12,8 +12,8 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
-from mmflow.ingest import tars, tarstream
 
+from mmflow.sources import tars, tarstream
 from mmflow.sources.records import BYTES_PER_CHUNK
 from mmflow.sources.tarstream import Damage, Member, read_members, split_name
 from tests.sources.reading import read, reasons, texts
