@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import Field
+
 from mmflow.core.config import OPERATIONAL, Config
 
 
@@ -14,8 +16,8 @@ class Inner(Config):
 
 class Outer(Config):
     inner: Inner = Inner()
-    several: list[Inner] = [Inner()]
-    named: dict[str, Inner] = {"a": Inner()}
+    several: list[Inner] = Field(default_factory=lambda: [Inner()])
+    named: dict[str, Inner] = Field(default_factory=lambda: {"a": Inner()})
     seconds: Annotated[float | None, OPERATIONAL] = None
 
 
