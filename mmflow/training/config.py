@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from mmflow.core.config import Config
+from mmflow.core.config import OPERATIONAL, Config
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
@@ -116,7 +116,7 @@ class TrainingConfig(Config):
     """Passes over the split."""
     global_batch_size: int = Field(256, ge=2)
     """Samples of a step over all workers; the same whatever their number."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: Annotated[int | None, OPERATIONAL] = Field(None, ge=1)
     """Most samples that a worker takes through the model at once; its share of a batch comes in as many parts, with the
     gradient of the whole (GradCache, arXiv 2101.06983): less memory, and where an objective compares all samples of a
     batch one more forward pass. Batch norms see a part. null takes all at once."""
@@ -126,32 +126,32 @@ class TrainingConfig(Config):
     first steps it is younger: (1 + step) / (10 + step)."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shards over the workers: 1 optimizer states, 2 and gradients, 3 and parameters."""
-    offload_optimizer: bool = False
+    offload_optimizer: Annotated[bool, OPERATIONAL] = False
     """Keep the optimizer's states in the CPU's memory and step there; zero_stage 1 to 3."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of forward and backward; the optimizer always keeps fp32 masters. fp16, with a loss scale, is for GPUs that have
     no bf16; zero_stage 1 to 3."""
-    compile: bool = False
+    compile: Annotated[bool, OPERATIONAL] = False
     """Compile encoders, fusion and decoder with torch.compile: minutes at the start, faster steps after. Not with
     zero_stage 3."""
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], OPERATIONAL] = 1
     """Ray Train workers, one accelerator each where there are any. [least, most] goes on with the nodes there are: a
     lost one shrinks the group, one that returns grows it, batches and their order stay."""
-    cpus_per_worker: int = Field(1, ge=1)
+    cpus_per_worker: Annotated[int, OPERATIONAL] = Field(1, ge=1)
     """CPU cores each worker reserves; also its torch threads where there is no accelerator."""
-    checkpoint_every_steps: int = Field(500, ge=1)
+    checkpoint_every_steps: Annotated[int, OPERATIONAL] = Field(500, ge=1)
     """A killed worker costs at most this many steps."""
-    checkpoint_every_minutes: float | None = Field(None, gt=0)
+    checkpoint_every_minutes: Annotated[float | None, OPERATIONAL] = Field(None, gt=0)
     """A checkpoint also where the last one is this old, at the next line of the journal."""
-    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    checkpoints: Annotated[CheckpointsConfig, OPERATIONAL] = CheckpointsConfig()
     validation: ValidationConfig | None = None
     """Leave it out for a training that looks at its own loss alone."""
-    guards: GuardsConfig = GuardsConfig()
-    max_restarts: int = Field(3, ge=0)
+    guards: Annotated[GuardsConfig, OPERATIONAL] = GuardsConfig()
+    max_restarts: Annotated[int, OPERATIONAL] = Field(3, ge=0)
     """Times that the workers are restarted from the last checkpoint before the stage fails."""
-    log_every_steps: int = Field(10, ge=1)
+    log_every_steps: Annotated[int, OPERATIONAL] = Field(10, ge=1)
     """A line of the journal is the mean of this many steps."""
-    peak_tflops: float | None = Field(None, gt=0)
+    peak_tflops: Annotated[float | None, OPERATIONAL] = Field(None, gt=0)
     """Dense peak of a worker's accelerator in this precision, for `mfu`; null: as its maker says, where it is known."""
 
     @property
