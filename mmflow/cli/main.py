@@ -178,27 +178,29 @@ for _name, _purpose in {"corpus": "Draw the demonstration corpora that a recipe 
 # --- looking --------------------------------------------------------------------------------------------------------
 
 
-DatasetUri = Annotated[str, typer.Argument(metavar="DATASET", help="A dataset's directory or URI.")]
+DatasetUris = Annotated[list[str], typer.Argument(metavar="DATASET…", help="Directories or URIs of datasets.")]
 
 
-@app.command(epilog="Example: mmflow verify workspace/quickstart/shard/9d7638393f30a6f4 --decode all")
+@app.command(epilog="Example: mmflow verify workspace/quickstart/shard/* --decode all")
 def verify(
-    dataset: DatasetUri,
+    datasets: DatasetUris,
     decode: Annotated[
         str, typer.Option("--decode", metavar="all|N", help="How many samples to decode, spread over the dataset.")
     ] = "256",
 ) -> None:
-    """Check a dataset: manifest, counts, checksums, keys, images. Exit code 1 and the list of what is wrong."""
+    """Check datasets: manifest, counts, checksums, keys, images. Exit code 1 and the list of what is wrong."""
     from mmflow.dataset.verify import verify_dataset
 
     if decode != "all" and not decode.isdecimal():
         raise MisuseError(f"--decode {decode}: `all` or a number of samples is needed; 0 decodes none")
-    wrong = verify_dataset(dataset, decoded_samples=None if decode == "all" else int(decode))
-    for line in wrong:
-        print(line)
-    if wrong:
-        raise MmflowError(f"{dataset}: {len(wrong)} things are wrong; restore the shards named above, or rebuild them")
-    print(f"{dataset}: whole")
+    damaged = []
+    for dataset in datasets:
+        problems = verify_dataset(dataset, decoded_samples=None if decode == "all" else int(decode))
+        for line in problems or [f"{dataset}: whole"]:
+            print(line)
+        damaged += [f"{dataset}: {len(problems)} problems"] if problems else []
+    if damaged:
+        raise MmflowError(f"{'; '.join(damaged)}; restore the shards named above, or rebuild them")
 
 
 @app.command(epilog="Example: mmflow adopt workspace/theirs 'downloads/{00000..00041}.tar' --license CC-BY-4.0")
@@ -240,12 +242,13 @@ def adopt(
         print(f"  {count:,} records quarantined: {reason}")
 
 
-@app.command("describe", epilog="Example: mmflow describe workspace/quickstart/shard/9d7638393f30a6f4")
-def describe_dataset(dataset: DatasetUri) -> None:
-    """Write a page about a dataset beside its manifest, and print where: counts, sizes, captions, what was rejected."""
+@app.command("describe", epilog="Example: mmflow describe workspace/quickstart/shard/*")
+def describe_datasets(datasets: DatasetUris) -> None:
+    """Write a page about each dataset beside its manifest, and print its path: counts, sizes, captions, rejects."""
     from mmflow.report.dataset_page import write_description
 
-    print(write_description(dataset))
+    for dataset in datasets:
+        print(write_description(dataset))
 
 
 @selfcheck.command("gradients", epilog="Example: mmflow selfcheck gradients pipelines/quickstart.yaml")
