@@ -4,33 +4,16 @@ MLflow and Dagster."""
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+README = (ROOT / "README.md").read_text()
 # Rooms in the order in which data flows. A room imports itself and the rooms above it, never one below.
-ROOMS = (
-    "core",
-    "cluster",
-    "sources",
-    "fetch",
-    "imaging",
-    "cleaning",
-    "dataset",
-    "corpora",
-    "loading",
-    "models",
-    "learning",
-    "training",
-    "inference",
-    "evaluation",
-    "registry",
-    "recipe",
-    "stages",
-    "report",
-    "cli",
-)
+ROOMS = re.findall(r"^\| `(\w+)` \|", README[README.index("## Inside") :], flags=re.MULTILINE)
+ROOMS.insert(ROOMS.index("stages"), "recipe")  # it composes the settings of the rooms above, and the stages read it
 RAY = (
     "cluster/",
     "sources/sources.py",
