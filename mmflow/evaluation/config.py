@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from mmflow.core.config import Config
+from mmflow.core.config import OPERATIONAL, Config
+from mmflow.inference.config import WritingConfig
 
 
 class ZeroShotConfig(Config):
@@ -42,21 +43,6 @@ class ClassificationConfig(Config):
 
     label: str
     """Field of a sample's `classes` that holds the right class; the one that the model was trained on."""
-
-
-class WritingConfig(Config):
-    """How a decoder's text is searched for."""
-
-    search: Literal["greedy", "beam", "nucleus"] = "beam"
-    """The likeliest token at each step; the likeliest text among several; or tokens drawn from the likeliest."""
-    beams: int = Field(4, ge=1)
-    """Texts that a beam search follows at once."""
-    length_penalty: float = Field(1.0, ge=0)
-    """A beam's log-probability is divided by its length to this power: above 0 favours longer text."""
-    nucleus: float = Field(0.9, gt=0, le=1)
-    """Tokens are drawn from the fewest that have this share of the probability."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Tokens of a text at most; None: as many as the model takes."""
 
 
 class AnsweringConfig(WritingConfig):
@@ -109,5 +95,5 @@ class EvaluateConfig(Config):
     matching: MatchingConfig | None = None
     masked_language: MaskedWordsConfig | None = None
     attention: AttentionConfig | None = None
-    batch_size: int = Field(256, ge=1)
+    batch_size: Annotated[int, OPERATIONAL] = Field(256, ge=1)
     """Rows embedded at a time."""

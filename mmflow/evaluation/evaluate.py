@@ -19,9 +19,9 @@ from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.masked_words import masked_word_metrics
 from mmflow.evaluation.perplexity import perplexity_metrics
 from mmflow.evaluation.rows import Captions, Rows
-from mmflow.inference.embed import Embeddings, embed_captions, embed_images
+from mmflow.evaluation.zero_shot import majority_metrics, zero_shot_metrics
+from mmflow.inference.embed import Embeddings, class_embeddings, embed_captions, embed_images
 from mmflow.inference.predict import class_scores, matching_scores, pair_scores, token_losses, write_texts
-from mmflow.inference.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
 from mmflow.learning.retrieval import (
     Found,
     chance_metrics,

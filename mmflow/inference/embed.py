@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -81,6 +81,13 @@ def embed_captions(
         for batch in batched(captions, batch_size)
     ]
     return _stack(rows, loaded)
+
+
+def class_embeddings(loaded: LoadedModel, prompts: Mapping[str, Sequence[str]], batch_size: int) -> Embeddings:
+    """(classes, width), of unit length: the mean over each class's prompts, in the order of `prompts`."""
+    means = np.stack([embed_captions(loaded, texts, batch_size).mean(axis=0) for texts in prompts.values()])
+    unit: Embeddings = means / np.linalg.norm(means, axis=1, keepdims=True)
+    return unit
 
 
 def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

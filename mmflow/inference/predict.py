@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
 
 from mmflow.dataset.reader import Sample
-from mmflow.evaluation.config import WritingConfig
+from mmflow.inference.config import WritingConfig
 from mmflow.inference.embed import batched, image_inputs, text_inputs
 from mmflow.loading.tokens import special_tokens
 from mmflow.models.encoders import Encoded

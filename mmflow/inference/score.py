@@ -75,7 +75,7 @@ class ScoreShards:
     def __init__(
         self, uri: str, dataset: str, package: str, prompts: dict[str, list[str]], *, language: str, batch_size: int
     ) -> None:
-        from mmflow.inference.zero_shot import class_embeddings
+        from mmflow.inference.embed import class_embeddings
         from mmflow.models.package import load_package
 
         self.uri, self.language, self.batch_size = uri, language, batch_size

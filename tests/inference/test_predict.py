@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmflow.core.errors import MisuseError
-from mmflow.evaluation.config import WritingConfig
+from mmflow.inference.config import WritingConfig
 from mmflow.inference.embed import embed_images, image_inputs, text_inputs
 from mmflow.inference.predict import class_scores, matching_scores, text_of, token_losses, write_texts
 from mmflow.loading.tokens import train_tokenizer

@@ -5,18 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from mmflow.evaluation import classification
-from mmflow.inference.embed import Embeddings, embed_captions
-from mmflow.models.package import LoadedModel
-
-
-def class_embeddings(loaded: LoadedModel, prompts: Mapping[str, Sequence[str]], batch_size: int) -> Embeddings:
-    """(classes, width), of unit length: the mean over each class's prompts, in the order of `prompts`."""
-    means = np.stack([embed_captions(loaded, texts, batch_size).mean(axis=0) for texts in prompts.values()])
-    unit: Embeddings = means / np.linalg.norm(means, axis=1, keepdims=True)
-    return unit
+from mmflow.inference.embed import Embeddings
 
 
 def zero_shot_metrics(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from mmflow.inference import zero_shot
-from mmflow.inference.zero_shot import class_embeddings, majority_metrics, zero_shot_metrics
+from mmflow.evaluation.zero_shot import majority_metrics, zero_shot_metrics
+from mmflow.inference import embed
+from mmflow.inference.embed import class_embeddings
 
 NAMES = ["cat", "dog", "cow"]
 CLASSES = np.eye(3, dtype=np.float32)
@@ -66,10 +67,10 @@ def test_majority_by_hand() -> None:
 def test_a_class_is_the_unit_mean_of_its_prompts_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = {"cat": (1.0, 0.0), "kitten": (0.0, 1.0), "dog": (0.6, -0.8)}
 
-    def embed(loaded: object, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    def captions(loaded: object, texts: Sequence[str], batch_size: int) -> np.ndarray:
         assert batch_size == 4
         return np.array([vectors[text] for text in texts], np.float32)
 
-    monkeypatch.setattr(zero_shot, "embed_captions", embed)
+    monkeypatch.setattr(embed, "embed_captions", captions)
     found = class_embeddings(None, {"dog": ["dog"], "cat": ["cat", "kitten"]}, 4)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, [[0.6, -0.8], [2**-0.5, 2**-0.5]], atol=1e-6)
