@@ -13,9 +13,8 @@ from torch import Tensor
 from mmflow.dataset.reader import Sample
 from mmflow.imaging.decode import decode
 from mmflow.loading.batches import normalise, pixels_tensor
-from mmflow.loading.frames import choose_frames
 from mmflow.loading.tokens import pad, special_tokens, tokenise
-from mmflow.loading.transforms import centre_view
+from mmflow.loading.transforms import centre_view, choose_frames
 from mmflow.models.package import LoadedModel
 
 Row = TypeVar("Row")

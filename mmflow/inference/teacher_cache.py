@@ -21,8 +21,8 @@ from mmflow.core.progress import Report
 from mmflow.dataset.dataset import open_dataset
 from mmflow.learning.cached import DTYPES, KIND, checksum, file_uri, open_rows
 from mmflow.learning.distillation.config import CacheConfig
+from mmflow.loading.batches import ViewSettings
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.load import ViewSettings
 from mmflow.loading.opening import views_of
 from mmflow.models.package import load_package, read_package
 from mmflow.training.teachers import TeacherPackage, views_of_teacher
@@ -196,8 +196,7 @@ class CacheShards:
         """Which of some rows (R,) are real, and their image and text embeddings (2, R, E) on the CPU."""
         import torch
 
-        from mmflow.loading.batches import assemble, normalise
-        from mmflow.loading.load import load_slots
+        from mmflow.loading.batches import assemble, load_slots, normalise
         from mmflow.loading.plan import LoaderState, Slots
         from mmflow.loading.tokens import special_tokens
 

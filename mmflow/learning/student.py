@@ -22,8 +22,7 @@ from mmflow.learning.learner import Learner, Parts, scales
 from mmflow.learning.objectives.table import total
 from mmflow.learning.outputs import Outputs
 from mmflow.learning.rows import GlobalRows
-from mmflow.loading.batches import Batch
-from mmflow.loading.load import Reading
+from mmflow.loading.batches import Batch, Reading
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model
 from mmflow.models.package import LoadedModel

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from functools import partial
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +20,11 @@ from tokenizers import Tokenizer
 
 from mmflow.core.errors import CorruptArtifactError, TrainingError
 from mmflow.dataset.reader import Reader
-from mmflow.loading.batches import Batch, assemble
-from mmflow.loading.load import Loaded, ViewSettings, load_slots
-from mmflow.loading.mixture import MixtureOrder
+from mmflow.loading.batches import Batch, Loaded, ViewSettings, assemble, load_slots
+from mmflow.loading.mixture import MixtureOrder, Stage, apportion, timeline, to_shares
 from mmflow.loading.plan import LoaderState, Order, Slots, rank_slice
-from mmflow.loading.prefetch import on_device
 from mmflow.loading.tokens import special_tokens
-from mmflow.loading.workers import Task, start
+from mmflow.loading.workers import Task, on_device, start
 
 TASKS_PER_WORKER = 4  # of a batch: the last to finish waits for a quarter of a worker's share at most
 MAX_TASK_ROWS = 32  # more would save nothing: a task costs less than a row
@@ -151,3 +151,50 @@ def _part(slots: Slots, first: int, last: int) -> Slots:
         epoch=slots.epoch[first:last],
         real=slots.real[first:last],
     )
+
+
+class TaskLoader:
+    """The batches of one rank, each of a task's loader, with the task's number on it. Iterating moves `state` on.
+
+    Turns go by Tijdeman's rule, as the samples of a mixture do: after any number of steps each task has had its share
+    of them, to less than one step.
+    """
+
+    def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], state: LoaderState = START) -> None:
+        """`state` is one of a loader of as many tasks. Raises RecipeError where it is another's."""
+        self.state = state if state.tasks else LoaderState(drawn=(0,) * len(loaders), tasks=(START,) * len(loaders))
+        self._segments = timeline([Stage(0, to_shares(weights))], 1)
+        self._loaders = tuple(loaders)
+        self.turn(self.state)
+        for loader, own in zip(loaders, self.state.tasks, strict=True):
+            loader.state = own
+
+    @cached_property
+    def readers(self) -> tuple[Reader, ...]:
+        """Of all tasks, numbered as `Batch.places` numbers datasets."""
+        return tuple(reader for loader in self._loaders for reader in loader.readers)
+
+    def turn(self, state: LoaderState) -> int:
+        """The number of the task whose batch begins at `state`. Raises RecipeError where the weights say otherwise."""
+        drawn = apportion(self._segments, state.drawn, sum(state.drawn) + 1, key="tasks")
+        return next(number for number, (now, then) in enumerate(zip(state.drawn, drawn, strict=True)) if then > now)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        firsts = [0, *accumulate(len(loader.readers) for loader in self._loaders)]
+        with ExitStack() as stack:
+            sources = [stack.enter_context(closing(iter(loader))) for loader in self._loaders]
+            while True:
+                task = self.turn(self.state)
+                batch = next(sources[task])
+                assert batch.places is not None, "a loader says where its rows lie"
+                places = batch.places + np.array([firsts[task], 0, 0, 0])
+                self.state = self._after(task, batch.state)
+                yield replace(batch, task=task, places=places, state=self.state)
+
+    def _after(self, task: int, own: LoaderState) -> LoaderState:
+        """The state after a batch of a task, whose own loader then stands at `own`."""
+        drawn, tasks = list(self.state.drawn), list(self.state.tasks)
+        drawn[task] += 1
+        tasks[task] = own
+        position = self.state.position + self._loaders[task].order.global_batch_size
+        return LoaderState(0, position, tuple(drawn), tuple(tasks))

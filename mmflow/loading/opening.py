@@ -15,13 +15,11 @@ from mmflow.core.errors import MissingArtifactError, MisuseError
 from mmflow.dataset.cache import node_cache
 from mmflow.dataset.dataset import Dataset, open_dataset
 from mmflow.dataset.reader import OPEN_SHARDS, Reader
-from mmflow.loading.apportion import stages
-from mmflow.loading.bucketing import Buckets
+from mmflow.loading.batches import Reading, ViewSettings
 from mmflow.loading.config import AugmentConfig, LoaderConfig, WorkersConfig
-from mmflow.loading.load import Reading, ViewSettings
 from mmflow.loading.loader import START, Loader
-from mmflow.loading.mixture import MixtureOrder
-from mmflow.loading.plan import LoaderState, Order
+from mmflow.loading.mixture import MixtureOrder, stages
+from mmflow.loading.plan import Buckets, LoaderState, Order
 
 # Of a sample of 1 to 2 megapixels three quarters of the time hold no lock of the interpreter (decoding, resampling): a
 # fifth thread would wait for the four before it.

@@ -7,6 +7,7 @@ first, never the second: what a batch takes of a lane then varies, and ranks rea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,9 +15,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.core.errors import RecipeError
-from mmflow.loading.bucketing import Buckets, deal_by_length
 from mmflow.loading.epoch import Epochs, Latest
 from mmflow.loading.permutation import key_of, shuffled
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Which batches share out their samples by length."""
+
+    batches: int  # consecutive batches of a group
+    lengths: Callable[[int, int, NDArray[np.int64]], NDArray[np.int64]]  # (dataset, shard, rows (n,)) → (n,), any unit
+
+    def measure(self, dataset: int, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The lengths of a dataset's samples, asked for shard by shard; all (n,)."""
+        found = np.empty(len(shards), np.int64)
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            found[chosen] = self.lengths(dataset, shard, rows[chosen])
+        return found
+
+
+def deal_by_length(
+    lengths: NDArray[np.int64], sizes: Sequence[int], ranks: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """The samples of each batch of a group, as indices into `lengths` (n,).
+
+    Batch t takes sizes[t] samples, which lie together when all are sorted by length; ranks[t] says how many batches
+    take shorter ones. Both have an entry a batch, and the sizes sum to n. Samples of one length keep their order.
+    """
+    by_length = np.argsort(lengths, kind="stable")
+    # (batches,): from the shortest to the longest, and where each one's samples end
+    batches = np.argsort(ranks)
+    ends = np.cumsum(np.asarray(sizes)[batches])
+    runs = np.split(by_length, ends[:-1])
+    return [runs[rank] for rank in ranks.tolist()]
+
 
 Read = tuple[int, int, int, int]
 """(dataset, shard, first row, last row): rows that lie together and are wanted at about the same time."""

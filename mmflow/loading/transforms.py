@@ -7,17 +7,145 @@ anywhere, and a teacher's cached output replayed. Its geometry is one affine map
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
 
 from mmflow.imaging.decode import Pixels, open_picture, read_pixels
-from mmflow.imaging.resample import PLAIN, Affine, Box, resample
-from mmflow.loading.colours import AS_IT_IS, Recolour, recolour
-from mmflow.loading.config import AugmentConfig, CropConfig
-from mmflow.loading.policies import MOST, Chosen, choose, paint, warp_of
+from mmflow.imaging.resample import PLAIN, Affine, Box, picture_of, resample
+from mmflow.loading.config import AugmentConfig, CropConfig, PoliciesConfig
+
+
+def choose_frames(total: int, count: int, random: np.random.Generator | None = None) -> list[int]:
+    """`count` ascending numbers below `total`, one of each of as many equal spans; all where the clip has no more.
+
+    Where `random` is given, any of its span (training); else the middle (evaluation). A clip that has fewer frames than
+    `count` gives fewer numbers: the batch masks the rest. Always draws `count` numbers.
+    """
+    draws = np.full(count, 0.5) if random is None else random.random(count)
+    kept = min(total, count)
+    bounds = [number * total // kept for number in range(kept + 1)]
+    return [start + int(draw * (end - start)) for start, end, draw in zip(bounds, bounds[1:], draws, strict=False)]
+
+
+GREY = 127.5  # what contrast turns about
+LUMA = np.array([0.213, 0.715, 0.072])  # of red, green and blue, as W3C's filters have them
+# Hue as a turn of the two colour differences about the grey axis: cosine's and sine's part, from the same standard.
+COSINE = np.eye(3) - LUMA
+SINE = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
+
+
+class Recolour(NamedTuple):
+    """What is done to a view's colours, all at once and clipped once."""
+
+    brightness: float = 1.0  # factor
+    contrast: float = 1.0  # factor of the distance from mid grey
+    saturation: float = 1.0  # factor of the distance from the pixel's own grey
+    hue: float = 0.0  # turns of the colour circle
+
+
+AS_IT_IS = Recolour()
+
+
+def recolour(pixels: Pixels, change: Recolour) -> Pixels:
+    """The recoloured view, (height, width, 3) uint8.
+
+    Saturation and hue are linear and keep the luma (W3C Filter Effects, feColorMatrix `saturate` and `hueRotate`), then
+    contrast about mid grey, then brightness.
+    """
+    if change == AS_IT_IS:
+        return pixels
+    gain = change.brightness * change.contrast
+    shift = GREY * (1 - change.contrast) * change.brightness
+    if change.saturation == 1 and change.hue == 0:
+        levels = np.arange(256, dtype=np.float32) * np.float32(gain) + np.float32(shift)
+        return np.take(np.minimum(np.maximum(levels, 0), 255).astype(np.uint8), pixels)
+    # (height · width, 3) × (3, 3); Pillow's own conversion by a matrix takes four times as long
+    matrix = (gain * _colour_matrix(change.saturation, change.hue)).astype(np.float32)
+    values: NDArray[np.float32] = pixels.reshape(-1, 3).astype(np.float32) @ matrix.T
+    values += np.float32(shift)
+    np.clip(values, 0, 255, out=values)
+    return values.astype(np.uint8).reshape(pixels.shape)
+
+
+def _colour_matrix(saturation: float, hue: float) -> NDArray[np.float64]:
+    grey = np.broadcast_to(LUMA, (3, 3))
+    turned = grey + math.cos(2 * math.pi * hue) * COSINE + math.sin(2 * math.pi * hue) * SINE
+    saturated: NDArray[np.float64] = (saturation * np.eye(3) + (1 - saturation) * grey) @ turned
+    return saturated
+
+
+MOST = 8  # operations a view: `PoliciesConfig.count`
+SHEAR = 0.3
+TRANSLATION = 150 / 331  # of the view's side
+ROTATION = math.radians(30)
+FACTOR = 0.9  # most that brightness, contrast, colour and sharpness differ from 1
+LOST_BITS = 4
+
+
+class Chosen(NamedTuple):
+    """An operation and how much of its range it is given: from -1 to 1."""
+
+    operation: str
+    amount: float
+
+
+def _rotation(amount: float) -> Affine:
+    cosine, sine = math.cos(amount * ROTATION), math.sin(amount * ROTATION)
+    return Affine(cosine, -sine, 0.0, sine, cosine, 0.0)
+
+
+WARPS: dict[str, Callable[[float], Affine]] = {
+    "shear_x": lambda amount: Affine(b=amount * SHEAR),
+    "shear_y": lambda amount: Affine(d=amount * SHEAR),
+    "translate_x": lambda amount: Affine(c=amount * TRANSLATION),
+    "translate_y": lambda amount: Affine(f=amount * TRANSLATION),
+    "rotate": _rotation,
+}
+PAINTS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    "brightness": lambda image, amount: ImageEnhance.Brightness(image).enhance(1 + amount * FACTOR),
+    "contrast": lambda image, amount: ImageEnhance.Contrast(image).enhance(1 + amount * FACTOR),
+    "colour": lambda image, amount: ImageEnhance.Color(image).enhance(1 + amount * FACTOR),
+    "sharpness": lambda image, amount: ImageEnhance.Sharpness(image).enhance(1 + amount * FACTOR),
+    "posterise": lambda image, amount: ImageOps.posterize(image, 8 - round(abs(amount) * LOST_BITS)),
+    "solarise": lambda image, amount: ImageOps.solarize(image, round(255 * (1 - abs(amount)))),
+    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
+    "equalise": lambda image, _: ImageOps.equalize(image),
+}
+
+
+def choose(policies: PoliciesConfig, draws: Sequence[float]) -> tuple[Chosen, ...]:
+    """Operations by two draws each, in [0, 1): which, and which way."""
+    count = len(policies.operations)
+    return tuple(
+        Chosen(policies.operations[int(which * count)], policies.strength if way < 0.5 else -policies.strength)
+        for which, way in zip(draws[: 2 * policies.count : 2], draws[1 : 2 * policies.count : 2], strict=True)
+    )
+
+
+def warp_of(chosen: Iterable[Chosen]) -> Affine:
+    """Those that move pixels, one after another, as one map."""
+    warp = PLAIN
+    for operation, amount in chosen:
+        if operation in WARPS:
+            warp = warp.of(WARPS[operation](amount))
+    return warp
+
+
+def paint(pixels: Pixels, chosen: Iterable[Chosen]) -> Pixels:
+    """Those that change values, one after another, on a view (side, side, 3) uint8."""
+    paints = [(PAINTS[operation], amount) for operation, amount in chosen if operation in PAINTS]
+    if not paints:
+        return pixels
+    image = picture_of(pixels)
+    for operation, amount in paints:
+        image = operation(image, amount)
+    return np.asarray(image)
+
 
 CROP_ATTEMPTS = 10  # as in Inception's and torchvision's crop: a shape that does not fit is drawn anew
 SINGLE_DRAWS = 12

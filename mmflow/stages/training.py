@@ -19,7 +19,7 @@ from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
 
 if TYPE_CHECKING:
-    from mmflow.loading.vocabulary import Vocabulary
+    from mmflow.loading.tokens import Vocabulary
     from mmflow.training.job import TrainingJob
 
 Inputs = Mapping[str, Artifact]
@@ -64,7 +64,7 @@ def distill(recipe: Recipe, inputs: Inputs) -> Stage:
             teachers.append(located(teacher, recipe.workspace))
 
     def vocabulary(section: Section) -> Vocabulary:
-        from mmflow.loading.vocabulary import Vocabulary
+        from mmflow.loading.tokens import Vocabulary
         from mmflow.models.package import read_package, read_vocabulary
 
         return Vocabulary(*read_vocabulary(read_package(inputs["pretrain"].file(PACKAGE))))

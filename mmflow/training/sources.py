@@ -7,12 +7,11 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from mmflow.dataset.dataset import open_dataset
+from mmflow.loading.batches import Reading
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.load import Reading
-from mmflow.loading.loader import START, Loader
+from mmflow.loading.loader import START, Loader, TaskLoader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.loading.plan import LoaderState
-from mmflow.loading.tasks import TaskLoader
 from mmflow.training.best import Best
 from mmflow.training.job import TrainingJob
 from mmflow.training.tasks import Task

@@ -14,8 +14,7 @@ from mmflow.core.listing import fingerprint
 from mmflow.dataset.dataset import open_dataset
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_mixed, open_readers
-from mmflow.loading.tokens import load_tokenizer, read_tokenizer
-from mmflow.loading.vocabulary import Texts, Vocabulary, learn_vocabulary
+from mmflow.loading.tokens import Texts, Vocabulary, learn_vocabulary, load_tokenizer, read_tokenizer
 from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.models.package import read_package, read_vocabulary

@@ -12,7 +12,7 @@ from mmflow.learning.cached import CachedTeacher
 from mmflow.learning.distillation.config import LessonsConfig
 from mmflow.learning.distillation.lessons import LIVE
 from mmflow.learning.student import Teacher
-from mmflow.loading.load import Reading, ViewSettings
+from mmflow.loading.batches import Reading, ViewSettings
 from mmflow.loading.tokens import read_tokenizer
 from mmflow.models.package import Package, load_package, read_config, read_package, read_vocabulary
 

@@ -101,8 +101,7 @@ def ours(uri: str, tokenizer: str) -> float:
 
     from mmflow.dataset.dataset import open_dataset
     from mmflow.dataset.reader import Reader
-    from mmflow.loading.batches import normalise
-    from mmflow.loading.load import ViewSettings
+    from mmflow.loading.batches import ViewSettings, normalise
     from mmflow.loading.loader import Loader
     from mmflow.loading.plan import Order
     from mmflow.loading.tokens import load_tokenizer

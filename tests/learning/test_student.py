@@ -15,7 +15,7 @@ from mmflow.learning.distillation.given import Given
 from mmflow.learning.distillation.lessons import LESSONS
 from mmflow.learning.distillation.soft_labels import soft_label_loss
 from mmflow.learning.student import Student, Teacher
-from mmflow.loading.load import Reading
+from mmflow.loading.batches import Reading
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training.config import DistillConfig

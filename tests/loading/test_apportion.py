@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmflow.core.errors import RecipeError
-from mmflow.loading.apportion import WHOLE, Stage, apportion, stages, timeline, to_shares
 from mmflow.loading.config import CurriculumConfig, MixedDatasetConfig, MixtureConfig
+from mmflow.loading.mixture import WHOLE, Stage, apportion, stages, timeline, to_shares
 
 
 @st.composite

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mmflow.loading.batches import assemble, normalise, pixels_tensor
-from mmflow.loading.load import Loaded
+from mmflow.loading.batches import Loaded, assemble, normalise, pixels_tensor
 from mmflow.loading.plan import LoaderState
 
 AFTER = LoaderState(2, 6)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmflow.core.errors import RecipeError
-from mmflow.loading.bucketing import Buckets, deal_by_length
 from mmflow.loading.permutation import key_of, mix
-from mmflow.loading.plan import LoaderState, Order
+from mmflow.loading.plan import Buckets, LoaderState, Order, deal_by_length
 from tests.loading.test_plan import dealt, epoch_of, epochs, orders, real, samples
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.loading.frames import choose_frames
+from mmflow.loading.transforms import choose_frames
 
 
 @given(total=st.integers(1, 400), count=st.integers(1, 40), seed=st.none() | st.integers(0, 2**32))

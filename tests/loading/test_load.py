@@ -16,8 +16,8 @@ from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, Recip
 from mmflow.dataset.dataset import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.imaging.decode import decode
+from mmflow.loading.batches import BLANK, Loaded, ViewSettings, load_slots
 from mmflow.loading.config import AugmentConfig
-from mmflow.loading.load import BLANK, Loaded, ViewSettings, load_slots
 from mmflow.loading.plan import Slots
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.loading.transforms import centre_view

@@ -14,10 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.core.errors import RecipeError
-from mmflow.loading.apportion import Stage, to_shares
-from mmflow.loading.bucketing import Buckets
-from mmflow.loading.mixture import MixtureOrder
-from mmflow.loading.plan import LoaderState, Slots, rank_slice
+from mmflow.loading.mixture import MixtureOrder, Stage, to_shares
+from mmflow.loading.plan import Buckets, LoaderState, Slots, rank_slice
 from tests.loading.test_bucketing import lengths
 
 Sample = tuple[int, int, int, int]  # dataset, epoch, shard, row

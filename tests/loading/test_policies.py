@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mmflow.imaging.resample import PLAIN, resample
 from mmflow.loading.config import AugmentConfig, Operation, PoliciesConfig
-from mmflow.loading.policies import MOST, PAINTS, WARPS, Chosen, choose, paint, warp_of
+from mmflow.loading.transforms import MOST, PAINTS, WARPS, Chosen, choose, paint, warp_of
 from tests.loading.pictures import noise
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmflow.loading import prefetch as module
-from mmflow.loading.prefetch import on_device, prefetch
-from mmflow.loading.workers import NAME
+from mmflow.loading import workers as module
+from mmflow.loading.workers import NAME, on_device, prefetch
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.loading.sentences import sentence_starts, sentence_window
+from mmflow.loading.text import sentence_starts, sentence_window
 
 
 @pytest.mark.parametrize(

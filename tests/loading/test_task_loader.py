@@ -16,10 +16,9 @@ from mmflow.core.errors import RecipeError
 from mmflow.dataset.dataset import Dataset
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.loader import START
+from mmflow.loading.loader import START, TaskLoader
 from mmflow.loading.opening import open_loader
 from mmflow.loading.plan import LoaderState
-from mmflow.loading.tasks import TaskLoader
 from mmflow.loading.tokens import train_tokenizer
 from tests.dataset.handmade import Handmade, write_dataset
 

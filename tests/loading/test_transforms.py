@@ -253,7 +253,7 @@ def test_saturation_and_hue_keep_greys_and_luma() -> None:
 
 
 def test_hue_turns_red_towards_its_neighbours_and_saturation_spreads() -> None:
-    from mmflow.loading.colours import Recolour, recolour
+    from mmflow.loading.transforms import Recolour, recolour
 
     red = np.broadcast_to(np.array([150, 90, 90], np.uint8), (2, 2, 3)).copy()
     third = recolour(red, Recolour(hue=1 / 3))[0, 0].astype(int)
@@ -265,7 +265,7 @@ def test_hue_turns_red_towards_its_neighbours_and_saturation_spreads() -> None:
 
 @given(seed=seeds)
 def test_table_and_matrix_agree(seed: int) -> None:
-    from mmflow.loading.colours import Recolour, recolour
+    from mmflow.loading.transforms import Recolour, recolour
 
     pixels = noise(8, 8, seed)
     random = np.random.default_rng(seed)

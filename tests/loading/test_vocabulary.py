@@ -14,8 +14,7 @@ from mmflow.dataset.dataset import Dataset, index_uri, tar_uri
 from mmflow.dataset.index import read_index
 from mmflow.dataset.reader import Reader
 from mmflow.loading.config import LoaderConfig
-from mmflow.loading.tokens import read_tokenizer, train_tokenizer
-from mmflow.loading.vocabulary import Texts, Vocabulary, learn_vocabulary
+from mmflow.loading.tokens import Texts, Vocabulary, learn_vocabulary, read_tokenizer, train_tokenizer
 from tests.dataset.handmade import Handmade, write_dataset
 
 

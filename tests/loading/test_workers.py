@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmflow.core.errors import CorruptArtifactError, TrainingError
-from mmflow.loading.load import Loaded
+from mmflow.loading.batches import Loaded
 from mmflow.loading.plan import Slots
 from mmflow.loading.workers import NAME, Load, Processes, Task, Workers, start
 
