@@ -1,4 +1,4 @@
-# Two commands from a fresh clone: `make quickstart` (the whole loop on a real corpus) and `make test`.
+# From a fresh clone: `make quickstart` runs the whole loop on a real corpus, `make test` every test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all lint bench ui clean
 
-help: ## what there is
+help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-# A current pip resolves these packages in seconds where an older one backtracks for minutes; torch comes first and
-# exactly, or another package's range pulls a newer build with gigabytes of accelerator libraries.
+# A current pip resolves these packages in seconds; an older one backtracks for minutes. torch comes first with its exact
+# version, or another package pulls a newer build with gigabytes of accelerator libraries.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmflow needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -19,14 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --upgrade "$$(grep '^pip==' constraints.txt)"
 	@$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,ui,onnx,dev]'
-	@# open_clip's reader is a peer of the tests; by its own requirements it would bring another torchvision and timm.
+	@# Tests compare with open_clip's reader. Its own requirements would install another torchvision and timm.
 	@$(BIN)/pip install --quiet --no-deps "$$(grep '^open-clip-torch==' constraints.txt)"
 	@touch $@
 
 quickstart: $(STAMP) ## the whole loop on a small real corpus, on this machine
 	@$(BIN)/mmflow quickstart
 
-# Two processes, each with one Ray for all of its tests.
+# Two processes; each starts one Ray for all its tests.
 test: $(STAMP) ## every test but the slow sweeps
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
