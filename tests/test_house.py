@@ -20,7 +20,7 @@ RAY = (
     "fetch/job.py",
     "cleaning/select.py",
     "dataset/build.py",
-    "dataset/exports.py",
+    "dataset/opened.py",
     "training/workers.py",
     "inference/",
 )

@@ -33,9 +33,9 @@ from mmflow.core.artifacts import (
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.core.listing import find
 from mmflow.dataset.bring import bring, on_this_machine
-from mmflow.dataset.dataset import KIND, ShardInfo, fingerprint_of, index_uri, quarantine_uri, shard_name, tar_uri
 from mmflow.dataset.index import SCHEMA, ShardCommit, read_column, read_index_and_commit, write_index, write_parquet
 from mmflow.dataset.keys import Repeat, repeated_keys
+from mmflow.dataset.manifest import KIND, ShardInfo, fingerprint_of, index_uri, quarantine_uri, shard_name, tar_uri
 from mmflow.dataset.samples import Row, index_tar
 from mmflow.dataset.write import QUARANTINE
 from mmflow.sources.reasons import Reason

@@ -32,10 +32,11 @@ from mmflow.cleaning.select import select_records
 from mmflow.core.artifacts import canonical_json, filesystem, join
 from mmflow.core.errors import MmflowError
 from mmflow.dataset.config import ShardConfig
-from mmflow.dataset.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, shard_name
 from mmflow.dataset.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, span, with_verdicts
 from mmflow.dataset.grow import bring_over, read_common, settings_of_build, write_common
 from mmflow.dataset.index import ShardCommit, read_commit
+from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, shard_name
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.write import write_shards
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import PREPARE_CPUS, read_chunks

@@ -22,9 +22,9 @@ from pathlib import Path
 import xxhash
 
 from mmflow.core.errors import CorruptArtifactError, CorruptShardError, MisuseError, MmflowError
+from mmflow.dataset.config import ShardCacheConfig
 from mmflow.dataset.held import Copy, delete_unheld, is_at, size_of
 from mmflow.dataset.members import READ_BYTES, read_blocks
-from mmflow.loading.config import CacheConfig
 
 NAME = re.compile(r"[0-9a-f]{32}\.(tar|part)")  # other files in the directory are not ours to count or delete
 ATTEMPTS = 3
@@ -34,7 +34,7 @@ SHORTAGE_SECONDS = 60.0  # how long to wait while others read all that the cache
 POLL_SECONDS = 0.1
 
 
-def node_cache(config: CacheConfig) -> ShardCache:
+def node_cache(config: ShardCacheConfig) -> ShardCache:
     """The cache that a recipe asks for. Nothing is written until a shard is fetched."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     directory = Path(config.directory).expanduser() if config.directory else home / "mmflow" / "shards"

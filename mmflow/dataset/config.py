@@ -1,4 +1,4 @@
-"""What the shard stage reads."""
+"""Settings of the shard stage, and of the cache of remote shards."""
 
 from __future__ import annotations
 
@@ -53,3 +53,12 @@ class ShardConfig(Config):
     """Keep the shards of a dataset of these settings whose sources are all still there, and add those of new ones."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the global shuffle."""
+
+
+class ShardCacheConfig(Config):
+    """Where a node keeps the shards of a remote dataset. A local dataset is read where it lies."""
+
+    directory: str | None = None
+    """A local directory that all processes of the node share; None: mmflow/shards under the user's cache directory."""
+    max_bytes: int = Field(100_000_000_000, ge=1)
+    """Beyond this many bytes, the least recently read shards are deleted. Allow for two shards a lane at least."""

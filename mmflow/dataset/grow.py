@@ -19,8 +19,9 @@ from mmflow.core.artifacts import content_hash, filesystem, join
 from mmflow.core.errors import MmflowError
 from mmflow.dataset.bring import bring, on_this_machine
 from mmflow.dataset.config import ShardConfig
-from mmflow.dataset.dataset import Dataset, ShardInfo, index_uri, open_dataset, quarantine_uri, tar_uri
 from mmflow.dataset.index import read_column, write_parquet
+from mmflow.dataset.manifest import ShardInfo, index_uri, quarantine_uri, tar_uri
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.write import WRITE_VERSION
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import source_names

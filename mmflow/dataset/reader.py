@@ -21,7 +21,7 @@ from mmflow.core.artifacts import filesystem, join, local_path
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.dataset.ahead import ReadAhead
 from mmflow.dataset.cache import CachedShard, ShardCache
-from mmflow.dataset.dataset import Dataset, ShardInfo, index_uri
+from mmflow.dataset.manifest import CommittedShards, ShardInfo, index_uri
 from mmflow.dataset.records import FRAME, RECORD, UNPACK_FRAME, UNPACK_RECORD, Records, read_records
 from mmflow.dataset.samples import read_texts
 
@@ -73,7 +73,7 @@ class Reader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: CommittedShards,
         split: str,
         cache: ShardCache | None = None,
         *,
@@ -239,12 +239,12 @@ class _OpenShard:
         )
 
 
-def _records_of(dataset: Dataset, shards: tuple[ShardInfo, ...], frames: bool, shard: int) -> Records:
+def _records_of(dataset: CommittedShards, shards: tuple[ShardInfo, ...], frames: bool, shard: int) -> Records:
     return read_records(dataset, shards[shard], frames=frames)
 
 
 def _open_shard(
-    dataset: Dataset,
+    dataset: CommittedShards,
     shards: tuple[ShardInfo, ...],
     cache: ShardCache | None,
     records_of: Callable[[int], Records],
@@ -301,7 +301,7 @@ def _advise(file: IO[bytes], offset: int, size: int) -> None:
     os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def _check_size(dataset: Dataset, info: ShardInfo, found: int) -> None:
+def _check_size(dataset: CommittedShards, info: ShardInfo, found: int) -> None:
     if found != info.bytes:
         raise CorruptArtifactError(
             f"{dataset.tar_uri(info)}: {found} bytes, the manifest says {info.bytes}: it was altered after its commit; "

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mmflow.core.errors import CorruptArtifactError
-from mmflow.dataset.dataset import Dataset, ShardInfo, index_uri
 from mmflow.dataset.index import MEMBERS, read_columns
+from mmflow.dataset.manifest import CommittedShards, ShardInfo, index_uri
 
 MEMBER_FIELDS = ("offset", "bytes", "xxh3")
 COLUMNS = (
@@ -63,7 +63,7 @@ class Records:
         return np.frombuffer(self.packed, RECORD)
 
 
-def read_records(dataset: Dataset, shard: ShardInfo, *, frames: bool) -> Records:
+def read_records(dataset: CommittedShards, shard: ShardInfo, *, frames: bool) -> Records:
     """The rows of a shard; without `frames`, a clip is its first frame alone.
 
     Raises CorruptArtifactError for an index of another tar than the manifest's, or one that points outside of it.

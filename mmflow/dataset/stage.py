@@ -19,8 +19,8 @@ from mmflow.core.listing import name_below, parent
 from mmflow.core.progress import Report
 from mmflow.dataset.build import build_dataset
 from mmflow.dataset.config import ShardConfig
-from mmflow.dataset.dataset import Dataset, open_dataset
 from mmflow.dataset.grow import find_base, parts_of, read_parts, write_parts
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units
 from mmflow.sources.units import Unit

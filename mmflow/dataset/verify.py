@@ -21,10 +21,11 @@ from pyarrow import fs
 
 from mmflow.core.artifacts import MANIFEST, filesystem, join, positioned_reader
 from mmflow.core.errors import CorruptArtifactError, MmflowError
-from mmflow.dataset.dataset import Dataset, ShardInfo, fingerprint_of, index_uri, open_dataset, quarantine_files
 from mmflow.dataset.index import MEMBERS, read_column, read_index_and_commit
 from mmflow.dataset.keys import repeated_keys
+from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, quarantine_files
 from mmflow.dataset.members import check_members, layout_of, pass_over
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.samples import read_texts
 from mmflow.imaging.header import probe
 from mmflow.imaging.images import decode

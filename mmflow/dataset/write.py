@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from mmflow.cleaning.captions import estimate_tokens
 from mmflow.core.artifacts import canonical_json, filesystem, positioned_reader, publish
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
-from mmflow.dataset.dataset import index_uri, quarantine_uri, tar_uri
 from mmflow.dataset.index import MEMBERS, SCHEMA, ShardCommit, read_commit, write_index, write_parquet
+from mmflow.dataset.manifest import index_uri, quarantine_uri, tar_uri
 from mmflow.dataset.tar import TarWriter
 
 WRITE_VERSION = 1  # raise it when the same rows come to make other bytes

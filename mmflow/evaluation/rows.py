@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.core.errors import MisuseError
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.dataset.reader import Reader, Sample
 from mmflow.loading.text import QUESTIONS
 

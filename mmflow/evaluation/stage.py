@@ -13,7 +13,7 @@ import torch
 
 from mmflow.core.artifacts import content_hash, join, read_json, write_json
 from mmflow.core.progress import Report
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.evaluation.asked import COMPARES, asked_and_given, check_asked, reads_captions
 from mmflow.evaluation.attention import look
 from mmflow.evaluation.config import EvaluateConfig

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mmflow.core.artifacts import content_hash, exists, file_sha256, join, publish, read_bytes
 from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.dataset.reader import Sample
 from mmflow.inference.config import ScoreConfig
 from mmflow.inference.embed import Embeddings

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from mmflow.core.artifacts import Stage, content_hash, exists, publish
 from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.core.progress import Report
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.learning.cached import DTYPES, KIND, checksum, file_uri, open_rows
 from mmflow.learning.distillation.config import CacheConfig
 from mmflow.loading.batches import ViewSettings

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmflow.core.config import Config
+from mmflow.dataset.config import ShardCacheConfig
 
 
 class CropConfig(Config):
@@ -131,15 +132,6 @@ class MixtureConfig(Config):
         return self
 
 
-class CacheConfig(Config):
-    """Where a node keeps the shards of a remote dataset; a local one is read where it lies."""
-
-    directory: str | None = None
-    """A local directory that all processes of the node share; None: mmflow/shards under the user's cache directory."""
-    max_bytes: int = Field(100_000_000_000, ge=1)
-    """The shards longest unread are deleted beyond this many bytes; with less than two shards a lane, all too soon."""
-
-
 class WorkersConfig(Config):
     """Who decodes, beside the step that consumes. Batches are bit-equal whatever is chosen here."""
 
@@ -162,7 +154,7 @@ class LoaderConfig(Config):
     """An epoch's line of shards is read at this many places at once; ranks share them out."""
     mixture: MixtureConfig | None = None
     """Other datasets to draw from beside the stage's own."""
-    cache: CacheConfig = CacheConfig()
+    cache: ShardCacheConfig = ShardCacheConfig()
     language_weights: dict[str, float] = Field(default_factory=dict)
     """Relative frequency at which each language's captions are drawn; a language not named weighs 1."""
     augment: AugmentConfig = AugmentConfig()

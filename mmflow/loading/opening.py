@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from mmflow.core.errors import MissingArtifactError, MisuseError
 from mmflow.dataset.cache import node_cache
-from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import OPEN_SHARDS, Reader
 from mmflow.loading.batches import Reading, ViewSettings
 from mmflow.loading.config import AugmentConfig, LoaderConfig, WorkersConfig

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from mmflow.core.artifacts import join, write_bytes
 from mmflow.core.errors import CorruptArtifactError
-from mmflow.dataset.dataset import Dataset, ShardInfo, open_dataset, read_sample
+from mmflow.dataset.manifest import ShardInfo
+from mmflow.dataset.opened import Dataset, open_dataset, read_sample
 from mmflow.dataset.samples import read_texts
 from mmflow.imaging.header import probe
 from mmflow.report import charts, page

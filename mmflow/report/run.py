@@ -133,7 +133,8 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
 
     import pyarrow.parquet as pq
 
-    from mmflow.dataset.dataset import open_dataset, quarantine_uri
+    from mmflow.dataset.manifest import quarantine_uri
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
 
     totals = artifact.manifest["totals"]
@@ -295,7 +296,7 @@ def _pictures(dataset: Artifact, keys: Iterable[str]) -> dict[str, bytes]:
     import simplejpeg
     from PIL import Image
 
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.imaging.decode import decode
 

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mmflow.core.artifacts import filesystem
-from mmflow.dataset.dataset import Dataset, ShardInfo, index_uri, quarantine_files
 from mmflow.dataset.index import read_column
 from mmflow.dataset.keys import KEYS_PER_PASS, count_repeats, hash_texts
+from mmflow.dataset.manifest import ShardInfo, index_uri, quarantine_files
+from mmflow.dataset.opened import Dataset
 
 MAX_VALUE = 20_000  # pixels, characters, tokens, KiB: what is more is counted as this
 BINS = 32

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.learning.initialise import initialise
 from mmflow.learning.learner import Learner, Ranks
 from mmflow.learning.objectives.table import check

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.distillation.config import InitialiseConfig, LessonsConfig
 from mmflow.loading.config import LoaderConfig

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.loading.batches import Reading
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.loader import START, Loader, TaskLoader

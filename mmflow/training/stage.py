@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from mmflow.core.artifacts import exists, local_path, read_json, write_json
 from mmflow.core.errors import MisuseError
 from mmflow.core.listing import fingerprint
-from mmflow.dataset.dataset import open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.tokens import Texts, Vocabulary, learn_vocabulary, load_tokenizer, read_tokenizer

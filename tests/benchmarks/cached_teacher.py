@@ -100,7 +100,7 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
 
     import torch
 
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.learning.config import ObjectivesConfig
     from mmflow.learning.distillation.config import LessonsConfig
     from mmflow.learning.learner import Learner
@@ -152,7 +152,7 @@ def _loader_config() -> Any:
 
 
 def _tokenizer(dataset: Path) -> Any:
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.loading.tokens import train_tokenizer
 

@@ -34,7 +34,7 @@ def run() -> list[Row]:
 
 def pass_ours(uri: str) -> float:
     """Every sample of the dataset, as bytes, each body checked against its hash."""
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
 
     dataset = open_dataset(uri)
@@ -53,7 +53,7 @@ def pass_ours(uri: str) -> float:
 
 def shuffled_ours(uri: str) -> float:
     """The same in the order of an epoch: batches of the plan, each sample read by its shard and row."""
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.loading.plan import LoaderState, Order
 

@@ -62,7 +62,7 @@ def first_batch(uri: str, share: float) -> float:
     """Mean seconds from a state at `share` of the epoch to its batch; what is imported late is left out."""
     from contextlib import closing
 
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.loading.config import LoaderConfig
     from mmflow.loading.opening import open_loader
     from mmflow.loading.plan import LoaderState
@@ -95,7 +95,7 @@ def tokenizer_of(uri: str):  # type: ignore[no-untyped-def]
     """A tokenizer of the dataset's own captions."""
     from itertools import islice
 
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.loading.tokens import train_tokenizer
 

@@ -57,7 +57,7 @@ def _rate(name: str, arguments: dict[str, str]) -> float:
 
 def _tokenizer(dataset: Path) -> Path:
     """A tokenizer of the dataset's captions, beside it."""
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.loading.tokens import train_tokenizer
 
@@ -99,7 +99,7 @@ def ours(uri: str, tokenizer: str) -> float:
     """The loader as training uses it, one thread, every body checked against its hash."""
     import torch
 
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.loading.batches import ViewSettings, normalise
     from mmflow.loading.loader import Loader
@@ -170,7 +170,7 @@ def bare_loop(uri: str, tokenizer: str) -> float:
     import simplejpeg
     import torch
 
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.dataset.reader import Reader
     from mmflow.imaging.resample import resample
     from mmflow.loading.batches import normalise
@@ -214,7 +214,7 @@ def _crop(width: int, height: int, draws: Any, draw_view: Any) -> tuple[float, f
 
 
 def _count(uri: str) -> int:
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
 
     opened = open_dataset(uri)
     return sum(opened.samples(split) for split in opened.splits)

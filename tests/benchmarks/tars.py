@@ -75,7 +75,7 @@ def seconds_of(work: Callable[[], int], count: int) -> float:
 
 
 def count_of(uri: str) -> int:
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
 
     dataset = open_dataset(uri)
     return sum(dataset.samples(split) for split in dataset.splits)
@@ -151,7 +151,7 @@ def _samples(uri: str) -> Iterator[dict[str, Any]]:
     import json
 
     from mmflow.core.artifacts import canonical_json
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
 
     dataset = open_dataset(uri)
     for split in dataset.splits:

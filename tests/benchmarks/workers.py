@@ -100,7 +100,7 @@ def _batches(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Iterator
 
 
 def _loader(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Any:
-    from mmflow.dataset.dataset import open_dataset
+    from mmflow.dataset.opened import open_dataset
     from mmflow.loading.config import AugmentConfig, LoaderConfig, WorkersConfig
     from mmflow.loading.opening import open_loader
 

@@ -16,17 +16,9 @@ from PIL import Image
 
 from mmflow.cleaning.captions import estimate_tokens
 from mmflow.core.artifacts import canonical_json, commit
-from mmflow.dataset.dataset import (
-    Dataset,
-    ShardInfo,
-    fingerprint_of,
-    index_uri,
-    open_dataset,
-    quarantine_uri,
-    shard_name,
-    tar_uri,
-)
 from mmflow.dataset.index import SCHEMA, ShardCommit, write_index, write_parquet
+from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, quarantine_uri, shard_name, tar_uri
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.tar import TarWriter
 from mmflow.dataset.write import QUARANTINE
 

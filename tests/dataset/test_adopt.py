@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.dataset.adopt import adopt
-from mmflow.dataset.dataset import Dataset, open_dataset, quarantine_files
+from mmflow.dataset.manifest import quarantine_files
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Caption, Reader
 from mmflow.dataset.verify import verify_dataset
 from tests.dataset.handmade import picture

@@ -28,8 +28,9 @@ from mmflow.cleaning.select import select_records
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.dataset.build import read_group
-from mmflow.dataset.dataset import Dataset, fingerprint_of, open_dataset, read_sample, shard_name
 from mmflow.dataset.exchange import deal, extents_of_splits, shards_of_splits
+from mmflow.dataset.manifest import fingerprint_of, shard_name
+from mmflow.dataset.opened import Dataset, open_dataset, read_sample
 from mmflow.dataset.reader import Reader
 from mmflow.dataset.verify import verify_dataset
 from mmflow.dataset.write import plan_of, write_shards

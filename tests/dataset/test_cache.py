@@ -22,9 +22,9 @@ import xxhash
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError, MmflowError
 from mmflow.dataset import cache as caching
 from mmflow.dataset.cache import CachedShard, ShardCache, node_cache
-from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.config import ShardCacheConfig
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
-from mmflow.loading.config import CacheConfig
 
 SHARD_BYTES = 3_000_000
 
@@ -414,11 +414,11 @@ def test_the_directory_is_the_user_s_cache_unless_the_recipe_names_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert node_cache(CacheConfig()).directory == tmp_path / "mmflow" / "shards"
+    assert node_cache(ShardCacheConfig()).directory == tmp_path / "mmflow" / "shards"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert node_cache(CacheConfig()).directory == tmp_path / "home" / ".cache" / "mmflow" / "shards"
-    cache = pickle.loads(pickle.dumps(node_cache(CacheConfig(directory="~/here", max_bytes=5))))  # noqa: S301 — written a moment ago
+    assert node_cache(ShardCacheConfig()).directory == tmp_path / "home" / ".cache" / "mmflow" / "shards"
+    cache = pickle.loads(pickle.dumps(node_cache(ShardCacheConfig(directory="~/here", max_bytes=5))))  # noqa: S301 — written a moment ago
     assert (cache.directory, cache.max_bytes) == (tmp_path / "home" / "here", 5)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from tests.dataset.conftest import Corpus
 
 READ_WITH_WEBDATASET = """

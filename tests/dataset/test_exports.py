@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.dataset.cache import ShardCache
-from mmflow.dataset.dataset import Dataset, open_dataset
-from mmflow.dataset.exports import RAY_SCHEMA, cut
+from mmflow.dataset.opened import RAY_SCHEMA, Dataset, cut, open_dataset
 from mmflow.dataset.reader import Reader
 from tests.dataset.handmade import handmade, write_dataset
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from mmflow.dataset.config import ShardConfig
-from mmflow.dataset.dataset import Dataset
 from mmflow.dataset.grow import find_base, parts_of, read_parts
+from mmflow.dataset.opened import Dataset
 from mmflow.dataset.verify import verify_dataset
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units

@@ -24,8 +24,8 @@ from mmflow.cleaning.captions import estimate_tokens
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.dataset import reader as reading
 from mmflow.dataset.adopt import adopt
-from mmflow.dataset.dataset import Dataset, open_dataset, read_sample
 from mmflow.dataset.index import MEMBERS, read_index_and_commit, write_index
+from mmflow.dataset.opened import Dataset, open_dataset, read_sample
 from mmflow.dataset.reader import Caption, Reader
 from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
 

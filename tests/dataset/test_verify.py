@@ -14,9 +14,9 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmflow.dataset.dataset import Dataset, open_dataset
 from mmflow.dataset.index import read_commit, read_index, read_index_and_commit, write_index
 from mmflow.dataset.members import check_members, layout_of, pass_over
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.verify import verify_dataset
 from tests.dataset.handmade import Handmade, handmade, write_dataset
 

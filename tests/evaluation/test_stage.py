@@ -9,7 +9,7 @@ import pytest
 
 from mmflow.core.artifacts import join, read_json
 from mmflow.core.errors import MisuseError
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.stage import evaluate_models, metrics_of, metrics_of_package
 from mmflow.models.config import ModelConfig

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from mmflow.core.artifacts import Stage
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.inference.teacher_cache import CacheJob, CacheShards, cache_stage, with_caches
 from mmflow.learning.cached import KIND, CachedTeacher, file_uri
 from mmflow.learning.config import ObjectivesConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from tests.dataset.handmade import Handmade, write_dataset
 
 SHARD_SAMPLES = (9, 14, 0, 8)  # of split train; the third shard's records were all rejected

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, RecipeError
-from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.imaging.decode import decode
 from mmflow.loading.batches import BLANK, Loaded, ViewSettings, load_slots

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, TrainingError
-from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import AugmentConfig, LoaderConfig, MixedDatasetConfig, MixtureConfig, WorkersConfig

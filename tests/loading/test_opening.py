@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmflow.core.errors import MissingArtifactError, MisuseError
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_readers
 

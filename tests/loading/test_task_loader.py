@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mmflow.core.errors import RecipeError
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.loader import START, TaskLoader

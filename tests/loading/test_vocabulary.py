@@ -10,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from mmflow.core.errors import CorruptArtifactError, RecipeError
-from mmflow.dataset.dataset import Dataset, index_uri, tar_uri
 from mmflow.dataset.index import read_index
+from mmflow.dataset.manifest import index_uri, tar_uri
+from mmflow.dataset.opened import Dataset
 from mmflow.dataset.reader import Reader
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.tokens import Texts, Vocabulary, learn_vocabulary, read_tokenizer, train_tokenizer

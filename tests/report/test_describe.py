@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mmflow.core.artifacts import MANIFEST
 from mmflow.core.errors import MissingArtifactError
 from mmflow.dataset.adopt import adopt
-from mmflow.dataset.dataset import Dataset, open_dataset
+from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.verify import verify_dataset
 from mmflow.report.dataset_page import describe, render, thumbnail, write_description
 from mmflow.report.survey import MAX_VALUE, histogram_of, shares

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmflow.core.errors import MisuseError, RecipeError
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner
 from mmflow.learning.outputs import masking_tokens

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mmflow.dataset.dataset import Dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.training.telemetry import read_journal
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY
