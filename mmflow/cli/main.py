@@ -259,8 +259,8 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
     from mmflow.core.artifacts import join
     from mmflow.stages.training import started
     from mmflow.training.check import check_training
+    from mmflow.training.config import tasks_of
     from mmflow.training.selfcheck import small_check
-    from mmflow.training.tasks import tasks_of
     from mmflow.training.workers import compare_gradients_on_ray
 
     loaded = _recipe(recipe, overrides)

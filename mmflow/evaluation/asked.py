@@ -8,8 +8,7 @@ from importlib.util import find_spec
 
 from mmflow.core.errors import RecipeError
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.training.config import DistillConfig, PretrainConfig
-from mmflow.training.tasks import tasks_of
+from mmflow.training.config import DistillConfig, PretrainConfig, tasks_of
 
 Gives = frozenset[str]  # ModelConfig's `gives`
 

@@ -25,7 +25,7 @@ from mmflow.loading.batches import ViewSettings
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import views_of
 from mmflow.models.package import load_package, read_package
-from mmflow.training.teachers import TeacherPackage, views_of_teacher
+from mmflow.training.job import TeacherPackage, views_of_teacher
 
 # Shapes: N samples of a shard, V stored views of each, E the teacher's width of the shared space.
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # Shapes: B rows of this rank, N rows of all ranks, P places of this rank: rows, or tokens of rows; V classes or words.
@@ -84,3 +86,47 @@ def mean_cross_entropy(
         logits[where].float(), targets[where], reduction="none", label_smoothing=label_smoothing
     )
     return mean_of(losses_P, gather)
+
+
+# --- exchanges between ranks ------------------------------------------------------------------------------------------
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, local: Tensor) -> Tensor:
+        context.rows = len(local)
+        gathered = local.new_empty((dist.get_world_size() * len(local), *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        # Every rank's loss reads these rows, so their gradient is the sum over ranks. gloo has no reduce-scatter.
+        summed = gradients[0].clone()
+        dist.all_reduce(summed)
+        first = dist.get_rank() * context.rows
+        return summed[first : first + context.rows]
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """(B, …) of this rank → (B · world size, …) of all ranks in their order. Every rank must call it, in step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    gathered: Tensor = _GatherRows.apply(local)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+@torch.no_grad()
+def pass_on(local: Tensor) -> Tensor:
+    """This rank's tensor goes to the next rank, the previous one's comes back. Every rank must call it, in step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    local, received = local.contiguous(), torch.empty_like(local, memory_format=torch.contiguous_format)
+    exchanges = [
+        dist.P2POp(dist.isend, local, (rank + 1) % num_ranks),
+        dist.P2POp(dist.irecv, received, (rank - 1) % num_ranks),
+    ]
+    for exchange in dist.batch_isend_irecv(exchanges):
+        exchange.wait()
+    return received

@@ -167,8 +167,7 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
 
 
 def _training(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    from mmflow.training.journal_store import journal_at
-    from mmflow.training.telemetry import curves
+    from mmflow.training.journal import curves, journal_at
 
     found = {}
     for role, stage in (("teacher", "pretrain"), ("student", "distill")):

@@ -100,11 +100,10 @@ def _train(
     from mmflow.cluster.local import ensure_ray
     from mmflow.models.package import CARD, read_package
     from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
+    from mmflow.training.config import tasks_of
     from mmflow.training.job import TrainingJob, total_steps
-    from mmflow.training.journal_store import followed
+    from mmflow.training.journal import followed, watch
     from mmflow.training.stage import check_held_out, kept_vocabulary
-    from mmflow.training.tasks import tasks_of
-    from mmflow.training.telemetry import watch
     from mmflow.training.workers import train_on_ray
 
     training = section.training
@@ -177,7 +176,7 @@ def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, pac
     """The job with the teachers of a stage, the one that `pretrain` trained first, their caches built."""
     from mmflow.inference.teacher_cache import with_caches
     from mmflow.loading.tokens import read_tokenizer
-    from mmflow.training.teachers import TeacherPackage
+    from mmflow.training.job import TeacherPackage
 
     teachers = (
         TeacherPackage(package=package),

@@ -23,9 +23,8 @@ from mmflow.models.marks import with_marks
 from mmflow.models.model import Model, build
 from mmflow.models.package import Package, read_config, read_package
 from mmflow.models.start import check_package, fresh_parts
-from mmflow.training.config import DistillConfig, PretrainConfig, TrainingConfig
+from mmflow.training.config import DistillConfig, PretrainConfig, Task, TrainingConfig, tasks_of
 from mmflow.training.stage import encoders_of, tokenizer_of
-from mmflow.training.tasks import Task, tasks_of
 from mmflow.training.validation import validation_metrics
 
 OF_EMBEDDINGS = {"soft_labels", "similarities", "features", "interactive", "ranking"}  # lessons that train them

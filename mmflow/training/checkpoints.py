@@ -26,10 +26,8 @@ from mmflow.core.artifacts import local_path, scratch_directory
 from mmflow.core.errors import CorruptArtifactError, TrainingError
 from mmflow.loading.plan import LoaderState
 from mmflow.models.encoders import parameter_count
-from mmflow.training.collectives import average_buffers, first_problem
 from mmflow.training.config import CheckpointsConfig
-from mmflow.training.random_state import random_state, set_random_state
-from mmflow.training.reshape import layout, load_reshaped, state_hash
+from mmflow.training.engine import average_buffers, random_state, set_random_state
 from mmflow.training.store import (
     STAGING,
     Saved,
@@ -44,6 +42,7 @@ from mmflow.training.store import (
     superfluous,
     verify,
 )
+from mmflow.training.zero import layout, load_reshaped, state_hash
 
 STATE = "state"
 BUFFERS = "buffers.pt"
@@ -319,3 +318,13 @@ def _load_buffers(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 def _mixed(*numbers: int) -> int:
     """A seed that follows from some numbers."""
     return xxhash.xxh3_64_intdigest(repr(numbers).encode()) % 2**63
+
+
+def first_problem(problem: str) -> str:
+    """What went wrong on the first rank on which anything did, and on which; "" where nothing did.
+
+    Every rank must call it: so they go on, or give up, together.
+    """
+    problems = [""] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {rank}: {each}" for rank, each in enumerate(problems) if each), "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -249,3 +250,32 @@ class DistillConfig(Config):
         if self.cache is not None and set(self.lessons.named) <= {"attention", "hidden", "ranking"}:
             raise ValueError("cache: it holds embeddings, and no lesson reads them; leave cache out, or name features")
         return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What batches are made of and what is learnt of them; plain data, so that it travels to other machines."""
+
+    key: str  # of the recipe's section, for errors
+    name: str = ""  # before its metrics; none where it is the only one
+    weight: float = 1.0  # its share of the steps, beside the others'
+    dataset: str | None = None  # URI; None: the stage's own
+    loader: LoaderConfig
+    objectives: ObjectivesConfig
+
+
+def tasks_of(key: str, section: PretrainConfig | DistillConfig) -> tuple[Task, ...]:
+    """The tasks of a section, whose key is the recipe's."""
+    if isinstance(section, DistillConfig) or not section.tasks:
+        return (Task(key=key, loader=section.loader, objectives=section.objectives),)
+    return tuple(
+        Task(
+            key=f"{key}.tasks.{number}",
+            name=each.name,
+            weight=each.weight,
+            dataset=each.dataset,
+            loader=each.loader,
+            objectives=each.objectives,
+        )
+        for number, each in enumerate(section.tasks)
+    )

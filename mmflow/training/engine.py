@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +14,22 @@ from torch import Tensor, nn
 
 from mmflow.core.allocator import keep_freed_memory
 from mmflow.core.errors import RecipeError
+from mmflow.learning.learner import Parts
+from mmflow.learning.micro_batches import MicroBatch
+from mmflow.loading.batches import Batch
 from mmflow.models.learning_rates import learning_rate_factors
 from mmflow.models.model import Model
-from mmflow.training.averages import keep_average, whole_average
+from mmflow.models.scale import Scale
 from mmflow.training.config import OptimizerConfig
-from mmflow.training.fragments import fragments_of, places_of
-from mmflow.training.optimizers import MUON, WholeParameterOptimizer, build_optimizer
-from mmflow.training.schedules import learning_rate_schedule
+from mmflow.training.optimizers import (
+    MUON,
+    WholeParameterOptimizer,
+    build_optimizer,
+    keep_average,
+    learning_rate_schedule,
+    whole_average,
+)
+from mmflow.training.zero import fragments_of, places_of
 
 
 def prepare_deepspeed() -> None:
@@ -205,3 +216,169 @@ def whole_state(module: nn.Module, averaged_by: Any = None) -> dict[str, Tensor]
             if name in persistent:
                 state[name] = buffer.cpu().clone()
     return state
+
+
+def gradients_are_finite(engine: Any) -> bool:
+    """Whether those of the backward pass are, on every rank. Between backward and step; collective."""
+    if engine.zero_optimization_stage() == 0:  # each rank has all of them, reduced
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        return bool(torch.stack([each.isfinite().all() for each in gradients]).all())
+    engine.optimizer.check_overflow()
+    return not engine.optimizer.overflow
+
+
+def take_step(engine: Any) -> None:
+    """Take the step that a backward pass prepared. One that DeepSpeed drops, because its gradients do not fit the loss
+    scale of fp16, counts in the schedule too: DeepSpeed would end a training before its rate has come down."""
+    engine.step()
+    if getattr(engine.optimizer, "overflow", False):
+        engine.lr_scheduler.step()
+
+
+def leave_out(engine: Any) -> None:
+    """End a step whose gradients `gradients_are_finite` refused: it changes no weight, and counts."""
+    if engine.zero_optimization_stage() == 0:
+        engine.zero_grad()
+        pass_over(engine)
+        return
+    engine.step()  # DeepSpeed drops the gradients that it was told overflow
+    engine.optimizer.overflow = False
+    engine.lr_scheduler.step()
+
+
+def pass_over(engine: Any) -> None:
+    """Count a step without a batch: the schedule goes by the steps of the plan, not by those that were taken."""
+    engine.global_steps += 1
+    engine.global_samples += engine.train_batch_size()
+    engine.micro_steps += engine.gradient_accumulation_steps()
+    engine.skipped_steps += 1
+    engine.lr_scheduler.step()
+
+
+class Buffers:
+    """A model's running statistics before a step: a batch that is left out must not stay in them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    @torch.no_grad()
+    def bring_back(self) -> None:
+        """Undo what the step's forward pass did to them."""
+        for buffer, before in self._kept:
+            buffer.copy_(before)
+
+
+@torch.no_grad()
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether every rank's weights and buffers are; ZeRO 3 leaves a rank its own part of a weight, in `ds_tensor`."""
+    held = [_held(parameter) for parameter in module.parameters()]
+    held += list(module.buffers())
+    finite = torch.stack([each.isfinite().all() for each in held]).all().to(torch.uint8)
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def _held(parameter: Any) -> Tensor:
+    """What this rank holds of a weight, without what pads the last ranks' parts: whatever memory held before."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter  # type: ignore[no-any-return]
+    part: Tensor = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
+
+
+def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
+    """Forward and backward of this rank's part of a batch; the loss, () without a graph, and its parts by name.
+
+    What is left is `engine.step()`, once. Collective.
+    """
+    num_micro_batches = engine.gradient_accumulation_steps()
+    if num_micro_batches == 1:
+        loss, parts = engine(batch, step)
+        engine.backward(loss)
+        return loss.detach(), parts
+    return _in_micro_batches(engine, batch, step, num_micro_batches)
+
+
+def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: int) -> tuple[Tensor, Parts]:
+    learner, size = engine.module.of(batch), engine.train_micro_batch_size_per_gpu()
+    cuts = [slice(start, min(start + size, len(batch.real))) for start in range(0, len(batch.real), size)]
+    rows = learner.rows(batch)
+    places = learner.places(batch, step, rows, cuts)
+    pieces = [
+        (rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, slopes={})) for cut in cuts
+    ]
+    loss, parts = torch.zeros((), device=batch.real.device), Parts()
+    states: list[dict[str, Tensor]] = []
+    if learner.compares:
+        embedded = []
+        buffers = Buffers(learner)
+        with torch.no_grad():
+            for piece, known in pieces:
+                states.append(random_state(engine.device))
+                embedded.append(engine(piece, step, replace(known, slopes=None))[1])
+        buffers.bring_back()  # a batch counts once in running statistics
+        loss, parts, slopes = learner.compare(batch, step, rows, _together(embedded))
+        pieces = [
+            (piece, replace(known, slopes=_slopes_of(slopes, cut, num_micro_batches)))
+            for (piece, known), cut in zip(pieces, cuts, strict=True)
+        ]
+    for number, (piece, known) in enumerate(pieces):
+        engine.set_gradient_accumulation_boundary(number == num_micro_batches - 1)
+        if states:
+            set_random_state(engine.device, states[number])  # what was dropped must be dropped again
+        part_of_loss, more = engine(piece, step, known)
+        engine.backward(part_of_loss)
+        loss = loss + part_of_loss.detach() / num_micro_batches
+        for name, value in more.items():
+            parts[name] = parts.get(name, 0.0) + value.detach() / num_micro_batches
+    return loss, parts
+
+
+def rows_of(batch: Batch, cut: slice) -> Batch:
+    """Some rows of a batch, as one of their own."""
+    places = None if batch.places is None else batch.places[cut]
+    return replace(batch.map_tensors(lambda each: each[cut]), keys=batch.keys[cut], places=places, skipped=())
+
+
+def _together(embedded: Sequence[Parts]) -> Parts:
+    """Of all micro-batches: their rows in order, and the scale, which is the same for each."""
+    return {
+        name: first if name in Scale._fields else torch.cat([each[name] for each in embedded])
+        for name, first in embedded[0].items()
+    }
+
+
+def _slopes_of(slopes: Parts, cut: slice, num_micro_batches: int) -> Parts:
+    """Those of a micro-batch. DeepSpeed divides the gradient of each by their number; the scale has a part in each."""
+    return {name: slope if name in Scale._fields else slope[cut] * num_micro_batches for name, slope in slopes.items()}
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """By kind of device: on an accelerator dropout draws its own numbers, not the CPU's."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
+    """Go on from a state of a device of the same kind."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@torch.no_grad()
+def average_buffers(module: torch.nn.Module) -> None:
+    """Give every rank the mean of the ranks' running statistics, so that no rank's share of the data is lost.
+
+    Batch statistics drift apart, each rank seeing its own slice; a checkpoint keeps only rank 0's.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

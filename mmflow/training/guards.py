@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import threading
+import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import Any, Literal
 
-import psutil
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from mmflow.core.errors import TrainingError
 from mmflow.training.config import GuardsConfig
@@ -114,105 +114,102 @@ def spike_limit(losses: Sequence[float] | deque[float], deviations: float) -> fl
     return median + deviations * max(MAD_TO_DEVIATION * mad, LEAST_DEVIATION * abs(median))
 
 
-# --- steps that change no weight ------------------------------------------------------------------------------------
+MOST_BEAT_SECONDS = 20.0
+STORE_SECONDS = 5.0
+MISSED_BEATS = 3  # after which a rank is taken for dead or frozen
 
 
-def gradients_are_finite(engine: Any) -> bool:
-    """Whether those of the backward pass are, on every rank. Between backward and step; collective."""
-    if engine.zero_optimization_stage() == 0:  # each rank has all of them, reduced
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        return bool(torch.stack([each.isfinite().all() for each in gradients]).all())
-    engine.optimizer.check_overflow()
-    return not engine.optimizer.overflow
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said."""
+
+    step: int
+    doing: str
+    since: float  # UNIX time at which it began to
+    said: float  # UNIX time
 
 
-def take_step(engine: Any) -> None:
-    """Take the step that a backward pass prepared. One that DeepSpeed drops, because its gradients do not fit the loss
-    scale of fp16, counts in the schedule too: DeepSpeed would end a training before its rate has come down."""
-    engine.step()
-    if getattr(engine.optimizer, "overflow", False):
-        engine.lr_scheduler.step()
+class Pulse:
+    """Says from a thread where this rank is, and on rank 0 calls `tell` once when the run stands still for half of
+    `hung_after` seconds: the time-out that follows ends the process, on an accelerator without a word."""
+
+    def __init__(self, hung_after: float, tell: Callable[[int, str], None]) -> None:
+        self._hung_after, self._tell = hung_after, tell
+        self._every = min(MOST_BEAT_SECONDS, hung_after / 10)
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._store = dist.distributed_c10d._get_default_store()
+        self._here = (0, "starting", time.time())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+
+    @property
+    def step(self) -> int:
+        """The step that this rank is at."""
+        return self._here[0]
+
+    def at(self, step: int, doing: str) -> None:
+        """This rank begins to do something of a step."""
+        self._here = (step, doing, time.time())
+
+    def __enter__(self) -> Pulse:
+        self._say()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(STORE_SECONDS)  # a store whose rank 0 is gone may keep it for half an hour
+
+    def missing(self) -> str:
+        """Whom the others wait for, in words."""
+        beats = {}
+        for rank in range(self._world_size):
+            if rank == self._rank:
+                beats[rank] = Beat(*self._here, time.time())
+                continue
+            try:
+                if self._store.check([_key(rank)]):
+                    beats[rank] = Beat(**json.loads(self._store.get(_key(rank))))
+            except RuntimeError:  # rank 0 holds the store
+                return "rank 0 is gone"
+        return laggards(beats, self._world_size, now=time.time(), dead_after=MISSED_BEATS * self._every)
+
+    def _beat(self) -> None:
+        told = 0.0
+        while not self._ended.wait(self._every):
+            try:
+                self._say()
+            except RuntimeError:  # the store went with rank 0, and the run with it
+                return
+            since = self._here[2]
+            if self._rank == 0 and since > told and time.time() - since > self._hung_after / 2:
+                told = since
+                self._tell(self.step, self.missing())
+
+    def _say(self) -> None:
+        self._store.set(_key(self._rank), json.dumps(asdict(Beat(*self._here, time.time()))))
 
 
-def leave_out(engine: Any) -> None:
-    """End a step whose gradients `gradients_are_finite` refused: it changes no weight, and counts."""
-    if engine.zero_optimization_stage() == 0:
-        engine.zero_grad()
-        pass_over(engine)
-        return
-    engine.step()  # DeepSpeed drops the gradients that it was told overflow
-    engine.optimizer.overflow = False
-    engine.lr_scheduler.step()
+def _key(rank: int) -> str:
+    return f"mmflow/pulse/{rank}"
 
 
-def pass_over(engine: Any) -> None:
-    """Count a step without a batch: the schedule goes by the steps of the plan, not by those that were taken."""
-    engine.global_steps += 1
-    engine.global_samples += engine.train_batch_size()
-    engine.micro_steps += engine.gradient_accumulation_steps()
-    engine.skipped_steps += 1
-    engine.lr_scheduler.step()
-
-
-class Buffers:
-    """A model's running statistics before a step: a batch that is left out must not stay in them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-
-    @torch.no_grad()
-    def bring_back(self) -> None:
-        """Undo what the step's forward pass did to them."""
-        for buffer, before in self._kept:
-            buffer.copy_(before)
-
-
-@torch.no_grad()
-def weights_are_finite(module: nn.Module) -> bool:
-    """Whether every rank's weights and buffers are; ZeRO 3 leaves a rank its own part of a weight, in `ds_tensor`."""
-    held = [_held(parameter) for parameter in module.parameters()]
-    held += list(module.buffers())
-    finite = torch.stack([each.isfinite().all() for each in held]).all().to(torch.uint8)
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
-
-
-def _held(parameter: Any) -> Tensor:
-    """What this rank holds of a weight, without what pads the last ranks' parts: whatever memory held before."""
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter  # type: ignore[no-any-return]
-    part: Tensor = parameter.ds_tensor
-    return part[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def free_memory_share(device: torch.device) -> float:
-    """How much of its memory a rank may still take: of the machine, of the container, of its accelerator, the least."""
-    machine = psutil.virtual_memory()
-    shares = [machine.available / machine.total]
-    limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
-    if limit and used is not None:
-        shares.append(1 - (used - _reclaimable()) / limit)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        shares.append(1 - torch.cuda.max_memory_allocated(device) / total)
-    return min(shares)
-
-
-def _cgroup(name: str) -> int | None:
-    try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _reclaimable() -> int:
-    """Bytes of files that the kernel gives back when asked."""
-    try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+def laggards(beats: Mapping[int, Beat], world_size: int, *, now: float, dead_after: float) -> str:
+    """The ranks that are silent, or else those that are furthest behind, and what they do there."""
+    silent = [rank for rank in range(world_size) if rank not in beats or now - beats[rank].said > dead_after]
+    if silent:
+        return "; ".join(
+            f"rank {rank} has not been heard of for {now - beats[rank].said:.0f} s, since step {beats[rank].step}"
+            if rank in beats
+            else f"rank {rank} was never heard of"
+            for rank in silent
+        )
+    order = ("starting", "loading", "computing", "validating", "saving")
+    behind = min((beat.step, order.index(beat.doing)) for beat in beats.values())
+    return "; ".join(
+        f"rank {rank} stands at step {beat.step}, {beat.doing}, for {now - beat.since:.0f} s"
+        for rank, beat in sorted(beats.items())
+        if (beat.step, order.index(beat.doing)) == behind
+    )

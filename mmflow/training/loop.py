@@ -1,44 +1,86 @@
-"""The training loop: batches in, steps out. It knows DeepSpeed's engine and nothing of Ray, MLflow or Dagster."""
+"""When a checkpoint is written: every so many steps, every so many minutes, and before a node is taken away.
+
+The clock and the question of a node are rank 0's, and all ranks hear of them with the numbers of a journal's line: an
+exchange of their own would cost every step.
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from torch import Tensor
 
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
-from mmflow.training.descent import descend
-from mmflow.training.due import BEST, PREEMPTION, Due
-from mmflow.training.engine import forget_gradients
-from mmflow.training.guards import (
+from mmflow.training.engine import (
     Buffers,
-    Guards,
-    Trouble,
-    free_memory_share,
+    descend,
+    forget_gradients,
     gradients_are_finite,
     leave_out,
     pass_over,
     take_step,
     weights_are_finite,
 )
-from mmflow.training.hardware import hardware_metrics, training_flops
-from mmflow.training.telemetry import Journal
+from mmflow.training.guards import Guards, Trouble
+from mmflow.training.journal import Journal
+from mmflow.training.metrics import Interval, Seen, free_memory_share, hardware_metrics, training_flops
 from mmflow.training.validation import Validation
+
+PREEMPTION = "preemption"
+BEST = "best"  # a validation's word, not the clock's
+ASK_EVERY_SECONDS = 5.0  # as often as Ray itself looks which nodes are to go
+
+
+class Due:
+    """Decides together on all ranks. `preempted` says whether a node that this run is on is to go; collective."""
+
+    def __init__(
+        self, *, every_steps: int, every_minutes: float | None, preempted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._every_steps, self._every_minutes = every_steps, every_minutes
+        self._preempted, self._is_saved = preempted, False
+        self._last_saved = self._last_asked = time.monotonic()
+
+    def is_regular(self, step: int) -> bool:
+        """Whether the steps' number alone asks for one."""
+        return step % self._every_steps == 0
+
+    def signals(self) -> dict[str, float]:
+        """What rank 0 says to all: 1 for yes."""
+        now = time.monotonic()
+        minutes = (now - self._last_saved) / 60
+        return {
+            "old": float(self._every_minutes is not None and minutes >= self._every_minutes),
+            "ask": float(now - self._last_asked >= ASK_EVERY_SECONDS),
+        }
+
+    def reason(self, step: int, signals: Mapping[str, float]) -> str | None:
+        """Why one is due now, if one is. All ranks call it with what rank 0 said."""
+        preempted = False
+        if signals["ask"]:
+            self._last_asked = time.monotonic()
+            # Once: the node may stay for minutes, and each checkpoint would delay the last.
+            preempted = self._preempted() and not self._is_saved
+            self._is_saved |= preempted
+        if preempted:
+            reason = PREEMPTION
+        elif self.is_regular(step):
+            reason = "steps"
+        elif signals["old"]:
+            reason = "minutes"
+        else:
+            return None
+        self._last_saved = time.monotonic()
+        return reason
+
 
 Save = Callable[[int, LoaderState, Mapping[str, float], str], bool]
 """Of a step, its state and metrics, and why; whether there was room."""
 ShardName = Callable[[int, int], str]  # (dataset, shard) → its name
-Seen = tuple[LoaderState, tuple[str, ...], NDArray[np.int64] | None, Tensor]
-"""Where a batch began; this rank's keys, their places, and which rows are real."""
 
 
 def train(
@@ -75,7 +117,7 @@ def train(
     step = first_step
     if validation and step and validation.is_due(step) and validation.examined < step:
         validation.look(engine, step, journal)  # which a machine that had to go left out
-    interval = _Interval(tasks, flops)
+    interval = Interval(tasks, flops)
     while step < total_steps and not (validation and validation.best.ended):
         step += 1
         at(step, "loading")
@@ -138,7 +180,7 @@ def train(
             # steps out mends none of it.
             spoilt = Trouble("spoilt", (step,), "a weight is not finite, so none is saved")
             _meet(spoilt, step, interval, guards, journal, shard_name)
-        interval = _Interval(tasks, flops)
+        interval = Interval(tasks, flops)
         if reason:
             at(step, "saving")
             if save(step, state, metrics, reason) and journal:
@@ -148,7 +190,7 @@ def train(
     return step
 
 
-def _step(engine: Any, batch: Batch, step: int, interval: _Interval, *, watched: bool) -> bool:
+def _step(engine: Any, batch: Batch, step: int, interval: Interval, *, watched: bool) -> bool:
     """Take a step; False where it was left out, because it was watched and its gradients are not finite."""
     buffers = Buffers(engine.module) if watched else None
     if interval.names:
@@ -164,7 +206,7 @@ def _step(engine: Any, batch: Batch, step: int, interval: _Interval, *, watched:
 
 
 def _meet(
-    trouble: Trouble, step: int, interval: _Interval, guards: Guards, journal: Journal | None, shard_name: ShardName
+    trouble: Trouble, step: int, interval: Interval, guards: Guards, journal: Journal | None, shard_name: ShardName
 ) -> None:
     """Write down a trouble and the samples that it began with, and do what the guards say. Collective."""
     first = interval.batches[trouble.steps[0]]
@@ -192,72 +234,3 @@ def _samples(shard_name: ShardName, batch: Seen) -> dict[str, list[str]]:
     for dataset, shard, key in (row for rows in of_ranks for row in rows):
         samples.setdefault(shard_name(dataset, shard), []).append(key)
     return samples
-
-
-class _Interval:
-    """Sums over the steps between two lines of the journal; exchanged between ranks once, at its end."""
-
-    def __init__(self, names: Sequence[str], flops: Mapping[int, float]) -> None:
-        self.names = names  # of the tasks, where there are several
-        self.flops = flops  # of a sample, by task
-        self.began = time.perf_counter()
-        self.waited = 0.0
-        self.batches: dict[int, Seen] = {}
-        self.losses: dict[int, Tensor] = {}
-        self.tasks: dict[int, int] = {}
-        self.sums: dict[str, Tensor] = {}
-        self.steps: Counter[str] = Counter()  # that each of the sums is of
-
-    def add(self, step: int, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
-        tokens = (batch.token_mask * batch.real[:, None]).sum()  # indexing by a mask would wait for the device
-        samples = batch.real.sum()
-        counts = {
-            "samples": samples,
-            "tflops": samples * (self.flops[batch.task] / 1e12),
-            "tokens": tokens,
-            "slots": torch.tensor(batch.token_mask.numel()),
-            "skipped": torch.tensor(len(batch.skipped)),
-        }
-        self.losses[step] = loss.detach().double().reshape(())
-        self.tasks[step] = batch.task
-        if self.names:
-            parts = {f"{self.names[batch.task]}/{name}": value for name, value in {"loss": loss, **parts}.items()}
-        for name, value in {**parts, **counts}.items():
-            value = value.detach().double().reshape(())
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.steps[name] += 1
-
-    def close(
-        self, device: torch.device, signals: Mapping[str, float]
-    ) -> tuple[dict[str, float], dict[int, float], dict[str, float]]:
-        """Means over steps and ranks, none where no step was taken; each step's loss; the signals' sums over ranks,
-        of which rank 0 alone speaks for the clock."""
-        seconds = time.perf_counter() - self.began
-        said = [value if dist.get_rank() == 0 or name == "low_memory" else 0.0 for name, value in signals.items()]
-        tensors = [*self.losses.values(), *self.sums.values()]
-        sums = torch.stack([value.to(device) for value in tensors] + list(torch.tensor(said, device=device).double()))
-        dist.all_reduce(sums)
-        num_ranks, values = dist.get_world_size(), sums.tolist()
-        losses = dict(zip(self.losses, (value / num_ranks for value in values), strict=False))
-        heard = dict(zip(signals, values[len(tensors) :], strict=True))
-        if not losses:
-            return {}, {}, heard
-        totals = dict(zip(self.sums, values[len(losses) : len(tensors)], strict=True))
-        names = ("samples", "tflops", "tokens", "slots", "skipped")
-        samples, tflops, tokens, slots, skipped = (totals.pop(name) for name in names)
-        metrics = {"loss": sum(losses.values()) / len(losses)}
-        metrics |= {name: value / self.steps[name] / num_ranks for name, value in totals.items()}
-        return (
-            metrics
-            | {
-                "samples_per_second": samples / seconds,
-                "tokens_per_second": tokens / seconds,
-                "model_tflops_per_second": tflops / seconds,
-                "padding_waste": 1 - tokens / slots,
-                "skipped_samples": skipped,
-                "loader_stall": self.waited / seconds,
-                "step_seconds": seconds / len(losses),
-            },
-            losses,
-            heard,
-        )

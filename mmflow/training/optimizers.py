@@ -9,6 +9,7 @@ ZeRO 3 makes one of every micro-batch, and compiles itself on a CPU; its LAMB ta
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from mmflow.training.config import OptimizerConfig
-from mmflow.training.fragments import Fragment
+from mmflow.training.zero import Fragment
 
 EPS = 1e-8
 MUON = "muon"  # key of a parameter group
@@ -166,3 +167,103 @@ def _adamw_step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], grou
         eps=EPS,
         maximize=False,
     )
+
+
+DECAY_SHARE = 0.2  # of all steps; from a tenth to a fifth matches a cosine (arXiv 2405.18392, section 4)
+
+
+def learning_rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Step → factor of the peak learning rate."""
+    warmup = min(optimizer.warmup_steps, total_steps - 1)
+    floor = optimizer.final_learning_rate / optimizer.learning_rate
+    begin = warmup
+    if optimizer.schedule == "wsd":
+        begin = max(warmup, total_steps - round((optimizer.decay_share or DECAY_SHARE) * total_steps))
+    fall = FALLS[optimizer.schedule]
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if step < begin:
+            return 1.0
+        return floor + (1 - floor) * fall(min(1.0, (step - begin) / max(1, total_steps - begin)))
+
+    return factor
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _linear(progress: float) -> float:
+    return 1 - progress
+
+
+def _one_less_root(progress: float) -> float:
+    """Better than a straight line after a stable stretch (arXiv 2405.18392, section 4)."""
+    return 1 - math.sqrt(progress)
+
+
+FALLS = {"cosine": _cosine, "linear": _linear, "wsd": _one_less_root}
+"""Share of the fall's time, from 0 to 1 → share of the peak that is left."""
+AVERAGE = "average"
+STEPS = "average_steps"
+
+
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Have every step move the averages by 1 − decay of the way to the weights, further in the first steps."""
+
+    @torch.no_grad()
+    def follow(optimizer: torch.optim.Optimizer, arguments: Any, named: Any) -> None:
+        for group in optimizer.param_groups:
+            for weights in group["params"]:
+                state = optimizer.state[weights]
+                if not state:  # no gradient has come to it yet
+                    continue
+                if AVERAGE not in state:
+                    state |= {AVERAGE: weights.detach().clone(), STEPS: torch.tensor(0.0)}
+                steps = float(state[STEPS])
+                state[AVERAGE].lerp_(weights, 1 - min(decay, (1 + steps) / (10 + steps)))
+                state[STEPS] += 1
+
+    optimizer.register_step_post_hook(follow)
+
+
+def whole_average(engine: Any, parameter: Tensor, places: Mapping[Tensor, tuple[Tensor, Fragment]]) -> Tensor | None:
+    """A parameter's average in full; None for one that is not trained. `places` as `places_of` has them. Collective.
+
+    Not by DeepSpeed's `safe_get_full_optimizer_state`, which below ZeRO 3 knows the states of the first parameter group
+    alone.
+    """
+    if parameter not in places:
+        average: Tensor | None = engine.basic_optimizer.state.get(parameter, {}).get(AVERAGE)
+        return average
+    flat, fragment = places[parameter]
+    # Before the first step that was not left out, the average is the weights.
+    return fragment.whole(engine.basic_optimizer.state[flat].get(AVERAGE, flat), engine.device)
+
+
+@contextlib.contextmanager
+def averages_in_place(engine: Any) -> Iterator[None]:
+    """Have the weights be their averages within the block: the two change places, and are bit-equal afterwards.
+    Collective; after an error within the block the engine is of no more use."""
+    _change_places(engine)
+    yield
+    _change_places(engine)
+
+
+@torch.no_grad()
+def _change_places(engine: Any) -> None:
+    for weights, state in engine.basic_optimizer.state.items():
+        if AVERAGE in state:
+            kept = weights.detach().clone()
+            weights.data.copy_(state[AVERAGE])
+            state[AVERAGE].copy_(kept)
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        zero.checkpoint_event_prologue()  # leaves each rank its part of the parameters that ZeRO keeps whole
+        for number in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero.checkpoint_event_epilogue()
+    elif stage > 0:
+        zero.update_lp_params()

@@ -21,21 +21,15 @@ from mmflow.models.encoders import parameter_count
 from mmflow.models.lora import adapter_count, merged
 from mmflow.models.marks import with_marks
 from mmflow.models.package import portable, write_package
-from mmflow.training.building import Built, Learning, build, model_of
 from mmflow.training.checkpoints import Checkpoints
-from mmflow.training.collectives import average_buffers
 from mmflow.training.config import TrainingConfig
-from mmflow.training.due import PREEMPTION, Due
-from mmflow.training.engine import prepare_deepspeed, whole_state
-from mmflow.training.guards import Guards, Rewind, Trouble
-from mmflow.training.hardware import peak_flops
-from mmflow.training.job import TrainingJob, total_steps
-from mmflow.training.journal_store import appended
-from mmflow.training.loop import train
-from mmflow.training.pulse import Pulse
-from mmflow.training.sources import open_source, open_validation
+from mmflow.training.engine import average_buffers, prepare_deepspeed, whole_state
+from mmflow.training.guards import Guards, Pulse, Rewind, Trouble
+from mmflow.training.job import Built, Learning, TrainingJob, build, model_of, open_source, open_validation, total_steps
+from mmflow.training.journal import Journal, appended
+from mmflow.training.loop import PREEMPTION, Due, train
+from mmflow.training.metrics import peak_flops
 from mmflow.training.store import Saved
-from mmflow.training.telemetry import Journal
 
 GUARDS = "guards.json"  # beside the checkpoints
 

@@ -14,13 +14,12 @@ from torch import Tensor
 from mmflow.learning.config import MatchingConfig, ObjectivesConfig
 from mmflow.learning.learner import ALONE, Learner, Ranks
 from mmflow.learning.outputs import MaskingTokens
+from mmflow.learning.rows import gather_rows, pass_on
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.training.collectives import gather_rows, pass_on
-from mmflow.training.descent import descend, rows_of
-from mmflow.training.engine import engine_settings, prepare_deepspeed, whole_state
+from mmflow.training.engine import descend, engine_settings, prepare_deepspeed, rows_of, whole_state
 
 TOLERANCE = 1e-4  # of the largest gradient; a factor or a row that is missing is an error of a tenth and more
 RATE = 1024.0  # of plain gradient descent: a weight moves far enough for its gradient to be read off to six digits

@@ -18,8 +18,7 @@ from mmflow.loading.tokens import Texts, Vocabulary, learn_vocabulary, load_toke
 from mmflow.models.checkpoints import IN_PACKAGE, checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.models.package import read_package, read_vocabulary
-from mmflow.training.config import DistillConfig, PretrainConfig, ValidationConfig
-from mmflow.training.tasks import Task, tasks_of
+from mmflow.training.config import DistillConfig, PretrainConfig, Task, ValidationConfig, tasks_of
 
 Section = PretrainConfig | DistillConfig
 # How batches are prepared, by how many workers, in what memory, and when a run stops: a remedy that an error names must

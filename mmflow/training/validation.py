@@ -1,12 +1,9 @@
-"""A look at held-out samples in the midst of a training: losses and retrieval, the same whatever the number of ranks.
-
-The weights are those that would be packaged: their running averages where the recipe keeps them (`ema_decay`). Nothing
-of it stays: weights, random states and running statistics are put back, and the loaders are not the training's.
-"""
+"""The best that a validated metric has been, and when there is no more waiting for better."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,19 +16,65 @@ from torch import Tensor
 
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.retrieval import BLOCK, Found, ranks_of_right, retrieval_metrics
+from mmflow.learning.rows import gather_rows
 from mmflow.loading.batches import Batch
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.plan import num_steps
-from mmflow.training.averages import averages_in_place
-from mmflow.training.best import Best
-from mmflow.training.collectives import average_buffers, gather_rows
 from mmflow.training.config import VALIDATION, ValidationConfig
-from mmflow.training.guards import Buffers
-from mmflow.training.hardware import as_written
-from mmflow.training.random_state import random_state, set_random_state
-from mmflow.training.telemetry import Journal
+from mmflow.training.engine import Buffers, average_buffers, random_state, set_random_state
+from mmflow.training.journal import Journal
+from mmflow.training.metrics import as_written
+from mmflow.training.optimizers import averages_in_place
 
-# Shapes: B rows of this rank, N samples of all ranks, Q queries, E the width of the shared space.
+
+class Best:
+    """Of one training, the same on every rank. A value is better by `least_gain` or not at all: small gains in a row
+    count once they add up to it."""
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        highest: bool,
+        least_gain: float = 0.0,
+        patience: int | None = None,
+    ) -> None:
+        self._metric, self._sign = metric, 1.0 if highest else -1.0
+        self._least_gain, self._patience = least_gain, patience
+        self._value: float | None = None
+        self._step = 0
+        self._since = 0  # validations
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a validation is the best so far. One without the metric counts for nothing."""
+        if self._metric not in metrics:
+            return False
+        value = metrics[self._metric]
+        gain = math.inf if self._value is None else self._sign * (value - self._value)
+        if math.isfinite(value) and gain > 0 and gain >= self._least_gain:
+            self._value, self._step, self._since = value, step, 0
+            return True
+        self._since += 1
+        return False
+
+    @property
+    def ended(self) -> str | None:
+        """Why the training ends, in words; None where it goes on."""
+        if self._patience is None or self._since < self._patience:
+            return None
+        by = f" by {self._least_gain:g}" if self._least_gain else ""
+        than = "" if self._value is None else f" than {self._value:.6g} at step {self._step}"
+        return f"no better {self._metric}{than}{by} in {self._since} validations"
+
+    def state(self) -> dict[str, Any]:
+        """What a restart must know of it, as JSON."""
+        return {"metric": self._metric, "value": self._value, "step": self._step, "since": self._since}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state; from none where it is of another metric."""
+        if state.get("metric") == self._metric:
+            self._value, self._step, self._since = state["value"], state["step"], state["since"]
+
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 RECALL_AT = (1, 5)

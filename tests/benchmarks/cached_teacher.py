@@ -52,7 +52,7 @@ def prepare(samples: int) -> dict[str, Any]:
     from mmflow.models.encoders import parameter_count
     from mmflow.models.model import build
     from mmflow.models.package import CARD, write_package
-    from mmflow.training.teachers import TeacherPackage
+    from mmflow.training.job import TeacherPackage
     from tests.dataset.handmade import Handmade, write_dataset
 
     directory = SCRATCH / f"cached-teacher-{samples}-{TEACHER}"
@@ -109,8 +109,8 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
     from mmflow.loading.opening import open_loader
     from mmflow.models.model import build
     from mmflow.training.config import OptimizerConfig
+    from mmflow.training.job import TeacherPackage, open_teachers
     from mmflow.training.optimizers import build_optimizer
-    from mmflow.training.teachers import TeacherPackage, open_teachers
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)

@@ -56,11 +56,10 @@ def ours() -> float:
 
     from mmflow.loading.plan import LoaderState
     from mmflow.training.config import GuardsConfig, TrainingConfig
-    from mmflow.training.due import Due
     from mmflow.training.engine import build_engine, prepare_deepspeed
     from mmflow.training.guards import Guards
-    from mmflow.training.loop import train
-    from mmflow.training.telemetry import Journal
+    from mmflow.training.journal import Journal
+    from mmflow.training.loop import Due, train
 
     prepare_deepspeed()
     os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists

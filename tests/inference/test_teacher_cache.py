@@ -32,7 +32,7 @@ from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
 from mmflow.models.package import Package, load_package, write_package
-from mmflow.training.teachers import TeacherPackage, open_teachers, views_of_teacher
+from mmflow.training.job import TeacherPackage, open_teachers, views_of_teacher
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.learning.teaching import attending
 

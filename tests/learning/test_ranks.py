@@ -16,8 +16,7 @@ from torch import Tensor
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.objectives import tiled
 from mmflow.learning.objectives.table import OBJECTIVES, total
-from mmflow.learning.rows import global_rows
-from mmflow.training.collectives import gather_rows, pass_on
+from mmflow.learning.rows import gather_rows, global_rows, pass_on
 from tests.learning.tiny import TinyModel, batch, gradients, outputs_of, rows_of
 
 ROWS = 12

@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from mmflow.learning.learner import ALONE, Ranks
+from mmflow.learning.rows import gather_rows, pass_on
 from mmflow.learning.student import Student, Teacher
-from mmflow.training.collectives import gather_rows, pass_on
 from tests.learning.teaching import FUSED, attending, batch, loaded, student_of
 from tests.learning.test_student import EVERYTHING
 

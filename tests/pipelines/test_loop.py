@@ -25,7 +25,7 @@ from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry.tracking import tracking_uri
 from mmflow.registry.versions import champion, list_versions
 from mmflow.stages.loop import Loop
-from mmflow.training.telemetry import curves, read_journal
+from mmflow.training.journal import curves, read_journal
 from pipelines.run import run_pipeline
 from tests.object_store import CREDENTIALS, object_store
 from tests.tiny import tiny_fields, write_recipe, write_shapes

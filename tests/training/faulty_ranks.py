@@ -28,13 +28,12 @@ from mmflow.learning.learner import Learner, Parts
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import ModelConfig
-from mmflow.training import building
+from mmflow.training import job as training_job
 from mmflow.training import rank as training_rank
-from mmflow.training.config import TrainingConfig
+from mmflow.training.config import Task, TrainingConfig
 from mmflow.training.job import TrainingJob
 from mmflow.training.rank import run_rank
 from mmflow.training.store import saved_checkpoints
-from mmflow.training.tasks import Task
 from tests.tiny import SMALLEST_MODEL
 
 BATCH, EPOCHS, EVERY = 5, 2, 4  # a batch that neither two nor three ranks divide
@@ -228,7 +227,7 @@ def main() -> None:
     plans: list[Mapping[str, Any]] = json.loads(sys.argv[4])
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
-    building.Learner = Poisoned
+    training_job.Learner = Poisoned
     from mmflow.training.engine import prepare_deepspeed
 
     prepare_deepspeed()

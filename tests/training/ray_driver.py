@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmflow.registry.tracking import TrainingRun, mirror
-from mmflow.training import due, workers
+from mmflow.training import loop, workers
 from mmflow.training.job import TrainingJob
 from tests.training import faulty_ranks
 from tests.training.faulty_ranks import Training, job_of
@@ -25,7 +25,7 @@ def meeting_faults(plan: Training, directory: Path) -> Callable[[dict[str, Train
     """What each worker runs in place of the training alone."""
 
     def run_worker(config: dict[str, TrainingJob]) -> None:
-        due.ASK_EVERY_SECONDS = 0.0  # at each line of the journal
+        loop.ASK_EVERY_SECONDS = 0.0  # at each line of the journal
         faulty_ranks.run(plan, directory, workers._preempted)
 
     return run_worker

@@ -21,15 +21,14 @@ from mmflow.learning.learner import Learner, Ranks
 from mmflow.learning.micro_batches import MicroBatch
 from mmflow.learning.objectives.table import total
 from mmflow.learning.outputs import MaskingTokens
+from mmflow.learning.rows import gather_rows, pass_on
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training import selfcheck
-from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.config import OptimizerConfig
-from mmflow.training.descent import descend, rows_of
-from mmflow.training.engine import build_engine, engine_settings, prepare_deepspeed, whole_state
+from mmflow.training.engine import build_engine, descend, engine_settings, prepare_deepspeed, rows_of, whole_state
 from mmflow.training.selfcheck import compare_gradients, small_check
 
 STAGES = (0, 1, 2, 3)

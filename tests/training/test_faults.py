@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from mmflow.training.journal import read_journal
 from mmflow.training.store import saved_checkpoints
-from mmflow.training.telemetry import read_journal
 from tests.training.faulty_ranks import EPOCHS, VICTIM
 from tests.training.tiny_training import cut, turn
 from tests.training.trainings import (

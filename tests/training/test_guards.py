@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from mmflow.core.errors import TrainingError
-from mmflow.training import guards as guards_module
+from mmflow.training import metrics
 from mmflow.training.config import GuardsConfig
-from mmflow.training.due import Due
-from mmflow.training.guards import Guards, Rewind, Trouble, free_memory_share, spike_limit
-from mmflow.training.pulse import Beat, laggards
+from mmflow.training.guards import Beat, Guards, Rewind, Trouble, laggards, spike_limit
+from mmflow.training.loop import Due
+from mmflow.training.metrics import free_memory_share
 
 
 def falling(num_steps: int, seed: int = 0) -> list[float]:
@@ -109,7 +109,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("mmflow.training.due.time.monotonic", clock)
+    monkeypatch.setattr("mmflow.training.loop.time.monotonic", clock)
     return clock
 
 
@@ -171,9 +171,9 @@ def test_the_least_share_of_memory_counts(tmp_path: Path, monkeypatch: pytest.Mo
         available, total = 60, 100
 
     files: dict[str, int | None] = {"memory.max": None, "memory.current": None}
-    monkeypatch.setattr(guards_module.psutil, "virtual_memory", Machine)
-    monkeypatch.setattr(guards_module, "_cgroup", files.__getitem__)
-    monkeypatch.setattr(guards_module, "_reclaimable", lambda: 100)
+    monkeypatch.setattr(metrics.psutil, "virtual_memory", Machine)
+    monkeypatch.setattr(metrics, "_cgroup", files.__getitem__)
+    monkeypatch.setattr(metrics, "_reclaimable", lambda: 100)
     assert free_memory_share(torch.device("cpu")) == 0.6
     files |= {"memory.max": 1000, "memory.current": 900}
     assert free_memory_share(torch.device("cpu")) == pytest.approx(0.2)

@@ -12,9 +12,8 @@ from pyarrow import fs
 
 from mmflow.core import artifacts
 from mmflow.core.artifacts import write_bytes
-from mmflow.training import journal_store
-from mmflow.training.journal_store import appended, followed, journal_at
-from mmflow.training.telemetry import read_journal
+from mmflow.training import journal
+from mmflow.training.journal import appended, followed, journal_at, read_journal
 
 URI = "s3://bucket/training/journal.jsonl"
 
@@ -38,10 +37,10 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
     store = Store()
-    for module in (artifacts, journal_store):
+    for module in (artifacts, journal):
         monkeypatch.setattr(module, "filesystem", store.filesystem)
-    monkeypatch.setattr(journal_store, "BRING_SECONDS", 0.05)
-    monkeypatch.setattr(journal_store, "LAST_PAUSES", (0.01,))
+    monkeypatch.setattr(journal, "BRING_SECONDS", 0.05)
+    monkeypatch.setattr(journal, "LAST_PAUSES", (0.01,))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     yield store
     store.system.delete_dir_contents("/", accept_root_dir=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmflow.models.scale import MAX_LOGIT_SCALE
-from mmflow.training.telemetry import curves, read_journal
+from mmflow.training.journal import curves, read_journal
 from tests.training.tiny_training import (
     BATCH,
     CHECKPOINT_EVERY,

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmflow.training.averages import AVERAGE, keep_average
 from mmflow.training.config import OptimizerConfig
-from mmflow.training.optimizers import Lamb, Muon, build_optimizer, orthogonal
+from mmflow.training.optimizers import AVERAGE, Lamb, Muon, build_optimizer, keep_average, orthogonal
 
 STEPS, RATE, DECAY, BETAS = 5, 0.02, 0.1, (0.9, 0.98)
 

@@ -20,7 +20,7 @@ import torch
 
 from mmflow.core.artifacts import read_json
 from mmflow.registry.tracking import connect
-from mmflow.training.telemetry import curves, read_journal
+from mmflow.training.journal import curves, read_journal
 from mmflow.training.workers import COLLECTIVE_TIMEOUT, limited_exchanges
 from tests.registry.mlflow_server import free_port, start_server
 from tests.training.faulty_ranks import halted, let_go

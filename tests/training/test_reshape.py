@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.training import reshape
-from mmflow.training.reshape import element_hash
+from mmflow.training import zero
+from mmflow.training.zero import element_hash
 
 
 @given(cuts=st.lists(st.integers(0, 100), max_size=6), seed=st.integers(0, 1000))
@@ -24,7 +24,7 @@ def test_parts_of_a_tensor_hash_to_the_whole(cuts: list[int], seed: int) -> None
 def test_a_large_tensor_is_hashed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(1000)
     whole = element_hash("a", values, 3)
-    monkeypatch.setattr(reshape, "CHUNK", 64)
+    monkeypatch.setattr(zero, "CHUNK", 64)
     assert element_hash("a", values, 3) == whole
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmflow.training.config import OptimizerConfig
-from mmflow.training.schedules import learning_rate_schedule
+from mmflow.training.optimizers import learning_rate_schedule
 
 
 def schedule(total_steps: int, **settings: Any) -> list[float]:

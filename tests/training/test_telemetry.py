@@ -6,7 +6,7 @@ import math
 import time
 from pathlib import Path
 
-from mmflow.training.telemetry import Journal, curves, read_journal, watch
+from mmflow.training.journal import Journal, curves, read_journal, watch
 
 
 def test_lines_are_there_at_once_and_in_order(tmp_path: Path) -> None:

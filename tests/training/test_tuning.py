@@ -18,7 +18,7 @@ from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
 from mmflow.models.package import load_package, read_config, read_package, write_package
-from mmflow.training.telemetry import curves, read_journal
+from mmflow.training.journal import curves, read_journal
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.tuned_ranks import ENGINES, EVERY, JOBS, OBJECTIVES, STOPPED_BEFORE, TURNS, job_of
 

@@ -22,14 +22,13 @@ from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
-from mmflow.training.best import Best
 from mmflow.training.check import check_training
-from mmflow.training.config import PretrainConfig, TrainingConfig
-from mmflow.training.hardware import known_peak
+from mmflow.training.config import PretrainConfig, TrainingConfig, tasks_of
+from mmflow.training.journal import curves, read_journal
+from mmflow.training.metrics import known_peak
 from mmflow.training.stage import check_held_out, identity
 from mmflow.training.store import saved_checkpoints
-from mmflow.training.tasks import tasks_of
-from mmflow.training.telemetry import curves, read_journal
+from mmflow.training.validation import Best
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
 from tests.training.faulty_ranks import BATCH, MODEL, OPTIONS

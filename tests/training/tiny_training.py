@@ -25,11 +25,10 @@ from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.config import CheckpointsConfig, GuardsConfig, OptimizerConfig
-from mmflow.training.due import Due
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards
-from mmflow.training.loop import train
-from mmflow.training.telemetry import Journal
+from mmflow.training.journal import Journal
+from mmflow.training.loop import Due, train
 from tests.tiny import SMALLEST_MODEL
 
 ZERO_STAGES = (0, 1, 2, 3)

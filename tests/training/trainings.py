@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mmflow.dataset.opened import Dataset
-from mmflow.training.telemetry import read_journal
+from mmflow.training.journal import read_journal
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY
 

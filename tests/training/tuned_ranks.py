@@ -20,6 +20,7 @@ from mmflow.core.errors import TrainingError
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner, Ranks
 from mmflow.learning.outputs import MaskingTokens
+from mmflow.learning.rows import gather_rows, pass_on
 from mmflow.learning.tasks import TaskLearner
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
@@ -28,17 +29,14 @@ from mmflow.models.config import LoraConfig, ModelConfig
 from mmflow.models.lora import adapt, merged
 from mmflow.models.model import build
 from mmflow.training import rank as training_rank
-from mmflow.training.collectives import gather_rows, pass_on
-from mmflow.training.config import GuardsConfig, OptimizerConfig, TrainingConfig
-from mmflow.training.due import Due
+from mmflow.training.config import GuardsConfig, OptimizerConfig, Task, TrainingConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
-from mmflow.training.fragments import fragments_of
 from mmflow.training.guards import Guards
 from mmflow.training.job import TrainingJob
-from mmflow.training.loop import train
+from mmflow.training.journal import Journal
+from mmflow.training.loop import Due, train
 from mmflow.training.rank import run_rank
-from mmflow.training.tasks import Task
-from mmflow.training.telemetry import Journal
+from mmflow.training.zero import fragments_of
 
 ROWS, VOCABULARY, CLASSES = 3, 400, 4
 # Just wide enough that ZeRO-3 cuts weights up: it leaves those of up to 100,000 numbers whole.

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner, Ranks
 from mmflow.learning.outputs import MaskingTokens
+from mmflow.learning.rows import gather_rows, pass_on
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.training.collectives import gather_rows, pass_on
 from mmflow.training.config import OptimizerConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed
 from tests.tiny import SMALLEST_MODEL

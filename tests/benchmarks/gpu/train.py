@@ -46,9 +46,8 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def training_steps(size: str, batch: int, compiled: bool) -> dict[str, float | None]:
     """Samples a second of whole steps with a DeepSpeed engine, and the share that they make of the GPU's peak."""
-    from mmflow.training.descent import descend
-    from mmflow.training.engine import compile_parts
-    from mmflow.training.hardware import peak_flops, training_flops
+    from mmflow.training.engine import compile_parts, descend
+    from mmflow.training.metrics import peak_flops, training_flops
 
     learner = _learner(size)
     if compiled:
@@ -71,7 +70,7 @@ def training_steps(size: str, batch: int, compiled: bool) -> dict[str, float | N
 
 def fits(size: str, batch: int, checkpointed: bool) -> bool:
     """Whether two steps of a batch go through; the second has the optimizer's states beside it."""
-    from mmflow.training.descent import descend
+    from mmflow.training.engine import descend
 
     changes = {"activation_checkpointing": True} if checkpointed else {}
     engine = _engine(_learner(size, **changes), batch)

@@ -1,20 +1,101 @@
-"""What a training makes of its hardware: its model's arithmetic beside the peak of the accelerators, and memory."""
+"""The training loop: batches in, steps out. It knows DeepSpeed's engine and nothing of Ray, MLflow or Dagster."""
 
 from __future__ import annotations
 
 import contextlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmflow.loading.batches import Batch
-from mmflow.training.descent import rows_of
+from mmflow.loading.plan import LoaderState
+from mmflow.training.engine import (
+    rows_of,
+)
+
+Seen = tuple[LoaderState, tuple[str, ...], NDArray[np.int64] | None, Tensor]
+"""Where a batch began; this rank's keys, their places, and which rows are real."""
+
+
+class Interval:
+    """Sums over the steps between two lines of the journal; exchanged between ranks once, at its end."""
+
+    def __init__(self, names: Sequence[str], flops: Mapping[int, float]) -> None:
+        self.names = names  # of the tasks, where there are several
+        self.flops = flops  # of a sample, by task
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.batches: dict[int, Seen] = {}
+        self.losses: dict[int, Tensor] = {}
+        self.tasks: dict[int, int] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.steps: Counter[str] = Counter()  # that each of the sums is of
+
+    def add(self, step: int, loss: Tensor, parts: Mapping[str, Tensor], batch: Batch) -> None:
+        tokens = (batch.token_mask * batch.real[:, None]).sum()  # indexing by a mask would wait for the device
+        samples = batch.real.sum()
+        counts = {
+            "samples": samples,
+            "tflops": samples * (self.flops[batch.task] / 1e12),
+            "tokens": tokens,
+            "slots": torch.tensor(batch.token_mask.numel()),
+            "skipped": torch.tensor(len(batch.skipped)),
+        }
+        self.losses[step] = loss.detach().double().reshape(())
+        self.tasks[step] = batch.task
+        if self.names:
+            parts = {f"{self.names[batch.task]}/{name}": value for name, value in {"loss": loss, **parts}.items()}
+        for name, value in {**parts, **counts}.items():
+            value = value.detach().double().reshape(())
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.steps[name] += 1
+
+    def close(
+        self, device: torch.device, signals: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[int, float], dict[str, float]]:
+        """Means over steps and ranks, none where no step was taken; each step's loss; the signals' sums over ranks,
+        of which rank 0 alone speaks for the clock."""
+        seconds = time.perf_counter() - self.began
+        said = [value if dist.get_rank() == 0 or name == "low_memory" else 0.0 for name, value in signals.items()]
+        tensors = [*self.losses.values(), *self.sums.values()]
+        sums = torch.stack([value.to(device) for value in tensors] + list(torch.tensor(said, device=device).double()))
+        dist.all_reduce(sums)
+        num_ranks, values = dist.get_world_size(), sums.tolist()
+        losses = dict(zip(self.losses, (value / num_ranks for value in values), strict=False))
+        heard = dict(zip(signals, values[len(tensors) :], strict=True))
+        if not losses:
+            return {}, {}, heard
+        totals = dict(zip(self.sums, values[len(losses) : len(tensors)], strict=True))
+        names = ("samples", "tflops", "tokens", "slots", "skipped")
+        samples, tflops, tokens, slots, skipped = (totals.pop(name) for name in names)
+        metrics = {"loss": sum(losses.values()) / len(losses)}
+        metrics |= {name: value / self.steps[name] / num_ranks for name, value in totals.items()}
+        return (
+            metrics
+            | {
+                "samples_per_second": samples / seconds,
+                "tokens_per_second": tokens / seconds,
+                "model_tflops_per_second": tflops / seconds,
+                "padding_waste": 1 - tokens / slots,
+                "skipped_samples": skipped,
+                "loader_stall": self.waited / seconds,
+                "step_seconds": seconds / len(losses),
+            },
+            losses,
+            heard,
+        )
+
 
 # Dense TFLOP/s by the words of a device's name, the more particular first: (bf16, fp16, fp32), None where there are no
 # units for it. Of the makers' data sheets (NVIDIA H200, H100, A100, L40S, L4, A10, V100 and T4 Tensor Core GPU; AMD
@@ -123,3 +204,33 @@ def _peak_process_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return int(psutil.Process().memory_info().rss)
+
+
+def free_memory_share(device: torch.device) -> float:
+    """How much of its memory a rank may still take: of the machine, of the container, of its accelerator, the least."""
+    machine = psutil.virtual_memory()
+    shares = [machine.available / machine.total]
+    limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
+    if limit and used is not None:
+        shares.append(1 - (used - _reclaimable()) / limit)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        shares.append(1 - torch.cuda.max_memory_allocated(device) / total)
+    return min(shares)
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _reclaimable() -> int:
+    """Bytes of files that the kernel gives back when asked."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
