@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from mmflow.core.artifacts import local_path
 from mmflow.core.config import Config
 from mmflow.core.errors import MissingArtifactError, RecipeError, named
+from mmflow.core.storage import local_path
 from mmflow.corpora.config import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
 from mmflow.dataset.config import ShardConfig
 from mmflow.evaluation.config import EvaluateConfig

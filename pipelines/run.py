@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from mmflow.core.artifacts import join, local_path
 from mmflow.core.errors import MmflowError
+from mmflow.core.storage import join, local_path
 from mmflow.recipe import Recipe
 
 DAGSTER_YAML = """\

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from mmflow.core.artifacts import filesystem
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
+from mmflow.core.storage import filesystem
 
 Places = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from mmflow.core.artifacts import filesystem, join, publish, read_bytes
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.storage import filesystem, join, publish, read_bytes
 from mmflow.sources.records import CAPTION
 
 PREPARED = "prepared"  # the folder of a dataset under way that holds its pieces

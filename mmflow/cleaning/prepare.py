@@ -22,8 +22,9 @@ import xxhash
 from mmflow.cleaning.captions import caption_hash, clean_captions
 from mmflow.cleaning.config import CaptionConfig
 from mmflow.cleaning.pieces import PIECE, PREPARED, finished_rows, pack_uri, write_piece_table
-from mmflow.core.artifacts import canonical_json, filesystem, join, local_path, publish, read_bytes
+from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import MissingArtifactError, MisuseError
+from mmflow.core.storage import filesystem, join, local_path, publish, read_bytes
 from mmflow.fetch.fetched import FetchedStore
 from mmflow.imaging.config import ImageConfig
 from mmflow.imaging.images import PreparedImage, prepare_images

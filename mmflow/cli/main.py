@@ -147,7 +147,8 @@ def describe(name: str, manifest: Any) -> list[str]:
 
 def _submit(loop: Loop, name: str, address: str) -> None:
     from mmflow.cluster.jobs import submit_stage
-    from mmflow.core.artifacts import MANIFEST, exists, join
+    from mmflow.core.artifacts import MANIFEST
+    from mmflow.core.storage import exists, join
     from mmflow.recipe import dump_recipe
 
     stage = loop.plan(name)
@@ -256,7 +257,7 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
     """Check that the recipe's workers descend the gradient of one process: each objective, on a small model. Exit code
     1 where they do not."""
     from mmflow.cluster.local import ensure_ray
-    from mmflow.core.artifacts import join
+    from mmflow.core.storage import join
     from mmflow.stages.training import started
     from mmflow.training.check import check_training
     from mmflow.training.config import tasks_of

@@ -16,8 +16,8 @@ from typing import IO, Any
 import xxhash
 from pyarrow import fs
 
-from mmflow.core.artifacts import filesystem, local_path
 from mmflow.core.errors import MisuseError
+from mmflow.core.storage import filesystem, local_path
 
 MAGIC = re.compile(r"[*?[]")
 REMOTE_MAGIC = re.compile(r"[*[]")  # there a question mark begins the query

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmflow.core.artifacts import join
 from mmflow.core.progress import Report
+from mmflow.core.storage import join
 from mmflow.corpora.config import (
     CorpusConfig,
     EasyVqaConfig,

@@ -17,21 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from mmflow.core.artifacts import (
-    MANIFEST,
-    Artifact,
-    commit,
-    content_hash,
-    exclusive,
-    exists,
-    filesystem,
-    join,
-    local_path,
-    read_artifact,
-    write_json,
-)
+from mmflow.core.artifacts import MANIFEST, Artifact, commit, content_hash, exclusive, read_artifact
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.core.listing import find
+from mmflow.core.storage import exists, filesystem, join, local_path, write_json
 from mmflow.dataset.bring import bring, on_this_machine
 from mmflow.dataset.index import SCHEMA, ShardCommit, read_column, read_index_and_commit, write_index, write_parquet
 from mmflow.dataset.keys import Repeat, repeated_keys

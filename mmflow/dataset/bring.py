@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mmflow.core.artifacts import COPY_BYTES, filesystem, fsync_directory, local_path, publish
+from mmflow.core.storage import COPY_BYTES, filesystem, fsync_directory, local_path, publish
 
 # What a file system says where it cannot link: another device, no permission, no links at all, too many of them.
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

@@ -29,8 +29,9 @@ from pyarrow import fs
 from mmflow.cleaning.pieces import pack_uri, read_piece
 from mmflow.cleaning.prepare import TRAIN, Preparation, prepare_block
 from mmflow.cleaning.select import select_records
-from mmflow.core.artifacts import canonical_json, filesystem, join
+from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import MmflowError
+from mmflow.core.storage import filesystem, join
 from mmflow.dataset.config import ShardConfig
 from mmflow.dataset.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, span, with_verdicts
 from mmflow.dataset.grow import bring_over, read_common, settings_of_build, write_common

@@ -15,8 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mmflow.cleaning.prepare import PREPARE_VERSION
-from mmflow.core.artifacts import content_hash, filesystem, join
+from mmflow.core.artifacts import content_hash
 from mmflow.core.errors import MmflowError
+from mmflow.core.storage import filesystem, join
 from mmflow.dataset.bring import bring, on_this_machine
 from mmflow.dataset.config import ShardConfig
 from mmflow.dataset.index import read_column, write_parquet

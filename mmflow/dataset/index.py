@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmflow.core.artifacts import publish, read_bytes
 from mmflow.core.errors import CorruptArtifactError
+from mmflow.core.storage import publish, read_bytes
 
 MEMBERS = ("image", "txt", "json")
 # Offsets count from the start of the tar, in bytes, and point at the body, behind the member's header. `width` and

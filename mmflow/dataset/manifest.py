@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from mmflow.core.artifacts import content_hash, filesystem, join
+from mmflow.core.artifacts import content_hash
 from mmflow.core.errors import MisuseError
+from mmflow.core.storage import filesystem, join
 from mmflow.dataset.index import read_index
 
 KIND = "dataset"

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
-from mmflow.core.artifacts import COPY_BYTES, filesystem, local_path
 from mmflow.core.errors import MissingArtifactError, MisuseError
+from mmflow.core.storage import COPY_BYTES, filesystem, local_path
 from mmflow.dataset.index import MEMBERS
 from mmflow.dataset.tar import BLOCK_BYTES, END_OF_ARCHIVE, headers, scan
 from mmflow.sources.tarstream import Damage, read_members

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import xxhash
 
-from mmflow.core.artifacts import canonical_json, positioned_reader, read_artifact
+from mmflow.core.artifacts import canonical_json, read_artifact
 from mmflow.core.errors import CorruptArtifactError, MisuseError
+from mmflow.core.storage import positioned_reader
 from mmflow.dataset.cache import ShardCache
 from mmflow.dataset.index import MEMBERS
 from mmflow.dataset.manifest import KIND, CommittedShards, ShardInfo

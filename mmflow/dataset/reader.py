@@ -17,8 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from mmflow.core.artifacts import filesystem, join, local_path
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
+from mmflow.core.storage import filesystem, join, local_path
 from mmflow.dataset.ahead import ReadAhead
 from mmflow.dataset.cache import CachedShard, ShardCache
 from mmflow.dataset.manifest import CommittedShards, ShardInfo, index_uri

@@ -13,10 +13,11 @@ from typing import Any
 
 from pyarrow import fs
 
-from mmflow.core.artifacts import content_hash, filesystem, join
+from mmflow.core.artifacts import content_hash
 from mmflow.core.errors import RecipeError
 from mmflow.core.listing import name_below, parent
 from mmflow.core.progress import Report
+from mmflow.core.storage import filesystem, join
 from mmflow.dataset.build import build_dataset
 from mmflow.dataset.config import ShardConfig
 from mmflow.dataset.grow import find_base, parts_of, read_parts, write_parts

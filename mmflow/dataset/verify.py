@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import xxhash
 from pyarrow import fs
 
-from mmflow.core.artifacts import MANIFEST, filesystem, join, positioned_reader
+from mmflow.core.artifacts import MANIFEST
 from mmflow.core.errors import CorruptArtifactError, MmflowError
+from mmflow.core.storage import filesystem, join, positioned_reader
 from mmflow.dataset.index import MEMBERS, read_column, read_index_and_commit
 from mmflow.dataset.keys import repeated_keys
 from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, quarantine_files

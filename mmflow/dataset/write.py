@@ -19,8 +19,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from mmflow.cleaning.captions import estimate_tokens
-from mmflow.core.artifacts import canonical_json, filesystem, positioned_reader, publish
+from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.storage import filesystem, positioned_reader, publish
 from mmflow.dataset.index import MEMBERS, SCHEMA, ShardCommit, read_commit, write_index, write_parquet
 from mmflow.dataset.manifest import index_uri, quarantine_uri, tar_uri
 from mmflow.dataset.tar import TarWriter

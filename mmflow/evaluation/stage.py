@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from mmflow.core.artifacts import content_hash, join, read_json, write_json
+from mmflow.core.artifacts import content_hash
 from mmflow.core.progress import Report
+from mmflow.core.storage import join, read_json, write_json
 from mmflow.dataset.opened import open_dataset
 from mmflow.evaluation.asked import COMPARES, asked_and_given, check_asked, reads_captions
 from mmflow.evaluation.attention import look

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mmflow.core.artifacts import filesystem, join
 from mmflow.core.errors import CorruptArtifactError
+from mmflow.core.storage import filesystem, join
 from mmflow.fetch.client import Validators
 from mmflow.fetch.known import KNOWN, Keys, list_tables, url_hashes, xxh3
 from mmflow.sources.reasons import Reason, Rejected

@@ -8,9 +8,10 @@ import heapq
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
-from mmflow.core.artifacts import exclusive, local_path
+from mmflow.core.artifacts import exclusive
 from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
+from mmflow.core.storage import local_path
 from mmflow.fetch.client import Result, fetch_batch
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.fetched import FetchedStore

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from mmflow.core.artifacts import filesystem, join, publish
+from mmflow.core.storage import filesystem, join, publish
 from mmflow.fetch.client import Result
 from mmflow.sources.reasons import Reason
 

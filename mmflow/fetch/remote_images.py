@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mmflow.core.artifacts import content_hash, exists, join, read_json, write_json
+from mmflow.core.artifacts import content_hash
 from mmflow.core.progress import Report
+from mmflow.core.storage import exists, join, read_json, write_json
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.fetched import FetchedStore
 from mmflow.fetch.job import fetch_urls

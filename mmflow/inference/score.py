@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmflow.core.artifacts import content_hash, exists, file_sha256, join, publish, read_bytes
+from mmflow.core.artifacts import content_hash
 from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
+from mmflow.core.storage import exists, file_sha256, join, publish, read_bytes
 from mmflow.dataset.opened import open_dataset
 from mmflow.dataset.reader import Sample
 from mmflow.inference.config import ScoreConfig

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mmflow.core.artifacts import Stage, content_hash, exists, publish
+from mmflow.core.artifacts import Stage, content_hash
 from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.core.progress import Report
+from mmflow.core.storage import exists, publish
 from mmflow.dataset.opened import open_dataset
 from mmflow.learning.cached import DTYPES, KIND, checksum, file_uri, open_rows
 from mmflow.learning.distillation.config import CacheConfig

@@ -19,8 +19,9 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmflow.core.artifacts import join, local_path, read_artifact, read_bytes
+from mmflow.core.artifacts import read_artifact
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.storage import join, local_path, read_bytes
 
 # Shapes: B rows of a batch, E the teacher's width of the shared space.
 

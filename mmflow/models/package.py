@@ -14,17 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from mmflow.core.artifacts import (
-    content_hash,
-    exists,
-    join,
-    positioned_reader,
-    read_bytes,
-    read_json,
-    write_bytes,
-    write_json,
-)
+from mmflow.core.artifacts import content_hash
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.storage import exists, join, positioned_reader, read_bytes, read_json, write_bytes, write_json
 from mmflow.models.config import EncoderConfig, ModelConfig
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmflow.core.artifacts import content_hash, exists, join, read_json, write_json
+from mmflow.core.artifacts import content_hash
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, TrackingError
+from mmflow.core.storage import exists, join, read_json, write_json
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.stage import metrics_of, metrics_of_package
 from mmflow.models.package import read_package

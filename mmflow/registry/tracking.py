@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mmflow.core.artifacts import local_path, read_json, suffixed, write_json
 from mmflow.core.errors import MisuseError, MmflowError, TrackingError
+from mmflow.core.storage import local_path, read_json, suffixed, write_json
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmflow.core.artifacts import local_path
 from mmflow.core.errors import TrackingError
+from mmflow.core.storage import local_path
 from mmflow.models.config import PackageConfig
 from mmflow.registry.tracking import connect, explained, tracking_uri, without_credentials
 

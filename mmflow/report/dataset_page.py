@@ -13,8 +13,8 @@ from jinja2 import Template
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from mmflow.core.artifacts import join, write_bytes
 from mmflow.core.errors import CorruptArtifactError
+from mmflow.core.storage import join, write_bytes
 from mmflow.dataset.manifest import ShardInfo
 from mmflow.dataset.opened import Dataset, open_dataset, read_sample
 from mmflow.dataset.samples import read_texts

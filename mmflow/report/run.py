@@ -12,7 +12,8 @@ from importlib.metadata import version
 from math import isfinite, nan
 from typing import Any
 
-from mmflow.core.artifacts import Artifact, exists, join, local_path, read_bytes, read_json, write_bytes, write_json
+from mmflow.core.artifacts import Artifact
+from mmflow.core.storage import exists, join, local_path, read_bytes, read_json, write_bytes, write_json
 from mmflow.recipe import dump_recipe
 from mmflow.stages.loop import Loop
 from mmflow.stages.training import JOURNAL

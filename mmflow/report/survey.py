@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmflow.core.artifacts import filesystem
+from mmflow.core.storage import filesystem
 from mmflow.dataset.index import read_column
 from mmflow.dataset.keys import KEYS_PER_PASS, count_repeats, hash_texts
 from mmflow.dataset.manifest import ShardInfo, index_uri, quarantine_files

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmflow.core.artifacts import join, read_bytes
 from mmflow.core.errors import MissingArtifactError, MisuseError
 from mmflow.core.listing import open_file
+from mmflow.core.storage import join, read_bytes
 from mmflow.sources.config import FieldsConfig
 from mmflow.sources.records import SPLIT, Found
 from mmflow.sources.tables import ROWS_PER_READ, damaged, fields_of_batch

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import xxhash
 
-from mmflow.core.artifacts import join, local_path
 from mmflow.core.errors import MisuseError
 from mmflow.core.listing import File, extension, fingerprint, is_image, open_stream, walk
+from mmflow.core.storage import join, local_path
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.fields import Fields
 from mmflow.sources.lists import read_csv, read_jsonl

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from mmflow.core import listing
-from mmflow.core.artifacts import join
 from mmflow.core.errors import MisuseError
+from mmflow.core.storage import join
 from mmflow.sources.arrow import list_huggingface, read_huggingface
 from mmflow.sources.config import SourceConfig, SourceKind
 from mmflow.sources.fields import Fields

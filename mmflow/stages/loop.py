@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mmflow.core.artifacts import MANIFEST, Artifact, Stage, exists, join, local_path, read_artifact
+from mmflow.core.artifacts import MANIFEST, Artifact, Stage, read_artifact
 from mmflow.core.errors import MissingArtifactError, MisuseError, RecipeError, named
 from mmflow.core.progress import progress
+from mmflow.core.storage import exists, join, local_path
 from mmflow.recipe import Recipe, settings_of
 from mmflow.stages.training import PACKAGE, Inputs, Section, distill, pretrain, started
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmflow.core.artifacts import Artifact, Stage, exists, join
+from mmflow.core.artifacts import Artifact, Stage
 from mmflow.core.errors import named
 from mmflow.core.progress import progress
+from mmflow.core.storage import exists, join
 from mmflow.recipe import Recipe, settings_of
 from mmflow.training.config import DistillConfig, PretrainConfig
 

@@ -22,8 +22,8 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from mmflow.core.artifacts import local_path, scratch_directory
 from mmflow.core.errors import CorruptArtifactError, TrainingError
+from mmflow.core.storage import local_path, scratch_directory
 from mmflow.loading.plan import LoaderState
 from mmflow.models.encoders import parameter_count
 from mmflow.training.config import CheckpointsConfig

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmflow.core.artifacts import (
+from mmflow.core.errors import MmflowError
+from mmflow.core.storage import (
     exists,
     filesystem,
     local_path,
@@ -26,7 +27,6 @@ from mmflow.core.artifacts import (
     scratch_directory,
     write_bytes,
 )
-from mmflow.core.errors import MmflowError
 
 
 class Journal:

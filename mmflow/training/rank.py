@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from mmflow.core.artifacts import join, read_json, write_json
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, TrainingError
+from mmflow.core.storage import join, read_json, write_json
 from mmflow.learning.student import Student
 from mmflow.loading.loader import START
 from mmflow.loading.plan import LoaderState

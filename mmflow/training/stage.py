@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mmflow.core.artifacts import exists, local_path, read_json, write_json
 from mmflow.core.errors import MisuseError
 from mmflow.core.listing import fingerprint
+from mmflow.core.storage import exists, local_path, read_json, write_json
 from mmflow.dataset.opened import open_dataset
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_mixed, open_readers

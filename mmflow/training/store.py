@@ -24,8 +24,8 @@ from typing import Any
 import xxhash
 from pyarrow import fs
 
-from mmflow.core.artifacts import COPY_BYTES, filesystem, fsync_directory, join, local_path, read_json, write_json
 from mmflow.core.errors import CorruptArtifactError
+from mmflow.core.storage import COPY_BYTES, filesystem, fsync_directory, join, local_path, read_json, write_json
 
 STEP = "step-"
 PART = "part-"

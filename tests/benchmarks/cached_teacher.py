@@ -46,7 +46,7 @@ def prepare(samples: int) -> dict[str, Any]:
 
     import ray
 
-    from mmflow.core.artifacts import exists
+    from mmflow.core.storage import exists
     from mmflow.inference.teacher_cache import with_caches
     from mmflow.learning.distillation.config import CacheConfig
     from mmflow.models.encoders import parameter_count

@@ -75,7 +75,7 @@ def _without_teacher(seed: int) -> dict[str, Any]:
 def examine(fields: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By model of a recipe its held-out recall, %, and its parameters; what was trained before is not trained again."""
     from mmflow.cluster.local import stop_ray
-    from mmflow.core.artifacts import read_json
+    from mmflow.core.storage import read_json
     from mmflow.recipe import Recipe
     from mmflow.stages.loop import Loop
 

@@ -17,25 +17,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.core.artifacts import (
-    MANIFEST,
-    Artifact,
-    Stage,
-    commit,
-    content_hash,
-    exclusive,
+from mmflow.core.artifacts import MANIFEST, Artifact, Stage, commit, content_hash, exclusive, read_artifact
+from mmflow.core.errors import BusyArtifactError, CorruptArtifactError, MissingArtifactError, MisuseError
+from mmflow.core.storage import (
     file_sha256,
     join,
     local_path,
     publish,
-    read_artifact,
     read_bytes,
     read_json,
     suffixed,
     write_bytes,
     write_json,
 )
-from mmflow.core.errors import BusyArtifactError, CorruptArtifactError, MissingArtifactError, MisuseError
 
 
 @contextmanager
@@ -43,7 +37,8 @@ def process_within(block: str, uri: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has entered `with block:` and stays there until it is killed."""
     program = f"""
         import sys, time
-        from mmflow.core.artifacts import exclusive, publish
+        from mmflow.core.artifacts import exclusive
+        from mmflow.core.storage import publish
         with {block} as held:
             if held is not None:
                 held.write(b"half of the bytes")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mmflow.core.artifacts import join, read_json
 from mmflow.core.errors import MisuseError
+from mmflow.core.storage import join, read_json
 from mmflow.dataset.opened import Dataset
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.stage import evaluate_models, metrics_of, metrics_of_package

@@ -18,7 +18,8 @@ import pyarrow.fs
 import pytest
 import torch
 
-from mmflow.core.artifacts import MANIFEST, filesystem, join, read_json
+from mmflow.core.artifacts import MANIFEST
+from mmflow.core.storage import filesystem, join, read_json
 from mmflow.dataset.verify import verify_dataset
 from mmflow.models.package import load_package, read_package
 from mmflow.recipe import Recipe, load_recipe

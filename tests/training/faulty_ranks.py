@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmflow.core.artifacts import write_json
 from mmflow.core.errors import MmflowError
+from mmflow.core.storage import write_json
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner, Parts
 from mmflow.loading.batches import Batch

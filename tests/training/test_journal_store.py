@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mmflow.core import artifacts
-from mmflow.core.artifacts import write_bytes
+from mmflow.core import storage
+from mmflow.core.storage import write_bytes
 from mmflow.training import journal
 from mmflow.training.journal import appended, followed, journal_at, read_journal
 
@@ -37,7 +37,7 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Store]:
     store = Store()
-    for module in (artifacts, journal):
+    for module in (storage, journal):
         monkeypatch.setattr(module, "filesystem", store.filesystem)
     monkeypatch.setattr(journal, "BRING_SECONDS", 0.05)
     monkeypatch.setattr(journal, "LAST_PAUSES", (0.01,))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from mmflow.core.artifacts import read_json
+from mmflow.core.storage import read_json
 from mmflow.registry.tracking import connect
 from mmflow.training.journal import curves, read_journal
 from mmflow.training.workers import COLLECTIVE_TIMEOUT, limited_exchanges

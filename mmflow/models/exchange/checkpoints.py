@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmflow.core.artifacts import exists, file_sha256, join, local_path, read_json
 from mmflow.core.errors import MisuseError
+from mmflow.core.storage import exists, file_sha256, join, local_path, read_json
 from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
 from mmflow.models.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig
