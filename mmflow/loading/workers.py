@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmflow.core.memory import keep_freed_memory
 from mmflow.core.errors import MmflowError, TrainingError
+from mmflow.core.memory import keep_freed_memory
 from mmflow.loading.batches import Batch, Loaded
 from mmflow.loading.plan import Slots
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mmflow.core.memory import keep_freed_memory
 from mmflow.core.errors import RecipeError
+from mmflow.core.memory import keep_freed_memory
 from mmflow.learning.learner import Parts
 from mmflow.learning.micro_batches import MicroBatch
 from mmflow.loading.batches import Batch
