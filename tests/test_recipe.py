@@ -48,7 +48,7 @@ def edit(path: Path, **changes: Any) -> None:
             "distill.training.optimizer.learning_rat=3",
             "distill.training.optimizer.learning_rat: unknown key; did you mean 'learning_rate'?",
         ),
-        ("distill.lessons.soft_label=1", "did you mean 'soft_labels'?"),
+        ("distill.losses.soft_label=1", "did you mean 'soft_labels'?"),
         ("schedule.zzz=1", "schedule.zzz: unknown key; the keys here are cron, timezone"),
     ],
 )

@@ -24,7 +24,7 @@ def check_trained(
     key: str, config: ModelConfig, tasks: Sequence[ObjectivesConfig], taught: Collection[str] = ()
 ) -> None:
     """Raise RecipeError naming the part that no objective of any task trains. `key` is the recipe's section; `taught`
-    are parts that something else trains, as a teacher's lessons do."""
+    are parts that something else trains, as a teacher's losses do."""
     named = {
         f"{name} by {section.by}" if isinstance(section, AnsweringConfig) else name
         for objectives in tasks

@@ -1,4 +1,4 @@
-"""The student while it learns: its model, its objectives and the lessons of its teachers, as one module.
+"""The student while it learns: its model, its objectives and the losses of its teachers, as one module.
 
 Where what is compared is narrower or wider than the teacher's, it is compared through a projection, which is left out
 of the package.
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.learning.cached import CachedTeacher
-from mmflow.learning.distillation.config import LessonsConfig
+from mmflow.learning.distillation.config import DistillationLossesConfig
 from mmflow.learning.distillation.given import SIDES, Given, Heard, Space, Teaching
 from mmflow.learning.distillation.layers import captured, encoder_of, layer_pairs
-from mmflow.learning.distillation.lessons import PROJECTED, Party, hearers, total_of_lessons
+from mmflow.learning.distillation.table import PROJECTED, Party, hearers, total_of_losses
 from mmflow.learning.learner import Learner, Parts, scales
 from mmflow.learning.objectives.table import total
 from mmflow.learning.outputs import Outputs
@@ -52,7 +52,7 @@ class Teacher:
 
     @property
     def party(self) -> Party:
-        """What lessons must know of it."""
+        """What losses must know of it."""
         if self.loaded is None:
             return Party(frozenset({"embeddings"}), None, own_text=self.reading is not None)
         model = self.loaded.model
@@ -63,13 +63,13 @@ class Student(nn.Module):
     """A learner that also hears its teachers. Its batches carry `readings`, and pictures of `image_pixels`."""
 
     def __init__(
-        self, learner: Learner, teachers: Sequence[Teacher], lessons: LessonsConfig, *, key: str = "distill"
+        self, learner: Learner, teachers: Sequence[Teacher], losses: DistillationLossesConfig, *, key: str = "distill"
     ) -> None:
-        """`key` is the recipe's, for errors. Raises RecipeError for a lesson that the student cannot learn or nobody
+        """`key` is the recipe's, for errors. Raises RecipeError for a loss that the student cannot learn or nobody
         teach."""
         super().__init__()
         self.learner = learner
-        self.lessons = lessons
+        self.losses = losses
         self._teachers = tuple(teachers)  # no modules: their weights would be parameters of this one
         self.readings = tuple(each.reading for each in teachers if each.reading is not None)
         sides = [each.loaded.config.image_pixels for each in teachers if each.loaded is not None]
@@ -79,14 +79,14 @@ class Student(nn.Module):
                 teacher.loaded.model.requires_grad_(False)
         student = Party(learner.model.gives, learner.model, learner.config.image_pixels)
         parties = [teacher.party for teacher in teachers]
-        self._hearers = hearers(key, lessons, student, parties)
+        self._hearers = hearers(key, losses, student, parties)
         # Of each teacher, by side: the layers that are compared, (student's, teacher's).
         self._pairs: list[dict[str, list[tuple[int, int]]]] = [
             {
-                side: layer_pairs(lessons.hidden.layers, _count(student, side), _count(party, side))
-                for side in (lessons.hidden.sides if number in self._hearers["hidden"] else ())
+                side: layer_pairs(losses.hidden.layers, _count(student, side), _count(party, side))
+                for side in (losses.hidden.sides if number in self._hearers["hidden"] else ())
             }
-            if lessons.hidden is not None
+            if losses.hidden is not None
             else {}
             for number, party in enumerate(parties)
         ]
@@ -113,7 +113,7 @@ class Student(nn.Module):
         return [(name, (ours, theirs)) for name, (ours, theirs) in widths if ours and theirs and ours != theirs]
 
     def forward(self, batch: Batch, step: int, *, examined: bool = False) -> tuple[Tensor, Parts]:
-        """The loss to descend at a step, (), and by name each objective's part, each lesson's, and the logit scale. A
+        """The loss to descend at a step, (), and by name each objective's part, each loss's, and the logit scale. A
         batch that is `examined` is shown to the learner alone: teachers are not asked."""
         if examined:
             found: tuple[Tensor, Parts] = self.learner(batch, step, examined=True)
@@ -125,7 +125,7 @@ class Student(nn.Module):
         for pairs_of_side in self._pairs:
             for side, pairs in pairs_of_side.items():
                 layers.setdefault(side, set()).update(here for here, _ in pairs)
-        sides = self.lessons.attention.sides if self.lessons.attention else ()
+        sides = self.losses.attention.sides if self.losses.attention else ()
         outputs, captures = self._outputs(self.learner.model, self.learner.config, batch, step, rows, sides, layers)
         loss, parts = total(outputs, self.learner.objectives, step)
         student = Given(outputs)
@@ -133,8 +133,8 @@ class Student(nn.Module):
             name: Heard(student, self._teachings(numbers, taught, captures), rows, outputs.gather)
             for name, numbers in self._hearers.items()
         }
-        of_lessons, lessons = total_of_lessons(self.lessons, heard, step)
-        return loss + of_lessons, parts | lessons | scales(outputs)
+        of_distillation, losses = total_of_losses(self.losses, heard, step)
+        return loss + of_distillation, parts | losses | scales(outputs)
 
     def _taught(self, number: int, batch: Batch, step: int, rows: GlobalRows) -> tuple[Given, Captured]:
         """What a teacher makes of a batch."""
@@ -150,8 +150,8 @@ class Student(nn.Module):
             ids, mask = batch.readings[before]
             batch = replace(batch, token_ids=ids, token_mask=mask)
         teacher.loaded.model.to(device)
-        looks = self.lessons.attention is not None and number in self._hearers["attention"]
-        sides = self.lessons.attention.sides if self.lessons.attention and looks else ()
+        looks = self.losses.attention is not None and number in self._hearers["attention"]
+        sides = self.losses.attention.sides if self.losses.attention and looks else ()
         layers = {side: {there for _, there in pairs} for side, pairs in self._pairs[number].items()}
         outputs, captures = self._outputs(teacher.loaded.model, teacher.loaded.config, batch, step, rows, sides, layers)
         return Given(outputs, space), captures
@@ -181,7 +181,7 @@ class Student(nn.Module):
     def _teachings(
         self, numbers: Sequence[int], taught: Sequence[tuple[Given, Captured]], captures: Captured
     ) -> list[Teaching]:
-        """Of the teachers that are heard in a lesson, with their shares of it."""
+        """Of the teachers that are heard in a loss, with their shares of it."""
         whole = sum(self._teachers[number].weight for number in numbers)
         teachings = []
         for number in numbers:

@@ -67,7 +67,7 @@ class Loop:
 
             check_training(name, trained[name])
         if self.recipe.distill is not None and "distill" in stages:
-            from mmflow.learning.distillation.check import check_lessons
+            from mmflow.learning.distillation.check import check_losses
             from mmflow.models.package import read_config, read_package
             from mmflow.training.check import check_student
 
@@ -80,7 +80,7 @@ class Loop:
                         known.append(read_config(read_package(teacher.package)))
             if len(known) == len(others):  # what a registered teacher can give is known when the stage looks it up
                 teachers = [self.recipe.pretrain.model, *known]
-                check_lessons("distill", self.recipe.distill.lessons, self.recipe.distill.model, teachers)
+                check_losses("distill", self.recipe.distill.losses, self.recipe.distill.model, teachers)
         if not {*trained, "evaluate"}.isdisjoint(stages):
             from mmflow.evaluation.asked import check_evaluation
 

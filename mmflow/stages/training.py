@@ -202,7 +202,7 @@ def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, pac
     return replace(
         job,
         teachers=teachers,
-        lessons=section.lessons,
+        losses=section.losses,
         initialise=section.initialise,
         stored_views=section.cache.augmentations if section.cache else 0,
     )

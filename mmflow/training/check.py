@@ -27,7 +27,7 @@ from mmflow.training.config import DistillConfig, PretrainConfig, Task, Training
 from mmflow.training.stage import encoders_of, tokenizer_of
 from mmflow.training.validation import validation_metrics
 
-OF_EMBEDDINGS = {"soft_labels", "similarities", "features", "interactive", "ranking"}  # lessons that train them
+OF_EMBEDDINGS = {"soft_labels", "similarities", "features", "interactive", "ranking"}  # losses that train them
 
 
 def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
@@ -49,10 +49,10 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
         config = with_marks(f"{key}.model", config, tokenizer)
     for task in tasks:
         check(f"{task.key}.objectives", task.objectives, config.gives, special)
-    lessons = set(section.lessons.named) if isinstance(section, DistillConfig) else set[str]()
+    losses = set(section.losses.named) if isinstance(section, DistillConfig) else set[str]()
     objectives = [task.objectives for task in tasks]
-    check_trained(key, config, objectives, {"embedding_width"} if lessons & OF_EMBEDDINGS else ())
-    _check_best(key, section.training, tasks, config, sorted(lessons))
+    check_trained(key, config, objectives, {"embedding_width"} if losses & OF_EMBEDDINGS else ())
+    _check_best(key, section.training, tasks, config, sorted(losses))
     if section.training.micro_batch_size is not None:
         _check_micro_batches(key, section, objectives)
     encoders = encoders_of(config)
@@ -169,13 +169,13 @@ def _checkpoint(key: str, text: TextEncoderConfig | None) -> Path | None:
 
 
 def _check_best(
-    key: str, training: TrainingConfig, tasks: Sequence[Task], model: ModelConfig, lessons: Sequence[str]
+    key: str, training: TrainingConfig, tasks: Sequence[Task], model: ModelConfig, losses: Sequence[str]
 ) -> None:
     """Raise RecipeError where checkpoints are chosen or a training is ended by what nothing writes, or validation is no
     other split than training."""
     metric, validation = training.checkpoints.best_metric, training.validation
     objectives = {task.name: list(task.objectives.named) for task in tasks}
-    trained = ["loss", *lessons]
+    trained = ["loss", *losses]
     for of_task, own in objectives.items():
         trained += [f"{of_task}/{name}" for name in ("loss", *own)] if of_task else own
     held_out = [] if validation is None else validation_metrics(objectives, model.gives)
@@ -208,6 +208,6 @@ def _check_micro_batches(
     if section.model.tight:
         reads = "video of kind tight, which scores every pair,"
     if isinstance(section, DistillConfig):
-        reads = "lessons, which compare with a teacher,"
+        reads = "losses, which compare with a teacher,"
     if reads is not None:
         raise RecipeError(f"{key}.training.micro_batch_size: {reads} must see the whole batch at once; leave it out")

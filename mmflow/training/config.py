@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from mmflow.core.config import OPERATIONAL, Config
 from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import CacheConfig, InitialiseConfig, LessonsConfig, TeacherConfig
+from mmflow.learning.distillation.config import CacheConfig, DistillationLossesConfig, InitialiseConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import LoraConfig, ModelConfig, PackageConfig
 
@@ -227,7 +227,7 @@ class DistillConfig(Config):
     tokenizer of the teacher that `pretrain` trained."""
 
     model: ModelConfig
-    lessons: LessonsConfig = LessonsConfig()
+    losses: DistillationLossesConfig = DistillationLossesConfig()
     teachers: list[TeacherConfig] = Field(default_factory=list)
     """Teachers beside that one; their probabilities are averaged. They may have tokenizers and image sizes of their
     own."""
@@ -241,14 +241,14 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _layers_can_be_listened_to(self) -> DistillConfig:
-        if self.training.compile and (self.lessons.hidden or self.lessons.attention):
-            raise ValueError("training.compile: attention and hidden lessons listen within encoders; leave one out")
+        if self.training.compile and (self.losses.hidden or self.losses.attention):
+            raise ValueError("training.compile: attention and hidden losses listen within encoders; leave one out")
         return self
 
     @model_validator(mode="after")
     def _cache_is_read(self) -> DistillConfig:
-        if self.cache is not None and set(self.lessons.named) <= {"attention", "hidden", "ranking"}:
-            raise ValueError("cache: it holds embeddings, and no lesson reads them; leave cache out, or name features")
+        if self.cache is not None and set(self.losses.named) <= {"attention", "hidden", "ranking"}:
+            raise ValueError("cache: it holds embeddings, and no loss reads them; leave cache out, or name features")
         return self
 
 

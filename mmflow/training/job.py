@@ -14,8 +14,8 @@ from mmflow.core.errors import RecipeError
 from mmflow.dataset.opened import open_dataset
 from mmflow.learning.cached import CachedTeacher
 from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import InitialiseConfig, LessonsConfig
-from mmflow.learning.distillation.lessons import LIVE
+from mmflow.learning.distillation.config import DistillationLossesConfig, InitialiseConfig
+from mmflow.learning.distillation.table import LIVE
 from mmflow.learning.initialise import initialise
 from mmflow.learning.learner import Learner, Ranks
 from mmflow.learning.objectives.table import check
@@ -61,7 +61,7 @@ class TrainingJob:
     lora: LoraConfig | None = None
     several: tuple[Task, ...] = ()  # in place of `loader` and `objectives`
     teachers: tuple[TeacherPackage, ...] = ()
-    lessons: LessonsConfig | None = None
+    losses: DistillationLossesConfig | None = None
     initialise: InitialiseConfig | None = None  # by the first teacher
     stored_views: int = 0  # that the teachers' caches know; 0: they have none
 
@@ -91,20 +91,20 @@ class TeacherPackage:
 def open_teachers(
     key: str,
     packages: Sequence[TeacherPackage],
-    lessons: LessonsConfig,
+    losses: DistillationLossesConfig,
     *,
     tokenizer: Tokenizer,
     max_tokens: int,
     frames: int,
     datasets: Sequence[str],
 ) -> tuple[Teacher, ...]:
-    """The teachers, loaded unless their caches are all that the lessons ask for.
+    """The teachers, loaded unless their caches are all that the losses ask for.
 
     `tokenizer`, `max_tokens` and `frames` are the student's, `datasets` the fingerprints of those it is trained on,
     `key` the recipe's, for errors. Raises RecipeError for a teacher of stills that would be shown clips, and as
     `load_package` and `CachedTeacher`.
     """
-    live = any(name in LIVE for name in lessons.named)
+    live = any(name in LIVE for name in losses.named)
     teachers = []
     for each in packages:
         package = read_package(each.package)
@@ -192,7 +192,7 @@ def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learning, int]:
     if job.several:
         return TaskLearner(learners), job.model.image_pixels
     (learner,) = learners
-    if not job.teachers or job.lessons is None:
+    if not job.teachers or job.losses is None:
         return learner, job.model.image_pixels
     if job.initialise is not None:
         first = load_package(read_package(job.teachers[0].package)).model
@@ -200,13 +200,13 @@ def _learner(job: TrainingJob, tokenizer: Tokenizer) -> tuple[Learning, int]:
     teachers = open_teachers(
         job.stage,
         job.teachers,
-        job.lessons,
+        job.losses,
         tokenizer=tokenizer,
         max_tokens=job.model.max_tokens,
         frames=job.loader.frames,
         datasets=[reader.dataset.fingerprint for reader in open_readers(job.loader, open_dataset(job.dataset))],
     )
-    student = Student(learner, teachers, job.lessons, key=job.stage)
+    student = Student(learner, teachers, job.losses, key=job.stage)
     return student, student.image_pixels
 
 

@@ -102,7 +102,7 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
 
     from mmflow.dataset.opened import open_dataset
     from mmflow.learning.config import ObjectivesConfig
-    from mmflow.learning.distillation.config import LessonsConfig
+    from mmflow.learning.distillation.config import DistillationLossesConfig
     from mmflow.learning.learner import Learner
     from mmflow.learning.outputs import masking_tokens
     from mmflow.learning.student import Student
@@ -114,19 +114,19 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
-    data, tokenizer, config, lessons = (
+    data, tokenizer, config, losses = (
         open_dataset(dataset),
         _tokenizer(Path(dataset)),
         _config(STUDENT),
-        LessonsConfig(),
+        DistillationLossesConfig(),
     )
     teachers = open_teachers(
-        "distill", [TeacherPackage(package=package, caches=tuple(caches))], lessons, tokenizer=tokenizer,
+        "distill", [TeacherPackage(package=package, caches=tuple(caches))], losses, tokenizer=tokenizer,
         max_tokens=MAX_TOKENS, frames=0, datasets=[data.fingerprint],
     )  # fmt: skip
     model = build("model", config, tokenizer.get_vocab_size(), seed=0)
     learner = Learner(model, config, ObjectivesConfig(), masking_tokens(tokenizer), seed=SEED)
-    student = Student(learner, teachers, lessons).train()
+    student = Student(learner, teachers, losses).train()
     descent = build_optimizer([{"params": list(student.parameters())}], OptimizerConfig())
     loader = open_loader(
         _loader_config(), data, tokenizer, global_batch_size=BATCH, image_pixels=student.image_pixels,

@@ -1,4 +1,4 @@
-"""What a student keeps of its teacher: lessons beside each other, and beside the same student without a teacher.
+"""What a student keeps of its teacher: losses beside each other, and beside the same student without a teacher.
 
 Quality, not speed: what differs from round to round is the seed, of the teacher and of its students alike.
 """
@@ -19,7 +19,7 @@ SEEDS = range(7, 7 + max(1, round(3 * SHARE)))
 ROUNDS = len(SEEDS)
 ALONE = "no teacher"
 COMBINED = "features and similarities"  # the recipe's own
-LESSONS: Mapping[str, Mapping[str, float]] = {
+LOSSES: Mapping[str, Mapping[str, float]] = {
     "features": {"features": 10.0},
     "similarities": {"similarities": 1.0},
     "soft labels": {"soft_labels": 1.0},
@@ -32,13 +32,13 @@ VERSIONS = ("torch", "deepspeed", "ray", "transformers")
 
 
 def run() -> list[Row]:
-    """Of each seed the teacher, the student alone, and the student by each of the lessons."""
-    found: dict[str, list[float]] = {name: [] for name in ("teacher", ALONE, *LESSONS)}
+    """Of each seed the teacher, the student alone, and the student by each of the losses."""
+    found: dict[str, list[float]] = {name: [] for name in ("teacher", ALONE, *LOSSES)}
     for seed in SEEDS:
         alone = call("tests.benchmarks.distillation:examine", fields=_without_teacher(seed))
         found[ALONE].append(alone["recall"]["teacher"])
-        for name, lessons in LESSONS.items():
-            taught = call("tests.benchmarks.distillation:examine", fields=_fields(seed, lessons))
+        for name, losses in LOSSES.items():
+            taught = call("tests.benchmarks.distillation:examine", fields=_fields(seed, losses))
             found[name].append(taught["recall"]["student"])
         found["teacher"].append(taught["recall"]["teacher"])
         print(f"  seed {seed}: " + ", ".join(f"{name} {each[-1]:.4g}%" for name, each in found.items()), flush=True)
@@ -46,17 +46,17 @@ def run() -> list[Row]:
     note = f"held out, mean over three splits and both ways; {size:.0%} of the teacher's parameters"
     goals = {ALONE: LEAST_GAIN, "teacher": LEAST_SHARE}
     rows = []
-    for name in LESSONS:
+    for name in LOSSES:
         for peer, least in goals.items():
             goal = least if name == COMBINED else None
             rows.append(faster(name, found[name], peer, found[peer], unit=f"% {METRIC}", goal=goal, note=note))
     return rows
 
 
-def _fields(seed: int, lessons: Mapping[str, float]) -> dict[str, Any]:
-    """The recipe, with these lessons and a seed."""
+def _fields(seed: int, losses: Mapping[str, float]) -> dict[str, Any]:
+    """The recipe, with these losses and a seed."""
     fields: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    fields["distill"]["lessons"] = dict(lessons)
+    fields["distill"]["losses"] = dict(losses)
     return {**fields, "seed": seed, "workspace": str(SCRATCH / "distillation")}
 
 

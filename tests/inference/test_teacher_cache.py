@@ -20,7 +20,7 @@ from mmflow.dataset.opened import Dataset
 from mmflow.inference.teacher_cache import CacheJob, CacheShards, cache_stage, with_caches
 from mmflow.learning.cached import KIND, CachedTeacher, file_uri
 from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import CacheConfig, LessonsConfig
+from mmflow.learning.distillation.config import CacheConfig, DistillationLossesConfig
 from mmflow.learning.learner import Learner
 from mmflow.learning.outputs import masking_tokens
 from mmflow.learning.student import Student, Teacher
@@ -130,12 +130,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, packag
 
 
 def teachers(
-    of: TeacherPackage, dataset: Dataset, lessons: dict[str, Any], tokenizer: Tokenizer | None = None
+    of: TeacherPackage, dataset: Dataset, losses: dict[str, Any], tokenizer: Tokenizer | None = None
 ) -> tuple[Teacher, ...]:
     return open_teachers(
         "distill",
         [of],
-        LessonsConfig.model_validate(lessons),
+        DistillationLossesConfig.model_validate(losses),
         tokenizer=tokenizer or words(),
         max_tokens=8,
         frames=0,
@@ -143,12 +143,12 @@ def teachers(
     )
 
 
-def student(taught: tuple[Teacher, ...], lessons: dict[str, Any]) -> Student:
+def student(taught: tuple[Teacher, ...], losses: dict[str, Any]) -> Student:
     config = ModelConfig.model_validate(attending(layers=1))
     tokenizer = words()
     model = build("model", config, tokenizer.get_vocab_size(), seed=0)
     learner = Learner(model, config, ObjectivesConfig(), masking_tokens(tokenizer), seed=0)
-    return Student(learner, taught, LessonsConfig.model_validate(lessons))
+    return Student(learner, taught, DistillationLossesConfig.model_validate(losses))
 
 
 def batches(dataset: Dataset, module: Student, count: int, stored_views: int = VIEWS) -> Iterator[Batch]:
@@ -166,10 +166,10 @@ def test_a_cached_teacher_teaches_what_the_live_one_does(
     workspace: Path, dataset: Dataset, package: Package, precision: str, close: float
 ) -> None:
     """In every epoch, those past the stored augmentations among them."""
-    lessons = {"soft_labels": 1, "features": 1, "similarities": 1, "interactive": 1}
+    losses = {"soft_labels": 1, "features": 1, "similarities": 1, "interactive": 1}
     of = cached(workspace, dataset, package, precision)
-    from_cache = student(teachers(of, dataset, lessons), lessons)
-    live = student(teachers(TeacherPackage(package=package.uri), dataset, lessons), lessons)
+    from_cache = student(teachers(of, dataset, losses), losses)
+    live = student(teachers(TeacherPackage(package=package.uri), dataset, losses), losses)
     seen = 0
     for batch in batches(dataset, live, 12):  # four epochs of three batches
         (loss, parts), (expected, wanted) = from_cache(batch, 1), live(batch, 1)
@@ -191,9 +191,9 @@ def test_the_teacher_is_not_loaded_where_its_cache_is_enough(
 
 
 def test_cached_embeddings_and_live_attention_go_together(workspace: Path, dataset: Dataset, package: Package) -> None:
-    lessons = {"features": 1, "attention": {"sides": ["text"]}}
-    mixed = student(teachers(cached(workspace, dataset, package), dataset, lessons), lessons)
-    live = student(teachers(TeacherPackage(package=package.uri), dataset, lessons), lessons)
+    losses = {"features": 1, "attention": {"sides": ["text"]}}
+    mixed = student(teachers(cached(workspace, dataset, package), dataset, losses), losses)
+    live = student(teachers(TeacherPackage(package=package.uri), dataset, losses), losses)
     for batch in batches(dataset, live, 2):
         torch.testing.assert_close(mixed(batch, 1)[0], live(batch, 1)[0], atol=1e-3, rtol=1e-3)
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import LessonsConfig
+from mmflow.learning.distillation.config import DistillationLossesConfig
 from mmflow.learning.distillation.given import Space
 from mmflow.learning.learner import ALONE, Learner, Ranks
 from mmflow.learning.outputs import MaskingTokens
@@ -59,7 +59,7 @@ def loaded(fields: dict[str, Any], seed: int = 3) -> LoadedModel:
 
 def student_of(
     fields: dict[str, Any],
-    lessons: dict[str, Any],
+    losses: dict[str, Any],
     *teachers: Teacher,
     weight: float = 0.0,
     ranks: Ranks = ALONE,
@@ -68,7 +68,7 @@ def student_of(
     config = ModelConfig.model_validate(fields)
     objectives = ObjectivesConfig.model_validate({"contrastive": {"weight": weight}})
     learner = Learner(build("model", config, VOCABULARY, seed=0), config, objectives, SPECIAL, seed=0, ranks=ranks)
-    return Student(learner, teachers, LessonsConfig.model_validate(lessons))
+    return Student(learner, teachers, DistillationLossesConfig.model_validate(losses))
 
 
 def batch(rows: int = 5, *, side: int = SIDE, real: torch.Tensor | None = None, seed: int = 0, **changes: Any) -> Batch:

@@ -1,4 +1,4 @@
-"""Lessons of layers and of orders against plain loops, and which layer goes with which."""
+"""Losses of layers and of orders against plain loops, and which layer goes with which."""
 
 from __future__ import annotations
 

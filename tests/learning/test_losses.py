@@ -1,4 +1,4 @@
-"""Lessons of embeddings against their equations written as plain loops, in value and gradient; padding and agreement
+"""Losses of embeddings against their equations written as plain loops, in value and gradient; padding and agreement
 cost nothing."""
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.distillation.config import LessonsConfig
+from mmflow.learning.distillation.config import DistillationLossesConfig
 from mmflow.learning.distillation.features import feature_loss
 from mmflow.learning.distillation.given import Given
-from mmflow.learning.distillation.lessons import LESSONS
 from mmflow.learning.distillation.soft_labels import soft_label_loss
+from mmflow.learning.distillation.table import LOSSES
 from mmflow.learning.student import Student, Teacher
 from mmflow.loading.batches import Reading
 from mmflow.models.config import ModelConfig
@@ -37,16 +37,16 @@ def teacher(weight: float = 1.0, seed: int = 3, **changes: Any) -> Teacher:
     return Teacher(weight=weight, loaded=loaded({**SMALLEST_MODEL, **changes}, seed))
 
 
-def smallest(*teachers: Teacher, lessons: dict[str, Any], weight: float = 0.0, **changes: Any) -> Student:
-    return student_of({**SMALLEST_MODEL, **changes}, lessons, *teachers, weight=weight)
+def smallest(*teachers: Teacher, losses: dict[str, Any], weight: float = 0.0, **changes: Any) -> Student:
+    return student_of({**SMALLEST_MODEL, **changes}, losses, *teachers, weight=weight)
 
 
 @pytest.mark.parametrize(("teacher_width", "num_projections"), [(6, 0), (10, 2), (3, 2)])
-@pytest.mark.parametrize("lesson", ["features", "interactive"])
-def test_student_is_compared_in_its_teacher_s_width(lesson: str, teacher_width: int, num_projections: int) -> None:
-    student = smallest(teacher(embedding_width=teacher_width), lessons={lesson: 1})
+@pytest.mark.parametrize("name", ["features", "interactive"])
+def test_student_is_compared_in_its_teacher_s_width(name: str, teacher_width: int, num_projections: int) -> None:
+    student = smallest(teacher(embedding_width=teacher_width), losses={name: 1})
     loss, parts = student(batch(), 1)
-    torch.testing.assert_close(loss, parts[lesson])
+    torch.testing.assert_close(loss, parts[name])
     assert len(list(student.projections.parameters())) == num_projections
     loss.backward()
     assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in student.projections.parameters())
@@ -55,14 +55,14 @@ def test_student_is_compared_in_its_teacher_s_width(lesson: str, teacher_width: 
     assert model.image_projection.weight.grad is not None
 
 
-def test_lessons_that_compare_no_vectors_have_no_projections() -> None:
-    student = smallest(teacher(embedding_width=10), lessons={"soft_labels": 1, "similarities": 1})
+def test_losses_that_compare_no_vectors_have_no_projections() -> None:
+    student = smallest(teacher(embedding_width=10), losses={"soft_labels": 1, "similarities": 1})
     assert not list(student.projections.parameters())
 
 
-def test_loss_is_the_weighted_sum_of_objectives_and_lessons() -> None:
-    lessons = {"soft_labels": {"weight": 0.5, "temperature": 2}, "features": {"weight": [[0, 0], [4, 4]]}}
-    student = smallest(taught := teacher(), lessons=lessons, weight=0.25)
+def test_loss_is_the_weighted_sum_of_objectives_and_losses() -> None:
+    losses = {"soft_labels": {"weight": 0.5, "temperature": 2}, "features": {"weight": [[0, 0], [4, 4]]}}
+    student = smallest(taught := teacher(), losses=losses, weight=0.25)
     student.eval()
     loss, parts = student(batch(), 3)
     torch.testing.assert_close(loss, 0.25 * parts["contrastive"] + 0.5 * parts["soft_labels"] + 3 * parts["features"])
@@ -82,7 +82,7 @@ def test_teachers_do_not_learn_and_are_no_part_of_the_student() -> None:
     before = [{n: each.clone() for n, each in one.loaded.model.state_dict().items()} for one in teachers if one.loaded]
     student.train()
     loss, parts = student(batch(), 1)
-    assert set(LESSONS) <= set(parts)
+    assert set(LOSSES) <= set(parts)
     loss.backward()
     for one, was in zip(teachers, before, strict=True):
         assert one.loaded is not None
@@ -96,26 +96,26 @@ def test_teachers_do_not_learn_and_are_no_part_of_the_student() -> None:
     assert sum(each.numel() for each in student.parameters()) == own + beside
 
 
-@pytest.mark.parametrize("lesson", EVERYTHING)
-def test_every_lesson_is_learnt(lesson: str) -> None:
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_distillation_loss_falls(name: str) -> None:
     """Its loss falls when it alone is descended."""
     student = student_of(
-        attending(layers=1), {lesson: EVERYTHING[lesson]}, Teacher(loaded=loaded(attending(width=12, **FUSED)))
+        attending(layers=1), {name: EVERYTHING[name]}, Teacher(loaded=loaded(attending(width=12, **FUSED)))
     )
     descent = torch.optim.Adam(student.parameters(), lr=0.01)
-    losses = []
+    history = []
     for _ in range(12):
         loss, parts = student(batch(), 0)
         descent.zero_grad()
         loss.backward()
         descent.step()
-        losses.append(parts[lesson].item())
-    assert losses[-1] < losses[0]
+        history.append(parts[name].item())
+    assert history[-1] < history[0]
 
 
-@pytest.mark.parametrize("lesson", EVERYTHING)
-def test_padded_rows_change_nothing(lesson: str) -> None:
-    student = student_of(attending(layers=1), {lesson: EVERYTHING[lesson]}, Teacher(loaded=loaded(attending(**FUSED))))
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_padded_rows_change_nothing(name: str) -> None:
+    student = student_of(attending(layers=1), {name: EVERYTHING[name]}, Teacher(loaded=loaded(attending(**FUSED))))
     real = torch.arange(6) < 4
     whole, garbled = batch(6, real=real), batch(6, real=real, seed=9)
     other = replace(
@@ -132,14 +132,14 @@ def test_padded_rows_change_nothing(lesson: str) -> None:
 
 
 def test_projections_are_no_part_of_the_model_that_is_packaged() -> None:
-    student = smallest(teacher(embedding_width=10), lessons={"features": 1})
+    student = smallest(teacher(embedding_width=10), losses={"features": 1})
     assert list(student.projections.parameters())
     config = ModelConfig.model_validate(SMALLEST_MODEL)
     assert set(student.learner.model.state_dict()) == set(build("model", config, VOCABULARY, seed=0).state_dict())
 
 
 def test_each_side_sees_the_picture_at_its_own_size() -> None:
-    student = smallest(teacher(image_pixels=32), teacher(image_pixels=24), lessons={"soft_labels": 1})
+    student = smallest(teacher(image_pixels=32), teacher(image_pixels=24), losses={"soft_labels": 1})
     assert student.image_pixels == 32
     loss, _ = student(batch(side=32), 1)
     assert torch.isfinite(loss)
@@ -154,7 +154,7 @@ def test_a_teacher_of_another_tokenizer_reads_the_texts_in_its_own() -> None:
     assert own.loaded is not None
     reading = Reading(own.loaded.tokenizer, 8)
     ids, mask = torch.randint(1, VOCABULARY, (5, 3)), torch.ones(5, 3, dtype=torch.int64)
-    student = smallest(teacher(), replace(own, reading=reading), lessons={"features": 1})
+    student = smallest(teacher(), replace(own, reading=reading), losses={"features": 1})
     assert student.readings == (reading,)
     learner = student.learner
     rows = learner.rows(batch())
@@ -162,115 +162,117 @@ def test_a_teacher_of_another_tokenizer_reads_the_texts_in_its_own() -> None:
     theirs = Given(learner.outputs(own.loaded.model, own.loaded.config, translated, 1, rows)).space
     student.eval()
     mine = Given(learner.outputs(learner.model, learner.config, batch(), 1, rows)).space
-    first_alone = smallest(teacher(), lessons={"features": 1}).eval()(batch(), 1)[1]["features"]
+    first_alone = smallest(teacher(), losses={"features": 1}).eval()(batch(), 1)[1]["features"]
     both = student(batch(readings=((ids, mask),)), 1)[1]["features"]
     torch.testing.assert_close(both, 0.5 * (first_alone + feature_loss([mine], [(1.0, theirs)], rows)))
 
 
 def test_a_teacher_of_twice_the_weight_is_one_that_is_there_twice() -> None:
-    lessons = {"soft_labels": 1, "similarities": 1, "features": 1, "interactive": 1}
-    twice = smallest(teacher(), teacher(), teacher(seed=5), lessons=lessons).eval()(batch(), 1)
-    heavier = smallest(teacher(weight=2.0), teacher(seed=5), lessons=lessons).eval()(batch(), 1)
+    losses = {"soft_labels": 1, "similarities": 1, "features": 1, "interactive": 1}
+    twice = smallest(teacher(), teacher(), teacher(seed=5), losses=losses).eval()(batch(), 1)
+    heavier = smallest(teacher(weight=2.0), teacher(seed=5), losses=losses).eval()(batch(), 1)
     torch.testing.assert_close(heavier[0], twice[0])
 
 
-def test_a_lesson_is_heard_from_those_who_can_teach_it() -> None:
+def test_a_loss_uses_only_the_teachers_that_give_what_it_reads() -> None:
     fused, dual = Teacher(loaded=loaded(attending(**FUSED))), Teacher(loaded=loaded(attending(), seed=8))
-    lessons = {"ranking": {"negatives": 2}}
-    alone = student_of(attending(), lessons, fused)(batch(), 1)[1]["ranking"]
-    beside = student_of(attending(), lessons, dual, fused)(batch(), 1)[1]["ranking"]
+    losses = {"ranking": {"negatives": 2}}
+    alone = student_of(attending(), losses, fused)(batch(), 1)[1]["ranking"]
+    beside = student_of(attending(), losses, dual, fused)(batch(), 1)[1]["ranking"]
     torch.testing.assert_close(beside, alone)
 
 
 @pytest.mark.parametrize(
-    ("student", "taught", "lessons", "message"),
+    ("student", "taught", "losses", "message"),
     [
         (
             {},
             {"embedding_width": None, **FUSED},
             {"soft_labels": 1},
-            "distill.lessons.soft_labels: the teacher gives no embeddings; teach by a model with a text encoder and an "
+            "distill.losses.soft_labels: the teacher gives no embeddings; teach by a model with a text encoder and an "
             "embedding_width, or leave soft_labels out",
         ),
         (
             {"embedding_width": None, **FUSED},
             {},
             {"features": 1},
-            "distill.lessons.features: the student gives no embeddings; give its model",
+            "distill.losses.features: the student gives no embeddings; give its model",
         ),
-        ({}, {}, {"ranking": {}}, "distill.lessons.ranking: the teacher has no matching_logits"),
+        ({}, {}, {"ranking": {}}, "distill.losses.ranking: the teacher has no matching_logits"),
         (
             {"image": SMALLEST_MODEL["image"]},
             {},
             {"attention": {"sides": ["image"]}},
-            "distill.lessons.attention: the student's image encoder has no attention maps; use one that attends",
+            "distill.losses.attention: the student's image encoder has no attention maps; use one that attends",
         ),
         (
             {"image_pixels": 24},
             {},
             {"attention": {"sides": ["image"]}},
-            "distill.lessons.attention: the student's layer 2 has 10 regions and the teacher's layer 2 has 5; make",
+            "distill.losses.attention: the student's layer 2 has 10 regions and the teacher's layer 2 has 5; make",
         ),
         (
             {},
             {},
             {"attention": {"sides": ["text"], "layers": [[1, 3]]}},
-            r"distill.lessons.attention: layers: \[1, 3\], and the student's text encoder has 2 and the teacher's 2",
+            r"distill.losses.attention: layers: \[1, 3\], and the student's text encoder has 2 and the teacher's 2",
         ),
         (
             {},
             attending(attention_heads=4),
             {"attention": {"sides": ["text"], "heads": "same"}},
-            "distill.lessons.attention: heads: same, and the student's text encoder has 2 and the teacher's 4",
+            "distill.losses.attention: heads: same, and the student's text encoder has 2 and the teacher's 4",
         ),
         (
             {},
             {},
             {"attention": {"sides": ["text"], "heads": [[1, 5]]}},
-            r"distill.lessons.attention: heads: \[1, 5\], and the student's text encoder has 2 and the teacher's",
+            r"distill.losses.attention: heads: \[1, 5\], and the student's text encoder has 2 and the teacher's",
         ),
         (
             {"image": {**attending()["image"], "patch_dropout": 0.5}},
             {},
             {"hidden": {"sides": ["image"]}},
-            "distill.lessons.hidden: the student drops patches that the teacher sees; set its image.patch_dropout to 0",
+            "distill.losses.hidden: the student drops patches that the teacher sees; set its image.patch_dropout to 0",
         ),
     ],
 )
-def test_a_lesson_that_cannot_be_is_named_with_its_remedy(
-    student: dict[str, Any], taught: dict[str, Any], lessons: dict[str, Any], message: str
+def test_a_loss_that_cannot_work_is_named_with_its_remedy(
+    student: dict[str, Any], taught: dict[str, Any], losses: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         student_of(
             attending(**student),
-            lessons,
+            losses,
             Teacher(loaded=loaded(attending(**taught) if "image" not in taught else taught)),
         )
 
 
 def test_a_number_is_a_weight_and_nothing_named_is_soft_labels_and_features() -> None:
-    named = LessonsConfig.model_validate({"soft_labels": 1.0, "features": 20.0}).named
+    named = DistillationLossesConfig.model_validate({"soft_labels": 1.0, "features": 20.0}).named
     assert {name: section.weight_at(0) for name, section in named.items()} == {"soft_labels": 1.0, "features": 20.0}
-    usual = LessonsConfig().named
+    usual = DistillationLossesConfig().named
     assert {name: section.weight_at(0) for name, section in usual.items()} == {"soft_labels": 1.0, "features": 10.0}
-    assert list(LessonsConfig.model_validate({"similarities": {"temperature": 0.2}}).named) == ["similarities"]
-    with pytest.raises(ValueError, match="every lesson is null"):
-        LessonsConfig.model_validate({"features": None})
+    assert list(DistillationLossesConfig.model_validate({"similarities": {"temperature": 0.2}}).named) == [
+        "similarities"
+    ]
+    with pytest.raises(ValueError, match="every loss is null"):
+        DistillationLossesConfig.model_validate({"features": None})
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
-            {"cache": {}, "lessons": {"attention": {"sides": ["text"]}}},
-            "cache: it holds embeddings, and no lesson reads",
+            {"cache": {}, "losses": {"attention": {"sides": ["text"]}}},
+            "cache: it holds embeddings, and no loss reads",
         ),
         (
-            {"training": {"compile": True}, "lessons": {"hidden": {"sides": ["text"]}}},
+            {"training": {"compile": True}, "losses": {"hidden": {"sides": ["text"]}}},
             "training.compile: attention and",
         ),
         ({"teachers": [{"model": "m"}]}, "give either package, a model package's URI, or model and version"),
-        ({"lessons": {"attention": {"sides": ["text"], "layers": []}}}, "at least 1 item"),
+        ({"losses": {"attention": {"sides": ["text"], "layers": []}}}, "at least 1 item"),
     ],
 )
 def test_what_nothing_could_read_is_refused(fields: dict[str, Any], message: str) -> None:

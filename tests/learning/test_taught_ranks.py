@@ -1,4 +1,4 @@
-"""Every lesson over two ranks: the mean of the ranks' losses is that of one process, gradients too."""
+"""Every loss over two ranks: the mean of the ranks' losses is that of one process, gradients too."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def student(ranks: Ranks = ALONE) -> Student:
 
 
 def losses_and_gradients(module: Student, real: str, mine: slice) -> Found:
-    """By lesson; zeros for a weight that it does not reach."""
+    """By loss; zeros for a weight that it does not reach."""
     whole = batch(ROWS, real=REALS[real])
     _, parts = module(replace(whole.map_tensors(lambda each: each[mine]), keys=whole.keys[mine]), 0)
     weights = list(module.parameters())
     found = {}
-    for lesson in EVERYTHING:
-        gradients = torch.autograd.grad(parts[lesson], weights, retain_graph=True, allow_unused=True)
-        found[lesson] = (
-            parts[lesson].detach(),
+    for loss in EVERYTHING:
+        gradients = torch.autograd.grad(parts[loss], weights, retain_graph=True, allow_unused=True)
+        found[loss] = (
+            parts[loss].detach(),
             [
                 torch.zeros_like(weight) if each is None else each
                 for weight, each in zip(weights, gradients, strict=True)
@@ -84,13 +84,13 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]
 
 
 @pytest.mark.parametrize("real", REALS)
-@pytest.mark.parametrize("lesson", EVERYTHING)
+@pytest.mark.parametrize("loss", EVERYTHING)
 def test_mean_over_ranks_equals_one_process(
-    of_ranks: list[dict[str, Found]], alone: dict[str, Found], lesson: str, real: str
+    of_ranks: list[dict[str, Found]], alone: dict[str, Found], loss: str, real: str
 ) -> None:
     """As DeepSpeed averages; a rank whose rows are all padding has no NaN to add."""
-    expected, wanted = alone[real][lesson]
-    found = [each[real][lesson] for each in of_ranks]
+    expected, wanted = alone[real][loss]
+    found = [each[real][loss] for each in of_ranks]
     torch.testing.assert_close(torch.stack([loss for loss, _ in found]).mean(), expected, atol=1e-6, rtol=1e-5)
     for number, gradient in enumerate(wanted):
         mean = torch.stack([gradients[number] for _, gradients in found]).mean(0)

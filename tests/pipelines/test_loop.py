@@ -151,8 +151,8 @@ def test_a_fused_model_trains_by_several_objectives_at_once(
     loaded = load_package(read_package(trained.file("package")))
     assert loaded.model.gives >= {"embeddings", "fused", "matching_logits", "masked_language_logits", "class_logits"}
     assert loaded.classes == ("bar", "circle", "square")
-    losses = curves(read_journal(Path(trained.file("journal.jsonl"))))
-    assert {"loss", "contrastive", "matching", "masked_language", "classification"} <= losses.keys()
+    written = curves(read_journal(Path(trained.file("journal.jsonl"))))
+    assert {"loss", "contrastive", "matching", "masked_language", "classification"} <= written.keys()
 
 
 def test_a_package_is_tuned_on_two_tasks_by_adapters(recipe: Recipe, report: dict[str, Any], tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_a_student_begins_with_its_teacher_s_weights_and_hears_two_teachers_from
 ) -> None:
     fields = recipe.model_dump(mode="json")
     package = Loop(recipe).committed("pretrain").file("package")
-    lessons = {"soft_labels": 1, "similarities": 0.5, "features": 10, "interactive": 1}
+    losses = {"soft_labels": 1, "similarities": 0.5, "features": 10, "interactive": 1}
     fields["distill"] |= {
-        "lessons": lessons,
+        "losses": losses,
         "teachers": [{"package": package, "weight": 0.5}],
         "cache": {"augmentations": 2},
         "initialise": {},
@@ -200,8 +200,8 @@ def test_a_student_begins_with_its_teacher_s_weights_and_hears_two_teachers_from
     trained = Loop(load_recipe(write_recipe(tmp_path / "cached.yaml", fields))).run("distill")
     (cache,) = Path(recipe.workspace, "teacher_cache").glob(f"*/{MANIFEST}")  # of one package twice
     assert trained.manifest["inputs"]["teacher 0"] == json.loads(cache.read_text())["teacher"]
-    losses = curves(read_journal(Path(trained.file("journal.jsonl"))))
-    assert {"loss", "contrastive", *lessons} <= losses.keys()
+    written = curves(read_journal(Path(trained.file("journal.jsonl"))))
+    assert {"loss", "contrastive", *losses} <= written.keys()
 
 
 def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(

@@ -79,10 +79,10 @@ def test_what_reads_no_scores_of_pairs_is_named(changes: dict[str, Any], said: s
         check_training("pretrain", PretrainConfig.model_validate(fields))
 
 
-def test_lessons_train_the_space_that_they_compare_in() -> None:
+def test_losses_train_the_space_that_they_compare_in() -> None:
     fields = {"model": SMALLEST_MODEL | {"heads": ["masked_language"]}, "objectives": {"masked_language": {}}}
     check_training("distill", DistillConfig.model_validate(fields))
-    fields["lessons"] = {"hidden": {"sides": ["text"]}}
+    fields["losses"] = {"hidden": {"sides": ["text"]}}
     with pytest.raises(
         RecipeError, match=r"^distill\.model\.embedding_width: no objective trains it; name contrastive"
     ):

@@ -23,7 +23,7 @@ from mmflow.learning.rows import Gather, mean_of
 
 
 def attention(heard: Heard, config: AttentionConfig) -> Tensor:
-    """The lesson of a batch, (): the mean over the sides that are compared."""
+    """The loss of a batch, (): the mean over the sides that are compared."""
     losses = []
     for teaching in heard.teachings:
         for side in config.sides:

@@ -1,4 +1,4 @@
-"""What is wrong with lessons, found before anything is made: student and teachers are built without their weights."""
+"""What is wrong with losses, found before anything is made: student and teachers are built without their weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from mmflow.learning.distillation.config import LessonsConfig
-from mmflow.learning.distillation.lessons import Party, hearers
+from mmflow.learning.distillation.config import DistillationLossesConfig
+from mmflow.learning.distillation.table import Party, hearers
 from mmflow.models.config import VOCABULARY_SIZE, ModelConfig
 from mmflow.models.model import build
 
 
-def check_lessons(key: str, lessons: LessonsConfig, student: ModelConfig, teachers: Sequence[ModelConfig]) -> None:
-    """Raise RecipeError naming the lesson that the student cannot learn or no teacher teach. `key` is the recipe's.
+def check_losses(
+    key: str, losses: DistillationLossesConfig, student: ModelConfig, teachers: Sequence[ModelConfig]
+) -> None:
+    """Raise RecipeError naming the loss that the student cannot learn or no teacher teach. `key` is the recipe's.
 
     Where an encoder comes from a checkpoint, whose weights would be read, it is found when the models are built.
     """
@@ -22,7 +24,7 @@ def check_lessons(key: str, lessons: LessonsConfig, student: ModelConfig, teache
         return
     with torch.device("meta"):
         learner, *taught = (_party(f"{key}.model", each) for each in models)
-    hearers(key, lessons, learner, taught)
+    hearers(key, losses, learner, taught)
 
 
 def _party(key: str, config: ModelConfig) -> Party:

@@ -1,5 +1,5 @@
 """What a student learns of its teachers and how much, who they are, what of them is cached, and what it begins with. A
-lesson is there because the recipe names it."""
+loss is there because the recipe names it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mmflow.learning.config import ObjectiveConfig
 from mmflow.models.config import PackageConfig
 
 
-class LessonConfig(ObjectiveConfig):
-    """What every lesson has: a weight. A lesson that is a bare number is one of that weight."""
+class DistillationLossConfig(ObjectiveConfig):
+    """What every loss has: a weight. A distillation loss that is a bare number is one of that weight."""
 
 
-class SoftLabelsConfig(LessonConfig):
+class SoftLabelsConfig(DistillationLossConfig):
     """Divergence from the teacher's probabilities of each caption for a picture, and the other way round, to the
     student's."""
 
@@ -25,21 +25,21 @@ class SoftLabelsConfig(LessonConfig):
     relational distillation (CRD)."""
 
 
-class SimilaritiesConfig(LessonConfig):
+class SimilaritiesConfig(DistillationLossConfig):
     """Divergence from what pictures the teacher finds alike, and what captions, to what the student does."""
 
     temperature: float = Field(0.1, gt=0)
     """The cosines of both are divided by it."""
 
 
-class FeaturesConfig(LessonConfig):
+class FeaturesConfig(DistillationLossConfig):
     """Squared distance between the embeddings of student and teacher, through a projection where widths differ."""
 
     weight: float | list[tuple[int, float]] = 10.0
     """What its loss is multiplied by: a number, or a list of [step, weight] as objectives have it."""
 
 
-class InteractiveConfig(LessonConfig):
+class InteractiveConfig(DistillationLossConfig):
     """The student's pictures must find their captions among the teacher's, and its captions their pictures (ICL)."""
 
 
@@ -51,7 +51,7 @@ Layers = Literal["last", "even"] | Pairs
 Side = Literal["image", "text"]
 
 
-class AttentionConfig(LessonConfig):
+class AttentionConfig(DistillationLossConfig):
     """Divergence from the attention maps of the teacher's encoders to those of the student's."""
 
     sides: list[Side] = Field(min_length=1)
@@ -64,7 +64,7 @@ class AttentionConfig(LessonConfig):
     as many, or pairs [student's, teacher's] counted from 1."""
 
 
-class HiddenConfig(LessonConfig):
+class HiddenConfig(DistillationLossConfig):
     """Squared distance between layers' outputs, through a projection where widths differ."""
 
     sides: list[Side] = Field(min_length=1)
@@ -74,14 +74,14 @@ class HiddenConfig(LessonConfig):
     teacher's] counted from 1."""
 
 
-class RankingConfig(LessonConfig):
+class RankingConfig(DistillationLossConfig):
     """The order in which a fused teacher puts the hardest wrong partners of each picture and caption."""
 
     negatives: int = Field(4, ge=2)
     """How many are ordered; the teacher reads this many pairs a row and side."""
 
 
-class LessonsConfig(Config):
+class DistillationLossesConfig(Config):
     """What the student learns beside its objectives; soft labels and features where none is named."""
 
     soft_labels: SoftLabelsConfig | None = None
@@ -99,15 +99,15 @@ class LessonsConfig(Config):
             return fields
         numbers = {name: each for name, each in fields.items() if isinstance(each, int | float)}
         if fields and all(each is None for each in fields.values()):
-            raise ValueError("every lesson is null; name one, such as soft_labels: 1")
+            raise ValueError("every loss is null; name one, such as soft_labels: 1")
         return {**fields, **{name: {"weight": each} for name, each in numbers.items()}} or {
             "soft_labels": {},
             "features": {},
         }
 
     @property
-    def named(self) -> dict[str, LessonConfig]:
-        """The lessons that the recipe names, in the order in which they are given."""
+    def named(self) -> dict[str, DistillationLossConfig]:
+        """The losses that the recipe names, in the order in which they are given."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: section for name, section in sections.items() if section is not None}
 

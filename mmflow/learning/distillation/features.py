@@ -17,7 +17,7 @@ from mmflow.learning.rows import GlobalRows
 
 
 def features(heard: Heard, config: FeaturesConfig) -> Tensor:
-    """The lesson of a batch, ()."""
+    """The loss of a batch, ()."""
     return feature_loss(heard.projected, heard.spaces, heard.rows)
 
 

@@ -1,4 +1,4 @@
-"""What a model gives that lessons compare, and who is heard in a lesson."""
+"""What a model gives that losses compare, and who is heard in a loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Space(NamedTuple):
 
 @dataclass(frozen=True)
 class Given:
-    """What a model makes of a batch, computed when the first lesson asks."""
+    """What a model makes of a batch, computed when the first loss asks."""
 
     outputs: Outputs | None  # None: its cached embeddings are all that is asked of it
     cached: Space | None = None
@@ -43,13 +43,13 @@ class Given:
     @property
     def live(self) -> Outputs:
         """What it gives beside its cached embeddings."""
-        assert self.outputs is not None, "a teacher is loaded where a lesson asks for more than its cache"
+        assert self.outputs is not None, "a teacher is loaded where a loss asks for more than its cache"
         return self.outputs
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """One teacher's part in a lesson."""
+    """One teacher's part in a loss."""
 
     share: float  # of all that are heard in it
     given: Given
@@ -67,7 +67,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Heard:
-    """A batch as a lesson compares it."""
+    """A batch as a loss compares it."""
 
     student: Given
     teachings: Sequence[Teaching]

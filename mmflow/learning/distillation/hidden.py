@@ -22,7 +22,7 @@ from mmflow.learning.rows import Gather, mean_of
 
 
 def hidden(heard: Heard, config: HiddenConfig) -> Tensor:
-    """The lesson of a batch, (): the mean over the sides that are compared."""
+    """The loss of a batch, (): the mean over the sides that are compared."""
     losses = []
     for teaching in heard.teachings:
         for side in config.sides:

@@ -21,7 +21,7 @@ from mmflow.learning.rows import Gather, GlobalRows
 
 
 def interactive(heard: Heard, config: InteractiveConfig) -> Tensor:
-    """The lesson of a batch, ()."""
+    """The loss of a batch, ()."""
     return interactive_loss(heard.projected, heard.spaces, heard.rows, heard.gather)
 
 

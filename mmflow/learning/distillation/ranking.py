@@ -24,7 +24,7 @@ from mmflow.models.encoders import Encoded
 
 
 def ranking(heard: Heard, config: RankingConfig) -> Tensor:
-    """The lesson of a batch, (). Rows of one caption or one key are never each other's wrong partners."""
+    """The loss of a batch, (). Rows of one caption or one key are never each other's wrong partners."""
     outputs, space = heard.student.live, heard.student.space
     identities_BI = torch.stack((fingerprint(outputs.token_ids, outputs.token_mask), outputs.key_hashes), 1)
     same_BN = (identities_BI[:, None] == heard.gather(identities_BI)).any(-1)

@@ -22,7 +22,7 @@ from mmflow.learning.rows import Gather, GlobalRows
 
 
 def similarities(heard: Heard, config: SimilaritiesConfig) -> Tensor:
-    """The lesson of a batch, ()."""
+    """The loss of a batch, ()."""
     return similarity_loss(heard.student.space, heard.spaces, heard.rows, heard.gather, config.temperature)
 
 

@@ -22,7 +22,7 @@ from mmflow.learning.rows import Gather, GlobalRows
 
 
 def soft_labels(heard: Heard, config: SoftLabelsConfig) -> Tensor:
-    """The lesson of a batch, ()."""
+    """The loss of a batch, ()."""
     return soft_label_loss(heard.student.space, heard.spaces, heard.rows, heard.gather, config.temperature)
 
 

@@ -1,4 +1,4 @@
-"""The lessons of a recipe: what each reads of student and teacher, who is heard in it, and their weighted sum."""
+"""The losses of a recipe: what each reads of student and teacher, who is heard in it, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from mmflow.core.errors import RecipeError
 from mmflow.learning.distillation.attention import attention
-from mmflow.learning.distillation.config import AttentionConfig, HiddenConfig, LessonConfig, LessonsConfig
+from mmflow.learning.distillation.config import (
+    AttentionConfig,
+    DistillationLossConfig,
+    DistillationLossesConfig,
+    HiddenConfig,
+)
 from mmflow.learning.distillation.features import features
 from mmflow.learning.distillation.given import SIDES, Heard
 from mmflow.learning.distillation.hidden import hidden
@@ -24,7 +29,7 @@ from mmflow.learning.distillation.soft_labels import soft_labels
 from mmflow.models.encoders import ImageEncoder
 from mmflow.models.model import Model
 
-LESSONS: dict[str, Callable[[Heard, Any], Tensor]] = {
+LOSSES: dict[str, Callable[[Heard, Any], Tensor]] = {
     "soft_labels": soft_labels,
     "similarities": similarities,
     "features": features,
@@ -33,19 +38,19 @@ LESSONS: dict[str, Callable[[Heard, Any], Tensor]] = {
     "hidden": hidden,
     "ranking": ranking,
 }
-"""By name: a batch of this rank and the lesson's section → the loss (), whose mean over ranks is that of the global
+"""By name: a batch of this rank and the loss's section → the loss (), whose mean over ranks is that of the global
 batch."""
 
 PROJECTED = ("features", "interactive")
-"""Lessons that compare embeddings in the teacher's width."""
+"""Losses that compare embeddings in the teacher's width."""
 
 LIVE = ("attention", "hidden", "ranking")
-"""Lessons that read more of a teacher than the embeddings that a cache holds."""
+"""Losses that read more of a teacher than the embeddings that a cache holds."""
 
 
 @dataclass(frozen=True)
 class Party:
-    """The student or a teacher, as far as lessons must know it before they begin."""
+    """The student or a teacher, as far as losses must know it before they begin."""
 
     gives: frozenset[str]
     model: Model | None  # None: a teacher of whom nothing but cached embeddings is there
@@ -62,22 +67,24 @@ class Party:
         }
 
 
-def hearers(key: str, lessons: LessonsConfig, student: Party, teachers: Sequence[Party]) -> dict[str, list[int]]:
-    """By lesson the numbers of the teachers that are heard in it: those that give what it reads.
+def hearers(
+    key: str, losses: DistillationLossesConfig, student: Party, teachers: Sequence[Party]
+) -> dict[str, list[int]]:
+    """By loss the numbers of the teachers that are heard in it: those that give what it reads.
 
     `key` is the recipe's of the stage. Raises RecipeError where the student does not give it, or no teacher does.
     """
     heard = {}
-    for name, section in lessons.named.items():
+    for name, section in losses.named.items():
         reasons = [_missing(name, section, student, teacher) for teacher in teachers]
         heard[name] = [number for number, reason in enumerate(reasons) if reason is None]
         if not heard[name]:
-            raise RecipeError(f"{key}.lessons.{name}: {reasons[0]}, or leave {name} out")
+            raise RecipeError(f"{key}.losses.{name}: {reasons[0]}, or leave {name} out")
     return heard
 
 
-def _missing(name: str, section: LessonConfig, student: Party, teacher: Party) -> str | None:
-    """What keeps a lesson from being taught, and the remedy; None where nothing does."""
+def _missing(name: str, section: DistillationLossConfig, student: Party, teacher: Party) -> str | None:
+    """What keeps a loss from being taught, and the remedy; None where nothing does."""
     if isinstance(section, AttentionConfig | HiddenConfig):
         for side in section.sides:
             reason = _apart(section, side, student, teacher)
@@ -143,8 +150,10 @@ def _apart_heads(section: AttentionConfig, side: str, ours: LayersOf, theirs: La
     return None
 
 
-def total_of_lessons(lessons: LessonsConfig, heard: Mapping[str, Heard], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The lessons' part of the loss to descend at a step, (), and each lesson's own before its weight, by name."""
-    parts = {name: LESSONS[name](heard[name], section) for name, section in lessons.named.items()}
-    weights = [section.weight_at(step) for section in lessons.named.values()]
+def total_of_losses(
+    losses: DistillationLossesConfig, heard: Mapping[str, Heard], step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses' part of the loss to descend at a step, (), and each loss's own before its weight, by name."""
+    parts = {name: LOSSES[name](heard[name], section) for name, section in losses.named.items()}
+    weights = [section.weight_at(step) for section in losses.named.values()]
     return torch.stack([weight * part for weight, part in zip(weights, parts.values(), strict=True)]).sum(), parts
