@@ -1,4 +1,4 @@
-"""Bounds of captions, and which records are too alike."""
+"""Settings of cleaning: images, captions, and which records are too alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,31 @@ from typing import Literal
 from pydantic import Field
 
 from mmflow.core.config import Config
+
+
+class ImageConfig(Config):
+    """The bounds of a source image, and how it is stored."""
+
+    side: int = Field(256, ge=8, le=4096)
+    """Pixels, see `resize`. A smaller image is never enlarged."""
+    resize: Literal["none", "shortest", "longest", "crop"] = "shortest"
+    """shortest, longest: that side becomes `side`; crop: the middle square of `side`; none: as it is."""
+    max_pixels: int = Field(80_000_000, ge=1, le=178_956_970)
+    """Most pixels of a source image, read from its header before any is decoded. The upper bound is Pillow's own."""
+    min_side: int = Field(16, ge=1)
+    """Least shortest side of a source image, in pixels."""
+    max_aspect: float = Field(8.0, ge=1)
+    """Most that the longer side may measure, in multiples of the shorter."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """RGB that shows through transparent pixels."""
+    format: Literal["jpeg", "webp"] = "jpeg"
+    """The format of stored images."""
+    quality: int = Field(90, ge=1, le=100)
+    """The encoder's quality; a JPEG of 90 and above keeps colour at full resolution."""
+    keep_conforming: bool = True
+    """Store a file's own bytes if they already have the format, size and orientation asked, in RGB."""
+    max_frames: int = Field(16, ge=1)
+    """Most frames kept of an animated image or a frame folder, evenly spaced; 1 keeps the first alone."""
 
 
 class CaptionConfig(Config):

@@ -20,14 +20,13 @@ import pyarrow as pa
 import xxhash
 
 from mmflow.cleaning.captions import caption_hash, clean_captions
-from mmflow.cleaning.config import CaptionConfig
+from mmflow.cleaning.config import CaptionConfig, ImageConfig
+from mmflow.cleaning.images import PreparedImage, prepare_images
 from mmflow.cleaning.pieces import PIECE, PREPARED, finished_rows, pack_uri, write_piece_table
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import MissingArtifactError, MisuseError
 from mmflow.core.storage import filesystem, join, local_path, publish, read_bytes
 from mmflow.fetch.fetched import FetchedStore
-from mmflow.imaging.config import ImageConfig
-from mmflow.imaging.images import PreparedImage, prepare_images
 from mmflow.sources.reasons import Reason, Rejected
 from mmflow.sources.records import rows_of_chunks
 

@@ -6,10 +6,9 @@ import re
 
 from pydantic import Field, field_validator
 
-from mmflow.cleaning.config import CaptionConfig, DuplicatesConfig
+from mmflow.cleaning.config import CaptionConfig, DuplicatesConfig, ImageConfig
 from mmflow.core.config import Config
 from mmflow.fetch.config import FetchConfig
-from mmflow.imaging.config import ImageConfig
 from mmflow.sources.config import SourceConfig
 
 SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")

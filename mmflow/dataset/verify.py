@@ -28,8 +28,8 @@ from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, quaran
 from mmflow.dataset.members import check_members, layout_of, pass_over
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.samples import read_texts
+from mmflow.imaging.decode import decode_source
 from mmflow.imaging.header import probe
-from mmflow.imaging.images import decode
 from mmflow.sources.reasons import Rejected
 from mmflow.sources.records import KEY
 
@@ -187,7 +187,7 @@ def check_bodies(place: str, index: pa.Table, rows: Sequence[int]) -> Iterator[s
         try:
             for image in images:
                 header = probe(image)
-                decode(image, header, side=max(header.width, header.height))
+                decode_source(image, header, side=max(header.width, header.height))
                 if (header.width, header.height) != (entry["width"], entry["height"]):
                     size = f"{header.width}×{header.height}"
                     yield f"{where}: the image is {size}, the index has {entry['width']}×{entry['height']}"

@@ -1,7 +1,7 @@
-"""Any of Pillow's modes to RGB, a strip at a time: 80 megapixels of palette are 80 MB, and as RGBA four times that.
+"""Any of Pillow's modes to RGB, one strip at a time, so that a worker stays under 1.5 GiB.
 
-Each further copy of the whole would stand beside it, and a worker is to stay under 1.5 GiB. So the whole is held once,
-as its decoder made it; a strip of it is converted and reduced before the next is looked at.
+80 megapixels of a palette image take 80 MB; as RGBA they would take four times that, once more for every copy. So the
+whole image is held once, as its decoder made it, and each strip is converted and reduced before the next is read.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
-RGB = npt.NDArray[np.uint8]  # (height, width, 3)
+Pixels = npt.NDArray[np.uint8]  # (height, width, 3)
 Colour = tuple[int, int, int]
 
+WHITE = (255, 255, 255)
 STRIP_PIXELS = 1 << 22
 DEEP_GREYS = ("I;16", "I;16L", "I;16B", "I;16N")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", *DEEP_GREYS)
@@ -21,17 +22,17 @@ WHITE_IS_ZERO = 0  # TIFF's photometric interpretation
 
 
 def is_supported(image: Image.Image) -> bool:
-    """Whether the mode's values have an agreed range: those of floats, of 32-bit integers and of LAB have none."""
-    # Of 32 bits, Pillow makes one that has: a PPM's greys of any depth, brought to 16 bits.
+    """Whether the mode's values have a known range. Floats, 32-bit integers and LAB have none."""
+    # The exception: Pillow reads a PPM's greys as 32-bit integers, scaled to 16 bits.
     return image.mode in MODES or (image.mode == "I" and image.format == "PPM")
 
 
 def solid(image: Image.Image, background: Colour, factor: int = 1) -> Image.Image:
-    """A loaded image as RGB, or RGBa where it is transparent, each square of `factor` pixels averaged into one.
+    """A loaded image as RGB, or as RGBa if it has transparency, with each square of `factor` pixels averaged into one.
 
-    RGBa are colours multiplied by how opaque they are: averages of these are those of what is seen, so that no hidden
-    colour bleeds out, and the background is laid under a picture that is small by then. The last square of a row may be
-    narrower. `background` is for greys of 16 bits, of which one may stand for it.
+    RGBa is premultiplied: an average then shows what is seen, hidden colours do not bleed out, and the background can
+    be added after the image is small. The last square of a row may be narrower. `background` replaces the transparent
+    value of 16-bit greys.
     """
     width, height = image.size
     greys = _levels(image) if image.mode.startswith("I") else None
@@ -49,8 +50,8 @@ def solid(image: Image.Image, background: Colour, factor: int = 1) -> Image.Imag
     return whole
 
 
-def flatten(picture: Image.Image, background: Colour) -> RGB:
-    """A picture of `solid` over the background, (height, width, 3) uint8."""
+def flatten(picture: Image.Image, background: Colour) -> Pixels:
+    """The result of `solid` over the background, (height, width, 3) uint8."""
     if picture.mode == "RGB":
         return np.asarray(picture)
     layer = picture.convert("RGBA")
@@ -62,24 +63,24 @@ def flatten(picture: Image.Image, background: Colour) -> RGB:
 def _layer(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
-    see_through = image.info.get("transparency")
-    if isinstance(see_through, tuple) and max(see_through) > 255:  # a PNG of 16 bits, which Pillow has made 8
-        image.info["transparency"] = tuple(value >> 8 for value in see_through)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # a 16-bit PNG, which Pillow has reduced to 8 bits
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image.convert("RGBA").convert("RGBa") if image.mode != "RGBa" else image
 
 
-def _levels(image: Image.Image) -> RGB:
-    """(65536, 3): the colour of each value of a deep grey, by its upper eight bits; Pillow would cut at 255 instead."""
+def _levels(image: Image.Image) -> Pixels:
+    """(65536, 3): the colour of each value of a deep grey, from its upper eight bits. Pillow would clip at 255."""
     values = np.arange(65536)
     if isinstance(image, TiffImageFile):
-        bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]  # Pillow leaves 12 bits as they are
+        bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]  # Pillow does not scale 12-bit values
         values = np.minimum(values << max(0, 16 - bits), 65535)
-        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:  # and, of 16, this aside
+        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:  # Pillow ignores this tag for 16 bits
             values = 65535 - values
     return np.repeat((values >> 8).astype(np.uint8)[:, None], 3, axis=1)
 
 
-def _from_deep_grey(image: Image.Image, levels: RGB, background: Colour) -> Image.Image:
+def _from_deep_grey(image: Image.Image, levels: Pixels, background: Colour) -> Image.Image:
     deep = np.clip(np.asarray(image), 0, 65535)
     result = levels[deep]
     if "transparency" in image.info:

@@ -1,58 +1,70 @@
-"""Stored pictures to RGB pixels: a JPEG at the scale that its view needs, which is most of what a loader can save."""
+"""Bytes to RGB pixels: stored pictures for training, and source images of any format, still or animated.
+
+JPEG goes through simplejpeg, which shrinks while it decodes (1600×1200 → 256 px: 156 images/s a core; Pillow in full:
+26). Everything else goes through Pillow.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from mmflow.core.errors import CorruptArtifactError
-from mmflow.imaging.colour import flatten, solid
-from mmflow.imaging.header import TURNS
+from mmflow.imaging.colour import WHITE, Colour, Pixels, flatten, solid
+from mmflow.imaging.header import JPEGS, TURNS, Header, count_png_frames, one_line
+from mmflow.sources.reasons import Reason, Rejected
 
-Pixels = NDArray[np.uint8]  # (height, width, 3)
-
-WHITE = (255, 255, 255)
 EXIF = b"Exif\0\0"
-EXIF_WITHIN = 4096  # bytes from the start of a file; a camera writes it first
-# Seven eighths take 8 to 20% longer than the whole (96 to 1500 pixels a side, measured): that scale is passed over.
+EXIF_WITHIN = 4096  # bytes from the start of a file; cameras write it first
+# Decoding at seven eighths takes 8 to 20% longer than in full (measured from 96 to 1500 pixels a side), so that scale
+# is skipped.
 LEAST_FACTOR = 1.3
+# Pillow reduces a large image to this many times the size asked, by averaging whole pixels; an antialiased cubic does
+# the rest. For drawings this is 50 dB from a full Lanczos in half its time (OpenCV's area filter: 45 dB).
+REDUCING_GAP = 2
+QUARTER_TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
+# Most canvas pixels × frames of an animation, some ten seconds of decoding. A frame costs at least `FRAME_PIXELS`.
+MAX_ANIMATION_PIXELS = 1_000_000_000
+FRAME_PIXELS = 10_000
+
+
+# --- stored pictures --------------------------------------------------------------------------------------------------
 
 
 class Picture(NamedTuple):
-    """A stored picture whose header is read; width and height are those of the upright picture, in pixels."""
+    """A stored picture with its header read. Width and height are those of the upright picture, in pixels."""
 
     body: bytes
     extension: str
     width: int
     height: int
-    orientation: int  # EXIF, 1 to 8: what is still to be done about it
-    image: Image.Image | None  # opened by Pillow, not a pixel decoded; None: a plain JPEG
+    orientation: int  # EXIF, 1 to 8: what remains to be applied
+    image: Image.Image | None  # opened by Pillow, no pixel decoded; None: a plain JPEG
 
 
 def open_picture(body: bytes, extension: str) -> Picture:
-    """The picture's header, no pixel decoded. Raises CorruptArtifactError where there is none."""
-    image, orientation = None, 1
+    """The picture's header, no pixel decoded. Raises CorruptArtifactError if there is none."""
+    orientation, plain = 1, False
     if extension in ("jpg", "jpeg"):
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(body)
-        except ValueError:  # not to the letter, as with stray bytes after a marker: Pillow is more patient
+        except ValueError:  # not strictly valid, such as stray bytes after a marker: Pillow is more tolerant
             colours = "unknown"
-        plain = colours in ("YCbCr", "Gray", "RGB")  # CMYK is Pillow's
+        plain = colours in ("YCbCr", "Gray", "RGB")  # Pillow decodes CMYK
         if plain and body.find(EXIF, 0, EXIF_WITHIN) < 0:
             return Picture(body, extension, width, height, orientation, None)
-    else:
-        plain = False
     try:
         image = Image.open(io.BytesIO(body))
-        if image.format in ("JPEG", "MPO", "WEBP"):  # of a PNG Pillow would decode the pixels in search of it
+        if image.format in ("JPEG", "MPO", "WEBP"):  # for a PNG, Pillow would decode all pixels to look for EXIF
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # Pillow's parsers raise whatever they trip over: struct.error, KeyError, SyntaxError …
+    except Exception as error:  # as in `probe`
         raise _damaged(body, extension, error) from error
     orientation = orientation if orientation in TURNS else 1
     width, height = image.size[::-1] if TURNS[orientation][0] % 2 else image.size
@@ -60,48 +72,135 @@ def open_picture(body: bytes, extension: str) -> Picture:
 
 
 def read_pixels(picture: Picture, least_side: int, share: tuple[float, float] = (1.0, 1.0)) -> Pixels:
-    """The upright picture, (height, width, 3) uint8, transparent parts white; a JPEG shrunk while it is decoded.
+    """The upright picture, (height, width, 3) uint8, transparent parts white; a JPEG is shrunk while it is decoded.
 
-    The part of the picture that is `share` of its width and of its height keeps at least `least_side` pixels each way
-    where it has as many. libjpeg scales by eighths in the frequency domain (an inverse transform of fewer coefficients
-    of each block), so that the scale is never below what is asked and rarely far above: a quarter of the pixels comes
-    at a third of the time, and what is too fine for it is cut off, not folded back. Raises CorruptArtifactError.
+    A part of the picture with this `share` of its width and height keeps at least `least_side` pixels each way, if it
+    has as many. libjpeg scales by eighths in the frequency domain (an inverse transform of fewer coefficients per
+    block): a quarter of the pixels takes a third of the time, and details too fine for the scale are cut off, not
+    aliased. Raises CorruptArtifactError.
     """
-    turns, mirror = TURNS[picture.orientation]
     least_width, least_height = math.ceil(least_side / share[0]), math.ceil(least_side / share[1])
-    if turns % 2:
+    if TURNS[picture.orientation][0] % 2:
         least_width, least_height = least_height, least_width
     try:
         if picture.image is None:
-            pixels: Pixels = _decode_jpeg(picture.body, least_width, least_height)
+            pixels = _decode_plain_jpeg(picture.body, least_width, least_height)
         else:
             picture.image.load()
             pixels = flatten(solid(picture.image, WHITE), WHITE)
     except Exception as error:
         raise _damaged(picture.body, picture.extension, error) from error
-    if turns:
-        pixels = np.rot90(pixels, turns)
-    return pixels[:, ::-1] if mirror else pixels
+    if picture.orientation == 1:
+        return pixels
+    return np.asarray(_upright(Image.fromarray(pixels), picture.orientation))
 
 
 def decode(body: bytes, extension: str, least_side: int) -> Pixels:
-    """The upright picture, both sides at least `least_side` where it has as many. Raises CorruptArtifactError."""
+    """The upright picture, both sides at least `least_side` if it has as many. Raises CorruptArtifactError."""
     return read_pixels(open_picture(body, extension), least_side)
 
 
-def _decode_jpeg(body: bytes, least_width: int, least_height: int) -> Pixels:
+def _decode_plain_jpeg(body: bytes, least_width: int, least_height: int) -> Pixels:
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
             body, min_height=least_height, min_width=least_width, min_factor=LEAST_FACTOR
         )
-    except ValueError:  # as in `open_picture`; a file cut short is damaged for Pillow too
+    except ValueError:  # as in `open_picture`; Pillow refuses a truncated file too
         with Image.open(io.BytesIO(body)) as image:
             return np.asarray(image.convert("RGB"))
     return pixels
 
 
 def _damaged(body: bytes, extension: str, error: Exception) -> CorruptArtifactError:
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return CorruptArtifactError(
-        f"a .{extension} of {len(body)} bytes cannot be decoded ({what}); set loader.on_corrupt: skip to go on without"
+        f"a .{extension} of {len(body)} bytes cannot be decoded ({one_line(error)}); "
+        "set loader.on_corrupt: skip to go on without it"
     )
+
+
+# --- source images ----------------------------------------------------------------------------------------------------
+
+
+def decode_source(data: bytes, header: Header, side: int, background: Colour = WHITE) -> Image.Image:
+    """The upright image as RGB, or RGBa before its background (`flatten`); a large one reduced, no side below `side`.
+
+    The header's image is used up. Raises Rejected if the file ends early or its pixels cannot be decoded.
+    """
+    pixels = decode_source_jpeg(data, header, side) if header.format in JPEGS and header.mode in ("RGB", "L") else None
+    if pixels is not None:
+        return _upright(Image.fromarray(pixels), header.orientation)
+    with _rejecting_damage():
+        image = header.image
+        image.draft(None, (side, side))  # lets a JPEG shrink while it is decoded
+        image.load()
+        picture = solid(image, background, _reduction(image, side))
+        if picture is not image:
+            image.close()
+        return _upright(picture, header.orientation)
+
+
+def decode_source_jpeg(data: bytes, header: Header, side: int = 0) -> Pixels | None:
+    """A JPEG's pixels as stored; None if it is not strictly valid: Pillow tells stray bytes from a truncated file."""
+    try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (header.height, header.width):
+            return None  # the bounds were checked against Pillow's reading of the header
+        return np.asarray(simplejpeg.decode_jpeg(data, min_height=side, min_width=side))
+    except ValueError:
+        return None
+
+
+def decode_frames(
+    data: bytes, header: Header, most: int, side: int, background: Colour = WHITE
+) -> Iterator[Image.Image]:
+    """At most `most` evenly spaced frames of an animation, each as `decode_source` gives a still image.
+
+    A frame stores what changed since the one before, so reaching the last one decodes all. Raises Rejected if that
+    would take too long, if frames that the header promises are missing, or if a frame is damaged.
+    """
+    image, factor = header.image, _reduction(header.image, side)
+    with _rejecting_damage():
+        first = int(bool(image.info.get("default_image")))  # an APNG may have a still picture before the animation
+        num_frames = int(getattr(image, "n_frames", 1)) - first
+        # For other formats, Pillow or the decoder counts the frames themselves.
+        if image.format == "PNG" and (there := count_png_frames(data)) < num_frames:
+            raise Rejected(Reason.image_truncated, f"{there} frames of the {num_frames} that its header promises")
+        numbers = evenly_spaced(num_frames, most)
+        width, height = image.size
+        if (numbers[-1] + 1) * max(width * height, FRAME_PIXELS) > MAX_ANIMATION_PIXELS:
+            what = f"{numbers[-1] + 1} frames of {width}×{height} pixels to decode"
+            raise Rejected(Reason.image_too_large, f"{what}; max_frames=1 would keep only the first")
+        for number in numbers:
+            image.seek(first + number)
+            if image.size != (width, height):  # a GIF frame beyond the screen, to which Pillow adapts
+                grown = f"frame {number} makes it {image.width}×{image.height} pixels instead of {width}×{height}"
+                raise Rejected(Reason.image_unsupported, grown)
+            image.load()
+            yield _upright(solid(image, background, factor), header.orientation)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the numbers below `count`: the first of each of that many equal spans."""
+    kept = min(count, most)
+    return [number * count // kept for number in range(kept)]
+
+
+def _reduction(image: Image.Image, side: int) -> int:
+    return max(1, min(image.size) // (REDUCING_GAP * side))
+
+
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    turns, flip = TURNS[orientation]
+    turned = picture.transpose(QUARTER_TURNS[turns]) if turns else picture
+    return turned.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else turned
+
+
+@contextlib.contextmanager
+def _rejecting_damage() -> Iterator[None]:
+    try:
+        yield
+    except (Rejected, MemoryError):  # a lack of memory is this machine's problem; the verdict must not depend on it
+        raise
+    except Image.DecompressionBombError as error:
+        raise Rejected(Reason.image_too_large, str(error)) from error
+    except Exception as error:  # as in `probe`
+        raise Rejected(Reason.image_truncated, one_line(error)) from error

@@ -1,23 +1,23 @@
-"""What an image file says of itself, before a pixel is decoded: a decompression bomb costs microseconds to refuse."""
+"""What an image file says about itself, read before any pixel is decoded: refusing a decompression bomb takes
+microseconds."""
 
 from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mmflow.imaging.colour import is_supported
-from mmflow.imaging.config import ImageConfig
-from mmflow.imaging.png import without_notes
 from mmflow.sources.reasons import Reason, Rejected
 
-# Named, because Pillow would otherwise try every format that it knows, Ghostscript for EPS among them.
+# Listed explicitly, because Pillow would otherwise try every format it knows, including EPS through Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more of them behind it, which Pillow finds by itself
-CLIPS = ("GIF", "WEBP", "PNG", "AVIF")  # the further images of TIFF and MPO are pages and views: the first is the image
-# What tells a damaged image from none: the file's start, and a mark at a place. Two letters, as of BMP, tell nothing.
+JPEGS = ("JPEG", "MPO")  # MPO: a JPEG followed by more JPEGs; Pillow detects it by itself
+CLIPS = ("GIF", "WEBP", "PNG", "AVIF")  # further images of a TIFF or MPO are pages and views: only the first is used
+# (start of the file, position, bytes at that position): these tell a damaged image from a file that is no image. BMP's
+# two letters prove nothing.
 SIGNATURES = (
     (b"\xff\xd8\xff", 0, b""),
     (b"\x89PNG\r\n\x1a\n", 0, b""),
@@ -28,12 +28,7 @@ SIGNATURES = (
     (b"", 4, b"ftypavi"),
     (b"", 4, b"jP  \r\n\x87\n"),
 )
-# What a decoder takes at its peak, in bytes a pixel, where that is more than the pixels once and a strip: measured as
-# the growth of a process. The most is what leaves a Ray worker of 250 MiB under 1.5 GiB.
-DECODER_BYTES = {"WEBP": 17, "AVIF": 16, "JPEG2000": 25}
-ANIMATION_BYTES = 18  # the canvas, the one before it, what is disposed of, and the copy that is handed out
-MAX_DECODER_BYTES = 1_200_000_000
-# EXIF orientation → quarter turns against the clock, then a left-right flip.
+# EXIF orientation → counter-clockwise quarter turns, then whether to flip left and right.
 TURNS = {
     1: (0, False),
     2: (0, True),
@@ -44,20 +39,25 @@ TURNS = {
     7: (1, True),
     8: (1, False),
 }
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Texts and colour profiles. We use none of them, and Pillow refuses a picture that every browser shows if one of them
+# unpacks to more than 1 MiB or has a wrong checksum.
+PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+PNG_FRAME = b"fcTL"
 
 Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What an image file says of itself; `width` and `height` are pixels as decoded, not yet turned upright."""
+    """The header of an image file. `width` and `height` are pixels as decoded, before the orientation is applied."""
 
-    image: Image.Image = field(repr=False, compare=False)  # opened, not a pixel decoded
+    image: Image.Image = field(repr=False, compare=False)  # opened, no pixel decoded
     format: str
     mode: str  # Pillow's
     width: int
     height: int
-    orientation: int  # EXIF, 1 to 8: what is still to be done about it
+    orientation: int  # EXIF, 1 to 8: what remains to be applied
     animated: bool
 
     @property
@@ -67,24 +67,25 @@ class Header:
 
 
 def probe(data: bytes) -> Header:
-    """The header, without decoding a pixel. Raises Rejected where there is none or it lies past Pillow's own bound."""
+    """The header, without decoding a pixel. Raises Rejected if there is none, or if it exceeds Pillow's own bound."""
     if not data:
         raise Rejected(Reason.image_truncated, "0 bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a bomb, on which `check_bounds` decides, or of tags that nobody reads
+            warnings.simplefilter("ignore")  # about bombs, which our own bounds catch, and about tags we never read
             image = Image.open(io.BytesIO(without_notes(data)), formats=FORMATS)
             animated = image.format in CLIPS and bool(getattr(image, "is_animated", False))
-            # Pillow turns a TIFF by itself, and would decode a PNG's pixels in search of a chunk behind them.
-            asked = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if asked else 1
+            # Pillow turns a TIFF by itself. For a PNG without an early EXIF chunk it would decode all pixels to find
+            # a late one.
+            has_exif = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if has_exif else 1
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.image_too_large, str(error)) from error
     except UnidentifiedImageError as error:
-        cut = any(data.startswith(start) and data[at : at + len(mark)] == mark for start, at, mark in SIGNATURES)
-        reason = Reason.image_truncated if cut else Reason.image_not_an_image
-        raise Rejected(reason, f"no header of an image, begins with {data[:12].hex(' ')}") from error
-    except Exception as error:  # Pillow's parsers raise whatever they trip over: struct.error, KeyError, SyntaxError …
+        damaged = any(data.startswith(start) and data[at : at + len(mark)] == mark for start, at, mark in SIGNATURES)
+        reason = Reason.image_truncated if damaged else Reason.image_not_an_image
+        raise Rejected(reason, f"no image header; the file begins with {data[:12].hex(' ')}") from error
+    except Exception as error:  # Pillow's parsers raise anything: struct.error, KeyError, SyntaxError …
         raise Rejected(Reason.image_truncated, f"damaged header: {one_line(error)}") from error
     return Header(
         image=image,
@@ -97,23 +98,35 @@ def probe(data: bytes) -> Header:
     )
 
 
-def check_bounds(header: Header, settings: ImageConfig) -> None:
-    """Raises Rejected for an image outside the bounds, or of pixels that nobody can read."""
-    size = f"{header.width}×{header.height}"
-    if header.width * header.height > settings.max_pixels:
-        raise Rejected(Reason.image_too_large, f"{size} pixels, at most {settings.max_pixels} are asked")
-    if min(header.width, header.height) < settings.min_side:
-        raise Rejected(Reason.image_too_small, f"{size} pixels, a side of at least {settings.min_side} is asked")
-    if max(header.width, header.height) > settings.max_aspect * min(header.width, header.height):
-        raise Rejected(Reason.image_too_narrow, f"{size} pixels, sides of at most 1:{settings.max_aspect:g} are asked")
-    if not is_supported(header.image):
-        raise Rejected(Reason.image_unsupported, f"{header.format} of mode {header.mode}, values without agreed range")
-    a_pixel = ANIMATION_BYTES if header.animated else DECODER_BYTES.get(header.format, 0)
-    if header.width * header.height * a_pixel > MAX_DECODER_BYTES:
-        what = f"{size} pixels of {header.format} at {a_pixel} bytes each"
-        raise Rejected(Reason.image_too_large, f"{what}: a worker has {MAX_DECODER_BYTES} bytes to decode with")
-
-
 def one_line(error: Exception) -> str:
-    """A parser's complaint as a detail of a rejection."""
+    """A parser's error as the detail of a rejection."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+# --- PNG files: what Pillow does not handle ---------------------------------------------------------------------------
+
+
+def without_notes(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile; any other file unchanged."""
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    kept, position = [], 0
+    for kind, start, end in _png_chunks(data):
+        if kind in PNG_NOTES:
+            kept.append(data[position:start])
+            position = end
+    return b"".join([*kept, data[position:]]) if kept else data
+
+
+def count_png_frames(data: bytes) -> int:
+    """The number of animation frames that the file really contains, whatever its header says."""
+    return sum(kind == PNG_FRAME for kind, _, _ in _png_chunks(data))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(kind, start, end) of each chunk."""
+    start = len(PNG_SIGNATURE)
+    while start + 8 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        yield data[start + 4 : start + 8], start, end
+        start = end

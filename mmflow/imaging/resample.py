@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from mmflow.imaging.decode import WHITE, Pixels
+from mmflow.imaging.colour import WHITE, Pixels
 
 LEVEL = math.sqrt(2)  # a triangle of half-width w has a variance of w²/6: 1/6 of the level's pixels twice is 2/6
 MARGIN = 2  # pixels of a level beyond what a view covers: bilinear interpolation reads one

@@ -163,7 +163,7 @@ def bare_loop(paths: list[str]) -> float:
 
 
 def shrink_file(path: str) -> int:
-    """Decode over white, resize, encode as `mmflow.imaging.images` does; the JPEG's bytes."""
+    """Decode over white, resize, encode as `mmflow.cleaning.images` does; the JPEG's bytes."""
     import numpy as np
     import simplejpeg
     from PIL import Image

@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmflow.cleaning.config import CaptionConfig
+from mmflow.cleaning.config import CaptionConfig, ImageConfig
 from mmflow.cleaning.pieces import remove_pieces
 from mmflow.core.artifacts import commit
 from mmflow.dataset.config import ShardConfig
 from mmflow.dataset.grow import parts_of, write_parts
 from mmflow.dataset.opened import Dataset, open_dataset
-from mmflow.imaging.config import ImageConfig
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units
 

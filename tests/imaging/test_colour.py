@@ -12,15 +12,15 @@ from PIL import Image
 
 from mmflow.imaging import colour
 from mmflow.imaging.colour import flatten, solid
+from mmflow.imaging.decode import decode_source
 from mmflow.imaging.header import probe
-from mmflow.imaging.images import decode
 from tests.imaging.picture_files import chunk, file_of, gradient, png, tiff, ycck
 
 RAMP = gradient(64, 64)
 
 
 def rgb(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    return decode(data, probe(data), 4096, background).astype(np.int64)
+    return flatten(decode_source(data, probe(data), 4096, background), background).astype(np.int64)
 
 
 def test_transparency_shows_the_background_and_not_whatever_lay_beneath() -> None:
@@ -102,8 +102,8 @@ def test_hidden_colours_do_not_bleed_when_shrunk() -> None:
 MEASURE = """
 import sys
 from pathlib import Path
-from mmflow.imaging.config import ImageConfig
-from mmflow.imaging.images import prepare_images
+from mmflow.cleaning.config import ImageConfig
+from mmflow.cleaning.images import prepare_images
 prepare_images([Path(sys.argv[1]).read_bytes()], ImageConfig(max_pixels=90_000_000))
 # Not getrusage, which counts what the parent had before the interpreter was its own.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

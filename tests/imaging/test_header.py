@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmflow.imaging.config import ImageConfig
-from mmflow.imaging.header import check_bounds, probe
-from mmflow.imaging.png import without_notes
+from mmflow.cleaning.config import ImageConfig
+from mmflow.cleaning.images import check_bounds
+from mmflow.imaging.header import probe, without_notes
 from mmflow.sources.reasons import Reason, Rejected
 from tests.imaging.picture_files import bomb, chunk, file_of, gradient, png, reds, with_chunk
 

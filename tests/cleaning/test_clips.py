@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmflow.imaging.config import ImageConfig
-from mmflow.imaging.frames import evenly_spaced
-from mmflow.imaging.images import PreparedImage, prepare_images
+from mmflow.cleaning.config import ImageConfig
+from mmflow.cleaning.images import PreparedImage, prepare_images
+from mmflow.imaging.decode import evenly_spaced
 from mmflow.sources.reasons import Reason, Rejected
 from tests.imaging.picture_files import SIGNATURE, chunk, clip_of, file_of, gradient, opened, reds
 
