@@ -13,7 +13,7 @@ from typing import Any
 
 from mmflow.corpora.debian import package_tree
 from mmflow.corpora.record_lines import record_lines
-from mmflow.sources.pages import Page, Picture, parse_page, section_of, text_of
+from mmflow.sources.html import Page, Picture, parse_page, section_of, text_of
 
 PACKAGE = "gimp-help-en"
 INSTALLED = PurePosixPath("usr/share/gimp/2.0/help")

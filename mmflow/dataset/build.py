@@ -40,8 +40,8 @@ from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, shard_
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.write import write_shards
 from mmflow.sources.config import SourceConfig
+from mmflow.sources.records import Unit
 from mmflow.sources.sources import PREPARE_CPUS, read_chunks
-from mmflow.sources.units import Unit
 
 # A bucket is one task. The exchange makes an object for each group of pieces in each bucket, so their number is
 # bounded; it is also the bound on how much of the metadata one worker holds: a 512th.

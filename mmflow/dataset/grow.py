@@ -25,8 +25,8 @@ from mmflow.dataset.manifest import ShardInfo, index_uri, quarantine_uri, tar_ur
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.write import WRITE_VERSION
 from mmflow.sources.config import SourceConfig
+from mmflow.sources.records import Unit
 from mmflow.sources.sources import source_names
-from mmflow.sources.units import Unit
 
 PARTS = "sources.parquet"  # beside the manifest: which parts of its sources a dataset was made from
 SOURCES = "sources"  # the stage's input that stands for the parts

@@ -23,7 +23,7 @@ from mmflow.core.errors import MissingArtifactError, MisuseError
 from mmflow.core.storage import COPY_BYTES, filesystem, local_path
 from mmflow.dataset.index import MEMBERS
 from mmflow.dataset.tar import BLOCK_BYTES, END_OF_ARCHIVE, headers, scan
-from mmflow.sources.tarstream import Damage, read_members
+from mmflow.sources.webdataset import Damage, read_members
 
 READ_BYTES = 2 << 20  # fits the second-level cache between being read, hashed and compared
 

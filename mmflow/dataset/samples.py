@@ -20,9 +20,9 @@ from mmflow.core.errors import CorruptArtifactError
 from mmflow.core.listing import IMAGE_EXTENSIONS
 from mmflow.dataset.index import MEMBERS
 from mmflow.imaging.header import probe
+from mmflow.sources.fields import SIDECARS, TEXTS
 from mmflow.sources.reasons import Reason, Rejected
-from mmflow.sources.sidecars import SIDECARS, TEXTS
-from mmflow.sources.tarstream import Damage, Member, read_members, split_name
+from mmflow.sources.webdataset import Damage, Member, read_members, split_name
 
 TEXT_KEYS = ("captions", "caption", "text", "TEXT")
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}  # others by their name in lower case

@@ -23,8 +23,8 @@ from mmflow.dataset.config import ShardConfig
 from mmflow.dataset.grow import find_base, parts_of, read_parts, write_parts
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.sources.config import SourceConfig
+from mmflow.sources.records import Unit
 from mmflow.sources.sources import list_units
-from mmflow.sources.units import Unit
 
 FETCHED = "fetched"  # the workspace's store of images that are URLs, which all its recipes share
 

@@ -20,13 +20,10 @@ from mmflow.fetch.fetched import FetchedStore
 from mmflow.fetch.job import fetch_urls
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.reasons import Reason
-from mmflow.sources.records import rows_of_chunks
-from mmflow.sources.sources import PREPARE_CPUS, read_chunks, read_unit
-from mmflow.sources.tables import holds_bodies
-from mmflow.sources.units import Unit
+from mmflow.sources.records import Unit, rows_of_chunks
+from mmflow.sources.sources import KINDS, PREPARE_CPUS, read_chunks, read_unit
 
 SCHEMES = "^https?://"
-TABLES = ("jsonl", "csv", "parquet", "html")  # kinds whose images may be URLs
 RECORDS_AT_ONCE = 2_000_000  # URLs in this process's memory: 200 MB
 RECORDS_READ_HERE = 20_000  # in 3 s, which is what a Ray Data job costs before it has read one
 MAY_PASS = (Reason.fetch_pending, Reason.fetch_failed)
@@ -74,11 +71,12 @@ def is_settled(store: str, identity: str, settings: FetchConfig) -> bool:
 
 def may_have_urls(units: Sequence[Unit]) -> bool:
     """Whether any unit is of a kind whose images may be URLs."""
-    return any(unit.kind in TABLES for unit in units)
+    return any(KINDS[unit.kind].may_name_urls for unit in units)
 
 
 def _may_have_urls(unit: Unit, source: SourceConfig) -> bool:
-    return unit.kind in TABLES and not (unit.kind == "parquet" and holds_bodies(unit, source.fields))
+    kind = KINDS[unit.kind]
+    return kind.may_name_urls and not kind.holds_bodies(unit, source.fields)
 
 
 def known_images(store: str, identity: str) -> str | None:

@@ -1,59 +1,55 @@
-"""What img2dataset wrote: images in tars, folders or Parquet, and beside them a table with a row for every input.
+"""What img2dataset wrote: images in tars, folders or Parquet, and beside them a table with one row per input.
 
-The table says what became of each input, so that those it could not fetch are accounted for as well.
+The table says what became of each input, so that inputs it could not fetch are accounted for as well.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmflow.core.listing import extension, is_image, open_file, open_stream, walk
-from mmflow.sources.config import FieldsConfig
-from mmflow.sources.fields import IMAGES, Fields, fields_of
-from mmflow.sources.reasons import Reason, Rejected
-from mmflow.sources.records import Found
-from mmflow.sources.sidecars import SIDECARS, read_sidecars
-from mmflow.sources.tables import damaged, rows_of_batch
-from mmflow.sources.tars import read_samples
-from mmflow.sources.units import Unit
+from mmflow.sources.config import FieldsConfig, SourceConfig
+from mmflow.sources.fields import IMAGES, SIDECARS, fields_of, read_sidecars
+from mmflow.sources.parquet import NOT_READABLE, ROWS_PER_READ, rows_of_batch
+from mmflow.sources.reasons import Reason, Rejected, damaged
+from mmflow.sources.records import Fields, Kind, Record, Unit, attempt
+from mmflow.sources.webdataset import read_samples
 
-ROWS_PER_READ = 64
+SHARDS = ("tar", "parquet")
+STATS = "_stats.json"  # beside each shard
 SUCCESS = "success"
-# What it says of an image that it fetched and could not decode or resize; every other failure may pass.
+# The status of an image that was fetched and could not be decoded or resized; every other failure may be temporary.
 RESIZE_FAILED = "failed_to_resize"
 
 
-def list_img2dataset(unit: Unit) -> Iterator[Unit]:
-    """A unit for each shard below `unit.uri`: its table, with its tar or its images and what stands beside them.
+def list_img2dataset(unit: Unit, source: SourceConfig) -> Iterator[Unit]:
+    """A unit for each shard below `unit.uri`: its table, with its tar, or its images and the files beside them.
 
     A killed run leaves tars and folders without a table: these are shards all the same.
     """
     shards: defaultdict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     sidecars: defaultdict[str, list[str]] = defaultdict(list)  # folder → files
-    files = walk(unit.uri)
-    for file in files:
-        if (kind := extension(file.name)) in ("tar", "parquet"):
+    for file in walk(unit.uri):
+        folder, kind = file.name.rpartition("/")[0], extension(file.name)
+        if kind in SHARDS:
             shards[file.name.removesuffix(f".{kind}")][kind].append(file.name)
-    for file in files:
-        folder = file.name.rpartition("/")[0]
-        if is_image(file.name):
+        elif is_image(file.name):
             shards[folder]["images"].append(file.name)
-        elif extension(file.name) in SIDECARS:
+        elif kind in SIDECARS:
             sidecars[folder].append(file.name)
-    for shard, kinds in sorted(shards.items()):
-        beside = sidecars[shard] if kinds["images"] else []
-        names = (*kinds["tar"], *kinds["parquet"], *kinds["images"], *beside)
+    for shard, files in sorted(shards.items()):
+        beside = sidecars[shard] if files["images"] else []
+        names = (*files["tar"], *files["parquet"], *files["images"], *beside)
         yield replace(unit, name=unit.label(shard) if shard else unit.prefix, files=names)
 
 
-def read_img2dataset(unit: Unit, names: FieldsConfig) -> Iterator[Found]:
-    """The records of a shard: those of its tar, the other inputs of its table, then the images that neither lists."""
+def read_img2dataset(unit: Unit, source: SourceConfig) -> Iterator[Record]:
+    """The records of a shard: those of its tar, the other inputs of its table, then images that neither lists."""
     tar = next((name for name in unit.files if name.endswith(".tar")), None)
     table = next((name for name in unit.files if name.endswith(".parquet")), None)
     images = {_key(name): name for name in unit.files if is_image(name)}
@@ -61,58 +57,74 @@ def read_img2dataset(unit: Unit, names: FieldsConfig) -> Iterator[Found]:
     row = -1
     if tar is not None:
         with open_stream(unit.uri, tar) as stream:
-            for row, (key, what) in enumerate(read_samples(stream, names)):
+            for row, (key, content) in enumerate(read_samples(stream, source.fields)):
                 seen.add(key or "")
-                yield Found(row, f"{unit.label(tar)}:{key}" if key else unit.label(tar), what)
+                yield Record(row, f"{unit.label(tar)}:{key}" if key else unit.label(tar), content)
     if table is not None:
         start = row
         in_tar = frozenset(seen) if tar is not None else None
-        for found in _listed(unit, table, names, images, in_tar, seen):
-            row = start + found.row
-            yield replace(found, row=row)
-    beside: defaultdict[str, dict[str, str]] = defaultdict(dict)  # key → extension → file
+        for record in _read_table(unit, table, source.fields, images, in_tar, seen):
+            row = start + record.row
+            yield replace(record, row=row)
+    sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)  # key → extension → file
     for name in unit.files:
         if extension(name) in SIDECARS:
-            beside[_key(name)][extension(name)] = name
+            sidecars[_key(name)][extension(name)] = name
     for name in filter(is_image, unit.files):
         if (key := _key(name)) in seen:
             continue
         row += 1
-        verdict: Fields | Rejected
-        try:
-            verdict = replace(read_sidecars(unit, beside[key], names), key=key, images=[name])
-        except Rejected as rejected:
-            verdict = rejected
-        yield Found(row, unit.label(name), verdict)
+        unlisted = attempt(read_sidecars, unit, sidecars[key], source.fields, key=key, images=[name])
+        yield Record(row, unit.label(name), unlisted)
 
 
-def _listed(
+def _read_table(
     unit: Unit,
     table: str,
     names: FieldsConfig,
     images: Mapping[str, str],
     in_tar: frozenset[str] | None,
     seen: set[str],
-) -> Iterator[Found]:
-    """The inputs that a shard's table lists, but for those whose keys are `in_tar`; adds the keys to `seen`."""
+) -> Iterator[Record]:
+    """The inputs of a shard's table, without those that succeeded and are `in_tar`; adds their keys to `seen`."""
     label = unit.label(table)
     number = 0
     try:
         with open_file(unit.uri, table) as raw:
             for batch in pq.ParquetFile(raw).iter_batches(ROWS_PER_READ, use_threads=False):
-                for record in rows_of_batch(batch):
+                for values in rows_of_batch(batch):
                     number += 1
-                    if isinstance(record, Rejected):
-                        yield Found(number, f"{label}:{number}", record)
+                    if isinstance(values, Rejected):
+                        yield Record(number, f"{label}:{number}", values)
                         continue
-                    key = str(record.get("key"))
-                    if in_tar is not None and key in in_tar and record.get("status") == SUCCESS:
+                    key = str(values.get("key"))
+                    if in_tar is not None and key in in_tar and values.get("status") == SUCCESS:
                         continue
                     seen.add(key)
-                    what = _record(record, names, images.get(key), in_tar=in_tar is not None)
-                    yield Found(number, f"{label}:{number}", what)
-    except (pa.ArrowException, OSError) as error:
-        yield Found(number + 1, label, damaged(f"the list of inputs ends early: {error}"))
+                    content = _fields_of_input(values, names, images.get(key), has_tar=in_tar is not None)
+                    yield Record(number, f"{label}:{number}", content)
+    except NOT_READABLE as error:
+        yield Record(number + 1, label, damaged(f"the list of inputs ends early: {error}"))
+
+
+def _fields_of_input(
+    values: Mapping[str, Any], names: FieldsConfig, image: str | None, *, has_tar: bool
+) -> Fields | Rejected:
+    status = values.get("status", SUCCESS)
+    if status != SUCCESS:
+        reason = Reason.image_unreadable if status == RESIZE_FAILED else Reason.fetch_failed
+        return Rejected(reason, f"{values.get('url')}: {values.get('error_message') or status}")
+    if has_tar:
+        return Rejected(Reason.image_missing, f"{values.get('key')}: in the table, but not in the tar")
+    fields = attempt(fields_of, values, names, with_image=False)
+    if isinstance(fields, Rejected):
+        return fields
+    if image is not None:
+        return replace(fields, images=[image])
+    bodies = [values[name] for name in IMAGES if isinstance(values.get(name), bytes)][:1]
+    metadata = {name: value for name, value in fields.metadata.items() if not isinstance(values.get(name), bytes)}
+    no_image = f"{values.get('key')}: in the table, but there is no image"
+    return replace(fields, bodies=bodies, metadata=metadata, no_image=no_image)
 
 
 def _key(name: str) -> str:
@@ -120,20 +132,9 @@ def _key(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[0]
 
 
-def _record(record: Mapping[str, Any], names: FieldsConfig, image: str | None, *, in_tar: bool) -> Fields | Rejected:
-    status = record.get("status", SUCCESS)
-    if status != SUCCESS:
-        reason = Reason.image_unreadable if status == RESIZE_FAILED else Reason.fetch_failed
-        return Rejected(reason, f"{record.get('url')}: {record.get('error_message') or status}")
-    if in_tar:
-        return Rejected(Reason.image_missing, f"{record.get('key')}: listed, but not in the tar")
-    try:
-        fields = fields_of(record, names, with_image=False)
-    except Rejected as rejected:
-        return rejected
-    if image is not None:
-        return replace(fields, images=[image])
-    body = next((record[name] for name in IMAGES if isinstance(record.get(name), bytes)), None)
-    metadata = {name: value for name, value in fields.metadata.items() if not isinstance(record.get(name), bytes)}
-    bodies = [body] if body is not None else []
-    return replace(fields, bodies=bodies, metadata=metadata, no_image=f"{record.get('key')}: listed, but not there")
+def recognise_img2dataset(files: Sequence[str]) -> bool:
+    """Whether there are shards and statistics of them."""
+    return any(extension(name) in SHARDS for name in files) and any(name.endswith(STATS) for name in files)
+
+
+KIND = Kind(read=read_img2dataset, recognises=recognise_img2dataset, units_of_folder=list_img2dataset)

@@ -6,11 +6,11 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
-    """What is wrong with a record. The detail beside it says which value, where."""
+    """What is wrong with a record. The detail beside it names the value and the place."""
 
     record_malformed = "record_malformed"
-    source_damaged = "source_damaged"  # a tar or a table that ends early: what could not be read of it
-    not_sampled = "not_sampled"  # the source's weight
+    source_damaged = "source_damaged"  # the unreadable rest of a tar or a table
+    not_sampled = "not_sampled"  # left out by the source's weight
     key_invalid = "key_invalid"
     key_repeated = "key_repeated"
     caption_missing = "caption_missing"
@@ -28,11 +28,11 @@ class Reason(StrEnum):
     image_too_narrow = "image_too_narrow"
     image_unsupported = "image_unsupported"
     fetch_pending = "fetch_pending"  # not tried yet
-    fetch_refused = "fetch_refused"  # an address that is never asked: private, not http, too many redirects
+    fetch_refused = "fetch_refused"  # never requested: private address, not http, too many redirects
     fetch_opted_out = "fetch_opted_out"  # robots.txt, X-Robots-Tag, TDM
-    fetch_gone = "fetch_gone"  # the server's lasting no
+    fetch_gone = "fetch_gone"  # the server's permanent no
     fetch_too_large = "fetch_too_large"
-    fetch_failed = "fetch_failed"  # may pass: tried again by the next run
+    fetch_failed = "fetch_failed"  # temporary: the next run tries again
     duplicate_exact = "duplicate_exact"
     duplicate_near = "duplicate_near"
     duplicate_caption = "duplicate_caption"
@@ -40,9 +40,19 @@ class Reason(StrEnum):
 
 
 class Rejected(Exception):  # noqa: N818 - a verdict on the data, not an error of the program
-    """A record goes to quarantine with this reason; its neighbours go on."""
+    """This record goes to quarantine; the records around it are not affected."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+def malformed(detail: str) -> Rejected:
+    """A rejection with record_malformed."""
+    return Rejected(Reason.record_malformed, detail)
+
+
+def damaged(detail: str) -> Rejected:
+    """A rejection with source_damaged."""
+    return Rejected(Reason.source_damaged, detail)

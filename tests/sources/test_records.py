@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.sources.config import FieldsConfig, SourceConfig
-from mmflow.sources.fields import Fields, fields_of
-from mmflow.sources.lists import parse_record
+from mmflow.sources.fields import fields_of, parse_object
 from mmflow.sources.reasons import Reason, Rejected
 from mmflow.sources.records import (
     BYTES_PER_CHUNK,
     KEY,
     ROWS_PER_CHUNK,
-    Found,
+    Fields,
+    Record,
+    Unit,
+    attempt,
     key_of,
     place_of,
     respell,
@@ -31,6 +32,7 @@ from tests.sources.reading import read
 
 GOOD = {"key": "a-1", "image": "a.png", "captions": [{"language": "en", "text": "a fox"}]}
 SOURCE = SourceConfig(uri="x.jsonl")
+UNIT = Unit(source=3, number=5, kind="jsonl", name="x.jsonl", uri="/data")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -46,12 +48,11 @@ def line(**changes: Any) -> bytes:
 def row(record: bytes, **settings: Any) -> dict[str, Any]:
     """The row of a line of JSONL."""
     source = SourceConfig(uri="x.jsonl", **settings)
-    what: Fields | Rejected
-    try:
-        what = parse_record(record, source.fields)
-    except Rejected as rejected:
-        what = rejected
-    return row_of(Found(1, "x.jsonl:1", what), source, "/data")
+    return row_of(Record(1, "x.jsonl:1", parse(record, source)), source, "/data")
+
+
+def parse(line: bytes, source: SourceConfig) -> Fields | Rejected:
+    return attempt(lambda: fields_of(parse_object(line), source.fields))
 
 
 def test_fields_and_metadata_of_our_own_format() -> None:
@@ -155,13 +156,7 @@ def test_a_caption_of_a_megabyte_passes() -> None:
 
 @given(st.dictionaries(NAMES, JSON, max_size=6))
 def test_any_json_is_a_row_that_arrow_can_hold(record: dict[str, Any]) -> None:
-    source = SourceConfig(uri="x.jsonl")
-    what: Fields | Rejected
-    try:
-        what = parse_record(json.dumps(record).encode(), source.fields)
-    except Rejected as rejected:
-        what = rejected
-    (table,) = tables_of([Found(1, "x.jsonl:1", what)], source, 0, 0, "/data")
+    (table,) = tables_of([Record(1, "x.jsonl:1", parse(json.dumps(record).encode(), SOURCE))], SOURCE, UNIT)
     (row,) = table.to_pylist()
     if row["reason"] is None:
         assert KEY.fullmatch(row["key"])
@@ -224,13 +219,9 @@ def test_the_weight_takes_its_share_by_the_key_alone(tmp_path: Path) -> None:
 
 
 def test_chunks_are_bounded_in_rows_and_bytes() -> None:
-    def found() -> Iterator[Found]:
-        for number in range(ROWS_PER_CHUNK + 1):
-            yield Found(number, f"x:{number}", Fields(images=["a.png"]))
-        for number in range(5):
-            yield Found(1000 + number, f"y:{number}", Fields(bodies=[bytes(BYTES_PER_CHUNK // 2)]))
-
-    tables = list(tables_of(found(), SOURCE, 3, 5, "/data"))
+    small = [Record(number, f"x:{number}", Fields(images=["a.png"])) for number in range(ROWS_PER_CHUNK + 1)]
+    large = [Record(1000 + number, f"y:{number}", Fields(bodies=[bytes(BYTES_PER_CHUNK // 2)])) for number in range(5)]
+    tables = list(tables_of(small + large, SOURCE, UNIT))
     assert [table.num_rows for table in tables] == [ROWS_PER_CHUNK, 2, 1, 1, 1, 1]
     places = [place for table in tables for place in table["place"].to_pylist()]
     assert places == sorted(places)

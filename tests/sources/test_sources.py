@@ -6,7 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +16,9 @@ from pyarrow import fs
 from mmflow.core import listing
 from mmflow.core.errors import MisuseError
 from mmflow.core.listing import expand_braces
-from mmflow.sources.config import SourceConfig
+from mmflow.sources.config import SourceConfig, SourceKind
 from mmflow.sources.records import RECORDS, ROWS_PER_CHUNK, rows_of_chunks
-from mmflow.sources.sources import list_units, read_chunks, source_names
+from mmflow.sources.sources import KINDS, list_units, read_chunks, source_names
 from tests.sources.reading import read, read_all
 
 
@@ -105,6 +105,10 @@ def test_source_names_are_told_apart_without_machine_paths() -> None:
     assert source_names(["/data/x/a.jsonl", "/data/y/a.jsonl"]) == ["a.jsonl", "y/a.jsonl"]
     with pytest.raises(MisuseError, match="named twice"):
         source_names(["a.jsonl", "a.jsonl"])
+
+
+def test_the_recipe_can_name_every_kind_of_the_table() -> None:
+    assert set(get_args(SourceKind)) == {"auto", *KINDS}
 
 
 def test_kinds_of_folders(tmp_path: Path) -> None:

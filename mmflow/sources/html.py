@@ -1,4 +1,4 @@
-"""Figures of HTML pages: each image with its caption, and with the section that it stands in as a long one."""
+"""HTML pages: each image with its caption, and with the text of its section as a long caption."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
-from itertools import islice
 from urllib.parse import unquote, urljoin, urlsplit
 
 from mmflow.core.listing import extension, open_stream, walk
-from mmflow.sources.fields import Fields
-from mmflow.sources.reasons import Reason, Rejected
-from mmflow.sources.records import Found, malformed
-from mmflow.sources.units import Unit
+from mmflow.sources.config import SourceConfig
+from mmflow.sources.reasons import Reason, Rejected, malformed
+from mmflow.sources.records import Fields, Kind, Record, Unit, attempt
 
-PAGES = ("html", "htm", "xhtml")
 PAGES_PER_UNIT = 200
 MAX_PAGE_BYTES = 20 << 20
-SECTION_WORDS = range(150, 20_000)  # more are a page, and each of its images would carry it
-MAX_DEPTH = 500  # of elements within another; deeper ones count as their ancestor's
+SECTION_WORDS = range(150, 20_000)  # more than that is a whole page, which each of its images would repeat
+MAX_DEPTH = 500  # of nested elements; text of deeper ones counts as their ancestor's
 VOID = frozenset(
     ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "param", "source", "track", "wbr")
 )
 UNREAD = frozenset(("script", "style", "noscript", "template", "svg", "math"))
-# A start tag that ends an open element of these, as browsers have it: few pages close them.
+# Open element → start tags that end it, as in browsers: few pages close these elements.
 ENDED_BY = {
     "p": {"p", "div", "ul", "ol", "table", "section", "article", "figure", "h1", "h2", "h3", "h4"},
     "li": {"li"},
@@ -37,7 +34,7 @@ CHARSET = re.compile(rb"""<meta[^>]{0,200}charset\s*=\s*["']?([\w-]{1,40})""", r
 
 @dataclass(slots=True)
 class Element:
-    """An element that is open or was: `start` and `end` count the pieces of text before and within it."""
+    """An element of the page. Its text is `Page.text[start:end]`."""
 
     tag: str
     above: Element | None
@@ -48,7 +45,7 @@ class Element:
 
 @dataclass(slots=True)
 class Picture:
-    """An <img>: the address as written, its alternative text, and where it stands."""
+    """An <img>: the address as written, the alternative text, and the element around it."""
 
     address: str
     alt: str
@@ -57,51 +54,54 @@ class Picture:
 
 @dataclass(slots=True)
 class Page:
-    """What a page holds: its pieces of text in order, the words before each and in all, and its images."""
+    """The pieces of a page's text in order, and its images."""
 
     text: list[str] = field(default_factory=list)
-    words: list[int] = field(default_factory=lambda: [0])
+    words: list[int] = field(default_factory=lambda: [0])  # the number of words before each piece, and in all
     pictures: list[Picture] = field(default_factory=list)
     base: str = ""
 
 
-def list_pages(unit: Unit) -> Iterator[Unit]:
+def list_pages(unit: Unit, source: SourceConfig) -> Iterator[Unit]:
     """The units of the pages below `unit.uri`."""
-    names = iter([file.name for file in walk(unit.uri) if extension(file.name) in PAGES])
-    number = 0
-    while part := tuple(islice(names, PAGES_PER_UNIT)):
-        yield replace(unit, name=f"{unit.prefix}#{number}", files=part)
-        number += 1
+    names = [file.name for file in walk(unit.uri) if extension(file.name) in KIND.extensions]
+    for number, start in enumerate(range(0, len(names), PAGES_PER_UNIT)):
+        yield replace(unit, name=f"{unit.prefix}#{number}", files=tuple(names[start : start + PAGES_PER_UNIT]))
 
 
-def read_pages(unit: Unit) -> Iterator[Found]:
+def read_pages(unit: Unit, source: SourceConfig) -> Iterator[Record]:
     """A record for each image of the pages; a page that cannot be read is one row with record_malformed."""
     row = 0
     for name in unit.files:
         label = unit.label(name)
         try:
-            with open_stream(unit.uri, name) as stream:
-                data = stream.read(MAX_PAGE_BYTES + 1)
-            if len(data) > MAX_PAGE_BYTES:
-                raise malformed(f"more than {MAX_PAGE_BYTES} bytes")
-            page = parse_page(data)
-        except (FileNotFoundError, PermissionError) as error:
+            page = _read_page(unit, name)
+        except Rejected as rejected:
             row += 1
-            yield Found(row, label, malformed(f"cannot be read: {error.strerror}"))
-            continue
-        except (Rejected, AssertionError, ValueError) as error:  # the last two are html.parser's
-            row += 1
-            yield Found(row, label, error if isinstance(error, Rejected) else malformed(f"not HTML: {error}"))
+            yield Record(row, label, rejected)
             continue
         for number, picture in enumerate(page.pictures, 1):
             row += 1
-            yield Found(row, f"{label}:{number}", _record(page, picture, name, label))
+            yield Record(row, f"{label}:{number}", attempt(_fields, page, picture, name, label))
+
+
+def _read_page(unit: Unit, name: str) -> Page:
+    try:
+        with open_stream(unit.uri, name) as stream:
+            data = stream.read(MAX_PAGE_BYTES + 1)
+        if len(data) > MAX_PAGE_BYTES:
+            raise malformed(f"more than {MAX_PAGE_BYTES} bytes")
+        return parse_page(data)
+    except (FileNotFoundError, PermissionError) as error:
+        raise malformed(f"cannot be read: {error.strerror}") from error
+    except (AssertionError, ValueError) as error:  # raised by html.parser
+        raise malformed(f"not HTML: {error}") from error
 
 
 def parse_page(data: bytes) -> Page:
-    """A page's text and images. Its encoding is the one it names, or UTF-8, or what old pages mean by none."""
-    named = CHARSET.search(data[:4096])
-    for encoding in ([named[1].decode()] if named else []) + ["utf-8-sig"]:
+    """A page's text and images, decoded as the page says, else as UTF-8, else as Windows-1252, as old pages are."""
+    charset = CHARSET.search(data[:4096])
+    for encoding in ([charset[1].decode()] if charset else []) + ["utf-8-sig"]:
         try:
             text = data.decode(encoding)
             break
@@ -112,7 +112,6 @@ def parse_page(data: bytes) -> Page:
     parser = _Parser()
     parser.feed(text)
     parser.close()
-    parser.finish()
     return parser.page
 
 
@@ -128,10 +127,10 @@ class _Parser(HTMLParser):
             self._unread += 1
         ended = self._open[-1].tag
         if tag in ENDED_BY.get(ended, ()):
-            self._close(len(self._open) - 1)
+            self._close_elements(len(self._open) - 1)
         if tag == "img" and not self._unread:
             values = {name: value or "" for name, value in attributes}
-            # Pages that load images late have the address under another name, and a stand-in under the usual one.
+            # Pages that load images lazily have the address in data-src, and a placeholder in src.
             address = values.get("data-src") or values.get("src") or ""
             self.page.pictures.append(Picture(address.strip(), values.get("alt", ""), self._open[-1]))
         elif tag == "base" and not self.page.base:
@@ -148,7 +147,7 @@ class _Parser(HTMLParser):
                 figure = _ancestor(element, "figure") if tag == "figcaption" else None
                 if figure is not None:
                     figure.caption = element
-                self._close(place)
+                self._close_elements(place)
                 return
 
     def handle_data(self, data: str) -> None:
@@ -156,23 +155,23 @@ class _Parser(HTMLParser):
             self.page.text.append(text)
             self.page.words.append(self.page.words[-1] + text.count(" ") + 1)
 
-    def finish(self) -> None:
-        """End what is open."""
-        self._close(0)
+    def close(self) -> None:
+        super().close()
+        self._close_elements(0)
 
-    def _close(self, place: int) -> None:
+    def _close_elements(self, place: int) -> None:
         for element in self._open[place:]:
             element.end = len(self.page.text)
         del self._open[place:]
 
 
 def text_of(page: Page, element: Element) -> str:
-    """All text within an element, its white space collapsed."""
+    """All text within an element, with white space collapsed."""
     return " ".join(page.text[element.start : element.end])
 
 
 def section_of(page: Page, picture: Picture) -> str:
-    """The text of the smallest element around an image that is long enough for a section; "" where it is too long."""
+    """The text of the smallest element around an image that is long enough for a section; "" if that is too long."""
     section: Element | None = picture.within
     while section is not None and page.words[section.end] - page.words[section.start] < SECTION_WORDS.start:
         section = section.above
@@ -181,23 +180,20 @@ def section_of(page: Page, picture: Picture) -> str:
     return text_of(page, section)
 
 
-def _record(page: Page, picture: Picture, name: str, label: str) -> Fields | Rejected:
+def _fields(page: Page, picture: Picture, name: str, label: str) -> Fields:
     figure = _ancestor(picture.within, "figure")
     caption = text_of(page, figure.caption) if figure is not None and figure.caption is not None else ""
     texts = [caption or " ".join(picture.alt.split()), section_of(page, picture)]
     fields = Fields(captions=[(None, text) for text in dict.fromkeys(texts) if text], metadata={"page": label})
-    try:
-        if picture.address.startswith("data:"):
-            return replace(fields, bodies=[_inline(picture.address)])
-        return replace(fields, images=[_image(picture.address, page.base, name)])
-    except Rejected as rejected:
-        return rejected
+    if picture.address.startswith("data:"):
+        return replace(fields, bodies=[_inline(picture.address)])
+    return replace(fields, images=[_image(picture.address, page.base, name)])
 
 
 def _image(address: str, base: str, page: str) -> str:
-    """The image's URL, or its path in the source; a leading slash is the source's own directory.
+    """The image's URL, or its path in the source; a leading slash means the source's own directory.
 
-    Pages come from elsewhere: what they name outside of the source is none of theirs. Raises Rejected.
+    Strangers write pages, so paths outside of the source are refused. Raises Rejected.
     """
     try:
         if base.startswith(("http://", "https://", "//")):
@@ -211,10 +207,9 @@ def _image(address: str, base: str, page: str) -> str:
         return address
     path = unquote(address.partition("#")[0].partition("?")[0])
     if not path or scheme:
-        raise Rejected(Reason.image_missing, f"{address[:200]!r}: no address of an image")
-    folder = (
-        "" if path.startswith("/") else posixpath.join(posixpath.dirname(page), "" if base.startswith("/") else base)
-    )
+        raise Rejected(Reason.image_missing, f"{address[:200]!r}: not the address of an image")
+    base = "" if base.startswith("/") else base
+    folder = "" if path.startswith("/") else posixpath.join(posixpath.dirname(page), base)
     within = posixpath.normpath(posixpath.join(folder, path.lstrip("/")))
     if within.startswith("../"):
         raise Rejected(Reason.image_missing, f"{address[:200]!r}: outside of the source")
@@ -222,6 +217,7 @@ def _image(address: str, base: str, page: str) -> str:
 
 
 def _inline(address: str) -> bytes:
+    """The body of a data: address."""
     head, _, body = address.partition(",")
     try:
         return base64.b64decode(unquote(body), validate=False) if head.endswith(";base64") else unquote(body).encode()
@@ -234,3 +230,6 @@ def _ancestor(element: Element, tag: str) -> Element | None:
     while above is not None and above.tag != tag:
         above = above.above
     return above
+
+
+KIND = Kind(read=read_pages, extensions=("html", "htm", "xhtml"), units_of_folder=list_pages, may_name_urls=True)

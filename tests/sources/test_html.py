@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.sources import pages
-from mmflow.sources.pages import parse_page
+from mmflow.sources import html as html_source
+from mmflow.sources.html import parse_page
 from tests.sources.reading import read, reasons, texts
 
 LONG = " ".join(f"word{number}" for number in range(160))
@@ -96,7 +96,7 @@ def test_encodings(data: bytes, text: str) -> None:
 
 
 def test_a_page_too_large_or_gone_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "MAX_PAGE_BYTES", 100)
+    monkeypatch.setattr(html_source, "MAX_PAGE_BYTES", 100)
     page(tmp_path, "<img src=x.jpg>" + " " * 100)
     site = page(tmp_path, "<img src=x.jpg>", "site/b.html")
     assert reasons(read(site, kind="html")) == {"site/a/page.html": "record_malformed", "site/b.html:1": None}

@@ -13,9 +13,9 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.sources import tars, tarstream
+from mmflow.sources import webdataset as webdataset_source
 from mmflow.sources.records import BYTES_PER_CHUNK
-from mmflow.sources.tarstream import Damage, Member, read_members, split_name
+from mmflow.sources.webdataset import Damage, Member, read_members, split_name
 from tests.sources.reading import read, reasons, texts
 
 
@@ -147,8 +147,7 @@ def test_samples_that_lack_something(tmp_path: Path) -> None:
 
 
 def test_a_member_too_large_rejects_its_sample_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tarstream, "MAX_MEMBER_BYTES", 1000)
-    monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr(webdataset_source, "MAX_MEMBER_BYTES", 1000)
     write(tmp_path / "a.tar", [sample(0), sample(1, jpg=b"J" * 1001), sample(2)])
     assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k0": None, "a.tar:k1": "image_too_large", "a.tar:k2": None}
 

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 
 from mmflow.core.errors import MisuseError
-from mmflow.sources import tables
+from mmflow.sources import parquet as parquet_source
 from mmflow.sources.config import FieldsConfig, SourceConfig
 from mmflow.sources.sources import list_units
 from tests.sources.reading import read, reasons, texts
@@ -57,8 +57,8 @@ def test_values_that_json_has_not_become_ones_that_it_has(tmp_path: Path) -> Non
 
 
 def test_row_groups_are_units_and_rows_count_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BYTES_PER_UNIT", 1)
-    monkeypatch.setattr(tables, "ROWS_PER_READ", 2)
+    monkeypatch.setattr(parquet_source, "BYTES_PER_UNIT", 1)
+    monkeypatch.setattr(parquet_source, "ROWS_PER_READ", 2)
     parquet(tmp_path / "a.parquet", [{"image": f"{n}.jpg"} for n in range(12)], row_group_size=5)
     units = list_units([SourceConfig(uri=str(tmp_path / "a.parquet"))])
     assert [(unit.row_groups, unit.records) for unit in units] == [((0, 1), 5), ((1, 2), 5), ((2, 3), 2)]
@@ -252,8 +252,8 @@ def test_a_caption_changed_beside_an_image_of_img2dataset_changes_the_fingerprin
 def test_a_table_of_bodies_is_told_from_one_that_may_name_urls(tmp_path: Path, image: Any, expected: bool) -> None:
     parquet(tmp_path / "a.parquet", [{"image": each, "url": "http://h/y.jpg"} for each in image], row_group_size=1)
     (unit,) = list_units([SourceConfig(uri=str(tmp_path / "a.parquet"))])
-    assert tables.holds_bodies(unit, FieldsConfig()) == expected
-    assert tables.holds_bodies(unit, FieldsConfig(image="url")) is False
+    assert parquet_source.holds_bodies(unit, FieldsConfig()) == expected
+    assert parquet_source.holds_bodies(unit, FieldsConfig(image="url")) is False
 
 
 def test_img2dataset_tables_with_bodies(tmp_path: Path) -> None:
