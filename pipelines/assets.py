@@ -19,9 +19,8 @@ from dagster import (
 
 from mmflow.core.errors import MmflowError
 from mmflow.recipe import Recipe
-from mmflow.report.run import summary, write_report
-from mmflow.stages.loop import DEFINITIONS, Loop
-from pipelines.memory import peak_memory
+from mmflow.report.run import write_report
+from mmflow.stages.loop import STAGES, Loop
 
 JOB = "loop"
 # Stages share one embedded Ray and the machine's few cores; the multiprocess executor would start a Ray for each.
@@ -40,26 +39,23 @@ def build_definitions(recipe: Recipe, cron: str | None = None, timezone: str = "
 
 
 def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:
-    @asset(name=name, deps=list(loop.inputs_of(name)), description=DEFINITIONS[name].purpose, group_name=JOB)
+    @asset(name=name, deps=list(loop.inputs_of(name)), description=STAGES[name].purpose, group_name=JOB)
     def run_stage() -> MaterializeResult[Any]:
         began = time.monotonic()
         artifact = loop.run(name)
-        told = summary(name, artifact.manifest)
+        summary = STAGES[name].summary(artifact.manifest)
         seconds = f"{time.monotonic() - began:6.1f} s" if artifact.built else "  reused"
-        print(f"{name:<9} {seconds}  {told}", file=sys.stderr, flush=True)
-        metadata: dict[str, Any] = {"uri": artifact.uri, "built": artifact.built, "summary": told}
+        print(f"{name:<9} {seconds}  {summary}", file=sys.stderr, flush=True)
+        metadata: dict[str, Any] = {"uri": artifact.uri, "built": artifact.built, "summary": summary}
         return MaterializeResult(metadata=metadata, data_version=None)
 
     return run_stage
 
 
 def _report_asset(loop: Loop) -> AssetsDefinition:
-    began = time.monotonic()
-
     @asset(name="report", deps=list(loop.stages), description="One page of the whole loop.", group_name=JOB)
     def run_report() -> MaterializeResult[Any]:
-        page = write_report(loop, seconds=time.monotonic() - began, peak_memory_bytes=peak_memory())
-        return MaterializeResult(metadata={"uri": page})
+        return MaterializeResult(metadata={"uri": write_report(loop)})
 
     return run_report
 

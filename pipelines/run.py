@@ -38,10 +38,8 @@ def run_pipeline(recipe: Recipe) -> None:
 
     from mmflow.stages.loop import Loop
     from pipelines.assets import JOB, build_definitions, cause_of
-    from pipelines.memory import watch_memory
 
     Loop(recipe).check()
-    watch_memory()
     dagster_home(recipe)
     print(f"{recipe.name}: {recipe.workspace}", file=sys.stderr, flush=True)
     job = build_definitions(recipe).resolve_job_def(JOB)

@@ -7,17 +7,17 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmflow import __version__
 from mmflow.cli.models import QUICKSTART, models
 from mmflow.core.errors import MisuseError, MmflowError
+from mmflow.stages.loop import STAGES, Loop
 
 if TYPE_CHECKING:
     from mmflow.recipe import Recipe
-    from mmflow.stages.loop import Loop
 
 app = typer.Typer(
     add_completion=False,
@@ -122,27 +122,19 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 def _stage_command(name: str, purpose: str) -> Callable[..., None]:
     def command(recipe: RecipePath, overrides: Overrides = None, submit: Submit = None) -> None:
-        from mmflow.stages.loop import Loop
-
         loop = Loop(_recipe(recipe, overrides))
         loop.check((name,))
         if submit:
             _submit(loop, name, submit)
         artifact = loop.run(name)
         print(f"{name}: {'built' if artifact.built else 'already committed'}: {artifact.uri}")
-        for line in describe(name, artifact.manifest):
-            print(f"  {line}")
+        print(f"  {STAGES[name].summary(artifact.manifest)}")
+        if artifact.manifest.get("decision") == "refused":
+            for reason in artifact.manifest["reasons"]:
+                print(f"  - {reason}")
 
     command.__doc__ = purpose
     return command
-
-
-def describe(name: str, manifest: Any) -> list[str]:
-    """What a committed stage has to say for itself."""
-    from mmflow.report.run import summary
-
-    lines = [summary(name, manifest)]
-    return lines + [f"- {reason}" for reason in manifest.get("reasons", []) if manifest.get("decision") == "refused"]
 
 
 def _submit(loop: Loop, name: str, address: str) -> None:
@@ -164,16 +156,10 @@ def _submit(loop: Loop, name: str, address: str) -> None:
     )
 
 
-PURPOSES = {
-    "shard": "Clean a corpus and shard it into a dataset of WebDataset tars.",
-    "pretrain": "Train the teacher on the dataset: Ray Train and DeepSpeed ZeRO.",
-    "distill": "Train the smaller student, with the teacher's help.",
-    "evaluate": "Examine teacher, student and an untrained model on held-out rows.",
-    "promote": "Register the candidate in MLflow, and make it champion if the gate holds.",
-    "score": "Score the whole dataset with the champion: embeddings, best class, similarity.",
-}
-for _name, _purpose in {"corpus": "Draw the demonstration corpora that a recipe names.", **PURPOSES}.items():
-    app.command(_name, epilog=f"Example: mmflow {_name} pipelines/quickstart.yaml")(_stage_command(_name, _purpose))
+for _name, _stage in STAGES.items():
+    app.command(_name, epilog=f"Example: mmflow {_name} pipelines/quickstart.yaml")(
+        _stage_command(_name, _stage.purpose)
+    )
 
 
 # --- looking --------------------------------------------------------------------------------------------------------
@@ -258,19 +244,20 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
     1 where they do not."""
     from mmflow.cluster.local import ensure_ray
     from mmflow.core.storage import join
-    from mmflow.stages.training import started
+    from mmflow.stages.pretrain import resolve
+    from mmflow.stages.training import sections
     from mmflow.training.check import check_training
     from mmflow.training.config import tasks_of
     from mmflow.training.selfcheck import small_check
     from mmflow.training.workers import compare_gradients_on_ray
 
-    loaded = _recipe(recipe, overrides)
-    sections = {"pretrain": started(loaded)} | ({"distill": loaded.distill} if loaded.distill else {})
-    for name, section in sections.items():
+    loaded = resolve(_recipe(recipe, overrides))
+    trained = sections(loaded)
+    for name, section in trained.items():
         check_training(name, section)
-    ensure_ray(max(each.training.most_workers * each.training.cpus_per_worker for each in sections.values()))
+    ensure_ray(max(each.training.most_workers * each.training.cpus_per_worker for each in trained.values()))
     different = 0
-    for name, section in sections.items():
+    for name, section in trained.items():
         training = section.training
         for task in tasks_of(name, section):
             found = compare_gradients_on_ray(

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from mmflow.core.storage import local_path
 
 OPERATIONAL: Final = "operational"
-"""Marks a setting that says only how a thing is made, never what: `num_workers: Annotated[int, OPERATIONAL] = 1`."""
+"""Marks a setting that never changes what is made, only how: `num_workers: Annotated[int, OPERATIONAL] = 1`. A path to
+an input is one too: the stage takes a fingerprint of the content instead."""
+
+
+def absolute(uri: str) -> str:
+    """The URI with a relative path made absolute."""
+    path = local_path(uri)
+    return uri if path is None else str(path)
+
+
+Uri = Annotated[str, AfterValidator(absolute)]
+"""A path, made absolute because workers run in another folder, or a remote URI."""
 
 
 class Config(BaseModel):

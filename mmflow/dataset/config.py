@@ -7,7 +7,7 @@ import re
 from pydantic import Field, field_validator
 
 from mmflow.cleaning.config import CaptionConfig, DuplicatesConfig, ImageConfig
-from mmflow.core.config import Config
+from mmflow.core.config import Config, Uri
 from mmflow.fetch.config import FetchConfig
 from mmflow.sources.config import SourceConfig
 
@@ -57,7 +57,7 @@ class ShardConfig(Config):
 class ShardCacheConfig(Config):
     """Where a node keeps the shards of a remote dataset. A local dataset is read where it lies."""
 
-    directory: str | None = None
+    directory: Uri | None = None
     """A local directory that all processes of the node share; None: mmflow/shards under the user's cache directory."""
     max_bytes: int = Field(100_000_000_000, ge=1)
     """Beyond this many bytes, the least recently read shards are deleted. Allow for two shards a lane at least."""

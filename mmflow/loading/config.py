@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mmflow.core.config import Config
+from mmflow.core.config import OPERATIONAL, Config, Uri
 from mmflow.dataset.config import ShardCacheConfig
 
 
@@ -83,7 +83,7 @@ class AugmentConfig(Config):
 class MixedDatasetConfig(Config):
     """One dataset of a mixture beside the stage's own."""
 
-    uri: str
+    uri: Annotated[Uri, OPERATIONAL]
     """A committed dataset: a path, s3:// or gs://."""
     split: str = "train"
     """The split of it that is trained on."""
@@ -154,7 +154,7 @@ class LoaderConfig(Config):
     """An epoch's line of shards is read at this many places at once; ranks share them out."""
     mixture: MixtureConfig | None = None
     """Other datasets to draw from beside the stage's own."""
-    cache: ShardCacheConfig = ShardCacheConfig()
+    cache: Annotated[ShardCacheConfig, OPERATIONAL] = ShardCacheConfig()
     language_weights: dict[str, float] = Field(default_factory=dict)
     """Relative frequency at which each language's captions are drawn; a language not named weighs 1."""
     augment: AugmentConfig = AugmentConfig()
@@ -169,13 +169,13 @@ class LoaderConfig(Config):
     """What is kept of a longer text: its beginning, or a random run of whole sentences."""
     bucket_batches: int = Field(1, ge=1)
     """The samples of this many batches are dealt to them by length, which saves padding; 1: as they come."""
-    on_corrupt: Literal["stop", "skip"] = "stop"
+    on_corrupt: Annotated[Literal["stop", "skip"], OPERATIONAL] = "stop"
     """A sample that is not what was written, or cannot be decoded: end the training, or leave it out and say so."""
-    max_skipped: int = Field(100, ge=0)
+    max_skipped: Annotated[int, OPERATIONAL] = Field(100, ge=0)
     """Samples that a rank may leave out from its start on, under on_corrupt: skip, before the training ends."""
-    prefetch_batches: int = Field(3, ge=1)
+    prefetch_batches: Annotated[int, OPERATIONAL] = Field(3, ge=1)
     """Batches a rank prepares ahead of the step that consumes them."""
-    workers: WorkersConfig = WorkersConfig()
+    workers: Annotated[WorkersConfig, OPERATIONAL] = WorkersConfig()
 
     @model_validator(mode="after")
     def _one_target(self) -> LoaderConfig:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from mmflow.core.errors import RecipeError
+from mmflow.models.config import IN_PACKAGE
 from mmflow.models.positions import resampled
 
-IN_PACKAGE = "package:"
 # Layouts of two towers, `vision_model` and `text_model`, that a checkpoint may have.
 DUAL = frozenset(("clip", "siglip", "vision-text-dual-encoder"))
 # Rows of a checkpoint's word embeddings are padded to a multiple of a power of two; more than this are another

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from mmflow.core.config import Config
+from mmflow.core.config import OPERATIONAL, Config, Uri, absolute
+
+IN_PACKAGE = "package:"  # begins a path within an installed Python package
+Checkpoint = Annotated[str, AfterValidator(lambda path: path if path.startswith(IN_PACKAGE) else absolute(path))]
 
 
 class PositionsConfig(Config):
@@ -59,7 +62,7 @@ class EncoderConfig(Config):
 
     type: str | None = None
     """`model_type` in transformers: resnet, vit, convnext, clip_vision_model, bert, roberta, modernbert, …"""
-    checkpoint: str | None = None
+    checkpoint: Annotated[Checkpoint | None, OPERATIONAL] = None
     """A local directory as `save_pretrained` writes it, with its weights as safetensors, or `package:NAME/PATH` for one
     within an installed Python package; a CLIP, SigLIP or VisionTextDualEncoder gives its tower. In place of `type`."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -157,11 +160,11 @@ class DecoderConfig(Config):
 class PackageConfig(Config):
     """A model package, where it lies or as a version of a registered model."""
 
-    package: str | None = None
+    package: Annotated[Uri | None, OPERATIONAL] = None
     """URI of the model package."""
-    model: str | None = None
+    model: Annotated[str | None, OPERATIONAL] = None
     """Name of a registered model, in place of `package`."""
-    version: int | None = Field(None, ge=1)
+    version: Annotated[int | None, OPERATIONAL] = Field(None, ge=1)
     """Its version: a fixed one, because the champion of today is another tomorrow."""
 
     @model_validator(mode="after")
@@ -232,6 +235,11 @@ class ModelConfig(Config):
     """Reads clips of frames; leave it out for stills."""
     decoder: DecoderConfig | None = None
     """Writes text about the picture: a caption, or with memory: fused the answer to a question."""
+
+    @property
+    def encoders(self) -> dict[str, ImageEncoderConfig | TextEncoderConfig]:
+        """Its encoders by the keys of their sections."""
+        return {"image": self.image} | ({"text": self.text} if self.text is not None else {})
 
     @property
     def tight(self) -> bool:

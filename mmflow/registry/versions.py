@@ -125,12 +125,11 @@ def package_of(name: str, version: int, *, uri: str) -> str:
 
 
 def located(package: Located, workspace: str) -> Located:
-    """The settings of a package with its URI in place of a registered version. Raises as `package_of`; without one
-    the registry is left alone."""
-    if package.model is None or package.version is None:
+    """The settings with the URI of the package, looked up for a registered version. Raises as `package_of`."""
+    if package.package is not None or package.model is None or package.version is None:
         return package
     uri = package_of(package.model, package.version, uri=tracking_uri(workspace))
-    return package.model_copy(update={"package": uri, "model": None, "version": None})
+    return package.model_copy(update={"package": uri})
 
 
 def history(name: str, alias: str = CHAMPION, *, uri: str) -> tuple[AliasChange, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from mmflow.core.artifacts import Artifact
 from mmflow.core.storage import exists, join, local_path, read_bytes, read_json, write_bytes, write_json
 from mmflow.recipe import dump_recipe
-from mmflow.stages.loop import Loop
+from mmflow.stages.loop import STAGES, Loop
 from mmflow.stages.training import JOURNAL
 
 VERSIONS = ("mmflow", "torch", "ray", "deepspeed", "transformers", "mlflow", "dagster", "pyarrow", "webdataset")
@@ -27,32 +27,11 @@ THUMBNAIL_PIXELS = 128
 RECALLS = ("R@10", "R@5", "R@1")
 
 
-def summary(name: str, manifest: Mapping[str, Any]) -> str:
-    """One line on what a stage made."""
-    totals = manifest.get("totals", {})
-    match name:
-        case "corpus":
-            return f"{manifest['records']:,} records"
-        case "shard":
-            shards = sum(1 for shard in manifest["shards"] if shard["samples"])
-            return f"{totals['samples']:,} samples in {shards} shards, {totals['quarantined']:,} records quarantined"
-        case "pretrain" | "distill":
-            millions = manifest["parameters"] / 1e6
-            return f"{millions:.2f}M parameters, {manifest['steps']:,} steps on {manifest['num_workers']} workers"
-        case "evaluate":
-            return f"{', '.join(manifest['models'])} on {', '.join(manifest['splits'])}"
-        case "promote":
-            return f"version {manifest['version']} of {manifest['model']} {manifest['decision']}"
-        case "score":
-            return f"{totals['rows']:,} rows by version {manifest['version']}"
-    return ""
-
-
-def write_report(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> str:
+def write_report(loop: Loop) -> str:
     """Gather, write both files beside the artifacts, and return the URI of the page."""
     from mmflow.report.run_page import render_report
 
-    report, images = gather(loop, seconds=seconds, peak_memory_bytes=peak_memory_bytes)
+    report, images = gather(loop)
     workspace = loop.recipe.workspace
     write_json(join(workspace, "report.json"), report)
     page = join(workspace, "report.html")
@@ -60,7 +39,7 @@ def write_report(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> str:
     return page
 
 
-def gather(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> tuple[dict[str, Any], dict[str, bytes]]:
+def gather(loop: Loop) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The report's data, as `mmflow.report.run_page.render_report` takes it, and the pictures it shows by key."""
     import psutil
 
@@ -84,8 +63,9 @@ def gather(loop: Loop, *, seconds: float, peak_memory_bytes: int) -> tuple[dict[
             "python": platform.python_version(),
         },
         "versions": {name: version(name) for name in VERSIONS},
-        "seconds": round(seconds, 1),
-        "peak_memory_bytes": peak_memory_bytes,
+        # Of the runs that built the stages, which a rerun does not change.
+        "seconds": round(sum(artifact.build["seconds"] for artifact in artifacts.values()), 1),
+        "peak_memory_bytes": max(artifact.build.get("peak_memory_bytes", 0) for artifact in artifacts.values()),
         "stages": [_stage(name, artifact, loop.recipe.workspace) for name, artifact in artifacts.items()],
         "dataset": dataset,
         "training": _training(artifacts),
@@ -120,7 +100,7 @@ def _stage(name: str, artifact: Artifact, workspace: str) -> dict[str, Any]:
         "seconds": artifact.build["seconds"],
         "artifact": os.path.relpath(path) if path else artifact.uri,
         "identity": artifact.manifest["identity"],
-        "summary": summary(name, artifact.manifest),
+        "summary": STAGES[name].summary(artifact.manifest),
     }
 
 

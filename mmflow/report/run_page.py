@@ -110,7 +110,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     comparison, training = report.get("comparison") or {}, report.get("training") or {}
     teacher, student = comparison.get("teacher_parameters"), comparison.get("student_parameters")
     strip = [
-        (format_seconds(report.get("seconds")), "wall time of the loop"),
+        (format_seconds(report.get("seconds")), "time of all stages"),
         (format_bytes(report.get("peak_memory_bytes")), "peak memory"),
         (format_count((report.get("dataset") or {}).get("samples")), "samples in the dataset"),
     ]

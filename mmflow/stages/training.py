@@ -1,92 +1,112 @@
-"""The two stages of the loop that train: from a section and a dataset to a package, and all that stands around it.
+"""What `pretrain` and `distill` share: from a section and a dataset to a model package.
 
     vocabulary ─▶ teachers and their caches ─▶ workers under Ray, their journal mirrored to MLflow ─▶ package
 
-A run that finds any of it done goes on from there.
+A rerun skips the parts that are done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mmflow.core.artifacts import Artifact, Stage
-from mmflow.core.errors import named
+from mmflow.core.artifacts import Stage
+from mmflow.core.errors import MisuseError
 from mmflow.core.progress import progress
-from mmflow.core.storage import exists, join
-from mmflow.recipe import Recipe, settings_of
-from mmflow.training.config import DistillConfig, PretrainConfig
+from mmflow.core.storage import exists, join, read_json, write_json
+from mmflow.stages import Inputs, Manifest
 
 if TYPE_CHECKING:
     from mmflow.loading.tokens import Vocabulary
+    from mmflow.recipe import Recipe
+    from mmflow.training.config import DistillConfig, PretrainConfig
     from mmflow.training.job import TrainingJob
 
-Inputs = Mapping[str, Artifact]
-Section = PretrainConfig | DistillConfig
+    Section = PretrainConfig | DistillConfig
+
 PACKAGE = "package"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
 VOCABULARY = "vocabulary.json"
 
 
-def pretrain(recipe: Recipe, inputs: Inputs) -> Stage:
-    """The teacher's training, on the dataset that stage `shard` made."""
+def pretrain_section(recipe: Recipe) -> PretrainConfig:
+    """Section `pretrain` of a recipe that Loop has resolved."""
+    from mmflow.training.config import PretrainConfig
 
-    def vocabulary(section: Section) -> Vocabulary:
-        from mmflow.training.stage import vocabulary_of_data
-
-        return vocabulary_of_data("pretrain", section, inputs["shard"].uri)
-
-    return _training_stage(recipe, "pretrain", started(recipe), inputs, vocabulary)
+    assert isinstance(recipe.pretrain, PretrainConfig)
+    return recipe.pretrain
 
 
-def started(recipe: Recipe) -> PretrainConfig:
-    """Section `pretrain`, with the URI of the package that it begins with where a registered version was named."""
-    from mmflow.registry.versions import located
-
-    start = recipe.pretrain.start
-    if start is None:
-        return recipe.pretrain
-    with named("pretrain.start"):
-        return recipe.pretrain.model_copy(update={"start": located(start, recipe.workspace)})
+def sections(recipe: Recipe) -> dict[str, Section]:
+    """The sections that train a model, by stage."""
+    return {"pretrain": pretrain_section(recipe)} | ({"distill": recipe.distill} if recipe.distill else {})
 
 
-def distill(recipe: Recipe, inputs: Inputs) -> Stage:
-    """The student's training, on the same dataset, with the tokenizer of the package that `pretrain` made."""
-    from mmflow.registry.versions import located
-
-    assert recipe.distill is not None
-    section = recipe.distill
-    teachers = []
-    for number, teacher in enumerate(section.teachers):
-        with named(f"distill.teachers.{number}"):
-            teachers.append(located(teacher, recipe.workspace))
-
-    def vocabulary(section: Section) -> Vocabulary:
-        from mmflow.loading.tokens import Vocabulary
-        from mmflow.models.package import read_package, read_vocabulary
-
-        return Vocabulary(*read_vocabulary(read_package(inputs["pretrain"].file(PACKAGE))))
-
-    return _training_stage(recipe, "distill", section.model_copy(update={"teachers": teachers}), inputs, vocabulary)
-
-
-def _training_stage(
+def training_stage(
     recipe: Recipe,
     name: str,
     section: Section,
     inputs: Inputs,
-    vocabulary: Callable[[Section], Vocabulary],
+    learn_vocabulary: Callable[[Section, Inputs], Vocabulary],
 ) -> Stage:
-    from mmflow.training.stage import identity, with_absolute_paths
+    """The stage that trains `section`. The packages it names must have URIs."""
+    fingerprints = {stage: artifact.fingerprint for stage, artifact in inputs.items()} | fingerprints_of(name, section)
 
-    settings, elsewhere = identity(name, section)
-    fingerprints = {each: artifact.fingerprint for each, artifact in inputs.items()} | elsewhere
-    settings["seed"] = recipe.seed
-    build = partial(_train, recipe, name, with_absolute_paths(section), inputs, fingerprints, vocabulary)
-    return Stage(name=name, kind="training", version=2, settings=settings, inputs=fingerprints, build=build)
+    def build(uri: str) -> Manifest:
+        lineage: dict[str, Any] = {"stage": name, "identity": uri.rsplit("/", 1)[-1], "recipe": recipe.name}
+        return _train(recipe, name, section, inputs, learn_vocabulary, lineage | {"inputs": fingerprints}, uri)
+
+    settings = identity(section) | {"seed": recipe.seed}
+    return Stage(name=name, kind="training", version=3, settings=settings, inputs=fingerprints, build=build)
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+def identity(section: Section) -> dict[str, Any]:
+    """The settings that decide the weights. A validation decides them only if it can end the training."""
+    settings, validation = section.identity(), section.training.validation
+    del settings["training"]["validation"]
+    if validation is not None and validation.patience is not None:
+        kept = section.training.checkpoints
+        chosen = {"metric": kept.best_metric, "packages_best": kept.keep_best > 0}
+        settings["training"]["validation"] = validation.identity() | chosen
+    return settings
+
+
+def fingerprints_of(key: str, section: Section) -> dict[str, str]:
+    """Fingerprints of what a section names: datasets, checkpoints and packages. `key` is the recipe's, for errors."""
+    from mmflow.core.listing import fingerprint
+    from mmflow.loading.opening import open_mixed
+    from mmflow.models.checkpoints import checkpoint_directory
+    from mmflow.models.package import read_package
+    from mmflow.training.config import PretrainConfig, tasks_of
+
+    fingerprints = {}
+    for task in tasks_of(key, section):
+        prefix = f"{task.name} " if task.name else ""
+        if task.dataset is not None:
+            fingerprints[f"{prefix}dataset"] = open_mixed(f"{task.key}.dataset", task.dataset).fingerprint
+        for number, dataset in enumerate(task.loader.mixture.datasets if task.loader.mixture else ()):
+            place = f"{task.key}.loader.mixture.datasets.{number}.uri"
+            fingerprints[f"{prefix}mixture {number}"] = open_mixed(place, dataset.uri).fingerprint
+    for side, encoder in section.model.encoders.items():
+        if encoder.checkpoint is not None:
+            directory = checkpoint_directory(f"{key}.model.{side}.checkpoint", encoder.checkpoint)
+            files = sorted(path.name for path in directory.iterdir() if path.is_file())
+            fingerprints[f"{side} checkpoint"] = fingerprint(str(directory), files)
+    if isinstance(section, PretrainConfig):
+        if section.start is not None:
+            fingerprints["start"] = read_package(str(section.start.package)).digest
+    else:
+        for number, teacher in enumerate(section.teachers):
+            fingerprints[f"teacher {number}"] = read_package(str(teacher.package)).digest
+    return fingerprints
+
+
+# --- build ----------------------------------------------------------------------------------------------------------
 
 
 def _train(
@@ -94,46 +114,30 @@ def _train(
     name: str,
     section: Section,
     inputs: Inputs,
-    fingerprints: Mapping[str, str],
-    vocabulary: Callable[[Section], Vocabulary],
+    learn_vocabulary: Callable[[Section, Inputs], Vocabulary],
+    lineage: dict[str, Any],
     uri: str,
-) -> Mapping[str, Any]:
+) -> Manifest:
     from mmflow.cluster.local import ensure_ray
     from mmflow.models.package import CARD, read_package
-    from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
-    from mmflow.training.config import tasks_of
+    from mmflow.training.config import PretrainConfig, tasks_of
     from mmflow.training.job import TrainingJob, total_steps
-    from mmflow.training.journal import followed, watch
-    from mmflow.training.stage import check_held_out, kept_vocabulary
-    from mmflow.training.workers import train_on_ray
 
-    training = section.training
+    training, dataset = section.training, inputs["shard"].uri
     tasks = tasks_of(name, section)
-    check_held_out(name, tasks, inputs["shard"].uri, training.validation)
-    steps = total_steps(tasks, inputs["shard"].uri, training)
-    lineage = {
-        "stage": name,
-        "identity": uri.rsplit("/", 1)[-1],
-        "recipe": recipe.name,
-        "inputs": dict(fingerprints),
-    }
-    start = section.start if isinstance(section, PretrainConfig) else None
-    if start is not None and recipe.pretrain.start is not None:
-        lineage["start"] = recipe.pretrain.start.model_dump(exclude_none=True)
-    if not exists(join(uri, PACKAGE, CARD)):  # a driver killed after the last step has only the commit left to do
-        learnt = kept_vocabulary(join(uri, VOCABULARY), partial(vocabulary, section))
+    check_held_out(name, section, dataset)
+    if not exists(join(uri, PACKAGE, CARD)):  # if the driver was killed after the last step, only the commit is left
+        vocabulary = _kept_vocabulary(join(uri, VOCABULARY), lambda: learn_vocabulary(section, inputs))
         job = TrainingJob(
             stage=name,
-            dataset=inputs["shard"].uri,
-            tokenizer_json=learnt.tokenizer_json,
-            classes=learnt.classes,
+            dataset=dataset,
+            tokenizer_json=vocabulary.tokenizer_json,
+            classes=vocabulary.classes,
             model=section.model,
             loader=section.loader,
             objectives=section.objectives,
             training=training,
             seed=recipe.seed,
-            start=None if start is None else start.package,
-            lora=section.lora if isinstance(section, PretrainConfig) else None,
             several=tasks if len(tasks) > 1 else (),
             package=join(uri, PACKAGE),
             journal=join(uri, JOURNAL),
@@ -141,28 +145,16 @@ def _train(
             lineage=lineage,
         )
         ensure_ray(num_cpus=training.least_workers * training.cpus_per_worker)
-        if isinstance(section, DistillConfig):
+        if not isinstance(section, PretrainConfig):
             job = _with_teachers(job, recipe.workspace, section, inputs["pretrain"].file(PACKAGE))
-        run = TrainingRun(
-            experiment=recipe.name,
-            name=name,
-            identity=str(lineage["identity"]),
-            params=settings_of(section),
-            tags={"mmflow.stage": name, "mmflow.dataset": inputs["shard"].fingerprint},
-        )
-        with (
-            progress(name) as report,
-            followed(job.journal) as (journal, fetch),
-            mirror(journal, run, uri=tracking_uri(recipe.workspace), copy_of=job.journal),
-            watch(journal, steps, report),
-        ):
-            try:
-                train_on_ray(job, uri)
-            finally:
-                fetch()  # before its last lines are sent
+        elif section.start is not None:
+            start = section.start.model_dump(exclude_none=True, exclude={"package"} if section.start.model else None)
+            job = replace(job, start=section.start.package, lora=section.lora, lineage=lineage | {"start": start})
+        else:
+            job = replace(job, lora=section.lora)
+        _run(recipe, section, job, total_steps(tasks, dataset, training), inputs["shard"].fingerprint, uri)
     package = read_package(join(uri, PACKAGE))
-    # A package of an earlier version does not say how many steps it took.
-    ending: dict[str, Any] = {"steps": steps, **package.card["lineage"]}
+    ending = package.card["lineage"]
     return {
         "fingerprint": package.digest,
         "parameters": package.parameters,
@@ -173,16 +165,75 @@ def _train(
     }
 
 
+def _run(recipe: Recipe, section: Section, job: TrainingJob, steps: int, dataset: str, uri: str) -> None:
+    """Train on Ray while the journal is shown and mirrored to MLflow. `dataset` is its fingerprint."""
+    from mmflow.registry.tracking import TrainingRun, mirror, tracking_uri
+    from mmflow.training.journal import followed, watch
+    from mmflow.training.workers import train_on_ray
+
+    run = TrainingRun(
+        experiment=recipe.name,
+        name=job.stage,
+        identity=str(job.lineage["identity"]),
+        params=section.model_dump(mode="json"),
+        tags={"mmflow.stage": job.stage, "mmflow.dataset": dataset},
+    )
+    with (
+        progress(job.stage) as report,
+        followed(job.journal) as (journal, fetch),
+        mirror(journal, run, uri=tracking_uri(recipe.workspace), copy_of=job.journal),
+        watch(journal, steps, report),
+    ):
+        try:
+            train_on_ray(job, uri)
+        finally:
+            fetch()  # the last lines, before the mirror sends what is left
+
+
+def check_held_out(key: str, section: Section, dataset: str) -> None:
+    """Raise MisuseError where a task's dataset lacks the validation split, or a mixture trains on it."""
+    from mmflow.dataset.opened import open_dataset
+    from mmflow.training.config import tasks_of
+
+    validation, tasks = section.training.validation, tasks_of(key, section)
+    if validation is None:
+        return
+    examined = {open_dataset(task.dataset or dataset).fingerprint for task in tasks}
+    for task in tasks:
+        for number, other in enumerate(task.loader.mixture.datasets if task.loader.mixture else ()):
+            if other.split == validation.split and open_dataset(other.uri).fingerprint in examined:
+                raise MisuseError(
+                    f"{task.key}.loader.mixture.datasets.{number}.split: {key}.training.validation examines split "
+                    f"{validation.split} of {other.uri}; train on another"
+                )
+        data = open_dataset(task.dataset or dataset)
+        if validation.split not in data.splits:
+            raise MisuseError(
+                f"{key}.training.validation.split: {data.uri} has no split {validation.split!r}; there are "
+                f"{', '.join(data.splits)}"
+            )
+
+
+def _kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:
+    """The vocabulary that an earlier run of the stage learnt, so that a restart does not read the whole dataset."""
+    from mmflow.loading.tokens import Vocabulary
+
+    if exists(uri):
+        kept = read_json(uri)
+        return Vocabulary(kept["tokenizer_json"], tuple(kept["classes"]))
+    learnt = learn()
+    write_json(uri, {"tokenizer_json": learnt.tokenizer_json, "classes": learnt.classes})
+    return learnt
+
+
 def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, package: str) -> TrainingJob:
-    """The job with the teachers of a stage, the one that `pretrain` trained first, their caches built."""
+    """The job with its teachers, the one of `pretrain` first, and their caches built."""
     from mmflow.inference.teacher_cache import with_caches
     from mmflow.loading.tokens import read_tokenizer
     from mmflow.training.job import TeacherPackage
 
-    teachers = (
-        TeacherPackage(package=package),
-        *(TeacherPackage(package=str(each.package), weight=each.weight) for each in section.teachers),
-    )
+    others = [TeacherPackage(package=str(teacher.package), weight=teacher.weight) for teacher in section.teachers]
+    teachers = (TeacherPackage(package=package), *others)
     if section.cache is not None:
         with progress("cache") as report:
             teachers = with_caches(
@@ -206,3 +257,9 @@ def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, pac
         initialise=section.initialise,
         stored_views=section.cache.augmentations if section.cache else 0,
     )
+
+
+def summary(manifest: Manifest) -> str:
+    """One line about a committed training."""
+    millions = manifest["parameters"] / 1e6
+    return f"{millions:.2f}M parameters, {manifest['steps']:,} steps on {manifest['num_workers']} workers"

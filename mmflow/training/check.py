@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from mmflow.core.errors import RecipeError
 from mmflow.learning.config import ObjectivesConfig
@@ -14,17 +15,16 @@ from mmflow.learning.objectives.table import check
 from mmflow.learning.outputs import MaskingTokens, masking_tokens
 from mmflow.learning.parts import check_trained
 from mmflow.loading.opening import open_mixed, open_readers
-from mmflow.loading.tokens import load_tokenizer
+from mmflow.loading.tokens import load_tokenizer, read_tokenizer
 from mmflow.models.backbones import encoder_config
 from mmflow.models.checkpoints import checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ModelConfig, TextEncoderConfig
 from mmflow.models.lora import check_lora
 from mmflow.models.marks import with_marks
 from mmflow.models.model import Model, build
-from mmflow.models.package import Package, read_config, read_package
+from mmflow.models.package import Package, read_config, read_package, read_vocabulary
 from mmflow.models.start import check_package, fresh_parts
 from mmflow.training.config import DistillConfig, PretrainConfig, Task, TrainingConfig, tasks_of
-from mmflow.training.stage import encoders_of, tokenizer_of
 from mmflow.training.validation import validation_metrics
 
 OF_EMBEDDINGS = {"soft_labels", "similarities", "features", "interactive", "ranking"}  # losses that train them
@@ -55,7 +55,7 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     _check_best(key, section.training, tasks, config, sorted(losses))
     if section.training.micro_batch_size is not None:
         _check_micro_batches(key, section, objectives)
-    encoders = encoders_of(config)
+    encoders = config.encoders
     lora = section.lora if isinstance(section, PretrainConfig) else None
     if start is not None:
         model, fresh = _check_start(key, config, read_package(str(start.package)), special.vocabulary_size)
@@ -118,7 +118,7 @@ def _check_start(
 ) -> tuple[Model, tuple[str, ...]]:
     """The model that begins with a package, without weights, and what of it is fresh. Raises RecipeError where it
     cannot be built, or does not fit the package."""
-    for side, encoder in encoders_of(config).items():
+    for side, encoder in config.encoders.items():
         if encoder.checkpoint is not None:
             raise RecipeError(
                 f"{key}.model.{side}.checkpoint: its weights are those of {key}.start; leave one of the two out"
@@ -159,6 +159,15 @@ def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:
             f"distill.model.text.checkpoint: {own} was trained with another tokenizer than the teacher's, by which a "
             "student reads; give text a type instead, or the teacher this checkpoint"
         )
+
+
+def tokenizer_of(key: str, section: PretrainConfig | DistillConfig) -> Tokenizer | None:
+    """The tokenizer of a section's package or text checkpoint; None if it is trained on the data. `key` is the
+    recipe's, for errors. Raises as `load_tokenizer`."""
+    if isinstance(section, PretrainConfig) and section.start is not None:
+        return read_tokenizer(read_vocabulary(read_package(str(section.start.package)))[0])
+    directory = _checkpoint(key, section.model.text)
+    return None if directory is None else load_tokenizer(directory, f"{key}.model.text.checkpoint")
 
 
 def _checkpoint(key: str, text: TextEncoderConfig | None) -> Path | None:

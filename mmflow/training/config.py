@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from mmflow.core.config import OPERATIONAL, Config
+from mmflow.core.config import OPERATIONAL, Config, Uri
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.distillation.config import CacheConfig, DistillationLossesConfig, InitialiseConfig, TeacherConfig
 from mmflow.loading.config import LoaderConfig
@@ -98,7 +98,7 @@ class ValidationConfig(Config):
     """Every so many steps, and after the last."""
     max_samples: int = Field(2_048, ge=2)
     """Of the split at most; the same ones every time, whatever the number of workers."""
-    max_seconds: float = Field(60.0, gt=0)
+    max_seconds: Annotated[float, OPERATIONAL] = Field(60.0, gt=0)
     """The longest that the workers may stand for it: then it is cut, the journal says so, and it decides nothing."""
     batch_size: int | None = Field(None, ge=2)
     """Samples at once over all workers, without gradients; null: as many as a step has, or as the fewest workers'
@@ -188,21 +188,15 @@ class TaskConfig(Config):
     """Stands before its metrics, as in `vqa/answering`."""
     weight: float = Field(1.0, gt=0)
     """Its share of the steps, beside the weights of the others. A step is of one task."""
-    dataset: str | None = None
+    dataset: Annotated[Uri | None, OPERATIONAL] = None
     """URI of a committed dataset; the stage's own where it is left out."""
     loader: LoaderConfig = LoaderConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
 
 
-class PretrainConfig(Config):
-    """Stage `pretrain`: a model from scratch, from encoders that others trained or from a package, the teacher."""
-
-    start: PackageConfig | None = None
-    """The model package that it begins with: weights, tokenizer, and settings, of which `model` need say only what is
-    to be otherwise. What the package lacks begins as it is drawn."""
+class _PretrainConfig(Config):
     lora: LoraConfig | None = None
-    """Train adapters in place of what is trained already; leave it out to train all of it."""
-    model: ModelConfig
+    """Train adapters in place of the weights that are trained already; leave it out to train all weights."""
     loader: LoaderConfig = LoaderConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
     tasks: list[TaskConfig] = Field(default_factory=list)
@@ -210,7 +204,7 @@ class PretrainConfig(Config):
     training: TrainingConfig = TrainingConfig()
 
     @model_validator(mode="after")
-    def _tasks_are_several(self) -> PretrainConfig:
+    def _tasks_are_several(self) -> _PretrainConfig:
         names = [task.name for task in self.tasks]
         if len(names) == 1:
             raise ValueError(f"tasks: {names[0]} is the only one; name another, or give loader and objectives instead")
@@ -220,6 +214,24 @@ class PretrainConfig(Config):
             if self.tasks and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: each of the tasks has its own; move it there")
         return self
+
+
+class PretrainConfig(_PretrainConfig):
+    """Stage `pretrain`: the teacher, from scratch, from encoders that others trained, or from a model package."""
+
+    start: PackageConfig | None = None
+    """The model package that it begins with: weights, tokenizer and settings; `model` then only lists what changes.
+    What the package lacks has fresh weights."""
+    model: ModelConfig
+
+
+class StartedConfig(_PretrainConfig):
+    """Section `pretrain` with a `start`, as a recipe has it: the package is read when the stage is planned."""
+
+    start: PackageConfig
+    """The model package that it begins with: weights, tokenizer and settings. What it lacks has fresh weights."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the package's own settings."""
 
 
 class DistillConfig(Config):

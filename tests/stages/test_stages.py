@@ -29,7 +29,7 @@ def test_a_model_without_a_shared_space_is_promoted_and_not_scored(tmp_path: Pat
     }
     loop = loop_of(tmp_path, **changes)
     assert loop.stages == ("shard", "pretrain", "evaluate", "promote")
-    with pytest.raises(RecipeError, match=r"^score: the candidate has no space to compare in: its model\.embedding"):
+    with pytest.raises(RecipeError, match=r"^score: the candidate has no shared embedding space: its model\.embedding"):
         loop.plan("score")
 
 
@@ -45,7 +45,7 @@ def test_a_model_that_scores_pairs_has_no_rows_to_score(tmp_path: Path) -> None:
     pretrain = {"model": fields["pretrain"]["model"] | {"video": video}, "loader": {"frames": 2}}
     promote = fields["promote"] | {"candidate": "teacher"}
     loop = loop_of(tmp_path, pretrain=pretrain, distill=None, promote=promote)
-    with pytest.raises(RecipeError, match=r"^score: the candidate has no space to compare in: its model\.video is tig"):
+    with pytest.raises(RecipeError, match=r"^score: the candidate has no shared embedding space: its model\.video is tig"):
         loop.plan("score")
 
 

@@ -19,9 +19,10 @@ from mmflow.models.start import begin
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry import versions
 from mmflow.stages.loop import Loop
-from mmflow.stages.training import started
-from mmflow.training.check import check_training
-from mmflow.training.stage import identity, tokenizer_of
+from mmflow.stages.pretrain import resolve
+from mmflow.stages.training import fingerprints_of, identity, pretrain_section
+from mmflow.training.check import check_training, tokenizer_of
+from mmflow.training.config import PretrainConfig
 from tests.tiny import SMALLEST_MODEL, tiny_fields, write_recipe
 
 FUSION = {"kind": "cross_attention", "width": 8, "layers": 1, "heads": 2}
@@ -65,6 +66,10 @@ def recipe_of(directory: Path, package: Package, **pretrain: Any) -> Recipe:
     return load_recipe(write_recipe(directory / "recipe.yaml", fields | {"pretrain": section | pretrain}))
 
 
+def section_of(directory: Path, package: Package, **pretrain: Any) -> PretrainConfig:
+    return pretrain_section(resolve(recipe_of(directory, package, **pretrain)))
+
+
 def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tokenizer: Tokenizer) -> None:
     theirs = model_of(tokenizer, 1, heads=["classes"]).state_dict()
     model = model_of(tokenizer, 2, embedding_width=None, heads=["classes", "masked_language"])
@@ -87,11 +92,12 @@ def test_a_head_that_tells_others_apart_begins_anew(package: Package, tokenizer:
 
 def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, package, model={"image": {"frozen_layers": "all"}})
+    section = pretrain_section(resolve(recipe))
     theirs = ModelConfig.model_validate(SMALLEST_MODEL | {"heads": ["classes"]})
     image = theirs.image.model_copy(update={"frozen_layers": "all"})
-    assert recipe.pretrain.model == theirs.model_copy(update={"image": image})
-    check_training("pretrain", recipe.pretrain)
-    found = tokenizer_of("pretrain", recipe.pretrain)
+    assert section.model == theirs.model_copy(update={"image": image})
+    check_training("pretrain", section)
+    found = tokenizer_of("pretrain", section)
     assert found is not None
     assert found.to_str() == tokenizer.to_str()
     again = load_recipe(write_recipe(tmp_path / "resolved.yaml", recipe.model_dump(mode="json")))
@@ -120,7 +126,7 @@ def test_a_model_that_the_package_does_not_fit_is_refused(
     package: Package, tmp_path: Path, model: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RecipeError, match=rf"pretrain\.{said}"):
-        check_training("pretrain", recipe_of(tmp_path, package, model=model).pretrain)
+        check_training("pretrain", section_of(tmp_path, package, model=model))
 
 
 def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -128,7 +134,7 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
     image = {"type": "vit", "options": options | {"patch_size": 8}}
     other = package_of(tmp_path / "vit", tokenizer, image=image)
     fields = SMALLEST_MODEL | {"vocabulary_size": 64}
-    section = recipe_of(tmp_path, other, model=fields, loader={}, objectives={}).pretrain
+    section = section_of(tmp_path, other, model=fields, loader={}, objectives={})
     changed = section.model_copy(update={"model": ModelConfig.model_validate(fields)})
     with pytest.raises(RecipeError, match=r"^pretrain\.start: no weight of the package's image encoder is one of pret"):
         check_training("pretrain", changed)
@@ -136,7 +142,7 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
 
 def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
-        recipe_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
+        section_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
     with pytest.raises(RecipeError, match=r"pretrain\.start: give either package, a model package's URI, or model and"):
         recipe_of(tmp_path, package, start={"model": "nothing"})
 
@@ -144,32 +150,32 @@ def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path
 def test_a_registered_version_is_looked_up(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registered = {("tagger", 3): package.uri}
     monkeypatch.setattr(versions, "package_of", lambda name, version, *, uri: registered[name, version])
-    recipe = recipe_of(tmp_path, package, start={"model": "tagger", "version": 3})
-    assert recipe.pretrain.model == recipe_of(tmp_path, package).pretrain.model
-    assert started(recipe).start == recipe_of(tmp_path, package).pretrain.start
-    assert identity("pretrain", started(recipe))[1] == {"start": package.digest}
+    section = section_of(tmp_path, package, start={"model": "tagger", "version": 3})
+    assert section.model == section_of(tmp_path, package).model
+    assert section.start is not None
+    assert section.start.package == package.uri
+    assert fingerprints_of("pretrain", section) == {"start": package.digest}
 
 
 def test_a_registry_that_is_away_is_no_fault_of_the_recipe(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    with pytest.raises(TrackingError, match=r"recipe\.yaml: pretrain\.start: .*MLFLOW_TRACKING_URI"):
-        recipe_of(tmp_path, package, start={"model": "tagger", "version": 3})
+    recipe = recipe_of(tmp_path, package, start={"model": "tagger", "version": 3})
+    with pytest.raises(TrackingError, match=r"^pretrain\.start: .*MLFLOW_TRACKING_URI"):
+        Loop(recipe)
 
 
 def test_another_package_is_another_artifact(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    section = recipe_of(tmp_path, package).pretrain
+    section = section_of(tmp_path, package)
     moved = package_of(tmp_path / "moved", tokenizer, heads=["classes"])
     other = package_of(tmp_path / "other", tokenizer, seed=3, heads=["classes"])
-    by_package = {
-        each.uri: identity("pretrain", recipe_of(tmp_path, each).pretrain) for each in (package, moved, other)
-    }
-    assert by_package[package.uri] == by_package[moved.uri] == identity("pretrain", section)
-    assert by_package[package.uri][1] == {"start": package.digest}
-    assert by_package[other.uri] != by_package[package.uri]
-    scratch = section.model_copy(update={"start": None})
-    assert identity("pretrain", scratch) == (by_package[package.uri][0], {})
+    for each, same in ((moved, True), (other, False)):
+        begun = section_of(tmp_path, each)
+        assert identity(begun) == identity(section)
+        assert (fingerprints_of("pretrain", begun) == fingerprints_of("pretrain", section)) is same
+    assert fingerprints_of("pretrain", section) == {"start": package.digest}
+    assert fingerprints_of("pretrain", section.model_copy(update={"start": None})) == {}
 
 
 def test_the_head_of_the_weights_has_their_shapes(package: Package) -> None:

@@ -16,9 +16,9 @@ from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
 from mmflow.models.package import write_package
+from mmflow.stages.training import identity
 from mmflow.training.check import check_training
 from mmflow.training.config import PretrainConfig
-from mmflow.training.stage import identity
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
 
@@ -91,15 +91,14 @@ def test_evaluation_knows_what_any_task_teaches() -> None:
 
 def test_tasks_and_adapters_are_part_of_what_a_training_is() -> None:
     fields: dict[str, Any] = {"objectives": {"contrastive": {}, "classification": {}}, "loader": {"label": "kind"}}
-    one, _ = identity("pretrain", section(**fields))
-    assert not {"tasks", "lora", "start"} & one.keys()
+    one = identity(section(**fields))
     two, three, tuned = (
-        identity("pretrain", section(PAIRS | {"weight": weight}, LABELS, lora=lora))[0]
+        identity(section(PAIRS | {"weight": weight}, LABELS, lora=lora))
         for weight, lora in ((1, None), (2, None), (1, {}))
     )
     assert len({str(each) for each in (one, two, three, tuned)}) == 4
     busier = section(PAIRS | {"loader": {"prefetch_batches": 9}}, LABELS)
-    assert identity("pretrain", busier)[0] == two
+    assert identity(busier) == two
 
 
 @pytest.fixture(scope="module")

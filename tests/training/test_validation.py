@@ -22,11 +22,11 @@ from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
+from mmflow.stages.training import check_held_out, identity
 from mmflow.training.check import check_training
-from mmflow.training.config import PretrainConfig, TrainingConfig, tasks_of
+from mmflow.training.config import PretrainConfig, TrainingConfig
 from mmflow.training.journal import curves, read_journal
 from mmflow.training.metrics import known_peak
-from mmflow.training.stage import check_held_out, identity
 from mmflow.training.store import saved_checkpoints
 from mmflow.training.validation import Best
 from tests.dataset.handmade import Handmade, write_dataset
@@ -323,14 +323,12 @@ def test_a_metric_of_validation_wants_validation() -> None:
 def test_a_split_that_is_not_there_is_named(validated: Trainings) -> None:
     given = section(split="elsewhere")
     with pytest.raises(MisuseError, match=r"^pretrain\.training\.validation\.split: .* there are .*held_out"):
-        check_held_out("pretrain", tasks_of("pretrain", given), validated.dataset.uri, given.training.validation)
+        check_held_out("pretrain", given, validated.dataset.uri)
 
 
 def test_a_look_makes_no_other_training_and_an_end_does() -> None:
     plain = PretrainConfig.model_validate({"model": SMALLEST_MODEL})
-    told, _ = identity("pretrain", plain)
-    assert identity("pretrain", section())[0] == told
-    assert "validation" not in told["training"]
-    ends, more = (identity("pretrain", section(LOSS, patience=patience))[0] for patience in (2, 3))
-    assert told != ends != more
+    assert identity(section()) == identity(plain)
+    ends, more = (identity(section(LOSS, patience=patience)) for patience in (2, 3))
+    assert identity(plain) != ends != more
     assert TrainingConfig().validation is None
