@@ -45,7 +45,9 @@ def test_a_model_that_scores_pairs_has_no_rows_to_score(tmp_path: Path) -> None:
     pretrain = {"model": fields["pretrain"]["model"] | {"video": video}, "loader": {"frames": 2}}
     promote = fields["promote"] | {"candidate": "teacher"}
     loop = loop_of(tmp_path, pretrain=pretrain, distill=None, promote=promote)
-    with pytest.raises(RecipeError, match=r"^score: the candidate has no shared embedding space: its model\.video is tig"):
+    with pytest.raises(
+        RecipeError, match=r"^score: the candidate has no shared embedding space: its model\.video is tig"
+    ):
         loop.plan("score")
 
 
