@@ -16,7 +16,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from mmflow.core.config import Config
 from mmflow.core.errors import RecipeError
 from mmflow.core.storage import local_path
-from mmflow.corpora.config import CorporaConfig
+from mmflow.corpora import CorporaConfig
 from mmflow.dataset.config import ShardConfig
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.inference.config import ScoreConfig

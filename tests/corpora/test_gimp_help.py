@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.gimp_help import CAPTION, SECTION, write_gimp_help
+from mmflow.corpora.gimp_help import CAPTION, SECTION
 from mmflow.recipe import load_recipe
 from mmflow.training.check import check_training
-from tests.corpora.test_openclipart import add, ar, compressed
+from tests.corpora.made import ar, written
+from tests.corpora.test_openclipart import add, compressed
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "gimp_help.yaml"
 OPTIONS = " ".join(f"option{number}" for number in range(160))
@@ -49,8 +49,10 @@ def write_package(directory: Path) -> Path:
     return directory
 
 
-def read_records(directory: Path) -> dict[str, dict[str, Any]]:
-    records = [json.loads(line) for line in (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+def write(directory: Path, packages: Path) -> dict[str, dict[str, Any]]:
+    """The records by image; the progress counts pages."""
+    records = written(directory, "gimp_help", num_steps=2, package_directory=packages)
+    assert len(records) == 4
     return {record["image"]: record for record in records}
 
 
@@ -59,14 +61,7 @@ def texts_of(record: dict[str, Any]) -> dict[str, str]:
 
 
 def test_a_picture_has_its_caption_and_its_section(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    number = write_gimp_help(
-        tmp_path / "corpus",
-        package_directory=write_package(tmp_path / "package"),
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    records = read_records(tmp_path / "corpus")
-    assert (number, seen) == (4, [(1, 2), (2, 2)])
+    records = write(tmp_path / "corpus", write_package(tmp_path / "package"))
     assert list(records) == [f"images/{name}" for name in ("using/logo.png", *IMAGES[1:4])]
     assert all((tmp_path / "corpus" / image).read_bytes() == files()[image] for image in records)
     before, after, dialog = (texts_of(records[f"images/{name}"]) for name in IMAGES[1:4])
@@ -78,7 +73,6 @@ def test_a_picture_has_its_caption_and_its_section(tmp_path: Path) -> None:
     assert texts_of(records["images/using/logo.png"]) == {CAPTION: "The logo"}
     assert records["images/filters/after.png"]["key"] == "blur-3"
     assert {record["page"] for record in records.values()} == {"blur", "about"}
-    assert {path.name for path in (tmp_path / "corpus").iterdir()} == {"images", "records.jsonl"}
 
 
 def test_an_installed_package_is_read_where_it_lies(tmp_path: Path) -> None:
@@ -89,16 +83,15 @@ def test_an_installed_package_is_read_where_it_lies(tmp_path: Path) -> None:
     left = tmp_path / "corpus" / "images"  # by a run that was killed
     left.mkdir(parents=True)
     (left / "gone.png").write_bytes(b"")
-    assert write_gimp_help(tmp_path / "corpus", package_directory=tmp_path / "help") == 4
+    records = write(tmp_path / "corpus", tmp_path / "help")
     assert not (left / "gone.png").exists()
-    write_gimp_help(tmp_path / "again", package_directory=write_package(tmp_path / "package"))
-    assert read_records(tmp_path / "again") == read_records(tmp_path / "corpus")
+    assert write(tmp_path / "again", write_package(tmp_path / "package")) == records
     assert len(list((tmp_path / "help").rglob("*.*"))) == len(files())
 
 
 def test_a_folder_without_the_package_is_answered_with_what_to_bring(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"neither en nor gimp-help-en_\*\.deb; give the corpus's package_directory"):
-        write_gimp_help(tmp_path / "corpus", package_directory=tmp_path)
+        write(tmp_path / "corpus", tmp_path)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 

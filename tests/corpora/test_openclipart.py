@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import subprocess
 import tarfile
 from pathlib import Path
@@ -13,9 +12,9 @@ import pyarrow as pa
 import pytest
 
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.openclipart import PACKAGES, write_openclipart
+from mmflow.corpora.openclipart import PACKAGES
 from mmflow.recipe import load_recipe
-from tests.corpora.debian_files import ar
+from tests.corpora.made import ar, written
 
 SVG = """<?xml version="1.0" encoding="{encoding}"?>
 <svg xmlns="http://www.w3.org/2000/svg" width="9"><title>not this one</title>
@@ -87,37 +86,27 @@ def write_packages(directory: Path, ending: str = "xz") -> Path:
     return directory
 
 
-def read_records(directory: Path) -> dict[str, dict[str, Any]]:
-    lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+def write(directory: Path, packages: Path | None) -> dict[str, dict[str, Any]]:
+    """The records by image, after checks that are the same for every package."""
+    records = written(directory, "openclipart", package_directory=packages)
+    assert len(records) == 8
     assert [record["image"] for record in records] == sorted(record["image"] for record in records)
-    return {record["image"].removeprefix("png/"): record for record in records}
-
-
-def check_corpus(directory: Path, number: int) -> None:
-    records = read_records(directory)
-    assert number == len(records) == 8
-    assert {path.name for path in directory.iterdir()} == {"png", "records.jsonl"}
-    assert all((directory / record["image"]).read_bytes() == PNGS.get(name, PNGS["shapes/stars/one.png"])
-               for name, record in records.items())  # fmt: skip
-    assert (directory / "png" / LINK).is_symlink()
+    for record in records:
+        body = PNGS.get(record["image"].removeprefix("png/"), PNGS["shapes/stars/one.png"])
+        assert (directory / record["image"]).read_bytes() == body
     assert (directory / "png" / LINK).readlink() == Path(TARGET)
+    return {record["image"].removeprefix("png/"): record for record in records}
 
 
 @pytest.mark.parametrize("ending", ["xz", "gz", "zst"])
 def test_packages_are_read_without_dpkg(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = write_packages(tmp_path / "packages", ending)
     monkeypatch.setenv("PATH", "")
-    seen: list[tuple[int, int]] = []
-    number = write_openclipart(
-        tmp_path / "corpus", package_directory=packages, progress=lambda done, total: seen.append((done, total))
-    )
-    check_corpus(tmp_path / "corpus", number)
-    assert seen == [(done, 8) for done in range(1, 9)]
+    write(tmp_path / "corpus", packages)
 
 
 def test_an_installed_tree_gives_the_same_corpus_and_stays_untouched(tmp_path: Path) -> None:
-    write_openclipart(tmp_path / "corpus", package_directory=write_packages(tmp_path / "packages"))
+    records = write(tmp_path / "corpus", write_packages(tmp_path / "packages"))
     tree = tmp_path / "openclipart"
     for kind, files in (("png", PNGS), ("svg", SVGS)):
         for name, body in files.items():
@@ -126,26 +115,22 @@ def test_an_installed_tree_gives_the_same_corpus_and_stays_untouched(tmp_path: P
             path.write_bytes(body)
     (tree / "png" / LINK).symlink_to(TARGET)
     before = sorted(tree.rglob("*"))
-    check_corpus(tmp_path / "again", write_openclipart(tmp_path / "again", package_directory=tree))
+    assert write(tmp_path / "again", tree) == records
     assert sorted(tree.rglob("*")) == before
-    first, second = (tmp_path / name / "records.jsonl" for name in ("corpus", "again"))
-    assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_run_after_a_killed_one_completes(tmp_path: Path) -> None:
-    packages = write_packages(tmp_path / "packages")
     left = tmp_path / "corpus" / "png" / "people"
     left.mkdir(parents=True)
     (left / "link.png").symlink_to("nowhere")
     (left / "stray.png").write_bytes(b"of another version")
     (tmp_path / "corpus" / ".unpacked").mkdir()
     (tmp_path / "corpus" / ".unpacked" / "half.deb").write_bytes(b"")
-    check_corpus(tmp_path / "corpus", write_openclipart(tmp_path / "corpus", package_directory=packages))
+    write(tmp_path / "corpus", write_packages(tmp_path / "packages"))
 
 
 def test_captions_are_title_description_and_keywords_as_written(tmp_path: Path) -> None:
-    write_openclipart(tmp_path / "corpus", package_directory=write_packages(tmp_path / "packages"))
-    records = read_records(tmp_path / "corpus")
+    records = write(tmp_path / "corpus", write_packages(tmp_path / "packages"))
     captions = {name: [tuple(each.values()) for each in record["captions"]] for name, record in records.items()}
     assert captions == {
         "shapes/stars/one.png": [("en", "gramastar"), ("en", "  two\n lines "), ("en", "star, shape")],
@@ -169,7 +154,7 @@ def test_without_a_package_client_the_message_says_what_to_bring(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MisuseError, match=r"apt-get, which this machine lacks; bring .*corpus's package_directory"):
-        write_openclipart(tmp_path / "corpus")
+        write(tmp_path / "corpus", None)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
@@ -181,7 +166,7 @@ def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(MisuseError, match=r"E: Unable to locate package openclipart-png; run `apt-get update` first"):
-        write_openclipart(tmp_path / "corpus")
+        write(tmp_path / "corpus", None)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +184,13 @@ def test_a_damaged_package_is_named(tmp_path: Path, damage: Any, told: str) -> N
     (package,) = packages.glob("openclipart-svg*.deb")
     package.write_bytes(damage(package.read_bytes()))
     with pytest.raises(MisuseError, match=told):
-        write_openclipart(tmp_path / "corpus", package_directory=packages)
+        write(tmp_path / "corpus", packages)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
 def test_an_empty_package_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"neither png and svg nor openclipart-png_\*\.deb"):
-        write_openclipart(tmp_path / "corpus", package_directory=tmp_path)
+        write(tmp_path / "corpus", tmp_path)
 
 
 def test_a_member_that_leads_out_is_refused(tmp_path: Path) -> None:
@@ -216,7 +201,7 @@ def test_a_member_that_leads_out_is_refused(tmp_path: Path) -> None:
     (package,) = packages.glob("openclipart-png*.deb")
     package.write_bytes(ar({"data.tar.gz": compressed(stream.getvalue(), "gz")}))
     with pytest.raises(MisuseError, match="a damaged package"):
-        write_openclipart(tmp_path / "corpus", package_directory=packages)
+        write(tmp_path / "corpus", packages)
 
 
 def test_each_corpus_refuses_the_options_of_the_other(tmp_path: Path) -> None:

@@ -1,25 +1,51 @@
-"""npm packages made in memory: archives as `npm pack` writes them."""
+"""Corpora written in tests, and packages made for them: .deb files, and archives as `npm pack` writes them."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
-from mmflow.corpora import emoji_packages
+from mmflow.corpora import CorpusConfig, emoji_packages, write_corpus
 from mmflow.corpora.emoji_packages import ANIMATIONS, STYLES
-from mmflow.corpora.npm import NpmPackage
+from mmflow.corpora.packages import NpmPackage
 from tests.imaging.picture_files import clip_of, file_of, reds
 
 
-def write_package(directory: Path, name: str, files: Mapping[str, bytes | Path], version: str = "1.0.0") -> NpmPackage:
-    """Write the archive with the files, by their names in it; a `Path` is a link there. Return what tells it."""
+def written(directory: Path, name: str, *, num_steps: int | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """The records of a corpus, written with these settings. The progress must count its `num_steps`."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    corpus = TypeAdapter(CorpusConfig).validate_python({"name": name, **settings})
+    steps: list[tuple[int, int]] = []
+    write_corpus(directory, corpus, lambda done, total: steps.append((done, total)))
+    lines = (directory / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    total = len(lines) if num_steps is None else num_steps
+    assert steps == [(done, total) for done in range(1, total + 1)]
+    assert len(list(directory.iterdir())) == 2  # the images and the records
+    return [json.loads(line) for line in lines]
+
+
+def ar(members: dict[str, bytes]) -> bytes:
+    """An ar archive, which a .deb is."""
+    body = b"!<arch>\n"
+    for name, data in members.items():
+        body += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    return body
+
+
+def write_npm_package(
+    directory: Path, name: str, files: Mapping[str, bytes | Path], version: str = "1.0.0"
+) -> NpmPackage:
+    """Write an archive of files by their names in it; a `Path` is a link to there."""
     directory.mkdir(exist_ok=True)
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz") as tar:
@@ -57,6 +83,6 @@ def write_emoji_packages(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         | {"package/assets/1f192.webp": still("WEBP"), "package/assets/.gitkeep": b""},
     }
     for style, bodies in files.items():
-        package = write_package(directory, STYLES[style].package.name, bodies)
+        package = write_npm_package(directory, STYLES[style].package.name, bodies)
         monkeypatch.setitem(emoji_packages.STYLES, style, replace(STYLES[style], package=package))
     return directory

