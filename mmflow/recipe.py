@@ -19,7 +19,7 @@ from mmflow.core.storage import local_path
 from mmflow.corpora import CorporaConfig
 from mmflow.dataset.config import ShardConfig
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.inference.config import ScoreConfig
+from mmflow.inference.score import ScoreConfig
 from mmflow.registry.gate import PromoteConfig
 from mmflow.training.config import DistillConfig, PretrainConfig, StartedConfig
 

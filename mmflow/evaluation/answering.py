@@ -1,8 +1,8 @@
-"""Accuracy of answers to questions about pictures, against several people's answers (VQA, arXiv 1505.00468, section 4;
-the benchmark's rules at visualqa.org/evaluation.html).
+"""Answers to questions about pictures, against several people's answers (VQA, arXiv 1505.00468, section 4; the
+benchmark's rules at visualqa.org/evaluation.html).
 
-An answer is right as far as at least three other people gave it. Answers are compared after the benchmark's
-normalisation: lower case, numbers as digits, no articles, punctuation or missing apostrophes to tell them apart.
+An answer that three other people gave is wholly right. Answers are compared after the benchmark's normalisation: lower
+case, numbers as digits, without articles, punctuation and differences of apostrophes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,20 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Literal
 
-AGREEMENT = 3  # people who have to have given an answer before it counts as wholly right
+from mmflow.core.errors import RecipeError
+from mmflow.evaluation.classification import predicted
+from mmflow.evaluation.examination import Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
+from mmflow.inference.writing import WritingConfig, write_texts
+from mmflow.training.config import tasks_of
+
+SEED = 20_190_422  # of texts drawn by nucleus sampling, the same for every model
+MOST_ANSWERS = 40  # commonest answers, each with its accuracy
+
+# --- the benchmark's rules ------------------------------------------------------------------------------------------
+
+AGREEMENT = 3  # other people whose agreement makes an answer wholly right
 
 _NUMBER_WORDS = "none zero one two three four five six seven eight nine ten"
 NUMBERS = {word: max(0, place - 1) for place, word in enumerate(_NUMBER_WORDS.split())}
@@ -31,16 +43,17 @@ _WORDS = frozenset({"hell", "its", "shed", "shell"})  # contractions without the
 
 
 def _without_apostrophes() -> dict[str, str]:
-    """How a contraction is written by those who leave out some of its apostrophes → how it is written."""
+    """A contraction without some of its apostrophes → the contraction."""
     words = [*_PLAIN.split(), *_TWICE.split()]
     for subject in _SUBJECTS.split():
         words += [f"{subject}'{ending}" for ending in ("d", "d've", "ll", "s")]
-    found: dict[str, str] = {}
+    shortened: dict[str, str] = {}
     for word in words:
         places = [place for place, character in enumerate(word) if character == "'"]
-        for left_out in (each for count in range(1, len(places) + 1) for each in combinations(places, count)):
-            found["".join(character for place, character in enumerate(word) if place not in left_out)] = word
-    return {short: word for short, word in found.items() if short not in _WORDS}
+        for count in range(1, len(places) + 1):
+            for left_out in combinations(places, count):
+                shortened["".join(letter for place, letter in enumerate(word) if place not in left_out)] = word
+    return {short: word for short, word in shortened.items() if short not in _WORDS}
 
 
 CONTRACTIONS = _without_apostrophes()
@@ -52,32 +65,29 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 def normalise_answer(answer: str) -> str:
     """The answer as the benchmark compares it.
 
-    A mark of punctuation beside a space goes, one between letters becomes a space; within an answer that holds a number
-    with commas all go. Full stops go, but for those of decimals.
+    A punctuation mark beside a space is removed, one between letters becomes a space; an answer that holds a number
+    with commas loses all of them. Full stops are removed, except in decimals.
     """
-    given = " ".join(answer.replace("\u2019", "'").split())
-    has_number = _COMMA_IN_NUMBER.search(given) is not None
-    text = given
+    original = " ".join(answer.replace("\u2019", "'").split())
+    has_number = _COMMA_IN_NUMBER.search(original) is not None
+    text = original
     for mark in PUNCTUATION:
-        gone = has_number or f"{mark} " in given or f" {mark}" in given
-        text = text.replace(mark, "" if gone else " ")
+        removed = has_number or f"{mark} " in original or f" {mark}" in original
+        text = text.replace(mark, "" if removed else " ")
     text = _FULL_STOP.sub("", text)
     words = [str(NUMBERS.get(word, word)) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def answer_accuracy(answer: str, people: Sequence[str]) -> float:
-    """From 0 to 1: the mean, over leaving out each person in turn, of min(1, the others who agree / 3).
+    """From 0 to 1: leave out each person in turn, and take the mean of min(1, the others who agree / 3).
 
-    With fewer than four people, all the others have to agree; one person's answer alone is right or wrong. Raises
-    ValueError without one.
+    With fewer than four people, all the others have to agree; one person's answer alone is right or wrong. `people` are
+    at least one.
     """
-    if not people:
-        raise ValueError("a question without an answer cannot be scored; leave it out")
-    given = normalise_answer(answer)
-    counts = Counter(map(normalise_answer, people))
-    agree, others = counts[given], len(people) - 1
-    if not given:  # an article is all that somebody said: saying nothing does not agree with that
+    normalised = normalise_answer(answer)
+    agree, others = Counter(map(normalise_answer, people))[normalised], len(people) - 1
+    if not normalised:  # saying nothing does not agree with somebody who only said an article
         return 0.0
     if not others:
         return float(agree)
@@ -96,15 +106,78 @@ def answering_metrics(answers: Sequence[str], people: Sequence[Sequence[str]]) -
 def accuracy_by_answer(
     answers: Sequence[str], people: Sequence[Sequence[str]], most: int
 ) -> list[tuple[str, int, float]]:
-    """(what most people say, questions, accuracy) of the answers, at most so `most`, that most questions have."""
+    """(what most people say, questions, accuracy) for the `most` answers that the most questions have."""
     scores = defaultdict[str, list[float]](list)
     for answer, theirs in zip(answers, people, strict=True):
         scores[commonest_answer([theirs])].append(answer_accuracy(answer, theirs))
-    commonest = sorted(scores.items(), key=lambda each: (-len(each[1]), each[0]))[:most]
-    return [(name, len(found), sum(found) / len(found)) for name, found in commonest]
+    commonest = sorted(scores.items(), key=lambda item: (-len(item[1]), item[0]))[:most]
+    return [(name, len(values), sum(values) / len(values)) for name, values in commonest]
 
 
 def commonest_answer(people: Sequence[Sequence[str]]) -> str:
-    """What answers best without looking: the answer that most people of all questions gave; "" without one."""
+    """The answer that most people gave over all questions, which is the best without looking; "" without one."""
     counts = Counter(normalise_answer(answer) for theirs in people for answer in theirs)
     return counts.most_common(1)[0][0] if counts else ""
+
+
+# --- the examination ------------------------------------------------------------------------------------------------
+
+
+class AnsweringConfig(WritingConfig):
+    """Questions about pictures (`questions` in a sample's metadata): answered by the head `classes` over known answers
+    where the model has one, or written by its decoder, as the settings say."""
+
+    search: Literal["greedy", "beam", "nucleus"] = "greedy"
+    """The likeliest token at each step; the likeliest text among several; or tokens drawn from the likeliest."""
+
+
+def _answer(subject: Subject, section: AnsweringConfig) -> Outcome:
+    model, questions = subject.model, subject.rows.questions
+    samples = [subject.rows.samples[question.row] for question in questions]
+    texts = [question.text for question in questions]
+    people = [question.answers for question in questions]
+    if "class_logits" in model.gives:
+        classes = predicted(model.class_scores(samples, texts))
+        answers = [model.loaded.classes[number] if number >= 0 else "" for number in classes]
+    else:
+        answers = write_texts(model, samples, texts, section, SEED)
+    shown = [
+        {
+            **subject.rows.reference(questions[place].row),
+            "question": texts[place],
+            "answer": answers[place],
+            "people": list(dict.fromkeys(people[place])),
+            "accuracy": answer_accuracy(answers[place], people[place]),
+        }
+        for place in spread(len(questions))
+    ]
+    by_answer = [
+        {"answer": answer, "questions": count, "accuracy": accuracy}
+        for answer, count, accuracy in accuracy_by_answer(answers, people, MOST_ANSWERS)
+    ]
+    return Outcome({"answering": answering_metrics(answers, people)}, {"answers": shown, "by_answer": by_answer})
+
+
+def _chance(rows: Rows, section: AnsweringConfig) -> Metrics:
+    people = [question.answers for question in rows.questions]
+    return {"answering": answering_metrics([commonest_answer(people)] * len(people), people)}
+
+
+def _check_taught(section: AnsweringConfig, trained: Trained) -> None:
+    """Raise RecipeError where no model is trained on questions."""
+    tasks = [task for stage, training in trained.items() for task in tasks_of(stage, training)]
+    if all(task.loader.text != "questions" for task in tasks):
+        raise RecipeError(
+            f"evaluate.answering: no model here is taught answers; set {tasks[0].key}.loader.text to questions, or "
+            "leave answering out"
+        )
+
+
+ANSWERING = Examination(
+    needs=(Gives({"fused", "class_logits"}), Gives({"fused", "decoded from the question"})),
+    remedy="a fusion, and the head classes or a decoder with memory: fused",
+    examine=_answer,
+    chance=_chance,
+    check=_check_taught,
+    reads_captions=None,
+)

@@ -1,245 +1,47 @@
-"""What a model looked at when it compared a picture with a text: weights over the picture and over the text's tokens.
-
-Two ways through attention maps: rollout, which follows where vectors flow, whatever they are used for (arXiv
-2005.00928), and the gradient-weighted one, which follows what raised the score (arXiv 2103.15679).
-"""
+"""Pictures and captions shown with what the model looked at when it compared them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from mmflow.dataset.reader import Sample
-from mmflow.evaluation.asked import SIMILARITIES
-from mmflow.inference.embed import image_inputs, text_inputs
-from mmflow.models.hierarchical import HierarchicalEncoder
-from mmflow.models.package import LoadedModel
-
-# Shapes: B batch, H heads, T tokens or regions that read, S that are read, S side of a picture where it is squared.
-
-Maps = Sequence[Tensor]  # one a layer, from the first to the last
-_QUERY = {"image": "image query", "text": "text query"}
-SALIENCY_CELLS = 8  # along each side, for encoders without attention: single pixels are noise
+from mmflow.core.config import Config
+from mmflow.evaluation.examination import Examination, Gives, Outcome, Subject, spread
 
 
-def rollout(maps_BHTT: Maps) -> Tensor:
-    """(B, T, T): how much of each input every output is made of, if each layer mixed vectors as its map says and added
-    what it read (equation 1: the mean over heads and the identity, half and half, multiplied up). Rows sum to 1."""
-    flow: Tensor | None = None
-    for layer in maps_BHTT:
-        mixed = (layer.mean(1) + torch.eye(layer.shape[-1], device=layer.device)) / 2
-        flow = mixed if flow is None else mixed @ flow
-    assert flow is not None
-    return flow
+class AttentionConfig(Config):
+    """Pictures and captions shown with what the model looked at when it compared them."""
+
+    rows: int = Field(6, ge=1)
+    """Rows of the first split, spread evenly over it."""
 
 
-def counted(map_BHTS: Tensor, gradient_BHTS: Tensor) -> Tensor:
-    """(B, T, S): of one layer's map what raised the score, mean over heads (equation 5)."""
-    return (map_BHTS * gradient_BHTS).clamp(min=0).mean(1)
+def _look(subject: Subject, section: AttentionConfig) -> Outcome:
+    """Some pictures with their own first captions."""
+    from mmflow.inference.attention import look
+
+    rows, captions = subject.rows, subject.rows.main_captions
+    shown: list[dict[str, Any]] = []
+    for place in spread(len(captions.pictures), section.rows):
+        row, caption = captions.pictures[place], captions.texts_of_picture[place][0]
+        looked = look(subject.model, rows.samples[row], caption)
+        shown.append(
+            {
+                **rows.reference(row),
+                "caption": caption,
+                "score": round(looked.score, 4),
+                "picture": looked.picture,
+                "rollout": looked.rollout,
+                "tokens": [{"text": piece, "weight": weight} for piece, weight in looked.tokens],
+            }
+        )
+    return Outcome(details={"attention": shown})
 
 
-def self_relevance(counted_BTT: Sequence[Tensor]) -> Tensor:
-    """(B, T, T): how much each input raised the score through every output of a stack of layers, from what counted in
-    each, first to last (equation 6)."""
-    relevance = torch.eye(counted_BTT[0].shape[-1], device=counted_BTT[0].device).expand_as(counted_BTT[0])
-    for layer in counted_BTT:
-        relevance = relevance + layer @ relevance
-    return relevance
-
-
-def of_pooled(weights_BTT: Tensor, pooling: str, mask_BT: Tensor | None) -> Tensor:
-    """(B, T): the row of what the pooled vector is read from: the first token, the last real one, the end of what was
-    padded, or the mean of all.
-
-    What a vector keeps of itself is left out: with a mean it is the same for all, and would hide what was read.
-    """
-    rows, tokens = weights_BTT.shape[:2]
-    real_BT = torch.ones(rows, tokens, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
-    read_BTT = weights_BTT * (1 - torch.eye(tokens, device=weights_BTT.device))
-    if pooling == "mean":
-        share_BT = real_BT.to(weights_BTT) / real_BT.sum(1, keepdim=True)
-        return (share_BT[:, None] @ read_BTT).squeeze(1)
-    if pooling in ("last", "eos"):
-        return read_BTT[torch.arange(rows), real_BT.sum(1) - 1]
-    return read_BTT[:, -1 if pooling == "end" else 0]
-
-
-@dataclass(frozen=True)
-class Looked:
-    """One picture and one text: weights from 0 to 1, of which the greatest is 1; None where there are none."""
-
-    score: float  # the cosine, or the log-odds that they belong together
-    picture: list[list[float]] | None  # rows of a square grid, by gradients
-    rollout: list[list[float]] | None  # the same by rollout
-    tokens: list[tuple[str, float]]  # pieces that the text is made of, in order
-
-
-def look(loaded: LoadedModel, sample: Sample, text: str) -> Looked:
-    """What raised the cosine of a picture and a text, or for a model without a shared space the odds that they match.
-
-    An encoder that does not attend (a convolutional one) is asked by its gradients with respect to pixels (saliency,
-    arXiv 1312.6034). The model must give embeddings, pair scores or matching logits. Through a fusion that has no
-    attention nothing but saliency is seen.
-    """
-    model = loaded.model
-    pixels, frame_mask = image_inputs(loaded, [sample])
-    ids, mask = _whole_length(model.text, *text_inputs(loaded, [text]))
-    pixels.requires_grad_()
-    with _differentiable(model):
-        image = model.encode_image(pixels, frame_mask, attentions=_attends(model.image))
-        read = model.encode_text(ids, mask, attentions=_attends(model.text))
-        encoded = {"image": image, "text": read}
-        maps = {side: each.attentions or () for side, each in encoded.items()}
-        maps |= {_QUERY[side]: (each.pooling_BH1T,) for side, each in encoded.items() if each.pooling_BH1T is not None}
-        if "embeddings" in model.gives:
-            score = (model.embed_image(image) * model.embed_text(read)).sum()
-        elif "pair_scores" in model.gives:
-            score = model.score_pairs(read.pooled_BW, image).sum()
-        else:
-            fused = model.fuse(image, read, attentions=True)
-            odds_12 = model.matching_logits(fused)
-            score = (odds_12[:, 1] - odds_12[:, 0]).sum()
-            between = fused.attentions or {}
-            # A single stream's two ways are slices of one map, and a slice has no gradient of its own.
-            maps |= {"joint": between["joint"]} if "joint" in between else between
-        layers = [layer for each in maps.values() for layer in each]
-        *gradients, of_pixels = torch.autograd.grad(score, [*layers, pixels], allow_unused=True)
-    left = iter(counted(layer, torch.zeros_like(layer) if one is None else one)
-                for layer, one in zip(layers, gradients, strict=True))  # fmt: skip
-    counts = {name: [next(left).detach() for _ in each] for name, each in maps.items()}
-    if model.gives & SIMILARITIES:
-        encoders: dict[str, Any] = {"image": model.image, "text": model.text}
-        weights = {
-            side: _read_by_pooled(
-                self_relevance(counts[side]) if counts[side] else None,
-                counts[_QUERY[side]][0] if _QUERY[side] in counts else None,
-                _pooling(encoder),
-                encoded[side].mask_BT,
-            )
-            for side, encoder in encoders.items()
-        }
-    else:
-        weights = _read_by_each_other(counts, read.sequence_BTW.shape[1])
-    picture, flow = None, None
-    if pixels.dim() == 4:  # a clip's regions are frames
-        by_pixels = None if of_pixels is None else _saliency(of_pixels)
-        picture = by_pixels if weights["image"] is None else _grid(weights["image"], loaded)
-        if maps["image"]:
-            flows = rollout([layer.detach() for layer in maps["image"]])
-            query = None if image.pooling_BH1T is None else image.pooling_BH1T.detach().mean(1)
-            read_1R = _read_by_pooled(flows, query, _pooling(model.image), None)
-            flow = None if read_1R is None else _grid(read_1R, loaded)
-    by_token = _of_tokens(model.text, weights["text"], ids.shape[1])
-    return Looked(float(score.detach()), picture, flow, _pieces(loaded, text, by_token))
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    # Before the first weight that asks for a gradient there is none: the maps of a frozen encoder would have none too.
-    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)
-
-
-def _whole_length(encoder: Any, ids_1T: Tensor, mask_1T: Tensor) -> tuple[Tensor, Tensor]:
-    """The text as SigLIP reads it, to its whole length, of which the last place is pooled: shorter, the maps would be
-    cut, and a cut map has no gradient."""
-    more = max(0, getattr(encoder, "whole_length", 0) - ids_1T.shape[1])
-    return nn.functional.pad(ids_1T, (0, more)), nn.functional.pad(mask_1T, (0, more))
-
-
-def _attends(encoder: Any) -> bool:
-    config = getattr(getattr(encoder, "backbone", None), "config", None)
-    # One in stages (Swin) attends within windows, and its maps are of those.
-    return config is None or (hasattr(config, "num_attention_heads") and not hasattr(config, "depths"))
-
-
-def _pooling(encoder: Any) -> str:
-    return "end" if getattr(encoder, "whole_length", 0) else str(getattr(encoder, "pooling", "mean"))
-
-
-def _read_by_pooled(
-    weights_BTT: Tensor | None, query_B1T: Tensor | None, pooling: str, mask_BT: Tensor | None
-) -> Tensor | None:
-    """(B, T): what the pooled vector read of its side; None of an encoder that does not attend. A learned query that
-    pools reads the layers' outputs (equation 10), and is none of them."""
-    if weights_BTT is None:
-        return None
-    return of_pooled(weights_BTT, pooling, mask_BT) if query_B1T is None else (query_B1T @ weights_BTT).squeeze(1)
-
-
-def _read_by_each_other(counts: Mapping[str, list[Tensor]], num_tokens: int) -> dict[str, Tensor | None]:
-    """(1, R) and (1, T): what counted where one side read the other (equation 10), handed on to its inputs."""
-    ways = {
-        "text_to_image": [each[:, :num_tokens, num_tokens:] for each in counts.get("joint", ())],
-        "image_to_text": [each[:, num_tokens:, :num_tokens] for each in counts.get("joint", ())],
-    } | {name: each for name, each in counts.items() if name in ("text_to_image", "image_to_text")}
-    parts: dict[str, list[Tensor]] = {"image": [], "text": []}
-    for text_BTR in ways["text_to_image"]:
-        parts["image"].append(text_BTR.sum(1))
-        parts["text"].append(text_BTR.sum(2))
-    for image_BRT in ways["image_to_text"]:
-        parts["image"].append(image_BRT.sum(2))
-        parts["text"].append(image_BRT.sum(1))
-    weights: dict[str, Tensor | None] = {}
-    for side, found in parts.items():
-        whole = torch.stack(found).sum(0) if found else None
-        if whole is not None and counts[side]:
-            whole = (whole[:, None] @ self_relevance(counts[side])).squeeze(1)
-        weights[side] = whole
-    return weights
-
-
-def _of_tokens(encoder: Any, weights_1T: Tensor | None, num_tokens: int) -> Tensor | None:
-    """(1, T): of a document that is read by windows, each token's weight is that of its window."""
-    if weights_1T is None or not isinstance(encoder, HierarchicalEncoder):
-        return weights_1T
-    return weights_1T[:, (torch.arange(num_tokens) - 1).clamp(min=0) // encoder.fresh_tokens]
-
-
-def _grid(weights_1R: Tensor, loaded: LoadedModel) -> list[list[float]] | None:
-    """Regions as the square that they lie in; class and register tokens, which come first, are left out."""
-    regions = weights_1R.shape[1]
-    patch = getattr(getattr(loaded.model.image, "backbone", None), "config", None)
-    patch = getattr(patch, "patch_size", None)
-    side = loaded.config.image_pixels // patch if isinstance(patch, int) else math.isqrt(regions)
-    return _scaled(weights_1R[0, regions - side**2 :].view(side, side)) if side > 1 else None
-
-
-def _saliency(gradient_13SS: Tensor) -> list[list[float]] | None:
-    strongest = gradient_13SS.abs().amax(1, keepdim=True)
-    return _scaled(torch.nn.functional.adaptive_avg_pool2d(strongest, SALIENCY_CELLS)[0, 0])
-
-
-def _scaled(weights: Tensor) -> list[list[float]] | None:
-    most = float(weights.max())
-    if not math.isfinite(most) or most <= 0:
-        return None
-    return [[round(float(each) / most, 3) for each in row] for row in weights.clamp(min=0)]
-
-
-def _pieces(loaded: LoadedModel, text: str, weights_1T: Tensor | None) -> list[tuple[str, float]]:
-    encoding = loaded.tokenizer.encode(text)
-    spans = encoding.offsets[: loaded.config.max_tokens]
-    weights = [0.0] * len(spans) if weights_1T is None else weights_1T[0].tolist()
-    # The tokens that stand for no text take most of the attention, and say nothing.
-    pieces, before = list[tuple[str, float]](), 0
-    for (start, end), weight, special in zip(spans, weights, encoding.special_tokens_mask, strict=False):
-        if end > start and not special:
-            pieces.append((text[before:end], weight))  # with the space before it
-            before = end
-    most = max((weight for _, weight in pieces), default=0.0)
-    if not math.isfinite(most) or most <= 0:
-        return [(piece, 0.0) for piece, _ in pieces]
-    return [(piece, round(max(0.0, weight) / most, 3)) for piece, weight in pieces]
+ATTENTION = Examination(
+    needs=(Gives({"embeddings"}), Gives({"pair_scores"}), Gives({"matching_logits"})),
+    remedy="a text encoder and an embedding_width, or a fusion and the head matching",
+    examine=_look,
+    measures=False,
+)

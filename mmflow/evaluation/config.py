@@ -1,85 +1,39 @@
-"""What a model is examined in."""
+"""Stage `evaluate`: its settings, the table of examinations, and what a recipe may ask of its models."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from mmflow.core.config import OPERATIONAL, Config
-from mmflow.inference.config import WritingConfig
+from mmflow.core.errors import RecipeError
+from mmflow.evaluation.answering import ANSWERING, AnsweringConfig
+from mmflow.evaluation.attention import ATTENTION, AttentionConfig
+from mmflow.evaluation.captions import CAPTIONS
+from mmflow.evaluation.classification import CLASSIFICATION, ZERO_SHOT, ClassificationConfig, ZeroShotConfig
+from mmflow.evaluation.examination import Examination, Gives, Trained
+from mmflow.evaluation.masked_language import MASKED_LANGUAGE, MaskedLanguageConfig
+from mmflow.evaluation.retrieval import LONG_TEXT, MATCHING, RETRIEVAL, LongTextConfig, MatchingConfig
+from mmflow.inference.writing import WritingConfig
 
-
-class ZeroShotConfig(Config):
-    """Classes told apart by their names alone."""
-
-    label: str
-    """Field of a sample's `classes` that holds the right class."""
-    prompts: dict[str, list[str]] = Field(min_length=2)
-    """Class → texts that describe it; their embeddings are averaged. Samples of other classes are left out."""
-    templates: list[str] = Field(default_factory=lambda: ["{}"], min_length=1)
-    """Sentences that each of these texts is put into in place of {}, such as "a photo of a {}"; their embeddings are
-    averaged too."""
-
-    @field_validator("templates")
-    @classmethod
-    def _have_a_place(cls, templates: list[str]) -> list[str]:
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"{template!r} has no {{}} for the text to stand in")
-        return templates
-
-    @property
-    def texts(self) -> dict[str, list[str]]:
-        """Class → every one of its texts in every template."""
-        return {
-            name: [template.replace("{}", text) for template in self.templates for text in texts]
-            for name, texts in self.prompts.items()
-        }
-
-
-class ClassificationConfig(Config):
-    """The classes that the model's head `classes` tells apart."""
-
-    label: str
-    """Field of a sample's `classes` that holds the right class; the one that the model was trained on."""
-
-
-class AnsweringConfig(WritingConfig):
-    """Questions about pictures (`questions` in a sample's metadata): by the head `classes` over known answers where the
-    model has one, or written by its decoder, as the settings say."""
-
-    search: Literal["greedy", "beam", "nucleus"] = "greedy"
-    """The likeliest token at each step; the likeliest text among several; or tokens drawn from the likeliest."""
-
-
-class MaskedWordsConfig(Config):
-    """Words of captions hidden one at a time and guessed by the head `masked_language`. It has no settings."""
-
-
-class LongTextConfig(Config):
-    """Retrieval by whole captions against retrieval by their beginnings, by the same model."""
-
-    truncated_tokens: int = Field(77, ge=4)
-    """Tokens that the beginning keeps; 77 is what CLIP reads."""
-
-
-class MatchingConfig(Config):
-    """Retrieval by the head `matching`, which reads picture and caption together."""
-
-    candidates: int = Field(16, ge=1)
-    """The nearest this many by the embeddings are put in order again; a model without embeddings reads every pair."""
-
-
-class AttentionConfig(Config):
-    """Pictures and captions shown with what the model looked at when it compared them."""
-
-    rows: int = Field(6, ge=1)
-    """Of the first split, spread evenly over it."""
+EXAMINATIONS: dict[str, Examination] = {
+    "retrieval": RETRIEVAL,
+    "zero_shot": ZERO_SHOT,
+    "classification": CLASSIFICATION,
+    "answering": ANSWERING,
+    "captions": CAPTIONS,
+    "long_text": LONG_TEXT,
+    "matching": MATCHING,
+    "masked_language": MASKED_LANGUAGE,
+    "attention": ATTENTION,
+}
+"""By the name of their section in `EvaluateConfig`; retrieval has none, and is done wherever a model can."""
 
 
 class EvaluateConfig(Config):
-    """Stage `evaluate`: teacher, student and an untrained model on the same held-out rows, retrieval wherever the model
+    """Stage `evaluate`: teacher, student and an untrained model on the same held-out rows; retrieval wherever the model
     has a shared space."""
 
     splits: list[str] = Field(min_length=1)
@@ -93,7 +47,50 @@ class EvaluateConfig(Config):
     """Captions written by the decoder against people's, and how much theirs surprise it."""
     long_text: LongTextConfig | None = None
     matching: MatchingConfig | None = None
-    masked_language: MaskedWordsConfig | None = None
+    masked_language: MaskedLanguageConfig | None = None
     attention: AttentionConfig | None = None
     batch_size: Annotated[int, OPERATIONAL] = Field(256, ge=1)
     """Rows embedded at a time."""
+
+    @property
+    def named(self) -> dict[str, Config]:
+        """The sections that the recipe names."""
+        sections = {name: getattr(self, name, None) for name in EXAMINATIONS}
+        return {name: section for name, section in sections.items() if section is not None}
+
+
+def possible(settings: EvaluateConfig, gives: Gives) -> list[str]:
+    """The examinations that the recipe asks for and that fit a model which gives this."""
+    asked = {"retrieval", *settings.named}
+    return [name for name, examination in EXAMINATIONS.items() if name in asked and examination.fits(gives)]
+
+
+def check_possible(settings: EvaluateConfig, gives: Mapping[str, Gives]) -> None:
+    """Raise RecipeError for a section that fits none of the models (by name), and where nothing can be measured."""
+    models = " and ".join(gives)
+    found = {name for model in gives.values() for name in possible(settings, model)}
+    for name in settings.named:
+        if name not in found:
+            raise RecipeError(
+                f"evaluate.{name}: {models} cannot be examined in it; it takes {EXAMINATIONS[name].remedy}: name them, "
+                f"or leave {name} out"
+            )
+    if not any(EXAMINATIONS[name].measures for name in found):
+        sections = ", ".join(name for name, examination in EXAMINATIONS.items() if examination.measures)
+        raise RecipeError(
+            f"evaluate: nothing to measure of {models} without a shared space; name one of "
+            f"{sections.removeprefix('retrieval, ')}"
+        )
+
+
+def check_evaluation(settings: EvaluateConfig, trained: Trained) -> None:
+    """Raise RecipeError where the models that a recipe trains cannot be examined as it asks."""
+    check_possible(settings, {f"{stage}.model": section.model.gives for stage, section in trained.items()})
+    for name, section in settings.named.items():
+        EXAMINATIONS[name].check(section, trained)
+
+
+def reads_captions(settings: EvaluateConfig, models: Iterable[Gives]) -> bool:
+    """Whether any of the models is examined by captions: a split of questions may have none."""
+    needed = [(EXAMINATIONS[name].reads_captions, gives) for gives in models for name in possible(settings, gives)]
+    return any(captions is not None and captions <= gives for captions, gives in needed)

@@ -1,31 +1,104 @@
-"""Stage `score`: a Ray Data job that gives every row of a dataset the champion's opinion, exactly once.
-
-One Parquet file an input shard, under a name that the shard decides, published whole: a file that is there is done, so
-a killed job goes on with the shards that are missing, and no row can be written twice.
-"""
+"""Task `score`: embeddings, image–caption similarity and best class of every row, as one Parquet file per shard."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mmflow.core.artifacts import content_hash
+from mmflow.core.config import OPERATIONAL, Config
 from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
-from mmflow.core.storage import exists, file_sha256, join, publish, read_bytes
-from mmflow.dataset.opened import open_dataset
-from mmflow.dataset.reader import Sample
-from mmflow.inference.config import ScoreConfig
-from mmflow.inference.embed import Embeddings
-from mmflow.models.package import read_package
+from mmflow.core.storage import join, read_bytes
+from mmflow.dataset.manifest import ShardInfo
+from mmflow.dataset.reader import Reader, Sample
+from mmflow.inference.runner import Task, Write, run, shards_of
+from mmflow.models.package import LoadedModel, read_package
 
 HISTOGRAM_EDGES = [round(-1 + 0.05 * step, 2) for step in range(41)]
+
+
+class ScoreConfig(Config):
+    """Stage `score`: the champion's embeddings, best class and image–caption similarity for every row."""
+
+    num_workers: Annotated[int, OPERATIONAL] = Field(1, ge=1)
+    """Actors that hold the model."""
+    cpus_per_worker: Annotated[int, OPERATIONAL] = Field(1, ge=1)
+    """CPU cores that each actor reserves."""
+    batch_size: Annotated[int, OPERATIONAL] = Field(256, ge=1)
+    """Rows embedded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Task):
+    """Scores of all splits of a dataset.
+
+    Columns: `key`, `split`, `row` (in its shard), `image_embedding` and `caption_embedding` (fixed-size lists of
+    float16, unit length), `similarity` (their cosine), `best_class` and `class_similarity` (null without `prompts`).
+    Caption columns are null for samples without a caption.
+    """
+
+    prompts: Mapping[str, Sequence[str]]
+    language: str
+    batch_size: int
+
+    def file(self, uri: str, shard: str) -> str:
+        """<scores>/scores/<shard>.parquet"""
+        return join(uri, "scores", f"{shard}.parquet")
+
+    def start(self, loaded: LoadedModel) -> Write:
+        """Embed the classes first: they are the same for every shard."""
+        from mmflow.inference.predict import Predictor
+
+        predictor = Predictor(loaded, self.batch_size)
+        classes = predictor.embed_classes(self.prompts) if self.prompts else None
+
+        def write(reader: Reader, shard: int, stream: IO[bytes]) -> None:
+            samples = list(reader.samples(shard, 0, reader.shards[shard].samples))
+            captions = [_caption(sample, self.language) for sample in samples]
+            images = predictor.embed_images(samples)
+            texts = predictor.embed_captions([caption or "" for caption in captions])
+            missing = np.array([caption is None for caption in captions])
+            columns = {
+                "key": pa.array([sample.key for sample in samples]),
+                "split": pa.array([reader.split] * len(samples)).dictionary_encode(),
+                "row": pa.array(np.arange(len(samples))),
+                "image_embedding": _vectors(images),
+                "caption_embedding": _vectors(texts, missing),
+                "similarity": pa.array((images * texts).sum(axis=1), mask=missing),
+                "best_class": pa.nulls(len(samples), pa.string()),
+                "class_similarity": pa.nulls(len(samples), pa.float32()),
+            }
+            if classes is not None:
+                by_class = images @ classes.T
+                names = list(self.prompts)
+                columns["best_class"] = pa.array([names[best] for best in by_class.argmax(axis=1)])
+                columns["class_similarity"] = pa.array(by_class.max(axis=1))
+            pq.write_table(pa.table(columns), stream, compression="zstd")
+
+        return write
+
+
+def _caption(sample: Sample, language: str) -> str | None:
+    """The first caption in the language, or else the first of all."""
+    preferred = sorted(sample.captions, key=lambda caption: caption.language != language)
+    return preferred[0].text if preferred else None
+
+
+def _vectors(embeddings: NDArray[np.float32], missing: NDArray[np.bool_] | None = None) -> pa.Array:
+    flat = pa.array(embeddings.astype(np.float16).ravel())
+    mask = None if missing is None else pa.array(missing)
+    return pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1], mask=mask)
 
 
 def score_dataset(
@@ -39,125 +112,37 @@ def score_dataset(
     settings: ScoreConfig,
     progress: Report,
 ) -> Mapping[str, Any]:
-    """Score all splits of a dataset with a model package; the manifest's fields. Ray must be initialised.
+    """Score all splits of a dataset with a model package; returns the manifest's fields. Ray must be initialised.
 
-    Columns: `key`, `split`, `row` (in its shard), `image_embedding` and `caption_embedding` (fixed-size lists of
-    float16, unit length), `similarity` (their cosine), `best_class` and `class_similarity` (null without `prompts`).
-    What is of a caption is null where a sample has none. Raises MmflowError where the rows written are not the rows of
-    the dataset.
+    Raises MmflowError where a file does not have a row for each sample.
     """
-    import ray
-
-    data = open_dataset(dataset)
-    shards = [shard for split in data.splits for shard in data.shards(split) if shard.samples]
-    missing = [shard for shard in shards if not exists(_file(uri, shard.name))]
-    done = len(shards) - len(missing)
-    progress(done, len(shards), "shards")
-    if missing:
-        work = ray.data.from_items(
-            [{"shard": shard.name, "split": shard.split} for shard in missing], override_num_blocks=len(missing)
-        ).map_batches(
-            ScoreShards,
-            fn_constructor_args=(uri, dataset, package, {name: list(texts) for name, texts in prompts.items()}),
-            fn_constructor_kwargs={"language": language, "batch_size": settings.batch_size},
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(settings.num_workers, len(missing))),
-            num_cpus=settings.cpus_per_worker,
-        )
-        for _ in work.iter_rows():
-            done += 1
-            progress(done, len(shards), "shards")
-    return _summary(uri, [(shard.name, shard.samples) for shard in shards], read_package(package).digest, version)
+    prompts = {name: list(texts) for name, texts in prompts.items()}
+    task = Score(dataset=dataset, package=package, prompts=prompts, language=language, batch_size=settings.batch_size)
+    shards = shards_of(dataset)
+    workers = {"num_workers": settings.num_workers, "cpus_per_worker": settings.cpus_per_worker}
+    run(task, uri, shards, **workers, progress=progress)
+    return {"model_digest": read_package(package).digest, "version": version, **_summary(task, uri, shards)}
 
 
-class ScoreShards:
-    """A Ray Data actor: it loads the model once and scores whole shards."""
-
-    def __init__(
-        self, uri: str, dataset: str, package: str, prompts: dict[str, list[str]], *, language: str, batch_size: int
-    ) -> None:
-        from mmflow.inference.embed import class_embeddings
-        from mmflow.models.package import load_package
-
-        self.uri, self.language, self.batch_size = uri, language, batch_size
-        self.data = open_dataset(dataset)
-        self.loaded = load_package(read_package(package))
-        self.classes = list(prompts)
-        self.class_embeddings = class_embeddings(self.loaded, prompts, batch_size) if prompts else None
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Score the shards of a batch of {"shard", "split"}, and hand the batch on."""
-        for name, split in zip(batch["shard"], batch["split"], strict=True):
-            with publish(_file(self.uri, str(name))) as stream:
-                pq.write_table(self._score(str(name), str(split)), stream, compression="zstd")
-        return batch
-
-    def _score(self, name: str, split: str) -> pa.Table:
-        from mmflow.dataset.reader import Reader
-        from mmflow.inference.embed import embed_captions, embed_images
-
-        reader = Reader(self.data, split)
-        ordinal = next(number for number, shard in enumerate(reader.shards) if shard.name == name)
-        samples = list(reader.samples(ordinal, 0, reader.shards[ordinal].samples))
-        captions = [_caption(sample, self.language) for sample in samples]
-        images = embed_images(self.loaded, samples, self.batch_size)
-        texts = embed_captions(self.loaded, [caption or "" for caption in captions], self.batch_size)
-        without = np.array([caption is None for caption in captions])
-        columns = {
-            "key": pa.array([sample.key for sample in samples]),
-            "split": pa.array([split] * len(samples)).dictionary_encode(),
-            "row": pa.array(np.arange(len(samples))),
-            "image_embedding": _vectors(images),
-            "caption_embedding": _vectors(texts, without),
-            "similarity": pa.array((images * texts).sum(axis=1), mask=without),
-            "best_class": pa.nulls(len(samples), pa.string()),
-            "class_similarity": pa.nulls(len(samples), pa.float32()),
-        }
-        if self.class_embeddings is not None:
-            by_class = images @ self.class_embeddings.T
-            best = by_class.argmax(axis=1)
-            columns["best_class"] = pa.array([self.classes[each] for each in best])
-            columns["class_similarity"] = pa.array(by_class.max(axis=1))
-        return pa.table(columns)
-
-
-def _caption(sample: Sample, language: str) -> str | None:
-    """The first caption in the language, or else in any."""
-    preferred = sorted(sample.captions, key=lambda each: each.language != language)
-    return preferred[0].text if preferred else None
-
-
-def _vectors(embeddings: Embeddings, without: NDArray[np.bool_] | None = None) -> pa.Array:
-    flat = pa.array(embeddings.astype(np.float16).ravel())
-    mask = None if without is None else pa.array(without)
-    return pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1], mask=mask)
-
-
-def _file(uri: str, shard: str) -> str:
-    return join(uri, "scores", f"{shard}.parquet")
-
-
-def _summary(uri: str, shards: Sequence[tuple[str, int]], digest: str, version: int) -> Mapping[str, Any]:
-    """Count what was written, against what should have been, and describe it."""
-    files, classes = [], dict[str, int]()
+def _summary(task: Score, uri: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
+    """What the files hold: counts and checksums, and how similarities and classes are spread."""
+    files, classes = [], Counter[str]()
     counts = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
-    for name, samples in shards:
-        data = read_bytes(_file(uri, name))
+    for shard in shards:
+        file = task.file(uri, shard.name)
+        data = read_bytes(file)
         table = pq.read_table(io.BytesIO(data), columns=["similarity", "best_class"])
-        if table.num_rows != samples:
-            raise MmflowError(f"{_file(uri, name)}: {table.num_rows} rows for {samples} samples; delete it and rerun")
-        files.append({"name": name, "rows": samples, "bytes": len(data), "sha256": file_sha256(_file(uri, name))})
+        if table.num_rows != shard.samples:
+            raise MmflowError(f"{file}: {table.num_rows} rows for {shard.samples} samples; delete it and rerun")
+        sha256 = hashlib.sha256(data).hexdigest()
+        files.append({"name": shard.name, "rows": shard.samples, "bytes": len(data), "sha256": sha256})
         similarity = np.clip(table["similarity"].drop_null().to_numpy(), -1, 1)
         counts += np.histogram(similarity, bins=HISTOGRAM_EDGES)[0]
-        for each in table["best_class"].value_counts().to_pylist():
-            if each["values"] is not None:
-                classes[each["values"]] = classes.get(each["values"], 0) + each["counts"]
+        classes.update(table["best_class"].drop_null().to_pylist())
     return {
         "fingerprint": content_hash(files),
-        "model_digest": digest,
-        "version": version,
         "files": files,
         "totals": {"rows": sum(file["rows"] for file in files), "bytes": sum(file["bytes"] for file in files)},
         "similarity": {"edges": HISTOGRAM_EDGES, "counts": counts.tolist()},
-        "classes": [{"name": name, "rows": rows} for name, rows in sorted(classes.items(), key=lambda each: -each[1])],
+        "classes": [{"name": name, "rows": rows} for name, rows in classes.most_common()],
     }

@@ -1,50 +1,108 @@
-"""The teacher cache: a Ray Data job that embeds stored augmentations of every sample of a split, a file a shard.
+"""Task `teacher_cache`: a teacher's embeddings of stored augmentations of every sample, as one .npy file per shard.
 
-A file appears whole under the name of its shard, so one that is there is done, and a killed job goes on with those
-that are missing. What the cache is made of (dataset, teacher, views) is its identity: another teacher has another.
+The dataset, the teacher and the views decide the cache's identity, so another teacher gets another cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mmflow.core.artifacts import Stage, content_hash
 from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.core.progress import Report
-from mmflow.core.storage import exists, publish
+from mmflow.dataset.cache import ShardCache, node_cache
 from mmflow.dataset.opened import open_dataset
+from mmflow.dataset.reader import Reader
+from mmflow.inference.runner import Task, Write, run, shards_of
 from mmflow.learning.cached import DTYPES, KIND, checksum, file_uri, open_rows
 from mmflow.learning.distillation.config import CacheConfig
-from mmflow.loading.batches import ViewSettings
+from mmflow.loading.batches import ViewSettings, assemble, load_slots, normalise
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import views_of
-from mmflow.models.package import load_package, read_package
+from mmflow.loading.plan import LoaderState, Slots
+from mmflow.loading.tokens import special_tokens
+from mmflow.models.package import LoadedModel, load_package, read_package
 from mmflow.training.job import TeacherPackage, views_of_teacher
 
-# Shapes: N samples of a shard, V stored views of each, E the teacher's width of the shared space.
+# Shapes: N samples of a shard, R rows of a batch, V stored views of each sample, E the width of the teacher's space.
 
 BATCH_SIZE = 256  # rows embedded at a time
-OF_VIEWS = ("seed", "image_pixels", "max_tokens", "language_weights", "frames", "text", "truncation", "stored_views")
+IDENTITY = ("seed", "image_pixels", "max_tokens", "language_weights", "frames", "text", "truncation", "stored_views")
+"""The view settings that decide what is stored, beside the augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheJob:
-    """What is cached; plain data, so that it travels to other machines."""
+class TeacherCache(Task):
+    """What is cached: the embeddings of one split by one teacher, (N, V, 2, E) per shard."""
 
-    key: str  # the recipe's, for errors
-    dataset: str  # URI
+    key: str  # of the recipe, for errors
     split: str
-    package: str  # URI of the teacher's
     loader: LoaderConfig
-    views: ViewSettings  # those of the student's loader, in the teacher's size and words
+    views: ViewSettings  # those of the student's loader, at the teacher's size and in its tokens
     precision: str
+
+    @property
+    def reads_frames(self) -> bool:
+        """Only where the student is shown clips."""
+        return self.views.frames > 0
+
+    def cache(self) -> ShardCache | None:
+        """The loader's: training reads the same shards."""
+        return node_cache(self.loader.cache)
+
+    def file(self, uri: str, shard: str) -> str:
+        """<cache>/rows/<shard>.npy"""
+        return file_uri(uri, shard)
+
+    def start(self, loaded: LoadedModel) -> Write:
+        """Nothing is prepared."""
+
+        def write(reader: Reader, shard: int, stream: IO[bytes]) -> None:
+            np.save(stream, self._rows(loaded, reader, shard), allow_pickle=False)
+
+        return write
+
+    def _rows(self, loaded: LoadedModel, reader: Reader, shard: int) -> NDArray[Any]:
+        """(N, V, 2, E). A sample that batches leave out is stored as zeros."""
+        dtype, stored_dtype = DTYPES[self.precision]
+        num_samples = reader.shards[shard].samples
+        stored_NV2E = torch.zeros(
+            num_samples, self.views.stored_views, 2, loaded.config.embedding_width or 0, dtype=dtype
+        )
+        for view in range(self.views.stored_views):
+            for first in range(0, num_samples, BATCH_SIZE):
+                rows = np.arange(first, min(first + BATCH_SIZE, num_samples))
+                kept, embeddings_2RE = self._embed(loaded, reader, shard, rows, view)
+                stored_NV2E[torch.from_numpy(rows)[kept], view] = embeddings_2RE[:, kept].transpose(0, 1).to(dtype)
+        bits = stored_NV2E.view(torch.uint16) if self.precision == "bf16" else stored_NV2E
+        return bits.numpy().astype(stored_dtype, copy=False)
+
+    @torch.inference_mode()
+    def _embed(
+        self, loaded: LoadedModel, reader: Reader, shard: int, rows: NDArray[np.int64], view: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the rows (R,) are real, and their image and text embeddings (2, R, E) on the CPU."""
+        zeros = np.zeros_like(rows)
+        slots = Slots(dataset=zeros, shard=zeros + shard, row=rows, epoch=zeros + view, real=np.ones(len(rows), bool))
+        side, frames = self.views.image_pixels, max(1, self.views.frames)
+        pixels = np.empty((len(rows), frames, side, side, 3), np.uint8)
+        part = load_slots([reader], loaded.tokenizer, self.views, slots, pixels)
+        pad_id = special_tokens(loaded.tokenizer).pad
+        batch = assemble([part], pixels, LoaderState(), clips=self.views.frames > 0, pad_id=pad_id)
+        config, model = loaded.config, loaded.model
+        device = next(model.parameters()).device
+        moved = batch.map_tensors(lambda tensor: tensor.to(device))
+        image = model.encode_image(normalise(moved.pixels, config.pixel_mean, config.pixel_std), moved.frame_mask)
+        text = model.encode_text(moved.token_ids, moved.token_mask)
+        return batch.real, torch.stack((model.embed_image(image), model.embed_text(text))).cpu()
 
 
 def with_caches(
@@ -62,156 +120,69 @@ def with_caches(
     cpus_per_worker: int,
     progress: Report,
 ) -> tuple[TeacherPackage, ...]:
-    """The teachers with a cache for each dataset of a stage, built now where it is not there. Ray must be initialised.
+    """The teachers with a cache for each dataset of a stage; missing caches are built. Ray must be initialised.
 
     `tokenizer`, `max_tokens` and `seed` are the student's. Raises RecipeError for a teacher without embeddings.
     """
     datasets = [(dataset, loader.split)]
-    datasets += [(each.uri, each.split) for each in (loader.mixture.datasets if loader.mixture else ())]
-    found = []
-    for each in packages:
-        views = views_of(loader, image_pixels=0, max_tokens=max_tokens, seed=seed)
-        views = views_of_teacher(views, read_package(each.package), tokenizer)
+    datasets += [(mixed.uri, mixed.split) for mixed in (loader.mixture.datasets if loader.mixture else ())]
+    student_views = views_of(loader, image_pixels=0, max_tokens=max_tokens, seed=seed)
+    teachers = []
+    for teacher in packages:
+        views = views_of_teacher(student_views, read_package(teacher.package), tokenizer)
         uris = []
         for uri, split in datasets:
-            job = CacheJob(
+            task = TeacherCache(
                 key=key,
                 dataset=uri,
                 split=split,
-                package=each.package,
+                package=teacher.package,
                 loader=loader,
                 views=replace(views, stored_views=cache.augmentations),
                 precision=cache.precision,
             )
-            stage = cache_stage(job, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
+            stage = cache_stage(task, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
             uris.append(stage.run(workspace).uri)
-        found.append(replace(each, caches=tuple(uris)))
-    return tuple(found)
+        teachers.append(replace(teacher, caches=tuple(uris)))
+    return tuple(teachers)
 
 
-def cache_stage(job: CacheJob, *, num_workers: int, cpus_per_worker: int, progress: Report) -> Stage:
-    """What builds the cache of a teacher's package for one split of a dataset; Ray must be initialised when it runs."""
-    settings = {name: getattr(job.views, name) for name in OF_VIEWS} | {
-        "augment": job.views.augment.model_dump(mode="json"),
-        "split": job.split,
-        "precision": job.precision,
+def cache_stage(task: TeacherCache, *, num_workers: int, cpus_per_worker: int, progress: Report) -> Stage:
+    """The stage that builds a cache. Ray must be initialised when it runs."""
+    settings = {name: getattr(task.views, name) for name in IDENTITY} | {
+        "augment": task.views.augment.model_dump(mode="json"),
+        "split": task.split,
+        "precision": task.precision,
     }
-    inputs = {"dataset": open_dataset(job.dataset).fingerprint, "teacher": read_package(job.package).digest}
-    build = partial(_write, job, num_workers, cpus_per_worker, progress)
+    inputs = {"dataset": open_dataset(task.dataset).fingerprint, "teacher": read_package(task.package).digest}
+    workers = {"num_workers": num_workers, "cpus_per_worker": cpus_per_worker}
+    build = partial(_build, task, workers, progress)
     return Stage(name=KIND, kind=KIND, version=1, settings=settings, inputs=inputs, build=build)
 
 
-def _write(job: CacheJob, num_workers: int, cpus_per_worker: int, progress: Report, uri: str) -> Mapping[str, Any]:
-    teacher, data = read_package(job.package), open_dataset(job.dataset)
+def _build(task: TeacherCache, workers: Mapping[str, int], progress: Report, uri: str) -> Mapping[str, Any]:
+    teacher = read_package(task.package)
     model = load_package(teacher).model
     if model.scale is None or model.embedding_width is None:
         raise RecipeError(
-            f"{job.key}: {job.package} gives no embeddings to store; leave cache out, or teach by another model"
+            f"{task.key}: {task.package} gives no embeddings to store; leave cache out, or use another teacher"
         )
-    shards = [shard for shard in data.shards(job.split) if shard.samples]
-    missing = [number for number, shard in enumerate(shards) if not exists(file_uri(uri, shard.name))]
-    done = len(shards) - len(missing)
-    progress(done, len(shards), "shards")
-    for _ in _embedded(job, uri, missing, num_workers, cpus_per_worker) if missing else ():
-        done += 1
-        progress(done, len(shards), "shards")
-    shape = (job.views.stored_views, 2, model.embedding_width)
+    shards = shards_of(task.dataset, task.split)
+    run(task, uri, shards, **workers, progress=progress)
     files = []
     for shard in shards:
-        rows = open_rows(file_uri(uri, shard.name))
-        if rows.shape != (shard.samples, *shape):
+        rows = open_rows(task.file(uri, shard.name))
+        if rows.shape != (shard.samples, task.views.stored_views, 2, model.embedding_width):
             raise MmflowError(
-                f"{file_uri(uri, shard.name)}: {rows.shape} for {shard.samples} samples; delete it and rerun"
+                f"{task.file(uri, shard.name)}: {rows.shape} for {shard.samples} samples; delete it and rerun"
             )
         files.append({"name": shard.name, "checksum": checksum(rows)})
     return {
-        "fingerprint": content_hash([files, job.precision]),
-        "dataset": data.fingerprint,
+        "fingerprint": content_hash([files, task.precision]),
+        "dataset": open_dataset(task.dataset).fingerprint,
         "teacher": teacher.digest,
-        "precision": job.precision,
+        "precision": task.precision,
         "width": model.embedding_width,
         "logit_scale": float(model.scale().logit_scale.detach()),
         "files": files,
     }
-
-
-def _embedded(job: CacheJob, uri: str, shards: Sequence[int], num_workers: int, cpus_per_worker: int) -> Iterator[Any]:
-    """An item for each shard, by its ordinal, as soon as its file is there."""
-    import ray
-
-    num_actors = min(num_workers, len(shards))
-    accelerated = ray.cluster_resources().get("GPU", 0) >= num_actors  # type: ignore[no-untyped-call]
-    work = ray.data.from_items([{"shard": number} for number in shards], override_num_blocks=len(shards)).map_batches(
-        CacheShards,
-        fn_constructor_args=(uri, job),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_cpus=cpus_per_worker,
-        num_gpus=1 if accelerated else None,
-    )
-    yield from work.iter_rows()
-
-
-class CacheShards:
-    """A Ray Data actor: it loads the teacher once and embeds whole shards."""
-
-    def __init__(self, uri: str, job: CacheJob) -> None:
-        import ray
-
-        from mmflow.dataset.cache import node_cache
-        from mmflow.dataset.reader import Reader
-
-        self.uri, self.views, self.precision = uri, job.views, job.precision
-        self.loaded = load_package(read_package(job.package))
-        # An actor that was given no accelerator sees those of the others.
-        self.loaded.model.to("cuda" if ray.get_gpu_ids() else "cpu")
-        self.reader = Reader(
-            open_dataset(job.dataset), job.split, node_cache(job.loader.cache), frames=job.views.frames > 0
-        )
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Embed the shards of a batch of {"shard"}, their ordinals, and hand the batch on."""
-        for shard in batch["shard"].tolist():
-            rows = self.rows(shard)
-            with publish(file_uri(self.uri, self.reader.shards[shard].name)) as stream:
-                np.save(stream, rows, allow_pickle=False)
-        return batch
-
-    def rows(self, shard: int) -> NDArray[Any]:
-        """What is stored of a shard, (N, V, 2, E). A sample that is to be left out of batches is stored as zeros."""
-        import torch
-
-        real, stored = DTYPES[self.precision]
-        num_samples = self.reader.shards[shard].samples
-        width = self.loaded.config.embedding_width or 0
-        found_NV2E = torch.zeros(num_samples, self.views.stored_views, 2, width, dtype=real)
-        for view in range(self.views.stored_views):
-            for first in range(0, num_samples, BATCH_SIZE):
-                rows = np.arange(first, min(first + BATCH_SIZE, num_samples))
-                kept, embeddings_2RE = self._embed(shard, rows, view)
-                found_NV2E[torch.from_numpy(rows)[kept], view] = embeddings_2RE[:, kept].transpose(0, 1).to(real)
-        bits = found_NV2E.view(torch.uint16) if self.precision == "bf16" else found_NV2E
-        return bits.numpy().astype(stored, copy=False)
-
-    def _embed(self, shard: int, rows: NDArray[np.int64], view: int) -> tuple[Any, Any]:
-        """Which of some rows (R,) are real, and their image and text embeddings (2, R, E) on the CPU."""
-        import torch
-
-        from mmflow.loading.batches import assemble, load_slots, normalise
-        from mmflow.loading.plan import LoaderState, Slots
-        from mmflow.loading.tokens import special_tokens
-
-        zeros = np.zeros_like(rows)
-        slots = Slots(dataset=zeros, shard=zeros + shard, row=rows, epoch=zeros + view, real=np.ones(len(rows), bool))
-        side, frames = self.views.image_pixels, max(1, self.views.frames)
-        pixels = np.empty((len(rows), frames, side, side, 3), np.uint8)
-        tokenizer, config, model = self.loaded.tokenizer, self.loaded.config, self.loaded.model
-        part = load_slots([self.reader], tokenizer, self.views, slots, pixels)
-        batch = assemble(
-            [part], pixels, LoaderState(), clips=self.views.frames > 0, pad_id=special_tokens(tokenizer).pad
-        )
-        with torch.inference_mode():
-            shown = batch.map_tensors(lambda each: each.to(next(model.parameters()).device))
-            image = model.encode_image(normalise(shown.pixels, config.pixel_mean, config.pixel_std), shown.frame_mask)
-            text = model.encode_text(shown.token_ids, shown.token_mask)
-            return batch.real, torch.stack((model.embed_image(image), model.embed_text(text))).cpu()

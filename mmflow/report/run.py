@@ -182,7 +182,7 @@ def _retrieval(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
     """Right and wrong answers of the candidate on the headline's split, spread evenly over each kind."""
     split = _headline(loop.recipe.promote.metric)["split"]
     model = loop.recipe.promote.candidate
-    queries = read_json(evaluation.file("retrieval.json")).get(model, {}).get(split, [])
+    queries = read_json(evaluation.file("details.json"))[model][split].get("retrieval", [])
     if not queries:  # no shared space to find anything in
         return {}
     right = [query for query in queries if query["rank"] == 1]
@@ -194,14 +194,16 @@ def _retrieval(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
 
 def _looks(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
     model = loop.recipe.promote.candidate
-    rows = read_json(evaluation.file("attention.json")).get(model, [])
+    splits = read_json(evaluation.file("details.json"))[model]
+    rows = [row for details in splits.values() for row in details.get("attention", [])]
     return {"model": model, "rows": rows} if rows else {}
 
 
 def _written(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
     split = _headline(loop.recipe.promote.metric)["split"]
     model = loop.recipe.promote.candidate
-    found = read_json(evaluation.file("details.json")).get(model, {}).get(split, {})
+    details = read_json(evaluation.file("details.json"))[model][split]
+    found = {name: value for name, value in details.items() if name not in ("retrieval", "attention")}
     return {"model": model, "split": split, **found} if found else {}
 
 

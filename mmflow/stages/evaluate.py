@@ -16,14 +16,14 @@ MODELS = {"teacher": "pretrain", "student": "distill"}  # model → the stage th
 
 
 def _check(recipe: Recipe) -> None:
-    from mmflow.evaluation.asked import check_evaluation
+    from mmflow.evaluation.config import check_evaluation
 
     check_evaluation(recipe.evaluate, sections(recipe))
 
 
 def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
     def build(uri: str) -> Manifest:
-        from mmflow.evaluation.stage import evaluate_models
+        from mmflow.evaluation.evaluate import evaluate_models
 
         with progress("evaluate") as report:
             return evaluate_models(

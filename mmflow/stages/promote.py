@@ -47,7 +47,7 @@ def _promote(uri: str, recipe: Recipe, inputs: Inputs, tracking: str) -> Manifes
     The decision is written before the alias moves: a process killed between the two finds it, and moves the alias
     without judging the candidate against itself. Raises TrackingError if the registry cannot be reached.
     """
-    from mmflow.evaluation.stage import metrics_of
+    from mmflow.evaluation.evaluate import metrics_of
     from mmflow.models.package import read_package
     from mmflow.registry.versions import CHAMPION, register, set_alias
 
@@ -80,7 +80,7 @@ def _decide(
     dataset: str,
     examination: EvaluateConfig,
 ) -> dict[str, Any]:
-    from mmflow.evaluation.stage import metrics_of_package
+    from mmflow.evaluation.evaluate import metrics_of_package
     from mmflow.registry.gate import decide
     from mmflow.registry.versions import champion
 

@@ -10,7 +10,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mmflow.dataset.reader import Caption, Sample
-from mmflow.evaluation.rows import Captions, Rows
+from mmflow.evaluation.examination import Captions, Rows
+from mmflow.inference.predict import Predictor
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
@@ -70,6 +71,22 @@ def captioner_config() -> ModelConfig:
     return ModelConfig.model_validate({**BASE, "image": IMAGE["vit"], "embedding_width": None, "decoder": DECODER})
 
 
+def tight_config() -> ModelConfig:
+    """A model that compares clip and caption pair by pair."""
+    video = {"kind": "tight", "max_frames": 3, "layers": 1, "heads": 2}
+    return altered(dual_config(), video=video)
+
+
+def ranker_config() -> ModelConfig:
+    """A dual encoder with a head that reads pairs."""
+    fusion = {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2}
+    return altered(dual_config(), fusion=fusion, heads=["matching"])
+
+
+def altered(config: ModelConfig, **changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate(config.model_dump() | changes)
+
+
 def classifier_config() -> ModelConfig:
     return ModelConfig.model_validate({**BASE, "image": IMAGE["resnet"], "embedding_width": None, "heads": ["classes"]})
 
@@ -86,6 +103,10 @@ def loaded_model(config: ModelConfig, classes: tuple[str, ...] = (), seed: int =
     made = tokenizer()
     model = build("model", config, made.get_vocab_size(), seed=seed, num_classes=len(classes)).eval()
     return LoadedModel(model, made, config, classes)
+
+
+def predictor(config: ModelConfig, classes: tuple[str, ...] = (), batch_size: int = 4) -> Predictor:
+    return Predictor(loaded_model(config, classes), batch_size)
 
 
 def picture(colour: str) -> Sample:
@@ -108,4 +129,4 @@ def rows() -> Rows:
         for caption in sample.captions[: 3 if row in (0, 2) else 1]
     ]
     captions = Captions(tuple(text for _, text in pairs), np.array([row for row, _ in pairs]))
-    return Rows("held_out", samples, {"en": captions})
+    return Rows("held_out", samples, {"en": captions}, tuple(("00000", row) for row in range(len(samples))))

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.classification import class_metrics, confusion, majority_metrics, metrics_of, predicted
+from mmflow.evaluation.classification import (
+    ZeroShotConfig,
+    class_metrics,
+    confusion,
+    majority_metrics,
+    metrics_of,
+    predicted,
+    zero_shot_metrics,
+)
 
 NAMES = ["cat", "dog", "cow"]
 
@@ -58,10 +66,35 @@ def test_metrics_equal_a_plain_count(rows: list[tuple[int, int]]) -> None:
     found = class_metrics(confusion(answers, right, 3))
     assert found["accuracy"] == pytest.approx(np.mean([answer == truth for answer, truth in rows]))
     by_class = []
-    for each in sorted(set(right.tolist())):
-        hits = sum(answer == truth == each for answer, truth in rows)
-        said, there = sum(answer == each for answer, _ in rows), sum(truth == each for _, truth in rows)
-        precision, recall = hits / said if said else 0.0, hits / there
-        by_class.append((precision, recall, 2 * hits / (said + there)))
+    for number in sorted(set(right.tolist())):
+        hits = sum(answer == truth == number for answer, truth in rows)
+        answered, there = sum(answer == number for answer, _ in rows), sum(truth == number for _, truth in rows)
+        by_class.append((hits / answered if answered else 0.0, hits / there, 2 * hits / (answered + there)))
     for name, values in zip(("precision", "recall", "F1"), zip(*by_class, strict=True), strict=True):
         assert found[name] == pytest.approx(np.mean(values)), name
+
+
+def test_majority_by_hand() -> None:
+    labels = ["cat", "cat", "dog", None, "horse"]
+    assert zero_shot_metrics(majority_metrics(NAMES, labels)) == {
+        "accuracy": pytest.approx(2 / 3),
+        "mean_class_accuracy": 0.5,
+        "classes": 3.0,
+        "rows": 3.0,
+    }
+    assert majority_metrics(NAMES, [None])["accuracy"] == 0.0
+
+
+def test_a_model_that_always_answers_one_class_shows_in_the_mean_over_classes() -> None:
+    labels = ["cat"] * 8 + ["dog", "cow"]
+    found, _ = metrics_of(np.tile([1.0, 0.0, 0.0], (10, 1)), NAMES, labels)
+    assert (found["accuracy"], found["recall"]) == (pytest.approx(0.8), pytest.approx(1 / 3))
+    assert majority_metrics(NAMES, labels) == found
+
+
+def test_templates_multiply_the_prompts() -> None:
+    config = ZeroShotConfig(label="k", prompts={"cat": ["cat", "kitten"], "dog": ["dog"]}, templates=["{}", "a {}."])
+    assert config.texts == {"cat": ["cat", "kitten", "a cat.", "a kitten."], "dog": ["dog", "a dog."]}
+    assert ZeroShotConfig(label="k", prompts={"a": ["x"], "b": ["y"]}).texts == {"a": ["x"], "b": ["y"]}
+    with pytest.raises(ValueError, match=r"has no \{\}"):
+        ZeroShotConfig(label="k", prompts={"a": ["x"], "b": ["y"]}, templates=["a photo"])

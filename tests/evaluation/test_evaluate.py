@@ -1,4 +1,4 @@
-"""An examination is what the recipe asks and the model gives, no more and no less, under the names that gates use."""
+"""A model is examined in what the recipe asks for and the model gives, no more and no less."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 from mmflow.core.errors import MisuseError
-from mmflow.evaluation import evaluate
-from mmflow.evaluation.asked import asked_and_given
-from mmflow.evaluation.config import EvaluateConfig, ZeroShotConfig
+from mmflow.evaluation.config import EXAMINATIONS, EvaluateConfig
 from mmflow.evaluation.evaluate import chance, examine, flatten
-from mmflow.evaluation.rows import Captions
-from mmflow.models.package import LoadedModel
+from mmflow.evaluation.examination import Captions
+from mmflow.inference.predict import Predictor
 from tests.evaluation.models import (
     COLOURS,
     answerer_config,
     captioner_config,
     classifier_config,
     dual_config,
-    loaded_model,
     matcher_config,
+    predictor,
+    ranker_config,
     rows,
+    tight_config,
 )
 
 
@@ -38,92 +38,100 @@ ALL = settings(
     captions={"max_tokens": 4},
     long_text={"truncated_tokens": 5},
     matching={"candidates": 2},
+    masked_language={},
+    attention={"rows": 2},
 )
+BOTH_WAYS = {"text_to_image", "image_to_text", "languages"}
 
 
-def test_each_model_is_examined_in_what_it_gives() -> None:
-    found = {
-        "dual": examine(loaded_model(dual_config()), rows(), ALL),
-        "matcher": examine(loaded_model(matcher_config()), rows(), ALL),
-        "captioner": examine(loaded_model(captioner_config()), rows(), ALL),
-        "classifier": examine(loaded_model(classifier_config(), COLOURS), rows(), ALL),
-        "answerer": examine(
-            loaded_model(answerer_config(heads=["classes"]), COLOURS),
-            rows(),
-            ALL.model_copy(update={"classification": None}),
+@pytest.mark.parametrize(
+    ("model", "metrics", "details"),
+    [
+        (
+            predictor(dual_config()),
+            {*BOTH_WAYS, "zero_shot", "text_to_image_truncated", "image_to_text_truncated", "long_text"},
+            {"retrieval", "attention"},
         ),
-    }
-    truncated = {"text_to_image_truncated", "image_to_text_truncated", "long_text"}
-    assert {name: set(each.metrics) for name, each in found.items()} == {
-        "dual": {"text_to_image", "image_to_text", "languages", "zero_shot", *truncated},
-        "matcher": {"matched_text_to_image", "matched_image_to_text"},
-        "captioner": {"captions"},
-        "classifier": {"classification"},
-        "answerer": {"answering"},
-    }
-    assert {name for name, each in found.items() if each.retrieved is not None} == {"dual"}
-    assert {name: set(each.details) for name, each in found.items()} == {
-        "dual": set(),
-        "matcher": set(),
-        "captioner": {"captions"},
-        "classifier": {"confusion"},
-        "answerer": {"answers", "by_answer"},
-    }
-    assert found["captioner"].metrics["captions"]["perplexity"] > 1
-    assert len(found["answerer"].details["answers"]) == 6
-    by_answer = found["answerer"].details["by_answer"]
-    assert sum(row["questions"] for row in by_answer) == found["answerer"].metrics["answering"]["rows"]
-    assert {answer["accuracy"] for answer in found["answerer"].details["answers"]} <= {0.0, 1.0, 2 / 3, 1 / 3, 0.5}
+        (predictor(tight_config()), BOTH_WAYS, {"retrieval", "attention"}),
+        (predictor(matcher_config()), {"matched_text_to_image", "matched_image_to_text"}, {"attention"}),
+        (predictor(captioner_config()), {"captions"}, {"captions"}),
+        (predictor(classifier_config(), COLOURS), {"classification"}, {"confusion"}),
+        (
+            predictor(answerer_config(heads=["classes"]), COLOURS),
+            {"classification", "answering"},
+            {"confusion", "answers", "by_answer"},
+        ),
+        (predictor(answerer_config(heads=["masked_language"])), {"masked_language"}, set()),
+    ],
+)
+def test_each_model_is_examined_in_what_it_gives(model: Predictor, metrics: set[str], details: set[str]) -> None:
+    outcome = examine(model, rows(), ALL)
+    assert set(outcome.metrics) == metrics
+    assert set(outcome.details) == details
+    assert set(examine(model, rows(), ALL, only_metrics=True).details) == details - {"attention"}
+    if "answering" in metrics:
+        assert {answer["accuracy"] for answer in outcome.details["answers"]} <= {0.0, 1.0, 2 / 3, 1 / 3, 0.5}
+        asked = sum(row["questions"] for row in outcome.details["by_answer"])
+        assert asked == outcome.metrics["answering"]["rows"] == len(outcome.details["answers"])
+    if "captions" in metrics:
+        assert outcome.metrics["captions"]["perplexity"] > 1
+    if "masked_language" in metrics:
+        found = outcome.metrics["masked_language"]
+        texts = rows().main_captions.texts
+        assert found["tokens"] == sum(len(model.loaded.tokenizer.encode(text).ids) - 2 for text in texts)
+        assert found["perplexity"] == pytest.approx(np.exp(found["token_loss"]))
 
 
-def told_apart(monkeypatch: pytest.MonkeyPatch, colours: dict[str, int]) -> LoadedModel:
+def told_apart(monkeypatch: pytest.MonkeyPatch, colours: dict[str, int]) -> Predictor:
     """A dual encoder that sees colours as given and reads each caption as the colour that it names."""
 
-    def images(loaded: object, samples: Any, batch_size: int) -> np.ndarray:
+    def images(self: Predictor, samples: Any) -> np.ndarray:
         return np.eye(8, dtype=np.float32)[[colours[sample.key] for sample in samples]]
 
-    def captions(loaded: object, texts: Any, batch_size: int, max_tokens: int | None = None) -> np.ndarray:
+    def captions(self: Predictor, texts: Any, max_tokens: int | None = None) -> np.ndarray:
         named = [next(place for place, colour in enumerate(COLOURS) if colour in text) for text in texts]
-        # What is cut after its first words does not come to the colour of some.
+        # Some captions lose their colour when they are cut.
         short = [max_tokens is not None and "one on the left" in text for text in texts]
         return np.eye(8, dtype=np.float32)[[7 if cut else place for place, cut in zip(named, short, strict=True)]]
 
-    monkeypatch.setattr(evaluate, "embed_images", images)
-    monkeypatch.setattr(evaluate, "embed_captions", captions)
-    return loaded_model(dual_config())
+    monkeypatch.setattr(Predictor, "embed_images", images)
+    monkeypatch.setattr(Predictor, "embed_captions", captions)
+    return predictor(dual_config())
+
+
+RIGHT = {colour: place for place, colour in enumerate(COLOURS)}
 
 
 def test_every_caption_is_a_query_and_a_picture_is_found_by_any_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {colour: place for place, colour in enumerate(COLOURS)}
-    perfect = examine(told_apart(monkeypatch, right), rows(), settings())
-    assert len(perfect.metrics["text_to_image"]) == 6
+    perfect = examine(told_apart(monkeypatch, RIGHT), rows(), settings())
     assert flatten({"s": perfect.metrics})["s/text_to_image/R@1"] == 1.0
     assert perfect.metrics["image_to_text"] == pytest.approx(
         {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP": 1.0, "mean_rank": 1.0, "median_rank": 1.0}
     )
-    assert perfect.retrieved is not None
-    assert perfect.retrieved.ranks.tolist() == [1] * 10
-    assert perfect.retrieved.best.shape == (10, 5)
+    queries = perfect.details["retrieval"]
+    assert [query["rank"] for query in queries] == [1] * 10
+    assert {len(query["results"]) for query in queries} == {5}
     # Red seen as green: its three captions of ten find a wrong picture, and it finds none of them.
-    blind = examine(told_apart(monkeypatch, right | {"red": 1}), rows(), settings()).metrics
+    blind = examine(told_apart(monkeypatch, RIGHT | {"red": 1}), rows(), settings()).metrics
     assert blind["text_to_image"]["R@1"] == pytest.approx(6 / 10)
     assert blind["image_to_text"]["R@1"] == pytest.approx(5 / 6)
 
 
-def test_whole_captions_are_held_against_their_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = {colour: place for place, colour in enumerate(COLOURS)}
-    asked = settings(long_text={"truncated_tokens": 5})
-    metrics = examine(told_apart(monkeypatch, right), rows(), asked).metrics
+def test_a_model_that_compares_pairs_is_ranked_by_its_scores() -> None:
+    model, held_out = predictor(tight_config()), rows()
+    captions = held_out.main_captions
+    scores = model.score_pairs(held_out.samples, captions.texts)
+    right = scores[np.arange(len(scores)), captions.picture_of_text]
+    ranks = [query["rank"] for query in examine(model, held_out, settings()).details["retrieval"]]
+    np.testing.assert_array_equal(ranks, (scores >= right[:, None] - 1e-6).sum(1))
+
+
+def test_whole_captions_are_compared_with_their_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = examine(told_apart(monkeypatch, RIGHT), rows(), settings(long_text={"truncated_tokens": 5})).metrics
     assert metrics["text_to_image"]["R@1"] == 1.0
     assert metrics["text_to_image_truncated"]["R@1"] == pytest.approx(8 / 10)
     assert metrics["long_text"]["longer_share"] == pytest.approx(2 / 10)
-    assert metrics["long_text"]["R@10_gain"] == pytest.approx(0.0)  # of six pictures, all are among the first ten
-
-
-def ranker() -> LoadedModel:
-    """A dual encoder with a head that reads pairs."""
-    fields = {"fusion": {"kind": "single_stream", "width": 16, "layers": 1, "heads": 2}, "heads": ["matching"]}
-    return loaded_model(dual_config().model_validate(dual_config().model_dump() | fields))
+    assert metrics["long_text"]["R@10_gain"] == pytest.approx(0.0)  # all six pictures are among the first ten
 
 
 def test_matching_reads_the_nearest_of_each_direction_and_every_pair_without_embeddings(
@@ -131,60 +139,57 @@ def test_matching_reads_the_nearest_of_each_direction_and_every_pair_without_emb
 ) -> None:
     asked: list[np.ndarray] = []
 
-    def score(loaded: object, samples: Any, captions: Any, pairs: np.ndarray, batch_size: int) -> np.ndarray:
+    def match(self: Predictor, samples: Any, captions: Any, pairs: np.ndarray) -> np.ndarray:
         asked.append(pairs)
         return np.ones(len(pairs), np.float32)
 
-    monkeypatch.setattr(evaluate, "matching_scores", score)
-    metrics = examine(ranker(), rows(), settings(matching={"candidates": 2})).metrics
+    monkeypatch.setattr(Predictor, "match", match)
+    metrics = examine(predictor(ranker_config()), rows(), settings(matching={"candidates": 2})).metrics
     captions, pictures = np.bincount(asked[0][:, 0]), np.bincount(asked[0][:, 1])
     assert (captions.min(), pictures.min()) >= (2, 2)
     assert len(asked[0]) == len(np.unique(asked[0], axis=0)) <= 10 * 2 + 6 * 2
     assert set(metrics) >= {"text_to_image", "matched_text_to_image", "matched_image_to_text"}
-    examine(loaded_model(matcher_config()), rows(), settings(matching={"candidates": 2}))
+    examine(predictor(matcher_config()), rows(), settings(matching={"candidates": 2}))
     assert len(asked[1]) == 10 * 6
 
 
-def test_a_direction_reorders_its_own_candidates_and_gains_nothing_by_the_other_s(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A head that knows every pair lifts what is among a query's candidates to the first place, and nothing else."""
-    right = rows().captions["en"].picture_of_text
+def test_a_direction_reorders_only_its_own_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that knows every pair puts what is among a query's candidates first, and nothing else."""
+    right = rows().main_captions.picture_of_text
 
-    def score(loaded: object, samples: Any, captions: Any, pairs: np.ndarray, batch_size: int) -> np.ndarray:
+    def match(self: Predictor, samples: Any, captions: Any, pairs: np.ndarray) -> np.ndarray:
         return np.where(right[pairs[:, 0]] == pairs[:, 1], 5.0, -5.0).astype(np.float32)
 
-    monkeypatch.setattr(evaluate, "matching_scores", score)
-    loaded = ranker()
-    found = examine(loaded, rows(), settings(matching={"candidates": 2}))
-    assert found.retrieved is not None
-    ranks = np.where(found.retrieved.ranks <= 2, 1, found.retrieved.ranks)
-    assert 0 < (found.retrieved.ranks > 2).sum() < 10
-    assert found.metrics["matched_text_to_image"]["R@1"] == pytest.approx((ranks == 1).mean())
-    assert found.metrics["matched_text_to_image"]["mean_rank"] == pytest.approx(ranks.mean())
-    assert found.metrics["matched_image_to_text"]["R@10"] == found.metrics["image_to_text"]["R@10"]
+    monkeypatch.setattr(Predictor, "match", match)
+    outcome = examine(predictor(ranker_config()), rows(), settings(matching={"candidates": 2}))
+    ranks = np.array([query["rank"] for query in outcome.details["retrieval"]])
+    assert 0 < (ranks > 2).sum() < 10
+    matched = np.where(ranks <= 2, 1, ranks)
+    assert outcome.metrics["matched_text_to_image"]["R@1"] == pytest.approx((matched == 1).mean())
+    assert outcome.metrics["matched_text_to_image"]["mean_rank"] == pytest.approx(matched.mean())
+    assert outcome.metrics["matched_image_to_text"]["R@10"] == outcome.metrics["image_to_text"]["R@10"]
 
 
 def test_a_fused_classifier_reads_each_picture_with_its_first_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    plain = evaluate.class_scores
+    plain = Predictor.class_scores
 
-    def score(loaded: Any, samples: Any, texts: Any, batch_size: int) -> np.ndarray:
+    def score(self: Predictor, samples: Any, texts: Any) -> np.ndarray:
         asked.append(texts)
-        return plain(loaded, samples, texts, batch_size)
+        return plain(self, samples, texts)
 
-    monkeypatch.setattr(evaluate, "class_scores", score)
-    captions = rows().captions["en"]  # of which the last picture has one, and shall have none
-    split = replace(rows(), captions={"en": Captions(captions.texts[:-1], captions.rows[:-1])})
-    loaded = loaded_model(answerer_config(heads=["classes"]), COLOURS)
-    metrics = examine(loaded, split, settings(classification={"label": "colour"})).metrics
+    monkeypatch.setattr(Predictor, "class_scores", score)
+    captions = rows().main_captions
+    without_last = replace(rows(), captions={"en": Captions(captions.texts[:-1], captions.rows[:-1])})
+    model = predictor(answerer_config(heads=["classes"]), COLOURS)
+    metrics = examine(model, without_last, settings(classification={"label": "colour"})).metrics
     assert asked == [[*(f"a {colour} square" for colour in COLOURS[:-1]), ""]]
     assert metrics["classification"]["rows"] == 6.0
 
 
 def test_a_class_that_the_model_was_never_taught_counts_as_wrong() -> None:
-    loaded = loaded_model(classifier_config(), COLOURS[:3])
-    metrics = examine(loaded, rows(), settings(classification={"label": "colour"})).metrics["classification"]
+    model = predictor(classifier_config(), COLOURS[:3])
+    metrics = examine(model, rows(), settings(classification={"label": "colour"})).metrics["classification"]
     assert metrics["rows"] == 6.0
     assert metrics["accuracy"] <= 0.5
 
@@ -197,26 +202,18 @@ def test_questions_without_answers_are_refused_by_the_key() -> None:
         _ = silent.questions
 
 
-def test_chance_has_what_the_models_have() -> None:
-    dual = loaded_model(dual_config())
-    guessed = chance(rows(), ALL, asked_and_given(ALL, dual.model.gives))
-    assert guessed["text_to_image"]["R@1"] == pytest.approx(1 / 6)
+def test_chance_by_hand() -> None:
+    guessed = chance(rows(), ALL, set(EXAMINATIONS))
+    assert guessed["text_to_image"]["R@1"] == guessed["matched_text_to_image"]["R@1"] == pytest.approx(1 / 6)
     # Two pictures of six have three captions of ten.
     assert guessed["image_to_text"]["R@1"] == pytest.approx((4 * 1 / 10 + 2 * 3 / 10) / 6)
-    assert guessed["classification"]["accuracy"] == pytest.approx(1 / 6)
+    assert guessed["classification"]["accuracy"] == guessed["zero_shot"]["accuracy"] == pytest.approx(1 / 6)
     assert guessed["answering"]["accuracy"] == pytest.approx(6 * (1 / 3 * 0 + 2 / 3 * 1 / 2) / 6)
-
-
-def test_templates_multiply_the_prompts() -> None:
-    config = ZeroShotConfig(label="k", prompts={"cat": ["cat", "kitten"], "dog": ["dog"]}, templates=["{}", "a {}."])
-    assert config.texts == {"cat": ["cat", "kitten", "a cat.", "a kitten."], "dog": ["dog", "a dog."]}
-    assert ZeroShotConfig(label="k", prompts={"a": ["x"], "b": ["y"]}).texts == {"a": ["x"], "b": ["y"]}
-    with pytest.raises(ValueError, match=r"has no \{\}"):
-        ZeroShotConfig(label="k", prompts={"a": ["x"], "b": ["y"]}, templates=["a photo"])
+    assert guessed["captions"]["distinct"] == 0.0
 
 
 def test_names_that_gates_use_stay() -> None:
-    flat = flatten({"unseen": examine(loaded_model(dual_config()), rows(), ALL).metrics})
+    flat = flatten({"unseen": examine(predictor(dual_config()), rows(), ALL).metrics})
     assert {
         "unseen/text_to_image/R@1",
         "unseen/image_to_text/R@10",

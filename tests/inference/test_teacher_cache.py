@@ -1,4 +1,4 @@
-"""Cached teachers say what live ones do, of the views that the student is shown, or say that they are others."""
+"""A cached teacher gives what the live one does for the views that the student is shown; another cache is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from mmflow.core.artifacts import Stage
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.dataset.opened import Dataset
-from mmflow.inference.teacher_cache import CacheJob, CacheShards, cache_stage, with_caches
+from mmflow.inference.runner import ShardWorker
+from mmflow.inference.teacher_cache import TeacherCache, cache_stage, with_caches
 from mmflow.learning.cached import KIND, CachedTeacher, file_uri
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.distillation.config import CacheConfig, DistillationLossesConfig
@@ -76,10 +77,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     return write_teacher(tmp_path_factory.mktemp("cached-teacher") / "package", words())
 
 
-def job_of(dataset: Dataset, package: Package, precision: str = "fp16", **changes: Any) -> CacheJob:
-    """What `cached` caches, its views changed where told."""
+def task_of(dataset: Dataset, package: Package, precision: str = "fp16", **changes: Any) -> TeacherCache:
+    """What `cached` caches, with changes of its views."""
     views = views_of_teacher(views_of(LOADER, image_pixels=0, max_tokens=8, seed=SEED), package, words())
-    return CacheJob(
+    return TeacherCache(
         key="distill.cache",
         dataset=dataset.uri,
         split="train",
@@ -90,19 +91,18 @@ def job_of(dataset: Dataset, package: Package, precision: str = "fp16", **change
     )
 
 
-def stage_of(job: CacheJob) -> Stage:
-    return cache_stage(job, num_workers=1, cpus_per_worker=1, progress=lambda done, total, note: None)
+def stage_of(task: TeacherCache) -> Stage:
+    return cache_stage(task, num_workers=1, cpus_per_worker=1, progress=lambda done, total, note: None)
 
 
-def embedded(workspace: Path, job: CacheJob) -> str:
-    """Where its cache lies, with every shard's file: what a job that was killed before its commit leaves."""
-    uri = stage_of(job).directory(str(workspace))
-    CacheShards(uri, job)({"shard": np.arange(2)})
-    return uri
+def embedded(workspace: Path, task: TeacherCache) -> None:
+    """Write every shard's file, as a job does that is killed before its commit."""
+    uri = stage_of(task).directory(str(workspace))
+    ShardWorker(task, uri)({"shard": ["00000", "00002"], "split": ["train", "train"]})
 
 
 def cached(workspace: Path, dataset: Dataset, package: Package, precision: str = "fp16") -> TeacherPackage:
-    (found,) = with_caches(
+    (teacher,) = with_caches(
         [TeacherPackage(package=package.uri)],
         key="distill.cache",
         cache=CacheConfig.model_validate({"augmentations": VIEWS, "precision": precision}),
@@ -116,7 +116,7 @@ def cached(workspace: Path, dataset: Dataset, package: Package, precision: str =
         cpus_per_worker=1,
         progress=lambda done, total, note: None,
     )
-    return found
+    return teacher
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, packag
     """With the caches of the package in both precisions. Read only."""
     path = tmp_path_factory.mktemp("cached-workspace")
     for precision in ("fp16", "bf16"):
-        embedded(path, job_of(dataset, package, precision))
+        embedded(path, task_of(dataset, package, precision))
         cached(path, dataset, package, precision)
     return path
 
@@ -221,7 +221,7 @@ def test_a_cache_is_built_once_and_again_for_what_would_be_other_views(
     stamp = (Path(of.caches[0]) / "manifest.json").stat().st_mtime_ns
     assert cached(workspace, dataset, package) == of
     assert (Path(of.caches[0]) / "manifest.json").stat().st_mtime_ns == stamp
-    same = stage_of(job_of(dataset, package)).identity
+    same = stage_of(task_of(dataset, package)).identity
     assert of.caches[0].endswith(f"{KIND}/{same}")
     other = write_teacher(tmp_path / "other", words(), seed=2)
     changes: list[dict[str, Any]] = [
@@ -232,8 +232,8 @@ def test_a_cache_is_built_once_and_again_for_what_would_be_other_views(
         {"augment": LOADER.augment.model_copy(update={"flip": 0.0})},
         {"language_weights": {"en": 0.5}},
     ]
-    found = {same, stage_of(job_of(dataset, other)).identity, stage_of(job_of(dataset, package, "bf16")).identity}
-    found |= {stage_of(job_of(dataset, package, **change)).identity for change in changes}
+    found = {same, stage_of(task_of(dataset, other)).identity, stage_of(task_of(dataset, package, "bf16")).identity}
+    found |= {stage_of(task_of(dataset, package, **change)).identity for change in changes}
     assert len(found) == 3 + len(changes)
 
 
@@ -289,9 +289,9 @@ def test_a_teacher_of_another_tokenizer_and_size_is_cached_in_its_own(dataset: D
     """The live one is shown the batch's other reading, at the size that is its own."""
     own = words("quite another vocabulary entirely")
     other = write_teacher(tmp_path / "package", own, image_pixels=24, max_tokens=10)
-    views = job_of(dataset, other).views
+    views = task_of(dataset, other).views
     assert (views.image_pixels, views.max_tokens, views.augment.token_dropout) == (24, 10, 0.0)
-    embedded(tmp_path, job_of(dataset, other))
+    embedded(tmp_path, task_of(dataset, other))
     of = cached(tmp_path, dataset, other)
     (alone,) = teachers(of, dataset, {"features": 1})
     assert alone.cached is not None

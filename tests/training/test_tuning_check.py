@@ -9,8 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from mmflow.core.errors import MissingArtifactError, MisuseError, RecipeError
-from mmflow.evaluation.asked import check_evaluation
-from mmflow.evaluation.config import EvaluateConfig
+from mmflow.evaluation.config import EvaluateConfig, check_evaluation
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count

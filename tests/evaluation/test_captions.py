@@ -1,4 +1,4 @@
-"""Caption metrics against the values of the COCO server's own code, and where a metric must not be fooled."""
+"""Caption metrics against the values of the COCO server's own code, where a metric must not be fooled; perplexity."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.captions import bleu, caption_metrics, cider, rouge_l, typical_caption, words
+from mmflow.evaluation.captions import bleu, caption_metrics, cider, perplexity_metrics, rouge_l, typical_caption, words
 
 CAPTIONS = [
     "a brown dog runs through the grass",
@@ -153,3 +154,18 @@ def test_bleu_without_its_package_says_what_to_install() -> None:
     assert (
         "MisuseError: BLEU needs sacrebleu, which is not installed: pip install 'mmflow[evaluation]'" in failed.stderr
     )
+
+
+def test_a_text_weighs_by_its_tokens() -> None:
+    found = perplexity_metrics(np.array([2.0, 1.0]), np.array([1, 4]))
+    assert found == {"perplexity": pytest.approx(math.exp(3 / 5)), "token_loss": pytest.approx(3 / 5), "tokens": 5.0}
+    assert perplexity_metrics(np.full(3, 7 * math.log(6)), np.full(3, 7))["perplexity"] == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "tokens"), [([math.nan, 1.0], [2, 2]), ([math.inf, 1.0], [2, 2]), ([1e9], [1]), ([], []), ([0.0], [0])]
+)
+def test_a_perplexity_that_is_no_number_too_large_or_of_nothing_is_infinite(
+    losses: list[float], tokens: list[int]
+) -> None:
+    assert perplexity_metrics(np.array(losses), np.array(tokens, dtype=np.int64))["perplexity"] == math.inf

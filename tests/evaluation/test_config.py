@@ -1,4 +1,4 @@
-"""What a recipe asks of models that cannot give it is refused by its key: before they train, and once loaded."""
+"""A recipe that asks models for what they cannot give is refused by its key: before they train, and once loaded."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from mmflow.core.errors import RecipeError
-from mmflow.evaluation.asked import asked_and_given, check_asked, check_evaluation, reads_captions
-from mmflow.evaluation.config import EvaluateConfig
+from mmflow.evaluation.config import EvaluateConfig, check_evaluation, check_possible, possible, reads_captions
 from mmflow.models.config import ModelConfig
 from mmflow.training.config import PretrainConfig
 from tests.evaluation.models import answerer_config, captioner_config, classifier_config, dual_config, matcher_config
@@ -54,7 +53,7 @@ def pretrain(model: ModelConfig, **loader: Any) -> PretrainConfig:
     ],
 )
 def test_a_model_is_examined_in_what_it_can_read_and_write(model: str, sections: set[str]) -> None:
-    assert asked_and_given(settings(**SECTIONS), MODELS[model].gives) == sections
+    assert set(possible(settings(**SECTIONS), MODELS[model].gives)) == sections
 
 
 @pytest.mark.parametrize(
@@ -77,16 +76,16 @@ def test_a_section_that_no_model_can_be_examined_in_is_refused_by_its_key(
     refusal = f"evaluate.{section}: pretrain.model cannot be examined in it; it takes {remedy}: name them, or leave "
     assert str(caught.value) == f"{refusal}{section} out"
     with pytest.raises(RecipeError, match=rf"^evaluate\.{section}: teacher cannot be examined in it"):
-        check_asked(asked, {"teacher": MODELS[model].gives})
+        check_possible(asked, {"teacher": MODELS[model].gives})
 
 
 def test_what_compares_nothing_and_what_measures_nothing_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"^evaluate\.attention: teacher compares no picture with text"):
-        check_asked(settings(attention={}, captions={}), {"teacher": MODELS["captioner"].gives})
+    with pytest.raises(RecipeError, match=r"^evaluate\.attention: teacher cannot be examined in it"):
+        check_possible(settings(attention={}, captions={}), {"teacher": MODELS["captioner"].gives})
     with pytest.raises(RecipeError, match=r"^evaluate: nothing to measure of teacher without a shared space"):
-        check_asked(settings(), {"teacher": MODELS["captioner"].gives})
-    each = {"teacher": MODELS["captioner"].gives, "student": MODELS["dual"].gives}
-    check_asked(settings(captions={}, attention={}), each)
+        check_possible(settings(), {"teacher": MODELS["captioner"].gives})
+    both = {"teacher": MODELS["captioner"].gives, "student": MODELS["dual"].gives}
+    check_possible(settings(captions={}, attention={}), both)
 
 
 def test_classes_are_those_that_the_model_is_taught() -> None:
@@ -106,10 +105,11 @@ def test_classes_are_those_that_the_model_is_taught() -> None:
 
 def test_captions_are_read_where_an_examination_needs_them() -> None:
     asked = settings(**SECTIONS)
-    assert {name for name, model in MODELS.items() if reads_captions(asked, model.gives)} == {
+    assert {name for name, model in MODELS.items() if reads_captions(asked, [model.gives])} == {
         "dual",
         "matcher",
         "captioner",
         "fused classifier",
     }
-    assert reads_captions(settings(answering={}, attention={}), MODELS["answerer"].gives)
+    assert not reads_captions(settings(answering={}), [MODELS["answerer"].gives])
+    assert reads_captions(settings(answering={}), [MODELS["answerer"].gives, MODELS["dual"].gives])

@@ -9,13 +9,12 @@ import pytest
 
 from mmflow.core.errors import MisuseError
 from mmflow.core.storage import join, read_json
-from mmflow.dataset.opened import Dataset
+from mmflow.dataset.opened import Dataset, read_sample
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.evaluation.stage import evaluate_models, metrics_of, metrics_of_package
+from mmflow.evaluation.evaluate import DETAILS, METRICS, SPEED, evaluate_models, metrics_of, metrics_of_package
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.package import write_package
-from mmflow.report.run_page import render_report
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.evaluation.models import COLOURS, captioner_config, captions_of, dual_config, loaded_model
 
@@ -91,60 +90,44 @@ def evaluation(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, packa
 
 
 def test_every_model_has_what_it_gives(evaluation: str) -> None:
-    (split,) = read_json(join(evaluation, "metrics.json")).values()
+    (split,) = read_json(join(evaluation, METRICS)).values()
     assert split["rows"] == 6
-    assert {model: set(found) for model, found in split["models"].items()} == {
+    assert {model: set(metrics) for model, metrics in split["models"].items()} == {
         "chance": {"text_to_image", "image_to_text", "languages", "captions"},
         "teacher": {"captions"},
         "student": {"text_to_image", "image_to_text", "languages"},
         "untrained": {"captions"},
     }
-    speed = read_json(join(evaluation, "speed.json"))
+    speed = read_json(join(evaluation, SPEED))
     assert set(speed) == {"teacher", "student", "untrained"}
-    assert all(each["latency_ms"] > 0 and each["pictures_per_second"] > 0 for each in speed.values())
+    assert all(model["latency_ms"] > 0 and model["pictures_per_second"] > 0 for model in speed.values())
 
 
-def test_every_caption_is_a_query_under_its_pictures_key(evaluation: str) -> None:
-    queries = read_json(join(evaluation, "retrieval.json"))["student"]["held_out"]
-    assert [query["key"] for query in queries] == [
-        "red",
-        "green",
-        "green",
-        "blue",
-        "yellow",
-        "yellow",
-        "black",
-        "white",
-        "white",
-    ]
+def test_every_caption_is_a_query_that_names_its_picture(evaluation: str, dataset: Dataset) -> None:
+    queries = read_json(join(evaluation, DETAILS))["student"]["held_out"]["retrieval"]
+    expected = [colour for place, colour in enumerate(COLOURS) for _ in range(1 + place % 2)]
+    assert [query["key"] for query in queries] == expected
+    shards = {shard.name: shard for shard in dataset.shards("held_out")}
     for query in queries:
         assert [result["correct"] for result in query["results"]].count(True) == (query["rank"] <= 5)
         assert sum(result["correct"] and result["key"] == query["key"] for result in query["results"]) <= 1
+        for named in (query, *query["results"]):
+            assert read_sample(dataset, shards[named["shard"]], named["row"])["key"] == named["key"]
 
 
 def test_a_gate_reads_the_same_metrics_of_a_package_as_of_the_evaluation(
     evaluation: str, dataset: Dataset, packages: dict[str, str]
 ) -> None:
     for model, uri in packages.items():
-        settings = SETTINGS if model == "teacher" else SETTINGS.model_copy(update={"captions": None})
-        assert metrics_of_package(uri, dataset.uri, settings) == pytest.approx(metrics_of(evaluation, model))
+        assert metrics_of_package(uri, dataset.uri, SETTINGS) == pytest.approx(metrics_of(evaluation, model))
     assert metrics_of(evaluation, "student")["held_out/text_to_image/R@10"] == 1.0
 
 
-def test_what_was_looked_at_and_written_is_there_for_the_report(evaluation: str) -> None:
-    looks = read_json(join(evaluation, "attention.json"))
-    assert list(looks) == ["student"]
-    assert [look["key"] for look in looks["student"]] == ["red", "yellow"]
-    details = read_json(join(evaluation, "details.json"))
+def test_what_a_model_looked_at_and_wrote_is_kept_for_the_report(evaluation: str) -> None:
+    details = read_json(join(evaluation, DETAILS))
+    assert [row["key"] for row in details["student"]["held_out"]["attention"]] == ["red", "yellow"]
     assert [row["key"] for row in details["teacher"]["held_out"]["captions"]] == list(COLOURS)
-    report = {
-        "name": "tiny",
-        "looks": {"model": "student", "rows": looks["student"]},
-        "written": {"model": "teacher", "split": "held_out", **details["teacher"]["held_out"]},
-    }
-    page = render_report(report, {})
-    assert "Where it looks" in page
-    assert "What it writes" in page
+    assert "attention" not in details["untrained"]["held_out"]
 
 
 def test_the_same_models_come_to_the_same_fingerprint(

@@ -9,11 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmflow.evaluation.attention import counted, look, of_pooled, rollout, self_relevance
-from mmflow.inference.embed import image_inputs
+from mmflow.inference.attention import counted, look, of_pooled, rollout, self_relevance
 from mmflow.models.config import ModelConfig
-from mmflow.models.package import LoadedModel
-from tests.evaluation.models import IMAGE, TEXT, captions_of, dual_config, loaded_model, matcher_config, picture
+from tests.evaluation.models import (
+    IMAGE,
+    TEXT,
+    altered,
+    captions_of,
+    dual_config,
+    matcher_config,
+    picture,
+    predictor,
+    tight_config,
+)
 
 HEADS, TOKENS = 3, 5
 
@@ -79,7 +87,7 @@ def test_the_pooled_vectors_row_is_read_over_real_tokens_and_without_itself(
 
 
 def test_a_dual_encoder_of_patches_shows_a_grid_by_gradients_and_by_rollout() -> None:
-    loaded = loaded_model(dual_config("vit"))
+    loaded = predictor(dual_config("vit"))
     looked = look(loaded, picture("red"), "red circle left")
     assert -1.001 <= looked.score <= 1.001
     for grid in (looked.picture, looked.rollout):
@@ -100,7 +108,7 @@ SWIN = {
 
 @pytest.mark.parametrize("image", [IMAGE["resnet"], SWIN])
 def test_an_encoder_without_maps_of_the_whole_picture_is_asked_by_its_pixels(image: dict[str, Any]) -> None:
-    looked = look(altered(dual_config(), image=image), picture("red"), "red circle")
+    looked = look(predictor(altered(dual_config(), image=image)), picture("red"), "red circle")
     assert looked.rollout is None
     assert looked.picture is not None
     assert (len(looked.picture), len(looked.picture[0])) == (8, 8)
@@ -108,14 +116,20 @@ def test_an_encoder_without_maps_of_the_whole_picture_is_asked_by_its_pixels(ima
 
 @pytest.mark.parametrize("kind", ["single_stream", "cross_attention", "co_attention"])
 def test_a_model_that_matches_is_asked_through_its_fusion(kind: str) -> None:
-    looked = look(loaded_model(matcher_config(kind)), picture("blue"), "blue square")
+    looked = look(predictor(matcher_config(kind)), picture("blue"), "blue square")
     assert looked.picture is not None
     assert len(looked.picture) == 2
     assert max(weight for _, weight in looked.tokens) == 1.0
 
 
+def test_words_of_a_caption_weigh_by_what_raised_a_pair_s_score() -> None:
+    looked = look(predictor(tight_config()), picture("red"), "a red square")
+    assert looked.picture is None  # a clip's regions are frames
+    assert max(weight for _, weight in looked.tokens) == 1
+
+
 def test_gradients_change_with_the_text_and_rollout_does_not() -> None:
-    loaded = loaded_model(dual_config("vit"))
+    loaded = predictor(dual_config("vit"))
     one, other = (look(loaded, picture("red"), text) for text in captions_of("red")[:2])
     assert one.rollout == other.rollout
     assert one.picture != other.picture
@@ -132,27 +146,25 @@ SIGLIP: dict[str, Any] = {
 }
 
 
-def altered(config: ModelConfig, **changes: Any) -> LoadedModel:
-    return loaded_model(ModelConfig.model_validate(config.model_dump() | changes))
-
-
 @pytest.mark.parametrize("config", [dual_config(), matcher_config()])
 @pytest.mark.parametrize("side", ["image", "text"])
 @pytest.mark.parametrize("frozen", [1, "all"])
 def test_a_frozen_encoder_is_looked_at_like_another_and_stays_frozen(
     config: ModelConfig, side: str, frozen: int | str
 ) -> None:
-    loaded = altered(config, **{side: (IMAGE["vit"] if side == "image" else TEXT) | {"frozen_layers": frozen}})
+    loaded = predictor(
+        altered(config, **{side: (IMAGE["vit"] if side == "image" else TEXT) | {"frozen_layers": frozen}})
+    )
     before = [weight.requires_grad for weight in loaded.model.parameters()]
     assert not all(before)
-    found, expected = (look(each, picture("red"), "a red square") for each in (loaded, loaded_model(config)))
+    found, expected = (look(model, picture("red"), "a red square") for model in (loaded, predictor(config)))
     assert found == expected
     assert [weight.requires_grad for weight in loaded.model.parameters()] == before
 
 
 @pytest.mark.parametrize("config", [dual_config(), matcher_config()])
 def test_words_of_a_document_weigh_what_their_window_does(config: ModelConfig) -> None:
-    loaded = altered(config, text=TEXT | {"windows": {"tokens": 8, "layers": 1, "heads": 2}}, max_tokens=32)
+    loaded = predictor(altered(config, text=TEXT | {"windows": {"tokens": 8, "layers": 1, "heads": 2}}, max_tokens=32))
     text = "square in red square in green the blue one on the left of it all"  # windows of seven words
     weights = [weight for _, weight in look(loaded, picture("red"), text).tokens]
     assert len(weights) == 15
@@ -169,7 +181,7 @@ def test_words_of_a_document_weigh_what_their_window_does(config: ModelConfig) -
     ],
 )
 def test_what_a_learned_query_or_siglip_s_pooler_reads_is_shown(changes: dict[str, Any]) -> None:
-    loaded = altered(dual_config(), **changes)
+    loaded = predictor(altered(dual_config(), **changes))
     looked = look(loaded, picture("red"), "a red square on the left")
     weights = [weight for _, weight in looked.tokens]
     assert max(weights) == 1.0
@@ -180,8 +192,8 @@ def test_what_a_learned_query_or_siglip_s_pooler_reads_is_shown(changes: dict[st
 
 def test_a_learned_query_reads_what_its_weights_say_through_the_layers() -> None:
     """The rollout of a pooled vector is the query's mean map times that of the layers, written out."""
-    loaded = altered(dual_config(), image=IMAGE["vit"] | {"pooling": "attention"})
-    pixels, _ = image_inputs(loaded, [picture("red")])
+    loaded = predictor(altered(dual_config(), image=IMAGE["vit"] | {"pooling": "attention"}))
+    pixels, _ = loaded.image_inputs([picture("red")])
     encoded = loaded.model.encode_image(pixels, attentions=True)
     assert encoded.pooling_BH1T is not None
     assert encoded.attentions is not None
@@ -191,8 +203,8 @@ def test_a_learned_query_reads_what_its_weights_say_through_the_layers() -> None
 
 
 def test_the_pooler_of_siglip_gives_the_same_vector_where_its_map_is_asked_for() -> None:
-    loaded = altered(dual_config(), **SIGLIP)
-    pixels, _ = image_inputs(loaded, [picture("red"), picture("blue")])
+    loaded = predictor(altered(dual_config(), **SIGLIP))
+    pixels, _ = loaded.image_inputs([picture("red"), picture("blue")])
     plain, mapped = (loaded.model.encode_image(pixels, attentions=asked) for asked in (False, True))
     torch.testing.assert_close(mapped.pooled_BW, plain.pooled_BW, atol=1e-5, rtol=1e-5)
     assert mapped.pooling_BH1T is not None

@@ -1,0 +1,89 @@
+"""Text that a model's decoder writes: a caption of a picture, or the answer to a question about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from mmflow.core.config import Config
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from mmflow.dataset.reader import Sample
+    from mmflow.inference.predict import Predictor
+
+_HYPHEN = re.compile(r"(?<=\w) - (?=\w)")
+
+
+class WritingConfig(Config):
+    """How a decoder's text is searched for."""
+
+    search: Literal["greedy", "beam", "nucleus"] = "beam"
+    """The likeliest token at each step; the likeliest text among several; or tokens drawn from the likeliest."""
+    beams: int = Field(4, ge=1)
+    """Texts that a beam search follows at once."""
+    length_penalty: float = Field(1.0, ge=0)
+    """A beam's log-probability is divided by its length to this power: above 0 favours longer text."""
+    nucleus: float = Field(0.9, gt=0, le=1)
+    """Tokens are drawn from the fewest that have this share of the probability."""
+    max_tokens: int | None = Field(None, ge=1)
+    """The most tokens of a text; None: as many as the model takes."""
+
+
+def write_texts(
+    predictor: Predictor,
+    samples: Sequence[Sample],
+    questions: Sequence[str] | None,
+    settings: WritingConfig,
+    seed: int,
+) -> list[str]:
+    """One text a sample: what the decoder writes about its picture, or answers to its question.
+
+    Raises RecipeError as `marks_of`.
+    """
+    import torch
+
+    from mmflow.models.generate import Memory, beam, greedy, nucleus
+    from mmflow.models.marks import marks_of
+
+    loaded, decoder = predictor.loaded, predictor.model.decoder
+    assert decoder is not None, "the caller asks only models that decode"
+    marks = marks_of("model", loaded.tokenizer)
+    longest = min(settings.max_tokens or loaded.config.max_tokens - 1, loaded.config.max_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    texts: list[str] = []
+    for rows in predictor.batches(len(samples)):
+        with torch.inference_mode():
+            read = predictor.model.memory(*predictor.encode(samples[rows], questions and questions[rows]))
+        memory = Memory(read.sequence_BTW, read.mask_BT)
+        if settings.search == "greedy":
+            written = greedy(decoder, memory, marks, longest)
+        elif settings.search == "beam":
+            penalty = settings.length_penalty
+            written = beam(decoder, memory, marks, longest, width=settings.beams, length_penalty=penalty)
+        else:
+            written = nucleus(decoder, memory, marks, longest, share=settings.nucleus, generator=generator)
+        texts += [text_of(loaded.tokenizer, ids) for ids in written.token_ids_BT.tolist()]
+    return texts
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Token ids as text, up to the closing token and without special tokens."""
+    from tokenizers import decoders
+
+    from mmflow.loading.tokens import special_tokens
+
+    special = special_tokens(tokenizer)
+    left_out = {special.pad, special.first, special.last, special.mask, special.unknown}
+    kept = [number for number in takewhile(lambda number: number != special.last, ids) if number not in left_out]
+    if tokenizer.decoder is not None:
+        return str(tokenizer.decode(kept)).strip()
+    # A tokenizer that `train_tokenizer` made has no decoder.
+    pieces = [str(tokenizer.id_to_token(number)) for number in kept]
+    # It splits off every punctuation mark and forgets where spaces were: a hyphen between words is taken to join them.
+    return _HYPHEN.sub("-", str(decoders.WordPiece(prefix="##").decode(pieces)).strip())
