@@ -1,39 +1,41 @@
-"""Attention as our own layers use it: by SDPA, and eager only where the maps themselves are asked for."""
+"""Attention for our own layers: SDPA, or eager where the attention maps are requested."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from mmflow.core.errors import RecipeError
+
 # Shapes: B batch, Q queries, K keys, W width, M the memory's width, H heads, D width of a head.
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (arXiv 1706.03762, equation 1) of one sequence to another or to itself.
+    """Multi-head scaled dot-product attention (arXiv 1706.03762, equation 1) to another sequence or to itself.
 
-    Each projection is called as a module, which `nn.MultiheadAttention` does not do: ZeRO-3 gathers a weight in the
-    forward of the module that owns it.
+    Each projection is called as a module, unlike in `nn.MultiheadAttention`: ZeRO-3 gathers a weight in the forward of
+    the module that owns it.
     """
 
-    def __init__(self, width: int, heads: int, *, memory_width: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(memory_width or width, width)
-        self.value = nn.Linear(memory_width or width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, queries_BQW: Tensor, memory_BKM: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False
+        self, queries_BQW: Tensor, memory_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """What each query reads (B, Q, W), and where `maps` is set, its weights (B, H, Q, K), else None.
+        """What each query reads (B, Q, W), and its weights (B, H, Q, K) if `maps` is set, else None.
 
-        `mask_BK` is True where the memory is real; each row has at least one such place.
+        `mask_BK` is True where the memory is real; every row needs at least one such place.
         """
         query_BHQD = self._split(self.query(queries_BQW))
-        key_BHKD = self._split(self.key(memory_BKM))
-        value_BHKD = self._split(self.value(memory_BKM))
+        key_BHKD = self._split(self.key(memory_BKW))
+        value_BHKD = self._split(self.value(memory_BKW))
         mask_B11K = None if mask_BK is None else mask_BK[:, None, None, :]
         dropout = self.dropout if self.training else 0.0
         weights_BHQK = None
@@ -54,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer of self-attention and a feed-forward, each behind its norm (pre-norm, as in CLIP and CLIP4Clip)."""
+    """A layer of self-attention and a feed-forward net, each after its norm (pre-norm, as in CLIP and CLIP4Clip)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class Block(nn.Module):
     def forward(
         self, sequence_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The sequence after it read itself, (B, K, W), and its weights (B, H, K, K) where `maps` is set."""
+        """The sequence after it read itself, (B, K, W), and its weights (B, H, K, K) if `maps` is set."""
         normed_BKW = self.attention_norm(sequence_BKW)
         read_BKW, weights_BHKK = self.attention(normed_BKW, normed_BKW, mask_BK, maps=maps)
         sequence_BKW = sequence_BKW + read_BKW
@@ -74,20 +76,24 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Layers of self-attention over a few vectors (frames of a clip, windows of a document), told apart by learned
-    positions."""
+    """A small transformer over a few vectors (a clip's frames, a document's windows) with learned positions.
 
-    def __init__(self, width: int, heads: int, layers: int, positions: int) -> None:
+    `key` is the recipe's key of its settings, for errors. Raises RecipeError if the heads do not divide the width.
+    """
+
+    def __init__(self, key: str, width: int, heads: int, layers: int, positions: int) -> None:
         super().__init__()
+        if width % heads:
+            raise RecipeError(f"{key}.heads: {heads} does not divide the width, {width}; give another number")
         self.positions = nn.Embedding(positions, width)
-        nn.init.normal_(self.positions.weight, std=0.02)  # BERT's, for vectors that a norm follows
+        nn.init.normal_(self.positions.weight, std=0.02)  # as in BERT, for vectors that a norm follows
         self.layers = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(
         self, vectors_BKW: Tensor, mask_BK: Tensor | None, *, maps: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The vectors after they read each other, normed, (B, K, W), and each layer's weights where `maps` is set."""
+        """The vectors after they read each other, normed, (B, K, W), and each layer's weights if `maps` is set."""
         places_K = torch.arange(vectors_BKW.shape[1], device=vectors_BKW.device)
         vectors_BKW = vectors_BKW + self.positions(places_K)
         weights = []

@@ -1,13 +1,14 @@
-"""Backbones of `transformers`: from a type and its options, or from a local directory. Nothing is fetched, no code that
-comes with a checkpoint is run, and no pickle is read."""
+"""Backbones of `transformers`: built from a type and its options or from a local directory, and how deep their layers
+lie. Nothing is downloaded, no code that comes with a checkpoint is run, and no pickle is read."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import LAST, PAD, SPECIAL
@@ -16,43 +17,47 @@ from mmflow.models.checkpoints import (
     checkpoint_config,
     fit_pixels,
     fit_vocabulary,
+    load_weights,
     nearest,
     one_line,
-    trained,
-    wrong_options,
+    option_errors,
 )
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 
 SideConfig = ImageEncoderConfig | TextEncoderConfig
 
-# Of the tokenizer that mmflow trains; a fresh backbone that goes with another tokenizer is told its ids by options.
+# Ids in the tokenizer that mmflow trains. A fresh backbone for another tokenizer gets that one's ids as options.
 OWN_IDS = {"pad_token_id": SPECIAL.index(PAD), "eos_token_id": SPECIAL.index(LAST)}
 
 
 def encoder_config(key: str, config: SideConfig, *, image_pixels: int = 0, vocabulary_size: int = 0) -> Any:
-    """The `transformers` configuration of an encoder, checked, before any weight is made.
+    """The checked `transformers` configuration of an encoder, or of a checkpoint's tower. Creates no weights.
 
-    `key` is the recipe's key, for errors. With a checkpoint that of its tower. Raises RecipeError for an unknown type,
-    an option that the type lacks (`transformers` itself would take any word and use the default without a sound), or a
-    directory that holds no configuration.
+    `key` is the recipe's key, for errors. Raises RecipeError for an unknown type, for an option that the type does not
+    have (`transformers` accepts any word and silently uses the default), and for a directory without a configuration.
     """
     if config.checkpoint is not None:
         whole = checkpoint_config(key, config.checkpoint)
-        found = getattr(whole, f"{_side(config)}_config") if whole.model_type in DUAL else whole
-        return _with_options(key, found, found.to_dict(), config.options)
-    found = _fresh_config(key, str(config.type))
+        settings = getattr(whole, f"{_side(config)}_config") if whole.model_type in DUAL else whole
+        return _with_options(key, settings, settings.to_dict(), config.options)
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(config.type)
+    if model_type not in CONFIG_MAPPING:
+        raise RecipeError(f"{key}.type: transformers has no {model_type!r}{nearest(model_type, CONFIG_MAPPING.keys())}")
+    settings = CONFIG_MAPPING[model_type]()
     derived = {"image_size": image_pixels, "vocab_size": vocabulary_size, **OWN_IDS}
-    known = found.to_dict()
-    fresh = {name: value for name, value in derived.items() if name in known and (value or name in OWN_IDS)}
-    return _with_options(key, found, fresh, config.options)
+    known = settings.to_dict()
+    fields = {name: value for name, value in derived.items() if name in known and (value or name in OWN_IDS)}
+    return _with_options(key, settings, fields, config.options)
 
 
 def load_backbone(key: str, config: SideConfig, *, image_pixels: int = 0, vocabulary_size: int = 0) -> Any:
-    """A `PreTrainedModel` whose `last_hidden_state` is the encoder's sequence, in fp32: fresh, or a checkpoint's tower.
+    """A `PreTrainedModel` in fp32, fresh or a checkpoint's tower; its `last_hidden_state` is the encoder's sequence.
 
-    What no `config.pooling` reads is left out: parameters without gradients weigh on every all-reduce and checkpoint.
-    Raises RecipeError as `encoder_config` does, and for weights that are absent, do not fit or are a pickle, and for a
-    vocabulary that is not the checkpoint's.
+    Parts that `config.pooling` does not read are left out: parameters without gradients would still be all-reduced and
+    saved. Raises RecipeError as `encoder_config` does, for weights that are missing, do not fit or are a pickle, and
+    for a vocabulary other than the checkpoint's.
     """
     settings = encoder_config(key, config, image_pixels=image_pixels, vocabulary_size=vocabulary_size)
     _check_kind(key, config, settings)
@@ -61,27 +66,18 @@ def load_backbone(key: str, config: SideConfig, *, image_pixels: int = 0, vocabu
         _drop_unread(backbone, config.pooling)
         return backbone
     tower = f"{_side(config)}_model"
-    backbone, missing = trained(key, config.checkpoint, settings, _model_class, tower)
-    if image_pixels:  # before parts are dropped, which a refitted backbone has again
+    backbone, missing = load_weights(key, config.checkpoint, settings, _model_class, tower)
+    if image_pixels:  # before unread parts are dropped, which a refitted backbone has again
         backbone = fit_pixels(key, backbone, image_pixels)
     _drop_unread(backbone, config.pooling)
-    absent = sorted(missing & set(backbone.state_dict()))
-    if absent:
+    if lacking := sorted(missing & set(backbone.state_dict())):
         raise RecipeError(
-            f"{key}.checkpoint: {config.checkpoint} holds no {absent[0]}, nor {len(absent) - 1} others of "
+            f"{key}.checkpoint: {config.checkpoint} lacks {lacking[0]} and {len(lacking) - 1} other weights of "
             f"{settings.model_type}; save the whole model there"
         )
     if vocabulary_size:
         fit_vocabulary(key, config.checkpoint, backbone, vocabulary_size)
     return backbone
-
-
-def _fresh_config(key: str, model_type: str) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise RecipeError(f"{key}.type: transformers has no {model_type!r}{nearest(model_type, CONFIG_MAPPING.keys())}")
-    return CONFIG_MAPPING[model_type]()
 
 
 def _side(config: SideConfig) -> str:
@@ -95,8 +91,8 @@ def _with_options(key: str, config: Any, fields: Mapping[str, Any], options: Map
             raise RecipeError(f"{key}.options.{option}: {model_type} has no such option{nearest(option, known)}")
     try:
         return type(config)(**{**fields, **options})
-    except wrong_options() as error:
-        raise RecipeError(f"{key}: {model_type} does not take these options ({one_line(error)})") from error
+    except option_errors() as error:
+        raise RecipeError(f"{key}: {model_type} does not accept these options ({one_line(error)})") from error
 
 
 def _check_kind(key: str, config: SideConfig, settings: Any) -> None:
@@ -104,45 +100,101 @@ def _check_kind(key: str, config: SideConfig, settings: Any) -> None:
     model_class = _model_class(settings)
     side, reads = ("pictures", "pixel_values") if _side(config) == "vision" else ("text", "input_ids")
     if model_class is None or model_class.main_input_name != reads or getattr(settings, "is_encoder_decoder", False):
-        raise RecipeError(f"{place}: {settings.model_type} is no encoder of {side}; use another")
+        raise RecipeError(f"{place}: {settings.model_type} is not an encoder of {side}; use another")
     if not getattr(settings, "hidden_size", None) and not getattr(settings, "hidden_sizes", None):
-        raise RecipeError(
-            f"{place}: {settings.model_type} states neither hidden_size nor hidden_sizes; use another encoder"
-        )
+        raise RecipeError(f"{place}: {settings.model_type} has neither hidden_size nor hidden_sizes; use another")
 
 
 def _model_class(settings: Any) -> Any:
     import transformers
 
     found = transformers.MODEL_MAPPING.get(type(settings), None)
-    if found is None:  # the text tower of SigLIP stands in no mapping of the Auto classes
+    if found is None:  # SigLIP's text tower is in no mapping of the Auto classes
         return getattr(transformers, type(settings).__name__.removesuffix("Config") + "Model", None)
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def _fresh(key: str, config: SideConfig, settings: Any) -> Any:
     model_class = _model_class(settings)
-    # Not made only to be dropped: the numbers that its weights draw would move those of all that is made after it.
+    # Not built and then dropped: the random numbers of its weights would shift those of every part built later.
     optional = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     extra = {"add_pooling_layer": False} if optional and config.pooling != "pooler" else {}
     try:
         return model_class._from_config(settings, dtype=torch.float32, **extra)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        reason = one_line(error)
-        raise RecipeError(f"{key}: {settings.model_type} cannot be built from these options ({reason})") from error
+        raise RecipeError(
+            f"{key}: {settings.model_type} cannot be built with these options ({one_line(error)})"
+        ) from error
 
 
 def _drop_unread(backbone: Any, pooling: str) -> None:
     embeddings: Any = getattr(backbone, "embeddings", None)
-    if getattr(embeddings, "mask_token", None) is not None:  # DINOv2's, of a task that is not ours
+    if getattr(embeddings, "mask_token", None) is not None:  # DINOv2's, for its own pretraining task
         embeddings.mask_token = None
     if pooling == "pooler":
         return
     pooler = getattr(backbone, "pooler", None)
-    if isinstance(pooler, torch.nn.Module) and any(True for _ in pooler.parameters()):
+    if isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         backbone.pooler = None
     if backbone.config.model_type == "siglip_vision_model" and backbone.use_head:
         backbone.use_head = False
         del backbone.head
     elif backbone.config.model_type == "siglip_text_model":
-        backbone.head = torch.nn.Identity()
+        backbone.head = nn.Identity()
+
+
+def layers_of(backbone: Any) -> tuple[str, nn.ModuleList] | None:
+    """The name and the list of a backbone's layers (stages, if it is convolutional); None without such a list."""
+    config = backbone.config
+    num_layers = getattr(config, "num_hidden_layers", None) or len(getattr(config, "depths", ()))
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return name, module
+    return None
+
+
+def depths(key: str, backbone: Any) -> tuple[dict[str, int], int]:
+    """The depth of each parameter by name, and the largest depth: 0 for the embeddings, 1 … L for the layers, L + 1
+    for what follows. Freezing and layer-wise learning rates use it.
+
+    Raises RecipeError naming `key` if the backbone has no list of layers (ALBERT shares one layer).
+    """
+    if (found := layers_of(backbone)) is None:
+        raise RecipeError(f"{key}: {backbone.config.model_type} has no list of layers to count; leave it out")
+    prefix, layers = f"{found[0]}.", found[1]
+    # Registration follows the forward pass in every backbone of `transformers`: parameters named before the layers
+    # feed them, those named after the layers read them.
+    depth_of: dict[str, int] = {}
+    deepest = 0
+    for name, _ in backbone.named_parameters():
+        if name.startswith(prefix):
+            depth_of[name] = deepest = int(name.removeprefix(prefix).split(".")[0]) + 1
+        else:
+            depth_of[name] = deepest + 1 if deepest else 0
+    return depth_of, len(layers) + 1
+
+
+def freeze(key: str, backbone: Any, frozen: int | Literal["all"]) -> list[nn.Module]:
+    """Stop training the embeddings and the first `frozen` layers, or all. Returns the modules that must stay in
+    evaluation mode: updates of a frozen norm, or dropout in a frozen layer, would change the inputs of layers above.
+
+    Raises RecipeError naming `key` if there are fewer layers.
+    """
+    if frozen == 0:
+        return []
+    if frozen == "all":
+        backbone.requires_grad_(False)
+        return [backbone]
+    depth_of, deepest = depths(key, backbone)
+    if frozen >= deepest:
+        raise RecipeError(f"{key}: {frozen} of {deepest - 1} layers; give fewer, or all for the whole encoder")
+    for name, parameter in backbone.named_parameters():
+        if depth_of[name] <= frozen:
+            parameter.requires_grad_(False)
+    # Modules with only frozen parameters. A dropout has none; it follows the module that contains it.
+    return [module for module in backbone.modules() if _is_frozen(module)]
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

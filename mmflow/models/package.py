@@ -1,42 +1,45 @@
-"""The model package: a plain directory that anyone can read and nothing in it can run code.
+"""The model package: a plain directory that anyone can read and that contains no code.
 
-`model.safetensors`, `config.json`, `tokenizer.json`, `preprocessor_config.json`, and `mmflow.json`, published last,
-with the sha256 of each file and where the model came from.
+`model.safetensors`, `config.json`, `tokenizer.json`, `preprocessor_config.json`, and `mmflow.json`, which is written
+last and holds the sha256 of each file and the model's lineage. Imports torch only to load or write weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
 from mmflow.core.artifacts import content_hash
-from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, RecipeError
 from mmflow.core.storage import exists, join, positioned_reader, read_bytes, read_json, write_bytes, write_json
-from mmflow.models.config import EncoderConfig, ModelConfig
+from mmflow.models.config import EncoderConfig, ModelConfig, TextEncoderConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mmflow.models.model import Model
 
 CARD = "mmflow.json"
 WEIGHTS = "model.safetensors"
-MAX_HEAD_BYTES = 100_000_000  # as safetensors itself bounds it
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 CONFIG = "config.json"
-MODEL_TYPE = "mmflow"  # in it, where transformers has the name of an architecture
+MODEL_TYPE = "mmflow"  # the field with which transformers names an architecture
 TOKENIZER = "tokenizer.json"
 PREPROCESSOR = "preprocessor_config.json"
+CLASSES = "heads.classes."  # the weights of the head that depends on the labels
+
+Settings = TypeVar("Settings", bound=EncoderConfig)
 
 
 @dataclass(frozen=True)
 class Package:
-    """A committed package: where it lies, and its card."""
+    """A committed package: its URI and its card."""
 
     uri: str
     card: Mapping[str, Any]
@@ -54,22 +57,12 @@ class Package:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for use: its weights, its tokenizer, how its pictures are prepared, and what its classes are."""
+    """A model ready for use, with its tokenizer and settings."""
 
     model: Model
     tokenizer: Tokenizer
     config: ModelConfig
     classes: tuple[str, ...] = ()  # labels or answers, in the order of the logits of the head `classes`
-
-
-def portable(config: ModelConfig, model: Model) -> ModelConfig:
-    """The settings of `model` that build it where no checkpoint is that it began from: what a package states."""
-    from mmflow.models.towers import without_checkpoint
-
-    towers: dict[str, EncoderConfig] = {"image": without_checkpoint(config.image, model.image)}
-    if config.text is not None and model.text is not None:
-        towers["text"] = without_checkpoint(config.text, model.text)
-    return config.model_copy(update=towers)
 
 
 def write_package(
@@ -82,7 +75,7 @@ def write_package(
     lineage: Mapping[str, Any],
     classes: Sequence[str] = (),
 ) -> Package:
-    """Publish a package. The card goes last, so that a package without one does not exist. `config` is `portable`."""
+    """Publish a package. The card is written last; a package without one does not exist. `config` is `portable`."""
     from safetensors.torch import save
 
     files = {
@@ -106,7 +99,7 @@ def write_package(
 
 
 def preprocessor(config: ModelConfig) -> dict[str, Any]:
-    """The file by which `transformers` prepares pictures as evaluation does here."""
+    """The file from which `transformers` prepares pictures as evaluation does here."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -122,21 +115,68 @@ def preprocessor(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def portable(config: ModelConfig, model: Model) -> ModelConfig:
+    """The settings that build `model` on a machine without the checkpoints it started from, for its package."""
+    towers: dict[str, EncoderConfig] = {"image": without_checkpoint(config.image, model.image)}
+    if config.text is not None and model.text is not None:
+        towers["text"] = without_checkpoint(config.text, model.text)
+    return config.model_copy(update=towers)
+
+
+def without_checkpoint(config: Settings, tower: nn.Module) -> Settings:
+    """The settings that build `tower` with fresh weights; stretched positions are included."""
+    from transformers import CONFIG_MAPPING
+
+    from mmflow.models.backbones import OWN_IDS
+
+    if config.checkpoint is None:
+        return config
+    encoder: Any = getattr(tower, "encoder", tower)  # a clip's or a document's encoder contains one
+    settings = encoder.backbone.config
+    defaults = CONFIG_MAPPING[settings.model_type]().to_dict()
+    # Ids of special tokens even if they are the type's defaults: fresh weights get those of mmflow's own tokenizer.
+    options = {
+        name: value
+        for name, value in settings.to_dict().items()
+        if name in defaults and name not in _NOT_OPTIONS and (value != defaults[name] or name in OWN_IDS)
+    }
+    update: dict[str, Any] = {"type": settings.model_type, "checkpoint": None, "options": options}
+    if isinstance(config, TextEncoderConfig):
+        update["positions"] = None
+    return type(config).model_validate(config.model_dump() | update)
+
+
+# About a checkpoint or its task, or derived from the recipe.
+_NOT_OPTIONS = frozenset(
+    (
+        "_name_or_path",  # a directory on the machine that had the checkpoint
+        "architectures",
+        "dtype",
+        "id2label",
+        "image_size",
+        "label2id",
+        "model_type",
+        "transformers_version",
+        "vocab_size",
+    )
+)
+
+
 def read_package(uri: str) -> Package:
-    """The package at `uri`, by its card alone. Raises MissingArtifactError where there is none, CorruptArtifactError
-    where the digest is not that of the files it lists."""
+    """The package at `uri`, from its card alone. Raises MissingArtifactError if there is none, CorruptArtifactError if
+    the digest does not match the listed files."""
     if not exists(join(uri, CARD)):
         raise MissingArtifactError(f"{uri}: no {CARD}, so no model package was committed here")
     card = read_json(join(uri, CARD))
     if not isinstance(card, dict) or card.get("digest") != content_hash(card.get("files")):
-        raise CorruptArtifactError(f"{join(uri, CARD)}: altered since it was committed; restore or retrain the model")
+        raise CorruptArtifactError(f"{join(uri, CARD)}: changed since it was committed; restore or retrain the model")
     return Package(uri, card)
 
 
 def load_package(package: Package) -> LoadedModel:
-    """Read, check and build the model, in evaluation mode, fp32, on the CPU.
+    """Read and check the files, and build the model in evaluation mode, fp32, on the CPU.
 
-    Every file is checked against the card before anything is made of it. Raises CorruptArtifactError naming the file.
+    Every file is checked against the card before it is parsed. Raises CorruptArtifactError naming the file.
     """
     from safetensors.torch import load
 
@@ -151,44 +191,34 @@ def load_package(package: Package) -> LoadedModel:
     return LoadedModel(model.eval(), tokenizer, config, classes)
 
 
-def read_weights(package: Package) -> dict[str, Tensor]:
-    """The package's weights by name, without a model of them. Raises as `load_package`."""
-    from safetensors.torch import load
-
-    return load(_read_file(package, WEIGHTS))
-
-
 def weight_shapes(package: Package) -> dict[str, tuple[int, ...]]:
-    """The shapes of the package's weights by name, from the head of their file alone, which is not compared with the
-    card. Raises MissingArtifactError where the file is gone, CorruptArtifactError where it has no such head."""
+    """The shapes of the package's weights by name, from the header of their file, which is not checked against the
+    card. Raises MissingArtifactError if there is no file, CorruptArtifactError if it has no such header."""
     uri = join(package.uri, WEIGHTS)
     read = positioned_reader(uri)
     try:
-        header = json.loads(read(min(int.from_bytes(read(8, 0), "little"), MAX_HEAD_BYTES), 8))
-        return {name: tuple(each["shape"]) for name, each in header.items() if name != "__metadata__"}
+        header = json.loads(read(min(int.from_bytes(read(8, 0), "little"), MAX_HEADER_BYTES), 8))
+        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise CorruptArtifactError(f"{uri}: no weights ({error}); write the package again") from error
+        raise CorruptArtifactError(f"{uri}: not a safetensors file ({error}); write the package again") from error
 
 
 def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:
-    """The package's tokenizer.json as text, and its classes; the weights are not read. Raises as `load_package`."""
+    """The package's tokenizer.json as text, and its classes, without its weights. Raises as `load_package`."""
     _, classes = _parse(package)
     return _read_file(package, TOKENIZER).decode(), classes
 
 
 def read_config(package: Package) -> ModelConfig:
-    """What the package's model is made of; the weights are not read. Raises as `load_package`."""
+    """The settings of the package's model, without its weights. Raises as `load_package`."""
     config, _ = _parse(package)
     return config
 
 
 def _parse(package: Package) -> tuple[ModelConfig, tuple[str, ...]]:
     fields = json.loads(_read_file(package, CONFIG))
-    fields.pop("model_type")
-    classes = tuple(fields.pop("classes", ()))
-    video = fields.get("video")
-    if video is not None and video["kind"] == "mean":  # older packages name layers that a mean never had
-        video |= {"layers": None, "heads": None}
+    del fields["model_type"]
+    classes = tuple(fields.pop("classes"))
     try:
         return ModelConfig.model_validate(fields), classes
     except ValidationError as error:
@@ -202,9 +232,92 @@ def _parse(package: Package) -> tuple[ModelConfig, tuple[str, ...]]:
 def _read_file(package: Package, name: str) -> bytes:
     data = read_bytes(join(package.uri, name))
     if hashlib.sha256(data).hexdigest() != package.card["files"][name]:
-        raise CorruptArtifactError(f"{join(package.uri, name)}: altered since it was committed; restore or retrain it")
+        raise CorruptArtifactError(f"{join(package.uri, name)}: changed since it was committed; restore or retrain it")
     return data
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+# --- starting a model from a package ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a model and the package it starts from do not share, as modules or single tensors."""
+
+    fresh: tuple[str, ...]  # in the model only: keeps its initial weights
+    left_out: tuple[str, ...]  # in the package only
+
+
+def start_from(key: str, model: Model, package: Package, classes: Sequence[str]) -> Start:
+    """Load the package's weights into a model with these `classes`, in this order.
+
+    The head `classes` keeps its initial weights if the package has other classes. `key` is the recipe's, for errors;
+    raises as `check_start` and `load_package`.
+    """
+    from safetensors.torch import load
+
+    weights, own = load(_read_file(package, WEIGHTS)), model.state_dict()
+    _check_fit(key, own, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    same_classes = read_vocabulary(package)[1] == tuple(classes)
+    shared = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in own and (same_classes or not name.startswith(CLASSES))
+    }
+    model.load_state_dict(shared, strict=False)
+    return Start(_modules(own, shared), _modules(weights, shared))
+
+
+def check_start(key: str, model: Model, package: Package) -> tuple[str, ...]:
+    """The fresh parts of a model that starts from a package, without reading the package's weights.
+
+    Raises RecipeError if a tensor has different shapes in the model and the package (except for the number of classes,
+    which the data decides), or if an encoder shares no weight with the package's.
+    """
+    shapes, own = weight_shapes(package), model.state_dict()
+    _check_fit(key, own, shapes)
+    return _modules(own, shapes)
+
+
+def fresh_parts(model: Model, config: ModelConfig) -> tuple[str, ...]:
+    """The fresh parts of a model that does not start from a package: all but its encoders' checkpoints."""
+    towers = {"image": config.image, "text": config.text}
+    trained = tuple(f"{side}." for side, tower in towers.items() if tower is not None and tower.checkpoint is not None)
+    own = model.state_dict()
+    return _modules(own, {name for name in own if name.startswith(trained) and "backbone." in name})
+
+
+def _check_fit(key: str, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    section = key.rpartition(".")[0]
+    for name, tensor in own.items():
+        first = 1 if name.startswith(CLASSES) else 0
+        if name in shapes and shapes[name][first:] != tensor.shape[first:]:
+            raise RecipeError(
+                f"{key}: {name} is {list(shapes[name])} in the package and {list(tensor.shape)} in {section}.model; "
+                f"make them equal, or leave the difference out of {section}.model to use the package's settings"
+            )
+    for side in ("image", "text"):
+        ours, theirs = ({name for name in names if name.startswith(f"{side}.")} for names in (own, shapes))
+        if ours and theirs and ours.isdisjoint(theirs):
+            raise RecipeError(
+                f"{key}: the package's {side} encoder shares no weight with {section}.model's; give both the same "
+                "type, or leave start out"
+            )
+
+
+def _modules(names: Collection[str], shared: Collection[str]) -> tuple[str, ...]:
+    """The names that are not shared; a module's name in place of its tensors' where none of them is shared."""
+    holds_shared = {prefix for name in shared for prefix in _prefixes(name)}
+    shortest = (
+        next(prefix for prefix in _prefixes(name) if prefix not in holds_shared) for name in names if name not in shared
+    )
+    return tuple(dict.fromkeys(shortest))
+
+
+def _prefixes(name: str) -> list[str]:
+    """The modules that contain a tensor, outermost first, and the tensor itself."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

@@ -1,1 +1,0 @@
-"""Model packages from and to the formats of others."""

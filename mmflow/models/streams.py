@@ -1,0 +1,259 @@
+"""Fusions by attention: two streams that read each other, or one stream of text and image.
+
+Their layers are post-norm as in BERT (arXiv 1706.03762, section 3.1), like those of UNITER, VisualBERT, ViLBERT,
+LXMERT, ALBEF and BLIP.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from mmflow.models.attention import Attention
+from mmflow.models.config import FusionConfig
+from mmflow.models.encoders import Encoded, Fused
+
+# Shapes: B batch, Q places that read, K places that are read, T tokens, R regions, L places of either or of both, W
+# width of the fusion, M width of an encoder, H heads.
+
+LAYER_NORM_EPS = 1e-12  # BERT's, and that of every model with weights that fit these layers
+
+Maps = dict[str, Tensor]
+
+
+class AttentionLayer(nn.Module):
+    """x ← LayerNorm(x + Dropout(attention of x to c)); with c = x it is self-attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(
+        self, x_BQW: Tensor, context_BKW: Tensor, mask_BK: Tensor, attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The places after they read the context where `mask_BK` (bool) is True, and on request the map (B, H, Q, K).
+
+        A row with nothing to read keeps what it has, and its map is zeros.
+        """
+        readable_B1 = mask_BK.any(1, keepdim=True)
+        # A softmax over nothing is NaN, and so is its gradient: such a row reads everything, and the result is dropped.
+        read_BQW, map_BHQK = self.attention(x_BQW, context_BKW, mask_BK | ~readable_B1, maps=attentions)
+        x_BQW = self.norm(x_BQW + self.dropout(read_BQW.masked_fill(~readable_B1[..., None], 0.0)))
+        if map_BHQK is not None and not bool(readable_B1.all()):
+            # Only where needed: the filled copy is not on the way to the output and gets no gradient.
+            map_BHQK = map_BHQK.masked_fill(~readable_B1[..., None, None], 0.0)
+        return x_BQW, map_BHQK
+
+
+class FeedForward(nn.Module):
+    """x ← LayerNorm(x + Dropout(V · GELU(U x))), four times as wide inside."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 4 * width)
+        self.output = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        """(…, W) → (…, W)."""
+        y: Tensor = self.norm(x_BLW + self.dropout(self.output(nn.functional.gelu(self.inner(x_BLW)))))
+        return y
+
+
+class Entrance(nn.Module):
+    """An encoder's sequence in the width of the fusion: Dropout(LayerNorm(A x + a)). Each side has its own; the bias
+    distinguishes the sides as a segment embedding would."""
+
+    def __init__(self, encoder_width: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.projection = nn.Linear(encoder_width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, sequence_BLM: Tensor) -> Tensor:
+        """(B, L, M) → (B, L, W)."""
+        entered: Tensor = self.dropout(self.norm(self.projection(sequence_BLM)))
+        return entered
+
+
+class Pooler(nn.Module):
+    """tanh(A x₀ + a) of the text's first token (BERT, arXiv 1810.04805, section 3.1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, text_BTW: Tensor) -> Tensor:
+        """(B, T, W) → (B, W)."""
+        pooled: Tensor = self.dense(text_BTW[:, 0]).tanh()
+        return pooled
+
+
+class TextReadsImage(nn.Module):
+    """Text attends to itself, then to the image, then goes through a feed-forward net (ALBEF's multimodal encoder,
+    arXiv 2107.07651, section 3.1; BLIP's image-grounded text encoder, arXiv 2201.12086). The image does not change."""
+
+    def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
+        super().__init__()
+        self.self_attention = AttentionLayer(width, heads, dropout)
+        self.cross_attention = AttentionLayer(width, heads, dropout)
+        self.feed_forward = FeedForward(width, dropout)
+
+    def forward(
+        self, text_BTW: Tensor, text_BT: Tensor, image_BRW: Tensor, image_BR: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor, Maps]:
+        """Both streams after this layer, and the maps by name. The two other kinds of layer do the same."""
+        text_BTW, _ = self.self_attention(text_BTW, text_BTW, text_BT)
+        text_BTW, map_BHTR = self.cross_attention(text_BTW, image_BRW, image_BR, attentions)
+        return self.feed_forward(text_BTW), image_BRW, _named(map_BHTR, None)
+
+
+class EachReadsOther(nn.Module):
+    """Each stream attends to the other, then goes through a feed-forward net: ViLBERT's co-attentional layer (arXiv
+    1908.02265, section 2.2 and figure 2b). The last layer leaves out a stream that nothing reads afterwards."""
+
+    def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)})
+        self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in sorted(streams)})
+
+    def forward(
+        self, text_BTW: Tensor, text_BT: Tensor, image_BRW: Tensor, image_BR: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor, Maps]:
+        new_text, new_image, map_BHTR, map_BHRT = text_BTW, image_BRW, None, None
+        if "text" in self.attention:
+            new_text, map_BHTR = self.attention["text"](text_BTW, image_BRW, image_BR, attentions)
+            new_text = self.feed_forward["text"](new_text)
+        if "image" in self.attention:
+            new_image, map_BHRT = self.attention["image"](image_BRW, text_BTW, text_BT, attentions)
+            new_image = self.feed_forward["image"](new_image)
+        return new_text, new_image, _named(map_BHTR, map_BHRT)
+
+
+class EachReadsBoth(nn.Module):
+    """Each stream attends to the other, then to itself, then goes through a feed-forward net: LXMERT's cross-modality
+    layer (arXiv 1908.07490, section 2.2). As there, one cross-attention serves both directions. The last layer leaves
+    out a stream that nothing reads afterwards."""
+
+    def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
+        super().__init__()
+        self.cross_attention = AttentionLayer(width, heads, dropout)
+        self.self_attention = nn.ModuleDict(
+            {stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)}
+        )
+        self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in sorted(streams)})
+
+    def forward(
+        self, text_BTW: Tensor, text_BT: Tensor, image_BRW: Tensor, image_BR: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor, Maps]:
+        new_text, new_image, map_BHTR, map_BHRT = text_BTW, image_BRW, None, None
+        if "text" in self.self_attention:
+            new_text, map_BHTR = self.cross_attention(text_BTW, image_BRW, image_BR, attentions)
+            new_text, _ = self.self_attention["text"](new_text, new_text, text_BT)
+            new_text = self.feed_forward["text"](new_text)
+        if "image" in self.self_attention:
+            new_image, map_BHRT = self.cross_attention(image_BRW, text_BTW, text_BT, attentions)
+            new_image, _ = self.self_attention["image"](new_image, new_image, image_BR)
+            new_image = self.feed_forward["image"](new_image)
+        return new_text, new_image, _named(map_BHTR, map_BHRT)
+
+
+def _named(text_to_image: Tensor | None, image_to_text: Tensor | None) -> Maps:
+    maps = {"text_to_image": text_to_image, "image_to_text": image_to_text}
+    return {name: map_BHQK for name, map_BHQK in maps.items() if map_BHQK is not None}
+
+
+class TwoStream(nn.Module):
+    """Layers of one kind between the encoders and the heads; `reads` is what the heads read."""
+
+    def __init__(
+        self,
+        layer: type[TextReadsImage | EachReadsOther | EachReadsBoth],
+        config: FusionConfig,
+        text_width: int,
+        image_width: int,
+        reads: frozenset[str],
+    ) -> None:
+        super().__init__()
+        self.reads = reads
+        self.text_entrance = Entrance(text_width, config.width, config.dropout)
+        self.image_entrance = Entrance(image_width, config.width, config.dropout)
+        both = frozenset({"text", "image"})
+        last = frozenset({"image"} & reads) | frozenset({"text"} if {"text", "pooled"} & reads else ())
+        num_layers, heads = config.layers or 0, config.heads or 0
+        self.layers = nn.ModuleList(
+            layer(config.width, heads, config.dropout, last if number == num_layers - 1 else both)
+            for number in range(num_layers)
+        )
+        self.pooler = Pooler(config.width) if "pooled" in reads else None
+
+    def forward(self, image: Encoded, text: Encoded, *, attentions: bool = False) -> Fused:
+        """Fused vectors, and on request the maps of each layer."""
+        (text_BTM, _, text_BT), (image_BRM, _, image_BR) = text.blanked(), image.blanked()
+        text_BTW, image_BRW = self.text_entrance(text_BTM), self.image_entrance(image_BRM)
+        all_maps = defaultdict[str, tuple[Tensor, ...]](tuple)
+        for layer in self.layers:
+            text_BTW, image_BRW, maps = layer(text_BTW, text_BT, image_BRW, image_BR, attentions)
+            for name, map_BHQK in maps.items():
+                all_maps[name] += (map_BHQK,)
+        return Fused(
+            text_BTW if "text" in self.reads else None,
+            image_BRW if "image" in self.reads else None,
+            self.pooler(text_BTW) if self.pooler is not None else None,
+            dict(all_maps) if attentions else None,
+        )
+
+
+class Layer(nn.Module):
+    """A layer of BERT (arXiv 1810.04805)."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = AttentionLayer(width, heads, dropout)
+        self.feed_forward = FeedForward(width, dropout)
+
+    def forward(self, x_BLW: Tensor, mask_BL: Tensor, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The sequence after this layer, and on request its map (B, H, L, L)."""
+        x_BLW, map_BHLL = self.attention(x_BLW, x_BLW, mask_BL, attentions)
+        return self.feed_forward(x_BLW), map_BHLL
+
+
+class SingleStream(nn.Module):
+    """One transformer over text and image in one sequence, in which every place reads every other (UNITER, arXiv
+    1909.11740, section 3.1; VisualBERT, arXiv 1908.03557, section 3.2)."""
+
+    def __init__(self, config: FusionConfig, text_width: int, image_width: int, reads: frozenset[str]) -> None:
+        super().__init__()
+        self.reads = reads
+        self.text_entrance = Entrance(text_width, config.width, config.dropout)
+        self.image_entrance = Entrance(image_width, config.width, config.dropout)
+        layers = range(config.layers or 0)
+        self.layers = nn.ModuleList(Layer(config.width, config.heads or 0, config.dropout) for _ in layers)
+        self.pooler = Pooler(config.width) if "pooled" in reads else None
+
+    def forward(self, image: Encoded, text: Encoded, *, attentions: bool = False) -> Fused:
+        """Fused vectors, and on request the maps of each layer."""
+        (text_BTM, _, text_BT), (image_BRM, _, image_BR) = text.blanked(), image.blanked()
+        num_tokens = text_BT.shape[1]
+        mask_BL = torch.cat([text_BT, image_BR], 1)
+        x_BLW = torch.cat([self.text_entrance(text_BTM), self.image_entrance(image_BRM)], 1)
+        joint: tuple[Tensor, ...] = ()
+        for layer in self.layers:
+            x_BLW, map_BHLL = layer(x_BLW, mask_BL, attentions)
+            joint += () if map_BHLL is None else (map_BHLL,)
+        maps = {
+            "joint": joint,
+            "text_to_image": tuple(map_BHLL[:, :, :num_tokens, num_tokens:] for map_BHLL in joint),
+            "image_to_text": tuple(map_BHLL[:, :, num_tokens:, :num_tokens] for map_BHLL in joint),
+        }
+        return Fused(
+            x_BLW[:, :num_tokens] if "text" in self.reads else None,
+            x_BLW[:, num_tokens:] if "image" in self.reads else None,
+            self.pooler(x_BLW) if self.pooler is not None else None,
+            maps if attentions else None,
+        )
