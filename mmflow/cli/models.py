@@ -77,7 +77,7 @@ def models_import(
     package: Annotated[str, typer.Argument(metavar="PACKAGE", help="The new package's directory or URI.")],
 ) -> None:
     """Make a model package of a CLIP, SigLIP or VisionTextDualEncoder: weights, tokenizer and image processor."""
-    from mmflow.models.exchange.checkpoints import import_checkpoint
+    from mmflow.models.importing import import_checkpoint
 
     made = import_checkpoint(package, checkpoint)
     print(f"{made.uri}: {made.card['lineage']['imported']}, {made.parameters:,} parameters, digest {made.digest}")
@@ -97,12 +97,12 @@ def models_export(
 
     loaded = load_package(read_package(package))
     if to == "transformers":
-        from mmflow.models.exchange.layouts import export_transformers
+        from mmflow.models.exporting import export_transformers
 
         exported = export_transformers(loaded, directory)
         print(f"{directory}: {exported.layout}, logits differ by {exported.difference:.1e} at most")
     else:
-        from mmflow.models.exchange.onnx_towers import export_onnx
+        from mmflow.models.exporting import export_onnx
 
         for name, difference in export_onnx(loaded, directory).items():
             print(f"{directory}/{name}: embeddings differ by {difference:.1e} at most")

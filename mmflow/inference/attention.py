@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmflow.dataset.reader import Sample
 from mmflow.inference.predict import Predictor
-from mmflow.models.hierarchical import HierarchicalEncoder
+from mmflow.models.encoders import WindowEncoder
 from mmflow.models.package import LoadedModel
 
 # Shapes: B batch, H heads, T tokens or regions that read, R regions of a picture, S tokens or regions that are read, or
@@ -202,7 +202,7 @@ def _read_by_each_other(counts: Mapping[str, list[Tensor]], num_tokens: int) -> 
 
 def _of_tokens(encoder: Any, weights_1T: Tensor | None, num_tokens: int) -> Tensor | None:
     """(1, T): a token of a document that is read in windows has the weight of its window."""
-    if weights_1T is None or not isinstance(encoder, HierarchicalEncoder):
+    if weights_1T is None or not isinstance(encoder, WindowEncoder):
         return weights_1T
     return weights_1T[:, (torch.arange(num_tokens) - 1).clamp(min=0) // encoder.fresh_tokens]
 

@@ -44,16 +44,15 @@ def write_texts(
 ) -> list[str]:
     """One text a sample: what the decoder writes about its picture, or answers to its question.
 
-    Raises RecipeError as `marks_of`.
+    Raises RecipeError as `decoder_tokens`.
     """
     import torch
 
-    from mmflow.models.generate import Memory, beam, greedy, nucleus
-    from mmflow.models.marks import marks_of
+    from mmflow.models.generate import Memory, beam, decoder_tokens, greedy, nucleus
 
     loaded, decoder = predictor.loaded, predictor.model.decoder
     assert decoder is not None, "the caller asks only models that decode"
-    marks = marks_of("model", loaded.tokenizer)
+    marks = decoder_tokens("model", loaded.tokenizer)
     longest = min(settings.max_tokens or loaded.config.max_tokens - 1, loaded.config.max_tokens)
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []

@@ -18,8 +18,7 @@ from mmflow.learning.outputs import MaskingTokens, Outputs
 from mmflow.learning.rows import Gather, GlobalRows, PassOn, global_rows
 from mmflow.loading.batches import Batch, normalise
 from mmflow.models.config import ModelConfig
-from mmflow.models.model import Model
-from mmflow.models.scale import Scale
+from mmflow.models.model import Model, Scale
 
 Parts = dict[str, Tensor]
 

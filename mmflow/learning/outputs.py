@@ -18,10 +18,8 @@ from torch import Tensor
 from mmflow.core.errors import TrainingError
 from mmflow.learning.rows import Gather, GlobalRows, PassOn
 from mmflow.loading.tokens import NAMES, SPECIAL, id_of
-from mmflow.models.encoders import Encoded
-from mmflow.models.fused import Fused
-from mmflow.models.model import Model
-from mmflow.models.scale import Scale
+from mmflow.models.encoders import Encoded, Fused
+from mmflow.models.model import Model, Scale
 
 # Shapes: B rows of this rank, T tokens, E the width of the shared space.
 

@@ -20,10 +20,8 @@ from mmflow.models.backbones import encoder_config
 from mmflow.models.checkpoints import checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ModelConfig, TextEncoderConfig
 from mmflow.models.lora import check_lora
-from mmflow.models.marks import with_marks
-from mmflow.models.model import Model, build
-from mmflow.models.package import Package, read_config, read_package, read_vocabulary
-from mmflow.models.start import check_package, fresh_parts
+from mmflow.models.model import Model, build, with_special_tokens
+from mmflow.models.package import Package, check_start, fresh_parts, read_config, read_package, read_vocabulary
 from mmflow.training.config import DistillConfig, PretrainConfig, Task, TrainingConfig, tasks_of
 from mmflow.training.validation import validation_metrics
 
@@ -46,7 +44,7 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
     special = MaskingTokens(0, (), config.vocabulary_size or VOCABULARY_SIZE)
     if tokenizer is not None:
         special = masking_tokens(tokenizer)
-        config = with_marks(f"{key}.model", config, tokenizer)
+        config = with_special_tokens(f"{key}.model", config, tokenizer)
     for task in tasks:
         check(f"{task.key}.objectives", task.objectives, config.gives, special)
     losses = set(section.losses.named) if isinstance(section, DistillConfig) else set[str]()
@@ -131,7 +129,7 @@ def _check_start(
         )
     with torch.device("meta"):
         model = build(f"{key}.model", config, vocabulary_size, seed=0, num_classes=2)
-    return model, check_package(f"{key}.start", model, package)
+    return model, check_start(f"{key}.start", model, package)
 
 
 def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:
@@ -149,7 +147,7 @@ def check_student(pretrain: PretrainConfig, distill: DistillConfig) -> None:
     own = _checkpoint("distill", model.text)
     tokenizer = tokenizer_of("pretrain", pretrain)
     if tokenizer is not None:
-        with_marks("distill.model", model, tokenizer)
+        with_special_tokens("distill.model", model, tokenizer)
     # One that was saved without a tokenizer is known by the size of its vocabulary alone, when it is built.
     if own is not None and (
         tokenizer is None

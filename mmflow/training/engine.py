@@ -17,9 +17,7 @@ from mmflow.core.memory import keep_freed_memory
 from mmflow.learning.learner import Parts
 from mmflow.learning.micro_batches import MicroBatch
 from mmflow.loading.batches import Batch
-from mmflow.models.learning_rates import learning_rate_factors
-from mmflow.models.model import Model
-from mmflow.models.scale import Scale
+from mmflow.models.model import Model, Scale, learning_rate_factors
 from mmflow.training.config import OptimizerConfig
 from mmflow.training.optimizers import (
     MUON,

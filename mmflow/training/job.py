@@ -33,8 +33,16 @@ from mmflow.models.config import LoraConfig, ModelConfig
 from mmflow.models.lora import adapt
 from mmflow.models.model import Model
 from mmflow.models.model import build as build_model
-from mmflow.models.package import Package, load_package, read_config, read_package, read_vocabulary
-from mmflow.models.start import Begun, begin, fresh_parts
+from mmflow.models.package import (
+    Package,
+    Start,
+    fresh_parts,
+    load_package,
+    read_config,
+    read_package,
+    read_vocabulary,
+    start_from,
+)
 from mmflow.training.config import Task, TrainingConfig
 from mmflow.training.engine import build_engine, compile_parts
 from mmflow.training.validation import Best, HeldOut, Validation
@@ -148,7 +156,7 @@ class Built:
     learner: Learning
     image_pixels: int
     engine: Any
-    begun: Begun | None = None  # with the weights of a package
+    begun: Start | None = None  # with the weights of a package
 
 
 def build(job: TrainingJob, tokenizer: Tokenizer, steps: int) -> Built:
@@ -156,7 +164,7 @@ def build(job: TrainingJob, tokenizer: Tokenizer, steps: int) -> Built:
     learner, image_pixels = _learner(job, tokenizer)
     begun = None
     if job.start is not None:
-        begun = begin(f"{job.stage}.start", model_of(learner), read_package(job.start), job.classes)
+        begun = start_from(f"{job.stage}.start", model_of(learner), read_package(job.start), job.classes)
     if job.lora is not None:
         fresh = begun.fresh if begun is not None else fresh_parts(model_of(learner), job.model)
         adapt(f"{job.stage}.lora", model_of(learner), job.lora, fresh, job.seed)

@@ -19,7 +19,7 @@ from mmflow.loading.plan import LoaderState
 from mmflow.loading.tokens import read_tokenizer
 from mmflow.models.encoders import parameter_count
 from mmflow.models.lora import adapter_count, merged
-from mmflow.models.marks import with_marks
+from mmflow.models.model import with_special_tokens
 from mmflow.models.package import portable, write_package
 from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.config import TrainingConfig
@@ -41,7 +41,7 @@ def run_rank(job: TrainingJob, preempted: Callable[[], bool] = lambda: False) ->
     """
     prepare_deepspeed()
     tokenizer = read_tokenizer(job.tokenizer_json)
-    job = replace(job, model=with_marks(f"{job.stage}.model", job.model, tokenizer))
+    job = replace(job, model=with_special_tokens(f"{job.stage}.model", job.model, tokenizer))
     config = job.training
     guards = Guards(config.guards)
     with _journal(job.journal) as (journal, flush):

@@ -16,7 +16,7 @@ from mmflow.inference import predict
 from mmflow.inference.predict import Predictor
 from mmflow.inference.writing import WritingConfig, text_of, write_texts
 from mmflow.loading.tokens import train_tokenizer
-from mmflow.models.marks import marks_of
+from mmflow.models.generate import decoder_tokens
 from mmflow.models.model import Model
 from tests.evaluation.models import (
     COLOURS,
@@ -188,7 +188,7 @@ def test_pair_scores_are_those_of_each_pair_alone(pairs_at_once: int, monkeypatc
 
 def test_written_ids_are_text_up_to_the_closing_token() -> None:
     made = tokenizer()
-    marks = marks_of("model", made)
+    marks = decoder_tokens("model", made)
     ids = made.encode("a red square on it").ids
     assert text_of(made, [*ids[1:], marks.pad, ids[2]]) == "a red square on it"
     assert text_of(made, [marks.last]) == ""

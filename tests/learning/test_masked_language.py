@@ -12,7 +12,7 @@ from mmflow.learning.config import MaskedLanguageConfig
 from mmflow.learning.objectives.masked_language import hide_words, masked_language
 from mmflow.learning.outputs import MaskingTokens, masking_tokens
 from mmflow.loading.tokens import train_tokenizer
-from mmflow.models.fused import Fused
+from mmflow.models.encoders import Fused
 from tests.learning.tiny import SPECIAL, VOCABULARY, TinyModel, batch, gradients, outputs_of, rows_of
 
 MANY = MaskingTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=1000)

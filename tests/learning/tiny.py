@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from mmflow.learning.outputs import MaskingTokens, Outputs
 from mmflow.learning.rows import Gather, GlobalRows, PassOn, global_rows
-from mmflow.models.encoders import Encoded
-from mmflow.models.fused import Fused
-from mmflow.models.scale import LogitScale
+from mmflow.models.encoders import Encoded, Fused
+from mmflow.models.model import LogitScale
 
 SIDE, PATCH, WIDTH, SHARED, VOCABULARY, CLASSES, TOKENS = 8, 4, 5, 4, 23, 3, 7
 SPECIAL = MaskingTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=VOCABULARY)

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
-from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder, without_checkpoint
+from mmflow.models.encoders import TextTower
+from mmflow.models.model import build_image_encoder, build_text_encoder
+from mmflow.models.package import without_checkpoint
+from mmflow.models.video import ImageTower
 from tests.models.backbones import IMAGE, TEXT
 
 PIXELS, VOCABULARY = 16, 64

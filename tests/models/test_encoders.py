@@ -12,7 +12,7 @@ from torch import Tensor
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.encoders import Encoder, ImageEncoder, TextEncoder, parameter_count
-from mmflow.models.towers import build_image_encoder, build_text_encoder
+from mmflow.models.model import build_image_encoder, build_text_encoder
 from tests.models.backbones import IMAGE, LAYERS, TEXT, VITS
 
 PIXELS, VOCABULARY, MAX_TOKENS = 16, 64, 12

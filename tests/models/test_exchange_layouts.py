@@ -15,10 +15,8 @@ from torch import Tensor
 
 from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.models.config import ModelConfig
-from mmflow.models.exchange import layouts
-from mmflow.models.exchange.checkpoints import import_checkpoint
-from mmflow.models.exchange.layouts import export_transformers
-from mmflow.models.exchange.probe import probe
+from mmflow.models.exporting import export_transformers
+from mmflow.models.importing import import_checkpoint
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package
 

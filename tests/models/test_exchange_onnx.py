@@ -12,8 +12,7 @@ from tokenizers import Tokenizer
 
 from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.models.config import ModelConfig
-from mmflow.models.exchange import onnx_towers
-from mmflow.models.exchange.onnx_towers import IMAGE, SCALE, TEXT, export_onnx
+from mmflow.models.exporting import IMAGE, SCALE, TEXT, export_onnx
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel
 

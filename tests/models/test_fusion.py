@@ -13,12 +13,17 @@ from torch import Tensor
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import FusionConfig
-from mmflow.models.encoders import Encoded
-from mmflow.models.fused import Fused, absent
+from mmflow.models.encoders import Encoded, Fused
 from mmflow.models.fusion import build_fusion
 from tests.models.fusions import ALL, ATTENDING, HEADS, KINDS, WIDTH, encodings, fusion
 
 MISSING = torch.tensor([False, True, False, True])
+
+
+def absent(encoded: Encoded, missing_B: Tensor) -> Encoded:
+    """The same rows with those of `missing_B` masked."""
+    mask_BT = encoded.blanked()[2]
+    return encoded._replace(mask_BT=mask_BT & ~missing_B[:, None])
 
 
 def parts(fused: Fused, text_BT: Tensor | None = None) -> list[Tensor]:

@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmflow.models.config import FusionConfig
 from mmflow.models.encoders import Encoded
-from mmflow.models.layers import AttentionLayer, FeedForward
-from mmflow.models.single_stream import SingleStream
-from mmflow.models.two_stream import EachReadsBoth, EachReadsOther, TextReadsImage
+from mmflow.models.streams import (
+    AttentionLayer,
+    EachReadsBoth,
+    EachReadsOther,
+    FeedForward,
+    SingleStream,
+    TextReadsImage,
+)
 from tests.models.fusions import ALL, HEADS, WIDTH
 
 STREAMS = frozenset({"text", "image"})
@@ -164,7 +170,9 @@ def visual_bert() -> tuple[SingleStream, Any]:
         )
     ).eval()
     roughen(theirs)
-    ours = SingleStream(WIDTH, 12, width=WIDTH, layers=2, heads=HEADS, dropout=0.0, reads=ALL).eval()
+    ours = SingleStream(
+        FusionConfig(kind="single_stream", width=WIDTH, layers=2, heads=HEADS, dropout=0.0), WIDTH, 12, ALL
+    ).eval()
     embeddings = theirs.embeddings
     with torch.no_grad():
         ours.text_entrance.projection.weight.copy_(torch.eye(WIDTH))

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from mmflow.models.config import DecoderConfig
 from mmflow.models.decoder import Decoder
-from mmflow.models.generate import Marks, Memory, beam, greedy, nucleus
+from mmflow.models.generate import DecoderTokens, Memory, beam, greedy, nucleus
 
 PAD, FIRST, LAST = 0, 1, 2
-MARKS = Marks(FIRST, LAST, PAD)
+TOKENS = DecoderTokens(FIRST, LAST, PAD)
 VOCABULARY = 5  # two words that text can hold
 
 
@@ -60,7 +60,7 @@ def text_of(ids: torch.Tensor) -> tuple[int, ...]:
 def test_a_beam_as_wide_as_the_texts_finds_the_best_of_them_all(seed: int, penalty: float, masked: bool) -> None:
     decoder, max_tokens = decoder_of(seed), 4
     memory = memory_of(3, masked)
-    found = beam(decoder, memory, MARKS, max_tokens, width=16, length_penalty=penalty)
+    found = beam(decoder, memory, TOKENS, max_tokens, width=16, length_penalty=penalty)
     for row in range(3):
         alone = row_of(memory, row)
         scored = {text: log_probability(decoder, alone, text) for text in all_texts(max_tokens)}
@@ -73,7 +73,7 @@ def test_a_beam_as_wide_as_the_texts_finds_the_best_of_them_all(seed: int, penal
 @given(seed=st.integers(0, 10_000))
 def test_one_beam_is_greedy(seed: int) -> None:
     decoder, memory = decoder_of(seed), memory_of(4)
-    by_beam, by_greed = beam(decoder, memory, MARKS, 6, width=1), greedy(decoder, memory, MARKS, 6)
+    by_beam, by_greed = beam(decoder, memory, TOKENS, 6, width=1), greedy(decoder, memory, TOKENS, 6)
     assert by_beam.token_ids_BT.tolist() == by_greed.token_ids_BT.tolist()
     torch.testing.assert_close(by_beam.log_probability_B, by_greed.log_probability_B)
 
@@ -82,7 +82,7 @@ def test_one_beam_is_greedy(seed: int) -> None:
 @given(seed=st.integers(0, 10_000))
 def test_greedy_takes_the_likeliest_token_and_stops_at_the_closing_one(seed: int) -> None:
     decoder, memory = decoder_of(seed), memory_of(4)
-    found = greedy(decoder, memory, MARKS, 6)
+    found = greedy(decoder, memory, TOKENS, 6)
     for row in range(4):
         alone, text = row_of(memory, row), list[int]()
         while len(text) < 6 and LAST not in text:
@@ -101,8 +101,8 @@ def test_greedy_takes_the_likeliest_token_and_stops_at_the_closing_one(seed: int
 def test_a_row_writes_in_a_batch_what_it_writes_alone(search: str) -> None:
     def write(memory: Memory) -> torch.Tensor:
         if search == "greedy":
-            return greedy(decoder, memory, MARKS, 6).token_ids_BT
-        return beam(decoder, memory, MARKS, 6, width=3, length_penalty=1.0).token_ids_BT
+            return greedy(decoder, memory, TOKENS, 6).token_ids_BT
+        return beam(decoder, memory, TOKENS, 6, width=3, length_penalty=1.0).token_ids_BT
 
     lengths = set()
     for seed in range(12):
@@ -119,8 +119,8 @@ def test_a_wider_beam_never_finds_a_worse_text_than_greedy() -> None:
     better = 0
     for seed in range(40):
         decoder, memory = decoder_of(seed), memory_of(2)
-        greed = greedy(decoder, memory, MARKS, 5).log_probability_B
-        wide = beam(decoder, memory, MARKS, 5, width=16).log_probability_B
+        greed = greedy(decoder, memory, TOKENS, 5).log_probability_B
+        wide = beam(decoder, memory, TOKENS, 5, width=16).log_probability_B
         assert bool((wide >= greed - 1e-5).all())
         better += int((wide > greed + 1e-3).sum())
     assert better > 0
@@ -128,14 +128,14 @@ def test_a_wider_beam_never_finds_a_worse_text_than_greedy() -> None:
 
 def test_a_nucleus_of_almost_nothing_is_greedy() -> None:
     decoder, memory = decoder_of(3), memory_of(4)
-    drawn = nucleus(decoder, memory, MARKS, 6, share=1e-6, generator=torch.Generator().manual_seed(0))
-    assert drawn.token_ids_BT.tolist() == greedy(decoder, memory, MARKS, 6).token_ids_BT.tolist()
+    drawn = nucleus(decoder, memory, TOKENS, 6, share=1e-6, generator=torch.Generator().manual_seed(0))
+    assert drawn.token_ids_BT.tolist() == greedy(decoder, memory, TOKENS, 6).token_ids_BT.tolist()
 
 
 def test_a_whole_nucleus_draws_tokens_as_often_as_the_decoder_says() -> None:
     decoder = decoder_of(1)
     memory = Memory(torch.randn(1, 3, 4).expand(20_000, 3, 4))
-    drawn = nucleus(decoder, memory, MARKS, 1, share=1.0, generator=torch.Generator().manual_seed(5))
+    drawn = nucleus(decoder, memory, TOKENS, 1, share=1.0, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         logits = decoder(torch.tensor([[FIRST]]), memory.sequence_BRM[:1])[0, 0]
     logits[[PAD, FIRST]] = -torch.inf
@@ -151,7 +151,7 @@ def test_what_is_outside_the_nucleus_is_never_drawn() -> None:
     logits[[PAD, FIRST]] = -torch.inf
     share, order = logits.softmax(-1).sort(descending=True)
     drawn = nucleus(
-        decoder, memory, MARKS, 1, share=float(share[0] + share[1] / 2), generator=torch.Generator().manual_seed(5)
+        decoder, memory, TOKENS, 1, share=float(share[0] + share[1] / 2), generator=torch.Generator().manual_seed(5)
     )
     assert set(drawn.token_ids_BT[:, 0].tolist()) == {int(order[0]), int(order[1])}
     first = (drawn.token_ids_BT[:, 0] == order[0]).float().mean()
@@ -162,7 +162,7 @@ def test_the_same_generator_draws_the_same_text_whatever_other_rows_write() -> N
     decoder, memory = decoder_of(2), memory_of(6)
 
     def draw(memory: Memory, seed: int) -> list[list[int]]:
-        found = nucleus(decoder, memory, MARKS, 6, share=0.95, generator=torch.Generator().manual_seed(seed))
+        found = nucleus(decoder, memory, TOKENS, 6, share=0.95, generator=torch.Generator().manual_seed(seed))
         return [list(text_of(ids)) for ids in found.token_ids_BT]
 
     others = Memory(torch.cat([memory.sequence_BRM[:3], torch.randn(3, 3, 4)]))
@@ -173,5 +173,5 @@ def test_the_same_generator_draws_the_same_text_whatever_other_rows_write() -> N
 
 def test_one_mark_may_both_open_and_close() -> None:
     decoder, memory = decoder_of(4), memory_of(8)
-    found = greedy(decoder, memory, Marks(LAST, LAST, PAD), 6)
+    found = greedy(decoder, memory, DecoderTokens(LAST, LAST, PAD), 6)
     assert LAST in found.token_ids_BT

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import TextEncoderConfig
-from mmflow.models.hierarchical import HierarchicalEncoder
-from mmflow.models.towers import build_text_encoder
+from mmflow.models.encoders import WindowEncoder
+from mmflow.models.model import build_text_encoder
 from tests.models.backbones import TEXT
 
 TOKENS = 8  # of a window: its opening token and seven more
 
 
-def encoder(max_tokens: int, model_type: str = "bert", **settings: Any) -> HierarchicalEncoder:
+def encoder(max_tokens: int, model_type: str = "bert", **settings: Any) -> WindowEncoder:
     torch.manual_seed(2)
     windows = {"tokens": TOKENS, "layers": 1, "heads": 2} | settings.pop("windows", {})
     options = TEXT[model_type] | settings.pop("options", {})
     fields = {"type": model_type, "options": options, "windows": windows, **settings}
     built = build_text_encoder("m.text", TextEncoderConfig.model_validate(fields), 64, max_tokens)
-    assert isinstance(built, HierarchicalEncoder)
+    assert isinstance(built, WindowEncoder)
     return built
 
 
@@ -76,7 +76,7 @@ def test_gradients_equal_those_without_recomputation(monkeypatch: pytest.MonkeyP
     for recompute in (True, False):
         read = encoder(29, options={"hidden_dropout_prob": 0.2})
         if not recompute:
-            monkeypatch.setattr("mmflow.models.hierarchical.checkpoint", lambda function, *args, **_: function(*args))
+            monkeypatch.setattr("mmflow.models.encoders.checkpoint", lambda function, *args, **_: function(*args))
         torch.manual_seed(4)
         read(ids, mask).pooled_BW.square().sum().backward()
         gradients.append({name: each.grad for name, each in read.named_parameters()})

@@ -9,8 +9,9 @@ import torch
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
-from mmflow.models.learning_rates import learning_rate_factors
-from mmflow.models.towers import ImageTower, TextTower, build_image_encoder, build_text_encoder
+from mmflow.models.encoders import TextTower
+from mmflow.models.model import build_image_encoder, build_text_encoder, learning_rate_factors
+from mmflow.models.video import ImageTower
 from tests.models.backbones import IMAGE, TEXT
 
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ModelConfig
-from mmflow.models.marks import marks_of, with_marks
-from mmflow.models.model import build
+from mmflow.models.generate import decoder_tokens
+from mmflow.models.model import build, with_special_tokens
 from tests.models.backbones import TEXT
 
 WORDS = ["red", "green", "apple", "pear"]
@@ -43,17 +43,17 @@ def test_a_tokenizer_that_opens_or_closes_no_text_is_refused_for_a_decoder(
 ) -> None:
     writes = reading(tiny_config, decoder=DECODER)
     with pytest.raises(RecipeError, match=r"^pretrain\.model\.decoder: the tokenizer puts no token before and after"):
-        with_marks("pretrain.model", writes, tokenizer)
-    with_marks("pretrain.model", tiny_config, tokenizer)
+        with_special_tokens("pretrain.model", writes, tokenizer)
+    with_special_tokens("pretrain.model", tiny_config, tokenizer)
 
 
 def test_marks_are_the_tokenizer_s_own(tiny_tokenizer: Tokenizer) -> None:
-    assert marks_of("model", tiny_tokenizer) == (2, 3, 0)
-    assert marks_of("model", of_roberta_kind()) == (0, 2, 1)
+    assert decoder_tokens("model", tiny_tokenizer) == (2, 3, 0)
+    assert decoder_tokens("model", of_roberta_kind()) == (0, 2, 1)
 
 
 def test_our_own_tokenizer_changes_no_settings(tiny_config: ModelConfig, tiny_tokenizer: Tokenizer) -> None:
-    assert with_marks("pretrain.model", tiny_config, tiny_tokenizer) is tiny_config
+    assert with_special_tokens("pretrain.model", tiny_config, tiny_tokenizer) is tiny_config
 
 
 def test_a_fresh_encoder_reads_by_another_tokenizer_s_marks(tiny_config: ModelConfig) -> None:
@@ -61,7 +61,7 @@ def test_a_fresh_encoder_reads_by_another_tokenizer_s_marks(tiny_config: ModelCo
     tokenizer = of_roberta_kind()
     text = {"type": "roberta", "options": TEXT["roberta"], "pooling": "eos"}
     fresh = reading(tiny_config, text=text)
-    told = with_marks("distill.model", fresh, tokenizer)
+    told = with_special_tokens("distill.model", fresh, tokenizer)
     assert told.text is not None
     assert told.text.options == TEXT["roberta"] | {"pad_token_id": 1, "eos_token_id": 2}
     encoder = build("distill.model", told, tokenizer.get_vocab_size(), seed=0).eval().text
@@ -76,4 +76,4 @@ def test_a_fresh_encoder_reads_by_another_tokenizer_s_marks(tiny_config: ModelCo
 def test_what_the_recipe_says_of_marks_stays(tiny_config: ModelConfig) -> None:
     text = {"type": "roberta", "options": TEXT["roberta"] | {"pad_token_id": 3, "eos_token_id": 4}}
     fresh = reading(tiny_config, text=text)
-    assert with_marks("distill.model", fresh, of_roberta_kind()) is fresh
+    assert with_special_tokens("distill.model", fresh, of_roberta_kind()) is fresh

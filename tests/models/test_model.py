@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.heads import patches
-from mmflow.models.model import Model, build
-from mmflow.models.scale import LogitScale
+from mmflow.models.model import LogitScale, Model, build
 
 VIT = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "patch_size": 8}
 FUSED = {

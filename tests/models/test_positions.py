@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.core.errors import RecipeError
+from mmflow.models.checkpoints import num_positions, resampled, stretched
 from mmflow.models.config import TextEncoderConfig
-from mmflow.models.positions import num_positions, resampled, stretched
-from mmflow.models.towers import build_text_encoder
+from mmflow.models.model import build_text_encoder
 from tests.models.backbones import TEXT
 
 LEARNED = ("bert", "roberta", "clip_text_model", "siglip_text_model")

@@ -10,7 +10,7 @@ import torch
 from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, build
-from mmflow.models.tight import TightSimilarity
+from mmflow.models.video import TightSimilarity
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 PIXELS, TOKENS, FRAMES = 8, 7, 4
@@ -27,7 +27,7 @@ MODEL: dict[str, Any] = {
 
 def similarity() -> TightSimilarity:
     torch.manual_seed(3)
-    return TightSimilarity("m.video", 8, image_width=5, text_width=7, layers=1, heads=2, max_frames=FRAMES)
+    return TightSimilarity("m.video", ModelConfig.model_validate(MODEL).video, 8, image_width=5, text_width=7)
 
 
 def model_of(**changes: Any) -> Model:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ImageEncoderConfig, VideoConfig
-from mmflow.models.towers import build_image_encoder
+from mmflow.models.model import build_image_encoder
 from mmflow.models.video import VideoEncoder
 from tests.models.backbones import IMAGE
 

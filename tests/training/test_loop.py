@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmflow.models.scale import MAX_LOGIT_SCALE
+from mmflow.models.model import MAX_LOGIT_SCALE
 from mmflow.training.journal import curves, read_journal
 from tests.training.tiny_training import (
     BATCH,

@@ -14,8 +14,7 @@ from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import Model, build
-from mmflow.models.package import Package, read_package, weight_shapes, write_package
-from mmflow.models.start import begin
+from mmflow.models.package import Package, read_package, start_from, weight_shapes, write_package
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry import versions
 from mmflow.stages.loop import Loop
@@ -74,7 +73,7 @@ def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tok
     theirs = model_of(tokenizer, 1, heads=["classes"]).state_dict()
     model = model_of(tokenizer, 2, embedding_width=None, heads=["classes", "masked_language"])
     drawn = {name: each.clone() for name, each in model.state_dict().items()}
-    begun = begin("pretrain.start", model, package, CLASSES)
+    begun = start_from("pretrain.start", model, package, CLASSES)
     assert begun.fresh == ("heads.masked_language",)
     assert set(begun.left_out) == {"image_projection", "text_projection", "scale"}
     for name, tensor in model.state_dict().items():
@@ -85,7 +84,7 @@ def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tok
 def test_a_head_that_tells_others_apart_begins_anew(package: Package, tokenizer: Tokenizer) -> None:
     model = model_of(tokenizer, 2, heads=["classes"])
     drawn = model.heads["classes"].weight.clone()
-    begun = begin("pretrain.start", model, package, CLASSES[::-1])
+    begun = start_from("pretrain.start", model, package, CLASSES[::-1])
     assert (begun.fresh, begun.left_out) == (("heads",), ("heads",))
     assert torch.equal(model.heads["classes"].weight, drawn)
 

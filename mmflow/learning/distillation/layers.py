@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.learning.distillation.config import Layers
-from mmflow.models.depth import layers_of
+from mmflow.models.backbones import layers_of
 from mmflow.models.encoders import ImageEncoder, TextEncoder
 from mmflow.models.model import Model
 
