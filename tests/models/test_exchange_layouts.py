@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmflow.core.errors import MisuseError, MmflowError
+from mmflow.models import exporting
 from mmflow.models.config import ModelConfig
-from mmflow.models.exporting import export_transformers
+from mmflow.models.exporting import export_transformers, random_inputs
 from mmflow.models.importing import import_checkpoint
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package
@@ -98,7 +99,7 @@ def test_an_imported_package_gives_the_logits_of_the_original(given: Any, tmp_pa
     layout, model, directory = given
     package = import_checkpoint(str(tmp_path), directory)
     loaded = load_package(read_package(str(tmp_path)))
-    inputs = probe(loaded, rows=6)
+    inputs = random_inputs(loaded, rows=6)
     expected = logits(model, *inputs)
     assert expected.std() > 0.1
     torch.testing.assert_close(our_logits(loaded, *inputs), expected, atol=1e-4, rtol=1e-5)
@@ -153,7 +154,7 @@ def test_an_exported_directory_is_one_that_transformers_reads(given: Any, tmp_pa
     loaded = load_package(read_package(str(tmp_path / "package")))
     export_transformers(loaded, tmp_path / "exported")
     model = AutoModel.from_pretrained(tmp_path / "exported", local_files_only=True).eval()
-    inputs = probe(loaded, rows=3, seed=9)
+    inputs = random_inputs(loaded, rows=3, seed=9)
     torch.testing.assert_close(logits(model, *inputs), our_logits(loaded, *inputs), atol=1e-4, rtol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported", local_files_only=True)
     assert tokenizer("red apple tree")["input_ids"] == loaded.tokenizer.encode("red apple tree").ids
@@ -234,7 +235,7 @@ def test_what_no_layout_holds_is_named_and_nothing_is_written(
 def test_other_logits_are_refused_and_nothing_is_written(
     tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layouts, "_copy", lambda theirs, ours: None)
+    monkeypatch.setattr(exporting, "_copy", lambda theirs, ours: None)
     with pytest.raises(MmflowError, match=r"logits differ by .*, more than 0\.0001; nothing written"):
         export_transformers(trained(tiny_tokenizer), tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
@@ -280,7 +281,7 @@ def test_special_tokens_that_are_the_usual_ones_of_their_kind_stay(tiny_tokenize
     import_checkpoint(str(tmp_path / "package"), save(model, tiny_tokenizer, tmp_path / "original"))
     loaded = load_package(read_package(str(tmp_path / "package")))
     assert loaded.config.max_tokens == 12
-    pixels, token_ids, token_mask = probe(loaded, rows=4)
+    pixels, token_ids, token_mask = random_inputs(loaded, rows=4)
     token_ids = token_ids.masked_fill(token_mask == 0, 1)
     expected = logits(model, pixels, token_ids, token_mask)
     torch.testing.assert_close(our_logits(loaded, pixels, token_ids, token_mask), expected, atol=1e-4, rtol=1e-5)

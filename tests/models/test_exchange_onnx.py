@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mmflow.core.errors import MisuseError, MmflowError
+from mmflow.models import exporting
 from mmflow.models.config import ModelConfig
 from mmflow.models.exporting import IMAGE, SCALE, TEXT, export_onnx
 from mmflow.models.model import build
@@ -61,7 +62,7 @@ def test_graphs_give_torch_s_embeddings(
 def test_other_embeddings_are_refused_and_nothing_is_written(
     tiny_config: ModelConfig, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_towers, "TOLERANCE", -1.0)
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(MmflowError, match=r"image\.onnx: embeddings differ by"):
         export_onnx(loaded_model(tiny_config, tiny_tokenizer), tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []

@@ -103,7 +103,7 @@ def test_a_flipped_byte_is_refused_naming_the_file(copy: Path, name: str, place:
     data = bytearray((copy / name).read_bytes())
     data[int(place * (len(data) - 1))] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(CorruptArtifactError, match=f"copy/{name}: altered since it was committed"):
+    with pytest.raises(CorruptArtifactError, match=f"copy/{name}: changed since it was committed"):
         load_package(read_package(str(copy)))
 
 
