@@ -118,6 +118,8 @@ def test_a_second_run_builds_nothing(recipe: Recipe, report: dict[str, Any]) -> 
     again = read_report(recipe)
     assert statuses(again) == dict.fromkeys(STAGES, "reused")
     assert fingerprints(again) == fingerprints(report)
+    assert again["seconds"] == report["seconds"] > 0  # of the run that built the stages
+    assert again["peak_memory_bytes"] == report["peak_memory_bytes"] > 0
 
 
 def test_what_an_error_advises_goes_on_with_the_same_training(
