@@ -1,7 +1,7 @@
-"""Which records stay: repeated keys, captions of too many images, and duplicates, over all pieces at once.
+"""Which records stay: repeated keys, captions of too many images, and duplicates, across all pieces.
 
-Each round deals what the rounds before left out by the hash in question, so that equals meet in one Ray task; only
-hashes travel. What is to be named in the verdicts, and the captions of candidates, are read when all is known.
+Each round deals the remaining records by the hash that it compares, so that equal ones meet in one Ray task. Only
+hashes are exchanged; the names for the verdicts and the captions of candidates are read at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from mmflow.cleaning.columns import (
+from mmflow.cleaning.config import DuplicatesConfig
+from mmflow.cleaning.duplicates import Hashes, Places, alike_owners, group_buckets, near_owners, run_here, shingles
+from mmflow.cleaning.rounds import (
     EVALUATION,
     HELD_OUT,
     KNOWN,
@@ -24,16 +26,6 @@ from mmflow.cleaning.columns import (
     ROW_BITS,
     TEXTS,
     File,
-    Hashes,
-    Places,
-    read_hashes,
-    read_names,
-    read_texts,
-)
-from mmflow.cleaning.config import DuplicatesConfig
-from mmflow.cleaning.duplicates import near_owners, run_here
-from mmflow.cleaning.likeness import alike_owners, group_buckets, shingles
-from mmflow.cleaning.repeats import (
     add_counts,
     count_captions,
     deal_bands,
@@ -41,22 +33,26 @@ from mmflow.cleaning.repeats import (
     find_common,
     find_groups,
     find_repeats,
+    read_hashes,
+    read_names,
+    read_texts,
     split_repeats,
 )
 from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.sources.reasons import Reason
 
 REJECTED = pa.schema([("place", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])
-# A task reads so many files, some 20,000 records, until there would be more tasks than this; the exchange makes an
-# object for each task in each part, so that both are bounded.
+# A task reads this many files, some 20,000 records, until that would be more tasks than `MAX_TASKS`. The exchange makes
+# an object for each task in each part, so both numbers are bounded.
 FILES_PER_TASK, MAX_TASKS, MAX_PARTS = 64, 512, 128
-# Up to so many hashes the search, a second or two, takes no tasks of its own.
+# For fewer hashes the search takes a second or two and gets no tasks of its own.
 MAX_SEARCHED_HERE = 100_000
+NO_HASHES: Hashes = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What does not stay, and which captions the rest must lose."""
+    """Which records do not stay, and which captions the others lose."""
 
     rejected: pa.Table  # REJECTED, sorted by place
     common_captions: Hashes  # hashes of case-folded captions, sorted
@@ -64,14 +60,14 @@ class Selection:
 
 @dataclass
 class Verdicts:
-    """The rounds' results so far."""
+    """The results of the rounds so far."""
 
-    # (reason, places, owners: places of who stays instead, amounts: what the detail counts)
+    # (reason, places, owners: the places of the records that stay instead, amounts: numbers for the detail)
     rounds: list[tuple[Reason, Places, Places, npt.NDArray[Any]]] = field(default_factory=list)
     rejected: Places = field(default_factory=lambda: np.empty(0, np.int64))  # sorted
 
     def add(self, reason: Reason, places: Places, owners: Places, amounts: npt.NDArray[Any]) -> None:
-        """A round's rejections, (rejected,) each."""
+        """Add the rejections of a round, (rejected,) each."""
         self.rounds.append((reason, places, owners, amounts))
         self.rejected = np.sort(np.concatenate([self.rejected, places]))
 
@@ -87,15 +83,15 @@ def select_records(
     evaluation: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Selection:
-    """Which of the pieces' good records are rejected, and why; in any order of the pieces the same.
+    """Which of the pieces' good records are rejected, and why. The order of the pieces does not matter.
 
-    `known` are the indexes of the dataset that is being grown, `evaluation` those of the datasets in
-    `duplicates.against`: their samples stay, and reject what is like them. `known_common` are the captions that were
-    common in the former, which its samples no longer show; a record of no others goes if `captions_required`. Of the
-    others held-out records stay before those of `train`, then the first by place. Each round is about what is left by
-    those before it, so the survivor that a record goes for may go in a later one. `progress(done, total)` counts
-    rounds. Raises MisuseError where `evaluation` cannot be compared with, MissingArtifactError or CorruptArtifactError
-    where a file cannot be read.
+    `known` are the indexes of the dataset to grow, `evaluation` those of the datasets in `duplicates.against`: their
+    samples stay, and reject records like them. `known_common` are the captions that were too common in the dataset to
+    grow and that its samples no longer have. If `captions_required`, a record with only common captions is rejected.
+    Among the other records, held-out ones stay before those of `train`, then the first by place. Each round looks at
+    what the earlier ones left, so a survivor that a record was rejected for may itself be rejected later.
+    `progress(done, total)` counts rounds. Raises MisuseError if `evaluation` cannot be compared with,
+    MissingArtifactError or CorruptArtifactError if a file cannot be read.
     """
     required = ["pixel_hash"] * duplicates.exact + ["perceptual_hash"] * (duplicates.radius is not None)
     if evaluation and not required and duplicates.caption_similarity is None:
@@ -103,20 +99,20 @@ def select_records(
     committed = [*((uri, EVALUATION) for uri in evaluation), *((uri, KNOWN) for uri in known)]
     files = [File(uri, rank, number) for number, (uri, rank) in enumerate(committed)] + [File(uri) for uri in pieces]
     if not files:
-        return Selection(REJECTED.empty_table(), np.empty(0, np.uint64))
+        return Selection(REJECTED.empty_table(), NO_HASHES)
     step = max(FILES_PER_TASK, -(-len(files) // MAX_TASKS))
     groups = [files[start : start + step] for start in range(0, len(files), step)]
     tables = _read(read_hashes, [(group, required) for group in groups])
 
     verdicts = Verdicts()
-    common: Hashes = np.empty(0, np.uint64)
-    threshold = duplicates.caption_similarity
-    settings = (max_images is not None, duplicates.exact, duplicates.radius is not None, threshold is not None)
-    rounds = iter(range(1, 3 + sum(settings)))
+    common = NO_HASHES
+    threshold, radius = duplicates.caption_similarity, duplicates.radius
+    num_rounds = 2 + sum((max_images is not None, duplicates.exact, radius is not None, threshold is not None))
+    rounds = iter(range(1, num_rounds + 1))
 
     def report() -> None:
         if progress is not None:
-            progress(next(rounds), 2 + sum(settings))
+            progress(next(rounds), num_rounds)
 
     _reject_repeats(tables, verdicts, Reason.key_repeated)
     report()
@@ -126,8 +122,8 @@ def select_records(
     if duplicates.exact:
         _reject_repeats(tables, verdicts, Reason.duplicate_exact)
         report()
-    if duplicates.radius is not None:
-        _reject_near(tables, verdicts, duplicates.radius)
+    if radius is not None:
+        _reject_near(tables, verdicts, radius)
         report()
     if threshold is not None:
         _reject_alike(groups, tables, verdicts, threshold, common)
@@ -137,29 +133,27 @@ def select_records(
     return Selection(rejected, common)
 
 
-# --- the rounds -----------------------------------------------------------------------------------------------------
+# --- the rounds -------------------------------------------------------------------------------------------------------
 
 
 def _reject_repeats(tables: Sequence[Any], verdicts: Verdicts, reason: Reason) -> None:
-    """Of records with the same key or pixels all go but the first."""
-    for places, owners in _exchange(tables, verdicts, find_repeats, reason, np.empty(0, np.uint64)):
+    """Reject all but the first of the records with one key, or with equal pixels."""
+    for places, owners in _exchange(tables, verdicts, find_repeats, reason):
         verdicts.add(reason, places, owners, np.ones(len(places)))
 
 
 def _reject_common(
     tables: Sequence[Any], verdicts: Verdicts, max_images: int, known: Hashes | None, required: bool
 ) -> Hashes:
-    """Find the captions of more than so many images, which are returned, and reject the records of no others, unless
-    they can do without.
+    """Return the captions of more than `max_images` images. If captions are required, reject records with no others.
 
-    Those `known` to be common stay so: how many images there were is no longer known, and is given as 0.
+    `known` captions stay common; how many images they had is no longer known, so it is given as 0.
     """
-    parts = _num_parts(tables)
     gone = ray.put(verdicts.rejected)
-    dealt = _deal(count_captions, parts, [(table, gone) for table in tables])
-    found = _results([ray.remote(add_counts).remote(max_images, *part) for part in dealt])
-    hashes, counts = (np.concatenate(values) for values in zip(*found, strict=True))
-    before = np.setdiff1d(np.empty(0, np.uint64) if known is None else known, hashes)
+    dealt = _deal(count_captions, _num_parts(tables), [(table, gone) for table in tables])
+    counted = _results([ray.remote(add_counts).remote(max_images, *part) for part in dealt])
+    hashes, counts = (np.concatenate(values) for values in zip(*counted, strict=True))
+    before = np.setdiff1d(NO_HASHES if known is None else known, hashes)
     hashes, counts = np.concatenate([hashes, before]), np.concatenate([counts, np.zeros(len(before), counts.dtype)])
     order = np.argsort(hashes)
     common: Hashes = hashes[order]
@@ -171,9 +165,9 @@ def _reject_common(
 
 
 def _reject_near(tables: Sequence[Any], verdicts: Verdicts, radius: int) -> None:
-    """Equal hashes are collapsed where they meet; the different ones are compared with all."""
-    found = _exchange(tables, verdicts, split_repeats, Reason.duplicate_near, np.empty(0, np.uint64))
-    places, owners, hashes, ranks, firsts = (np.concatenate(values) for values in zip(*found, strict=True))
+    """Records with equal hashes are merged where they meet; then all different hashes are compared."""
+    parts = _exchange(tables, verdicts, split_repeats, Reason.duplicate_near)
+    places, owners, hashes, ranks, firsts = (np.concatenate(values) for values in zip(*parts, strict=True))
     order = np.lexsort((firsts, ranks))
     hashes, firsts = hashes[order], firsts[order]
     num_fixed = int(np.count_nonzero(ranks < HELD_OUT))
@@ -181,7 +175,7 @@ def _reject_near(tables: Sequence[Any], verdicts: Verdicts, radius: int) -> None
     bits = np.bitwise_count(hashes ^ hashes[index])
     gone = index != np.arange(len(index))
     by_place = np.argsort(firsts)
-    group = by_place[np.searchsorted(firsts[by_place], owners)]  # of each repeat, where its hash's first stands
+    group = by_place[np.searchsorted(firsts[by_place], owners)]  # the position of each repeat's hash among `hashes`
     verdicts.add(
         Reason.duplicate_near,
         np.concatenate([firsts[gone], places]),
@@ -193,9 +187,9 @@ def _reject_near(tables: Sequence[Any], verdicts: Verdicts, radius: int) -> None
 def _reject_alike(
     groups: Sequence[Sequence[File]], tables: Sequence[Any], verdicts: Verdicts, threshold: float, common: Hashes
 ) -> None:
-    """Equal captions are collapsed where they meet; of the rest those that share a band of MinHash are compared."""
-    found = _exchange(tables, verdicts, find_repeats, Reason.duplicate_caption, common)
-    repeats, firsts = (np.concatenate(values) for values in zip(*found, strict=True))
+    """Records with equal captions are merged where they meet; then those that share a MinHash band are compared."""
+    repeated = _exchange(tables, verdicts, find_repeats, Reason.duplicate_caption, common)
+    repeats, firsts = (np.concatenate(values) for values in zip(*repeated, strict=True))
     gone, shared = ray.put(np.sort(np.concatenate([verdicts.rejected, repeats]))), ray.put(common)
     parts = _num_parts(tables)
     dealt = _deal(deal_bands, parts, [(group, shared, gone, threshold) for group in groups])
@@ -214,7 +208,7 @@ def _reject_alike(
     )
     gone_now = owners != np.arange(len(owners))
     places, owners, degrees = places[gone_now], places[owners[gone_now]], degrees[gone_now]
-    # Who was collapsed into one that goes now, goes for the same survivor.
+    # A record merged into one that is rejected now is rejected for the same survivor.
     fate = dict(zip(places.tolist(), zip(owners.tolist(), degrees.tolist(), strict=True), strict=True))
     moved = [fate.get(first, (first, 1.0)) for first in firsts.tolist()]
     verdicts.add(
@@ -257,7 +251,7 @@ def _detail(reason: Reason, amount: float, key: str, source: str | None) -> str:
     return f"caption {amount:.0%} like that of {key}"
 
 
-# --- Ray ------------------------------------------------------------------------------------------------------------
+# --- Ray --------------------------------------------------------------------------------------------------------------
 
 
 def _num_parts(tables: Sequence[Any]) -> int:
@@ -265,17 +259,17 @@ def _num_parts(tables: Sequence[Any]) -> int:
 
 
 def _exchange(
-    tables: Sequence[Any], verdicts: Verdicts, reduce: Callable[..., Any], reason: Reason, common: Hashes
+    tables: Sequence[Any], verdicts: Verdicts, reduce: Callable[..., Any], reason: Reason, common: Hashes = NO_HASHES
 ) -> list[Any]:
-    """What `reduce` makes of each part."""
+    """The results of `reduce` for each part."""
     gone = ray.put(verdicts.rejected)
     dealt = _deal(deal_hashes, _num_parts(tables), [(table, gone, reason, common) for table in tables])
     return _results([ray.remote(reduce).remote(*part) for part in dealt])
 
 
 def _deal(function: Callable[..., list[Any]], parts: int, calls: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """References to the parts, each with what every call gave to it."""
-    if parts == 1:  # Ray takes a single result as it is, not in a list
+    """For each part, references to what every call dealt to it."""
+    if parts == 1:  # Ray does not unpack a list of a single result
         task = ray.remote(lambda *arguments: function(1, *arguments)[0])
         return [tuple(task.remote(*call) for call in calls)]
     split = ray.remote(function).options(num_returns=parts)
@@ -289,13 +283,13 @@ def _run(function: Callable[..., Any], count: int, *arrays: Any) -> list[Any]:
 
 
 def _read(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """References to what each call reads; an OSError may be a passing one of the storage."""
+    """References to what each call reads. An OSError of the storage may be temporary, so it is retried."""
     task = ray.remote(function).options(retry_exceptions=[OSError])
     return [task.remote(*call) for call in calls]
 
 
 def _results(references: Sequence[Any]) -> list[Any]:
-    """What the tasks returned, or the typed error of the first that failed."""
+    """The tasks' results, or the typed error of the first task that failed."""
     try:
         return list(ray.get(list(references)))
     except ray.exceptions.RayTaskError as error:

@@ -26,8 +26,7 @@ import ray
 import ray.exceptions
 from pyarrow import fs
 
-from mmflow.cleaning.pieces import pack_uri, read_piece
-from mmflow.cleaning.prepare import TRAIN, Preparation, prepare_block
+from mmflow.cleaning.prepare import TRAIN, Preparation, pack_uri, prepare_block, read_piece
 from mmflow.cleaning.select import select_records
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import MmflowError

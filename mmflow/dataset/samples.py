@@ -13,8 +13,7 @@ from typing import IO, Any
 
 import xxhash
 
-from mmflow.cleaning.caption_text import clean_text
-from mmflow.cleaning.captions import Caption, estimate_tokens
+from mmflow.cleaning.captions import Caption, clean_text, estimate_tokens
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import CorruptArtifactError
 from mmflow.core.listing import IMAGE_EXTENSIONS

@@ -55,7 +55,7 @@ def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
         return _build(uri, sources, settings, fetched, others)
 
     def tidy(uri: str) -> None:
-        from mmflow.cleaning.pieces import remove_pieces
+        from mmflow.cleaning.prepare import remove_pieces
 
         remove_pieces(uri)
 

@@ -87,7 +87,7 @@ def write_ours(uri: str) -> float:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from mmflow.cleaning.pieces import PIECE
+    from mmflow.cleaning.prepare import PIECE
     from mmflow.dataset.write import write_shards
 
     with _memory() as directory:

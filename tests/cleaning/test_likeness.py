@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.cleaning.likeness import (
+from mmflow.cleaning.duplicates import (
     alike_owners,
     bands_of_texts,
     group_buckets,
@@ -55,7 +55,7 @@ def test_candidates_found_are_nearly_all_pairs_above_the_threshold() -> None:
 def test_bands_depend_on_the_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"caption number {number} of many" for number in range(50)]
     whole = bands_of_texts(texts, 0.8)
-    monkeypatch.setattr("mmflow.cleaning.likeness.BATCH", 7)
+    monkeypatch.setattr("mmflow.cleaning.duplicates.BATCH", 7)
     assert (bands_of_texts(texts[::-1], 0.8)[::-1] == whole).all()
 
 

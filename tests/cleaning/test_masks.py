@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmflow.cleaning.masks import mask, mask_emails, mask_phones
+from mmflow.cleaning.captions import mask, mask_emails, mask_phones
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 from mmflow.cleaning import select
 from mmflow.cleaning.captions import caption_hash
 from mmflow.cleaning.config import DuplicatesConfig
-from mmflow.cleaning.likeness import shingles, similarity
-from mmflow.cleaning.pieces import PIECE
+from mmflow.cleaning.duplicates import shingles, similarity
+from mmflow.cleaning.prepare import PIECE
 from mmflow.cleaning.select import select_records
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.dataset.index import SCHEMA

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from mmflow.cleaning.pieces import read_piece
-from mmflow.cleaning.prepare import Preparation, prepare_piece
+from mmflow.cleaning.prepare import Preparation, prepare_piece, read_piece
 from mmflow.core.errors import RecipeError
 from mmflow.corpora import corpora_of, sources_of
 from mmflow.recipe import Recipe, load_recipe

@@ -16,13 +16,16 @@ import pytest
 from PIL import Image
 
 from mmflow.cleaning.config import CaptionConfig, ImageConfig
-from mmflow.cleaning.pieces import remove_pieces
+from mmflow.cleaning.prepare import remove_pieces
 from mmflow.core.artifacts import commit
 from mmflow.dataset.config import ShardConfig
 from mmflow.dataset.grow import parts_of, write_parts
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units
+from tests.dataset.handmade import small_dataset
+
+__all__ = ["small_dataset"]
 
 NUM_GOOD = 120
 SETTINGS = ShardConfig(

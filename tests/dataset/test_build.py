@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mmflow.cleaning.pieces import remove_pieces
-from mmflow.cleaning.prepare import Preparation, prepare_piece
+from mmflow.cleaning.prepare import Preparation, prepare_piece, remove_pieces
 from mmflow.cleaning.select import select_records
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.cleaning.pieces import PIECE
+from mmflow.cleaning.prepare import PIECE
 from mmflow.dataset.exchange import (
     OTHER_BYTES,
     Extent,
