@@ -29,7 +29,7 @@ from mmflow.cleaning.images import prepare_images
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.core.storage import filesystem, join, local_path, publish, read_bytes
-from mmflow.fetch.fetched import FetchedStore
+from mmflow.fetch.store import FetchedStore
 from mmflow.sources.reasons import Reason, Rejected
 from mmflow.sources.records import CAPTION, rows_of_chunks
 

@@ -1,12 +1,11 @@
-"""URLs to bytes over HTTP, politely and within bounds: every URL ends in one result, whatever its server does.
+"""URLs to bytes over HTTP, politely and within limits: every URL ends in one result, whatever its server does.
 
-Pure asyncio, without Ray and without disk; `fetch_job` spreads it over a cluster and `known` keeps what it returns.
+Pure asyncio, without Ray and without disk; `job` spreads it over a cluster and `store` keeps the results.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,8 @@ from yarl import URL
 
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.guard import NO_URL, Lookup, parse_url
-from mmflow.fetch.politeness import Host, Hosts, backoff
+from mmflow.fetch.politeness import Host, Hosts, Robots, backoff, parse_robots
 from mmflow.fetch.request import REDIRECTS, Answer, Client, Failure, open_client
-from mmflow.fetch.robots import Robots, parse_robots
 from mmflow.sources.reasons import Reason, Rejected
 
 ROBOTS_REDIRECTS = 5  # RFC 9309 2.3.1.2
@@ -26,24 +24,24 @@ ROBOTS_REDIRECTS = 5  # RFC 9309 2.3.1.2
 
 @dataclass(frozen=True, slots=True)
 class Validators:
-    """What a server said of its bytes, to ask it later whether they have changed."""
+    """A server's tags of its bytes, for asking later whether they have changed."""
 
     etag: str | None
     last_modified: str | None
 
     def headers(self) -> dict[str, str]:
-        """Those of a conditional request."""
+        """The headers of a conditional request."""
         fields = {"If-None-Match": self.etag, "If-Modified-Since": self.last_modified}
         return {name: value for name, value in fields.items() if value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What became of one URL. `reason` is None where it went well; then `body` is None for "not modified"."""
+    """The result of one URL. `reason` is None on success; then `body` is None for "not modified"."""
 
     url: str
     reason: Reason | None = None
-    detail: str = ""  # never a query string, in which tokens travel
+    detail: str = ""  # never a query string, which may hold tokens
     status: int | None = None
     etag: str | None = None
     last_modified: str | None = None
@@ -51,7 +49,7 @@ class Result:
 
     @property
     def retryable(self) -> bool:
-        """Whether the failure may pass."""
+        """Whether the failure may be temporary."""
         return self.reason is Reason.fetch_failed
 
 
@@ -64,8 +62,8 @@ async def fetch_batch(
 ) -> AsyncGenerator[Result, None]:
     """One result for each URL, as they come; close the generator (`aclose`) to stop early.
 
-    URLs with `validators` are asked for only if they changed. `lookup` replaces the system's resolver of names.
-    Memory: the bodies under way, at most request.BODY_BUDGET bytes, and the URLs themselves.
+    URLs with `validators` are fetched only if they changed. `lookup` replaces the system's resolver of names.
+    Memory: the bodies in progress, at most request.BODY_BUDGET bytes, and the URLs themselves.
     """
     by_host: dict[str, deque[str]] = {}
     for url in urls:
@@ -87,12 +85,12 @@ async def fetch_batch(
                     await results.put(await fetcher.fetch(queue.popleft()))
 
         workers = [asyncio.create_task(work()) for _ in range(min(settings.concurrency, len(urls)))]
-        crew = asyncio.gather(*workers)
+        all_workers = asyncio.gather(*workers)
         try:
-            while not (crew.done() and results.empty()):
+            while not (all_workers.done() and results.empty()):
                 coming: asyncio.Future[Any] = asyncio.ensure_future(results.get())
                 try:
-                    await asyncio.wait([coming, crew], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait([coming, all_workers], return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     arrived = coming.done()
                     coming.cancel()
@@ -101,20 +99,20 @@ async def fetch_batch(
                 result, held = coming.result()
                 yield result
                 client.budget.give(held)
-            await crew
+            await all_workers  # raises a worker's error
         finally:
             for worker in workers:
                 worker.cancel()
-            with contextlib.suppress(BaseException):  # whatever it was has been raised above, by name
-                await crew
+            # Waits for them and takes their errors, the first of which was raised above; our own cancellation passes.
+            await asyncio.gather(all_workers, *workers, return_exceptions=True)
 
 
 def _turns(by_host: dict[str, deque[str]], per_host: int) -> Iterator[deque[str]]:
     """The hosts' queues, each as often as workers may share it.
 
-    Most URLs first: the longest queue decides when a run ends, so it starts at once. An emptied queue is let go of.
+    Hosts with most URLs come first, because the longest queue decides when a run ends. Queues are dropped when taken.
     """
-    for name in sorted(by_host, key=lambda each: (-len(by_host[each]), each)):
+    for name in sorted(by_host, key=lambda name: (-len(by_host[name]), name)):
         queue = by_host.pop(name)
         for _ in range(min(per_host, len(queue))):
             yield queue
@@ -130,16 +128,14 @@ class _Fetcher:
         self._hosts = Hosts(settings.per_host)
 
     async def fetch(self, url: str) -> tuple[Result, int]:
-        """The result, and how much of the budget its body holds."""
+        """The result, and how many bytes of the budget its body holds."""
         known = self._validators.get(url, Validators(None, None))
         try:
             target = parse_url(url, loopback=self._settings.loopback)
-            answer = await self._repeat(
-                lambda: self._follow(target, known.headers(), max_redirects=self._settings.max_redirects)
-            )
+            answer = await self._repeat(lambda: self._follow(target, known.headers(), self._settings.max_redirects))
         except Failure as failure:
             return Result(url=url, reason=failure.reason, detail=failure.detail, status=failure.status), 0
-        unchanged = answer.status == 304  # what it does not repeat of its validators still holds
+        unchanged = answer.status == 304  # validators that the server does not repeat still hold
         result = Result(
             url=url,
             status=answer.status,
@@ -150,7 +146,7 @@ class _Fetcher:
         return result, answer.held
 
     async def _repeat(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Ask until there is an answer, a lasting failure, or no try left."""
+        """Ask until there is an answer, a permanent failure, or no try left."""
         tries = 0
         while True:
             tries += 1
@@ -163,7 +159,7 @@ class _Fetcher:
             await asyncio.sleep(wait)
 
     async def _follow(
-        self, url: URL, headers: Mapping[str, str], *, max_redirects: int, is_robots: bool = False
+        self, url: URL, headers: Mapping[str, str], max_redirects: int, *, is_robots: bool = False
     ) -> Answer:
         """The answer at the end of the redirects; each target is checked like a first address."""
         for hop in range(max_redirects + 1):
@@ -186,9 +182,9 @@ class _Fetcher:
             raise Failure(Reason.fetch_refused, "redirected: not a URL") from error
 
     async def _check_robots(self, host: Host, url: URL) -> None:
-        """Raises Failure where robots.txt of the URL's origin forbids it, or cannot be had for now."""
+        """Raises Failure if robots.txt of the URL's origin forbids it, or is not available for now."""
         origin = str(url.origin())
-        async with host.robots_lock:  # one asks, the others wait for its answer
+        async with host.robots_lock:  # one task asks, the others wait for its answer
             if origin not in host.robots:
                 host.robots[origin] = await self._fetch_robots(url.origin() / "robots.txt")
         robots = host.robots[origin]
@@ -199,13 +195,11 @@ class _Fetcher:
             raise Failure(Reason.fetch_opted_out, "robots.txt forbids it")
 
     async def _fetch_robots(self, url: URL) -> Robots | tuple[Reason, str]:
-        """The rules, none where there is no such file (4xx), or why it cannot be had for now (RFC 9309 2.3.1)."""
+        """The rules, no rules if there is no file (4xx), or why it is not available for now (RFC 9309 2.3.1)."""
         try:
-            answer = await self._repeat(
-                lambda: self._follow(url, {}, max_redirects=ROBOTS_REDIRECTS, is_robots=True),
-            )
+            answer = await self._repeat(lambda: self._follow(url, {}, ROBOTS_REDIRECTS, is_robots=True))
         except Failure as failure:
-            no_such_file = failure.reason is Reason.fetch_gone or failure.status in REDIRECTS
-            return Robots() if no_such_file else (failure.reason, failure.detail)
+            no_file = failure.reason is Reason.fetch_gone or failure.status in REDIRECTS
+            return Robots() if no_file else (failure.reason, failure.detail)
         self._client.budget.give(answer.held)
         return parse_robots(answer.body, self._client.robot)

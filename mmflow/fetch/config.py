@@ -1,4 +1,4 @@
-"""How images are fetched."""
+"""The recipe's settings for fetching images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from mmflow.core.config import Config
 
 
 class FetchConfig(Config):
-    """How images are fetched over HTTP, politely and with bounds."""
+    """How images are fetched over HTTP, politely and within limits."""
 
     user_agent: str = Field(
         "mmflow/0 (builds datasets of images and captions to train models)", pattern=r"^[A-Za-z0-9_-]+[ -~]*$"
     )
-    """Who asks and why; robots.txt knows us by its first word. Put a page or an address here where somebody answers."""
+    """Who asks and why; its first word is our name in robots.txt. Add a page or an address where somebody answers."""
     concurrency: int = Field(64, ge=1)
-    """Requests under way at once, per task."""
+    """Requests in progress at once, per task."""
     per_host: int = Field(2, ge=1)
-    """Requests under way at once to one host."""
+    """Requests in progress at once to one host."""
     num_tasks: int = Field(4, ge=1)
     """Ray tasks that fetch; each host belongs to one of them, so that its limit holds."""
     timeout: float = Field(30.0, gt=0)
@@ -27,10 +27,10 @@ class FetchConfig(Config):
     max_redirects: int = Field(5, ge=0)
     """Most redirects followed; each target is checked like a first address."""
     retries: int = Field(2, ge=0)
-    """Tries after the first, with growing pauses, where the failure may pass."""
+    """Tries after the first, with growing pauses, after a temporary failure."""
     robots: bool = True
-    """Whether robots.txt is honoured. Opt-outs in the headers (noai, noml, TDM) always are."""
+    """Whether to obey robots.txt. Opt-outs in the headers (noai, noml, TDM) are always obeyed."""
     loopback: bool = Field(False, exclude=True)
-    """Admit addresses of this machine, for a server of one's own beside the job."""
+    """Allow addresses of this machine, for a server of your own beside the job."""
     refresh: bool = Field(False, exclude=True)
-    """Ask again about every URL, conditionally: bytes that their server says have not changed stay."""
+    """Ask again about every URL, conditionally: bytes that have not changed according to their server stay."""

@@ -1,4 +1,4 @@
-"""One HTTP request: its bounds on time and bytes, and a verdict for every way in which it can end."""
+"""One HTTP request: its limits on time and bytes, and a verdict for every way in which it can end."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from yarl import URL
 
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.guard import AddressRefusedError, GuardedResolver, Lookup, guarded_socket
-from mmflow.fetch.politeness import Host, parse_retry_after
-from mmflow.fetch.robots import MAX_ROBOTS_BYTES, opt_out, product_token
+from mmflow.fetch.politeness import MAX_ROBOTS_BYTES, Host, opt_out, parse_retry_after, product_token
 from mmflow.sources.reasons import Reason
 
-BODY_BUDGET = 256 << 20  # bytes of bodies under way at once, of all requests of a client
+BODY_BUDGET = 256 << 20  # bytes of bodies in progress at once, of all requests of a client
 KEEPALIVE = 2.0  # seconds; a host's URLs follow each other at once, and idle sockets of many hosts use up descriptors
 REDIRECTS = (301, 302, 303, 307, 308)
 WHOLE = (200, 203)
-PASSING = (408, 425, 429)  # of the 4xx, those that may pass; of the 5xx all may
+TEMPORARY = (408, 425, 429)  # of the 4xx; all 5xx are temporary
 # This machine's own shortages, which say nothing about a host.
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Failure(Exception):  # noqa: N818 - a verdict on one URL, not an error of the program
-    """How a try ended. `again`: a further try in this run may help, after `wait` seconds; no query in `detail`."""
+    """How a try ended. `again`: another try in this run may help, after `wait` seconds. No query string in `detail`."""
 
     def __init__(
         self, reason: Reason, detail: str, *, status: int | None = None, again: bool = False, wait: float | None = None
@@ -41,12 +40,12 @@ class Failure(Exception):  # noqa: N818 - a verdict on one URL, not an error of 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole body, a redirect (3xx, Location) or "not modified" (304), the last two with an empty body."""
+    """A whole body, or with an empty body a redirect (3xx, Location) or "not modified" (304)."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
-    held: int  # bytes of the client's budget, to be given back once the body is used
+    held: int  # bytes of the client's budget, to give back once the body is used
 
 
 class Budget:
@@ -58,7 +57,7 @@ class Budget:
         self._freed = asyncio.Event()
 
     async def take(self, size: int) -> int:
-        """Wait for so many bytes, or for all that there are; the number taken."""
+        """Wait for `size` bytes, or for the whole budget if that is less; return the number taken."""
         size = min(size, self._size)
         async with self._turn:
             while self._left < size:
@@ -75,11 +74,11 @@ class Budget:
 
 @contextlib.asynccontextmanager
 async def open_client(settings: FetchConfig, lookup: Lookup | None = None) -> AsyncIterator[Client]:
-    """A client whose every connection passes the guard. `lookup` replaces the system's resolver of names."""
+    """A client with a guard on every connection. `lookup` replaces the system's resolver of names."""
     connector = aiohttp.TCPConnector(
         resolver=GuardedResolver(loopback=settings.loopback, lookup=lookup),
         socket_factory=guarded_socket(loopback=settings.loopback),
-        limit=0,  # `concurrency` and each host's slots bound it
+        limit=0,  # `concurrency` and each host's slots limit connections
         ttl_dns_cache=300,
         keepalive_timeout=KEEPALIVE,
     )
@@ -88,7 +87,7 @@ async def open_client(settings: FetchConfig, lookup: Lookup | None = None) -> As
         headers={"User-Agent": settings.user_agent, "Accept": "*/*", "Accept-Encoding": "identity"},
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),  # `ask` has its own clock
-        auto_decompress=False,  # bounded here: a small body may unfold into gigabytes
+        auto_decompress=False,  # `_read` decompresses within limits: a small body may unpack to gigabytes
         trust_env=False,  # a proxy would look names up itself, past the guard
     ) as session:
         yield Client(session, settings)
@@ -105,11 +104,11 @@ class Client:
         self._max_bytes = settings.max_bytes
 
     async def ask(self, host: Host, url: URL, headers: Mapping[str, str], *, is_robots: bool = False) -> Answer:
-        """The answer, redirects not followed. Raises Failure for everything else, within the timeout.
+        """The answer, without following redirects. Raises Failure for everything else, within the timeout.
 
-        Where the server closes the connection in place of an answer, aiohttp itself asks once more at once (RFC 9112
-        9.3.1: an idle connection may close just as it is used again).
-        For robots.txt a body that is too long is cut, and an opt-out does not count.
+        For robots.txt, a body that is too long is cut, and an opt-out does not count. If the server closes the
+        connection instead of answering, aiohttp itself asks once more at once (RFC 9112 9.3.1: an idle connection may
+        close just as it is used again).
         """
         async with host.slots:
             await host.pause()
@@ -122,33 +121,32 @@ class Client:
                     self._session.get(url, allow_redirects=False, headers=headers) as response,
                 ):
                     answered = True
-                    judge(host, response, conditional=bool(headers))
+                    _check_status(host, response, conditional=bool(headers))
                     if not is_robots:
-                        self._honour_opt_out(response)
+                        self._check_opt_out(response)
                     if response.status not in WHOLE:
                         return Answer(response.status, response.headers, b"", 0)
                     return await self._read(response, deadline, is_robots=is_robots)
             except Failure:
                 raise
-            except Exception as error:  # the client's internals raise more than its documents say
-                failure = explain(error, answered=answered, timeout=self._timeout)
+            except Exception as error:  # aiohttp raises more than its documentation says
+                failure = _explain(error, answered=answered, timeout=self._timeout)
                 if not answered and failure.reason is Reason.fetch_failed and _cause(error).errno not in SHORTAGES:
                     host.missed()
                 raise failure from error
 
-    def _honour_opt_out(self, response: aiohttp.ClientResponse) -> None:
-        tags, reservations = response.headers.getall("X-Robots-Tag", []), response.headers.getall("TDM-Reservation", [])
+    def _check_opt_out(self, response: aiohttp.ClientResponse) -> None:
+        tags, reservations = (response.headers.getall(name, []) for name in ("X-Robots-Tag", "TDM-Reservation"))
         if header := opt_out(tags, reservations, self.robot):
             raise Failure(Reason.fetch_opted_out, header, status=response.status)
 
     async def _read(self, response: aiohttp.ClientResponse, deadline: asyncio.Timeout, *, is_robots: bool) -> Answer:
-        """The body, decoded. Raises Failure past the bound on bytes, whether announced, sent or unfolded."""
-        status = response.status
+        """The body, decompressed. Raises Failure past the limit on bytes, whether announced, sent or decompressed."""
+        status, announced = response.status, response.content_length
         limit = MAX_ROBOTS_BYTES if is_robots else self._max_bytes
-        announced = response.content_length
         if announced is not None and announced > limit and not is_robots:
-            raise too_large(f"{announced} bytes announced", limit, status)
-        decoder = decoder_of(response.headers.get("Content-Encoding", ""), status)
+            raise _too_large(f"{announced} bytes announced", limit, status)
+        decoder = _decoder_of(response.headers.get("Content-Encoding", ""), status)
         expected = limit if announced is None or decoder is not None else min(announced, limit)
         clock = asyncio.get_running_loop()
         remaining = (deadline.when() or 0.0) - clock.time()
@@ -163,7 +161,7 @@ class Client:
                 body += chunk if decoder is None else decoder.decompress(chunk, limit + 1 - len(body))
                 if max(received, len(body)) > limit:
                     if not is_robots:
-                        raise too_large("more was sent", limit, status)
+                        raise _too_large("more was sent", limit, status)
                     break
             else:
                 if decoder is not None and not decoder.eof:
@@ -174,10 +172,10 @@ class Client:
             self.budget.give(held - used)
 
 
-def judge(host: Host, response: aiohttp.ClientResponse, *, conditional: bool) -> None:
-    """Raises Failure for a status that comes with neither bytes nor a way to them; tells the host's state of it."""
+def _check_status(host: Host, response: aiohttp.ClientResponse, *, conditional: bool) -> None:
+    """Raises Failure for a status with neither bytes nor a redirect; updates the host's state."""
     status = response.status
-    if status in PASSING or status >= 500:
+    if status in TEMPORARY or status >= 500:
         wait = parse_retry_after(response.headers.get("Retry-After"))
         if status == 429 or wait is not None:
             host.missed(wait)
@@ -190,46 +188,44 @@ def judge(host: Host, response: aiohttp.ClientResponse, *, conditional: bool) ->
     raise Failure(Reason.fetch_gone, f"HTTP {status}", status=status)
 
 
-def decoder_of(encoding: str, status: int) -> Any:
-    """A zlib decompressor for a body that comes compressed though none was asked for; None for a plain one.
+def _decoder_of(encoding: str, status: int) -> Any:
+    """A zlib decompressor for a body that is compressed although we did not ask for it; None for a plain body.
 
-    Raises Failure for an encoding that cannot be unfolded within bounds.
+    Raises Failure for an encoding that cannot be decompressed within limits.
     """
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return None
     if encoding in ("gzip", "x-gzip", "deflate"):
-        return zlib.decompressobj(wbits=47)  # 32 + 15: finds out by itself whether gzip or zlib
+        return zlib.decompressobj(wbits=47)  # 32 + 15: detects gzip or zlib
     raise Failure(Reason.fetch_gone, f"Content-Encoding {encoding[:40]!r} was not asked for", status=status)
 
 
-def too_large(seen: str, limit: int, status: int) -> Failure:
-    """The verdict on a body past the bound."""
+def _too_large(seen: str, limit: int, status: int) -> Failure:
     return Failure(Reason.fetch_too_large, f"{seen}, at most {limit} bytes are kept", status=status)
 
 
-def explain(error: Exception, *, answered: bool, timeout: float) -> Failure:
-    """What went wrong with a request, in words without its URL: the client's own would repeat query strings."""
+def _explain(error: Exception, *, answered: bool, timeout: float) -> Failure:
+    """What went wrong with a request, without its URL: the client's own message would repeat query strings."""
     cause = _cause(error)
+    detail, again = f"malformed answer: {type(error).__name__}", False
     if isinstance(cause, AddressRefusedError):
         return Failure(Reason.fetch_refused, str(cause))
     if isinstance(error, aiohttp.InvalidURL):
         return Failure(Reason.fetch_refused, "not a URL")
     if isinstance(error, TimeoutError):
-        what = "body" if answered else "answer"
-        return Failure(Reason.fetch_failed, f"no whole {what} within {timeout:g} s", again=True)
-    if isinstance(cause, socket.gaierror):
-        again = cause.errno == socket.EAI_AGAIN
-        return Failure(Reason.fetch_failed, f"name lookup failed: {cause.strerror}", again=again)
-    if isinstance(error, aiohttp.ClientSSLError):
-        return Failure(Reason.fetch_failed, f"TLS: {type(error).__name__}")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return Failure(Reason.fetch_failed, f"cannot connect: {cause.strerror or type(cause).__name__}", again=True)
-    if isinstance(error, aiohttp.ClientPayloadError | zlib.error):
-        return Failure(Reason.fetch_failed, "body broken off or damaged", again=True)
-    if isinstance(error, aiohttp.ClientConnectionError | OSError):
-        return Failure(Reason.fetch_failed, "connection dropped", again=True)
-    return Failure(Reason.fetch_failed, f"malformed answer: {type(error).__name__}")
+        detail, again = f"no whole {'body' if answered else 'answer'} within {timeout:g} s", True
+    elif isinstance(cause, socket.gaierror):
+        detail, again = f"name lookup failed: {cause.strerror}", cause.errno == socket.EAI_AGAIN
+    elif isinstance(error, aiohttp.ClientSSLError):
+        detail = f"TLS: {type(error).__name__}"
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        detail, again = f"cannot connect: {cause.strerror or type(cause).__name__}", True
+    elif isinstance(error, aiohttp.ClientPayloadError | zlib.error):
+        detail, again = "body broken off or damaged", True
+    elif isinstance(error, aiohttp.ClientConnectionError | OSError):
+        detail, again = "connection dropped", True
+    return Failure(Reason.fetch_failed, detail, again=again)
 
 
 def _cause(error: Exception) -> OSError:

@@ -133,7 +133,7 @@ def _identity(parts: Sequence[str]) -> str:
 
 def _fetched(sources: Sequence[SourceConfig], workspace: str) -> dict[str, str]:
     """The fingerprint of the images that were fetched for the sources, if there are any."""
-    from mmflow.fetch.remote_images import known_images
+    from mmflow.fetch.job import known_images
 
     known = known_images(join(workspace, FETCHED), _identity(_listed(sources)[1]))
     return {"fetched": known} if known else {}
@@ -160,7 +160,7 @@ def _evaluated_datasets(settings: ShardConfig) -> dict[str, str]:
 def fetch(recipe: Recipe) -> None:
     """Fetch the sources' images that are URLs, unless that is done already. Ray is started only if there is work."""
     from mmflow.cluster.local import ensure_ray
-    from mmflow.fetch.remote_images import fetch_images, is_settled, may_have_urls
+    from mmflow.fetch.job import fetch_images, is_settled, may_have_urls
 
     _listed_once.cache_clear()  # a run uses the files that were there when it began
     sources, settings = recipe.shard.sources, recipe.shard.fetch

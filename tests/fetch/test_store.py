@@ -19,12 +19,11 @@ import pytest
 
 from mmflow.core.artifacts import exclusive
 from mmflow.core.errors import BusyArtifactError, CorruptArtifactError, MmflowError
-from mmflow.fetch import known
+from mmflow.fetch import store as store_module
 from mmflow.fetch.client import Result, Validators
 from mmflow.fetch.config import FetchConfig
-from mmflow.fetch.fetched import FetchedStore
 from mmflow.fetch.job import deal_hosts, fetch_into, fetch_urls
-from mmflow.fetch.known import KnownWriter, next_run, remove_strays, xxh3
+from mmflow.fetch.store import FetchedStore, KnownWriter, next_run, remove_strays, xxh3
 from mmflow.sources.reasons import Reason, Rejected
 from tests.fetch.webserver import Handler, Server, head, in_turn, respond, running
 
@@ -101,10 +100,9 @@ def test_keys_whose_first_halves_are_the_same_are_told_apart(tmp_path: Path, mon
     def half(data: bytes) -> bytes:
         return bytes(8) + xxh3(data)[8:]
 
-    monkeypatch.setattr(known, "xxh3", half)
+    monkeypatch.setattr(store_module, "xxh3", half)
     urls = [f"u{n}" for n in range(50)]
     write(str(tmp_path), [ok(url, url.encode()) for url in urls])
-    monkeypatch.setattr("mmflow.fetch.fetched.xxh3", half)
     opened = FetchedStore(str(tmp_path))
     assert [opened.load(url) for url in urls] == [url.encode() for url in urls]
     assert opened.counts([*urls, "other"]) == {"fetch_pending": 1, "ok": 50}
@@ -261,7 +259,7 @@ def test_a_refresh_keeps_what_has_not_changed_and_loses_nothing_to_a_passing_fai
 
 
 def test_what_is_known_is_published_in_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "SECONDS_PER_TABLE", 0.2)
+    monkeypatch.setattr(store_module, "SECONDS_PER_TABLE", 0.2)
 
     async def late(request: Any, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(1.0)
@@ -284,7 +282,7 @@ def test_what_is_known_is_published_in_time(server: Server, tmp_path: Path, monk
 def test_tables_and_packs_are_bounded(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: tuple[str, int]
 ) -> None:
-    monkeypatch.setattr(known, *bound)
+    monkeypatch.setattr(store_module, *bound)
     server.routes["/a"] = respond(200, bytes(1000))
     urls = [server.url(f"/a?{n}") for n in range(10)]
     assert fetch(urls, str(tmp_path)) == 10
@@ -309,16 +307,16 @@ def test_a_task_that_starts_again_goes_on_after_what_it_published(server: Server
 
 KILLED = """
 import asyncio, sys
-from mmflow.fetch import known
+from mmflow.fetch import store as store_module
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.job import fetch_into
-from mmflow.fetch.fetched import FetchedStore
-known.RESULTS_PER_TABLE = 10
+from mmflow.fetch.store import FetchedStore
+store_module.RESULTS_PER_TABLE = 10
 
 async def main(store, urls):
     settings = FetchConfig(loopback=True, per_host=8, concurrency=8)
     pending = FetchedStore(store).pending(urls, max_bytes=settings.max_bytes)
-    async for _ in fetch_into(pending, store, settings, run=known.next_run(store), task=0, refresh=False):
+    async for _ in fetch_into(pending, store, settings, run=store_module.next_run(store), task=0, refresh=False):
         print("published", flush=True)
 
 asyncio.run(main(sys.argv[1], sys.argv[2:]))

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmflow.core.artifacts import content_hash
-from mmflow.fetch import remote_images
+from mmflow.fetch import job
 from mmflow.fetch.config import FetchConfig
-from mmflow.fetch.fetched import FetchedStore
-from mmflow.fetch.remote_images import fetch_images, is_settled, known_images, may_have_urls, urls_of
+from mmflow.fetch.job import fetch_images, is_settled, known_images, may_have_urls, urls_of
+from mmflow.fetch.store import FetchedStore
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units
 from tests.fetch.webserver import Server, in_turn, respond, running
@@ -56,7 +56,7 @@ def test_a_long_list_is_read_by_ray_and_gives_the_same_urls(tmp_path: Path, monk
     units = list_units(recipe.sources)
     urls = urls_of(units, recipe.sources)
     assert len(urls) == 150
-    monkeypatch.setattr(remote_images, "RECORDS_READ_HERE", 0)
+    monkeypatch.setattr(job, "RECORDS_READ_HERE", 0)
     assert urls_of(units, recipe.sources) == urls
 
 
@@ -84,7 +84,7 @@ def test_a_settled_recipe_is_not_read_again(server: Server, tmp_path: Path, monk
     server.routes["/a"] = respond(200, b"A")
     recipe = Recipe(tmp_path, [server.url("/a")])
     known = recipe.fetch()
-    monkeypatch.setattr(remote_images, "urls_of", None)
+    monkeypatch.setattr(job, "urls_of", None)
     assert recipe.fetch(max_bytes=FetchConfig().max_bytes + 1) == known  # none was too large
 
 
@@ -128,6 +128,6 @@ def test_a_table_of_bodies_is_not_read_for_urls(tmp_path: Path, monkeypatch: pyt
     sources = [SourceConfig(uri=str(tmp_path / "a.parquet"))]
     units = list_units(sources)
     assert may_have_urls(units)
-    monkeypatch.setattr(remote_images, "urls_of", None)
+    monkeypatch.setattr(job, "urls_of", None)
     fetch_images(str(tmp_path / "store"), sources, units, "id", FetchConfig(), no_progress)
     assert known_images(str(tmp_path / "store"), "id") is None
