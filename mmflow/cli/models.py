@@ -1,7 +1,8 @@
-"""`mmflow models …`: the versions in the registry, and model packages from and to the formats of others."""
+"""`mmflow models …`: the versions in the registry, and model packages from and to the formats of other tools."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,48 +12,51 @@ from mmflow.core.errors import MmflowError
 
 if TYPE_CHECKING:
     from mmflow.recipe import Recipe
+    from mmflow.registry.versions import Version
 
 QUICKSTART = Path(__file__).parents[2] / "pipelines" / "quickstart.yaml"
-RecipeOption = Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="Whose workspace to look in.")]
+RecipeOption = Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="The recipe with model and workspace.")]
 PackageUri = Annotated[str, typer.Argument(metavar="PACKAGE", help="A model package's directory or URI.")]
 
 models = typer.Typer(
     no_args_is_help=True,
-    help="Versions of a model: list, show, rollback; model packages from and to others' formats: import, export.",
+    help="Versions of a model: list, show, rollback. Model packages from and to other formats: import, export.",
 )
 
 
-def _recipe(path: str) -> Recipe:
+def read_recipe(path: str, overrides: Sequence[str] | None = None) -> Recipe:
+    """The recipe of a file, with overrides."""
     from mmflow.recipe import load_recipe
 
-    return load_recipe(path)
+    return load_recipe(path, overrides or [])
+
+
+def _versions(recipe: Recipe) -> tuple[Version, ...]:
+    from mmflow.registry.tracking import tracking_uri
+    from mmflow.registry.versions import list_versions
+
+    return list_versions(recipe.promote.model, uri=tracking_uri(recipe.workspace))
 
 
 @models.command("list", epilog="Example: mmflow models list --recipe pipelines/quickstart.yaml")
 def models_list(recipe: RecipeOption = str(QUICKSTART)) -> None:
-    """Every version of the recipe's model: number, aliases, when, and the deciding metric."""
-    from mmflow.registry.tracking import tracking_uri
-    from mmflow.registry.versions import list_versions
-
-    loaded = _recipe(recipe)
-    for version in list_versions(loaded.promote.model, uri=tracking_uri(loaded.workspace)):
-        metric = version.metrics.get(loaded.promote.metric)
-        figure = f"{metric:.4f}" if metric is not None else "?"
+    """List the versions of the recipe's model: number, aliases, time, and the deciding metric."""
+    loaded = read_recipe(recipe)
+    metric = loaded.promote.metric
+    for version in _versions(loaded):
+        value = f"{version.metrics[metric]:.4f}" if metric in version.metrics else "?"
         aliases = ", ".join(version.aliases) or "-"
-        print(f"{version.version}\t{aliases}\t{version.created:%Y-%m-%d %H:%M}\t{loaded.promote.metric} {figure}")
+        print(f"{version.version}\t{aliases}\t{version.created:%Y-%m-%d %H:%M}\t{metric} {value}")
 
 
 @models.command("show", epilog="Example: mmflow models show 1 --recipe pipelines/quickstart.yaml")
 def models_show(version: int, recipe: RecipeOption = str(QUICKSTART)) -> None:
-    """One version: its package, digest, lineage and metrics."""
-    from mmflow.registry.tracking import tracking_uri
-    from mmflow.registry.versions import list_versions
-
-    loaded = _recipe(recipe)
-    found = {each.version: each for each in list_versions(loaded.promote.model, uri=tracking_uri(loaded.workspace))}
-    if version not in found:
-        raise MmflowError(f"{loaded.promote.model}: no version {version}; there are {sorted(found) or 'none'}")
-    shown = found[version]
+    """Show one version: its package, digest, lineage and metrics."""
+    loaded = read_recipe(recipe)
+    versions = {each.version: each for each in _versions(loaded)}
+    if version not in versions:
+        raise MmflowError(f"{loaded.promote.model}: no version {version}; there are {sorted(versions) or 'none'}")
+    shown = versions[version]
     facts = {"package": shown.package_uri, "digest": shown.digest, "aliases": ", ".join(shown.aliases), **shown.tags}
     for name, value in [*facts.items(), *sorted(shown.metrics.items())]:
         print(f"{name}\t{value}")
@@ -60,11 +64,11 @@ def models_show(version: int, recipe: RecipeOption = str(QUICKSTART)) -> None:
 
 @models.command("rollback", epilog='Example: mmflow models rollback "complaints since Tuesday"')
 def models_rollback(reason: str, recipe: RecipeOption = str(QUICKSTART)) -> None:
-    """Make the version that was champion before champion again, and keep the reason."""
+    """Make the previous champion champion again, and keep the reason."""
     from mmflow.registry.tracking import tracking_uri
     from mmflow.registry.versions import rollback
 
-    loaded = _recipe(recipe)
+    loaded = read_recipe(recipe)
     version = rollback(loaded.promote.model, reason, uri=tracking_uri(loaded.workspace))
     print(f"{loaded.promote.model}: version {version.version} is champion again")
 
@@ -86,13 +90,13 @@ def models_import(
 @models.command("export", epilog="Example: mmflow models export workspace/clip exported/clip --format onnx")
 def models_export(
     package: PackageUri,
-    directory: Annotated[str, typer.Argument(metavar="DIRECTORY", help="Where to: a directory that is not there yet.")],
+    directory: Annotated[str, typer.Argument(metavar="DIRECTORY", help="A new directory.")],
     to: Annotated[
         Literal["transformers", "onnx"],
         typer.Option("--format", help="A directory for from_pretrained, or the two towers as ONNX graphs."),
     ] = "transformers",
 ) -> None:
-    """Write a package's dual encoder for others to load. Nothing is written unless it gives what the package gives."""
+    """Write a package's dual encoder for other tools, unless its outputs would differ from the package's."""
     from mmflow.models.package import load_package, read_package
 
     loaded = load_package(read_package(package))

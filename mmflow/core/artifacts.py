@@ -137,15 +137,17 @@ class Stage:
     def run(self, workspace: str) -> Artifact:
         """The committed artifact, built now if it was not there."""
         uri = self.directory(workspace)
-        artifact = self._committed(uri)
+        artifact = self.committed(workspace)
         if artifact is None:
             with exclusive(uri):
-                artifact = self._committed(uri) or self._build(uri)  # another process may just have committed it
+                artifact = self.committed(workspace) or self._build(uri)  # another process may just have committed it
         if self.tidy is not None:  # also on a rerun: a kill may have come between commit and tidy
             self.tidy(uri)
         return artifact
 
-    def _committed(self, uri: str) -> Artifact | None:
+    def committed(self, workspace: str) -> Artifact | None:
+        """The artifact if it is there."""
+        uri = self.directory(workspace)
         return read_artifact(uri, self.kind) if exists(join(uri, MANIFEST)) else None
 
     def _build(self, uri: str) -> Artifact:

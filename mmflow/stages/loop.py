@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from mmflow.core.artifacts import MANIFEST, Artifact, Stage, read_artifact
+from mmflow.core.artifacts import Artifact, Stage
 from mmflow.core.errors import MissingArtifactError, RecipeError
-from mmflow.core.storage import exists, join
 from mmflow.stages import LoopStage
 from mmflow.stages.corpus import CORPUS
 from mmflow.stages.distill import DISTILL
@@ -71,14 +70,14 @@ class Loop:
     def committed(self, name: str) -> Artifact:
         """The artifact that a stage has committed. Raises MissingArtifactError naming what to run."""
         if name not in self._artifacts:
-            stage = self.plan(name)
-            uri = stage.directory(self.recipe.workspace)
-            if not exists(join(uri, MANIFEST)):
+            stage, workspace = self.plan(name), self.recipe.workspace
+            artifact = stage.committed(workspace)
+            if artifact is None:
                 raise MissingArtifactError(
-                    f"{uri}: stage {name} is not committed for this recipe; run `mmflow {name} …` first, or the whole "
-                    "loop with `mmflow run …`"
+                    f"{stage.directory(workspace)}: stage {name} is not committed for this recipe; run `mmflow "
+                    f"{name} …` first, or the whole loop with `mmflow run …`"
                 )
-            self._artifacts[name] = read_artifact(uri, stage.kind)
+            self._artifacts[name] = artifact
         return self._artifacts[name]
 
     def run(self, name: str) -> Artifact:

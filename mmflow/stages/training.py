@@ -7,7 +7,7 @@ A rerun skips the parts that are done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmflow.recipe import Recipe
     from mmflow.training.config import DistillConfig, PretrainConfig
     from mmflow.training.job import TrainingJob
+    from mmflow.training.selfcheck import Compared
 
     Section = PretrainConfig | DistillConfig
 
@@ -60,6 +61,38 @@ def training_stage(
 
     settings = identity(section) | {"seed": recipe.seed}
     return Stage(name=name, kind="training", version=3, settings=settings, inputs=fingerprints, build=build)
+
+
+def compare_gradients(trained: Mapping[str, Section], workspace: str) -> Iterator[tuple[str, Compared]]:
+    """For each task and objective of the sections, the gradient of their workers beside that of one process, on a small
+    model; with the task's key. Raises RecipeError as `check_training`."""
+    from mmflow.cluster.local import ensure_ray
+    from mmflow.training.check import check_training
+    from mmflow.training.config import tasks_of
+    from mmflow.training.selfcheck import small_check
+    from mmflow.training.workers import compare_gradients_on_ray
+
+    for name, section in trained.items():
+        check_training(name, section)
+    ensure_ray(max(section.training.most_workers * section.training.cpus_per_worker for section in trained.values()))
+    for name, section in trained.items():
+        training = section.training
+        for task in tasks_of(name, section):
+            check = small_check(
+                section.model,
+                task.objectives,
+                zero_stage=training.zero_stage,
+                in_micro_batches=training.micro_batch_size is not None,
+                offload_optimizer=training.offload_optimizer,
+            )
+            results = compare_gradients_on_ray(
+                check,
+                num_workers=training.most_workers,
+                cpus_per_worker=training.cpus_per_worker,
+                directory=join(workspace, "selfcheck"),
+            )
+            for result in results:
+                yield task.key, result
 
 
 # --- identity -------------------------------------------------------------------------------------------------------
