@@ -1,7 +1,7 @@
 """One MLflow run per training, fed from a local journal, so that a tracking outage never costs a training step.
 
-The trainer appends to a JSONL file and never waits; a daemon thread on the driver sends what it holds whenever MLflow
-answers. Both the run (found by its stage identity) and the sent offset (beside the journal) outlive the driver.
+The trainer appends to a JSONL file and never waits; a daemon thread on the driver sends the lines when MLflow answers.
+Both the run (found by its stage identity) and the sent offset (beside the journal) outlive the driver.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDENTITY_TAG = "mmflow.identity"
-# Limits of MLflow's API (mlflow/utils/validation.py); PER_CALL is of params and of tags.
+# Limits of MLflow's API (mlflow/utils/validation.py); PER_CALL limits params and tags.
 METRICS_PER_CALL, PER_CALL, NAME_LENGTH, PARAM_LENGTH = 1000, 100, 250, 6000
 POLL_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
-# MLflow's own defaults retry a dead server for up to 4 minutes a call. Here a call gives up in seconds and the mirror
-# retries by itself. Telemetry is off because a training machine should call no one whom its owner did not name.
+# By default MLflow retries a dead server for up to 4 minutes a call. Here a call gives up in seconds and the mirror
+# retries. Telemetry is off because a training machine should only call servers that its owner named.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -46,17 +46,17 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 def tracking_uri(workspace: str) -> str:
     """MLFLOW_TRACKING_URI, else a SQLite file in the workspace. Raises MisuseError for a remote workspace."""
-    if named := os.environ.get("MLFLOW_TRACKING_URI"):
-        return named
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return uri
     path = local_path(workspace)
     if path is None:
         where = without_credentials(workspace)
-        raise MisuseError(f"{where}: no place for a SQLite file; set MLFLOW_TRACKING_URI to your MLflow server")
+        raise MisuseError(f"{where}: SQLite needs a local disk; set MLFLOW_TRACKING_URI to your MLflow server")
     return f"sqlite:///{path / 'mlflow.db'}"
 
 
 def without_credentials(text: str) -> str:
-    """The text with the user and password of every URI in it, and the secrets in its query, blotted out."""
+    """The text with *** for the user, password and secret query values of every URI in it."""
     text = re.sub(r"://[^/\s]+@", "://***@", text)
     return re.sub(r"([?&][^=&\s]*(?:key|token|secret|password)[^=&\s]*=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
@@ -74,13 +74,13 @@ def connect(uri: str) -> MlflowClient:
 
 
 def quiet_retries(record: logging.LogRecord) -> bool:
-    """Drops urllib3's warnings about retried calls to MLflow: the outage gets one line of ours."""
+    """Drops urllib3's warnings about retried calls to MLflow: an outage has one line of our own."""
     return "/mlflow/" not in record.getMessage()
 
 
 @contextlib.contextmanager
 def explained(uri: str, doing: str) -> Iterator[None]:
-    """Turn whatever MLflow, its HTTP layer or its database raises within the block into one TrackingError."""
+    """Turn any error of MLflow, its HTTP layer or its database within the block into one TrackingError."""
     try:
         yield
     except MmflowError:
@@ -101,7 +101,7 @@ def one_line(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """What MLflow is to know of a training. `identity` is the stage's: each has one run, through all restarts."""
+    """What MLflow should know about a training. Each stage `identity` has one run, through all restarts."""
 
     experiment: str
     name: str
@@ -132,7 +132,7 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def create_run(uri: str, run: TrainingRun) -> str:
     """The MLflow run id of this stage identity: the run of an earlier attempt reopened, or a new one.
 
-    Raises TrackingError where MLflow refuses or cannot be reached. A kill half-way is repaired by the next call.
+    Raises TrackingError if MLflow refuses or cannot be reached. The next call repairs what a kill left half done.
     """
     with explained(uri, f"open the run {run.name!r}"):
         client = connect(uri)  # before any other import of MLflow, which reads the environment
@@ -142,20 +142,19 @@ def create_run(uri: str, run: TrainingRun) -> str:
         database = re.match(r"sqlite:///(.+)/[^/]+$", uri)  # MLflow's own choice would be ./mlruns, wherever "." is
         artifacts = f"file://{database[1]}/mlflow-artifacts" if database else None
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(run.experiment, artifacts)
-        found = client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{run.identity}'", max_results=1)
+        earlier = client.search_runs([experiment_id], f"tags.`{IDENTITY_TAG}` = '{run.identity}'", max_results=1)
         own = {IDENTITY_TAG: run.identity}
-        opened = found[0] if found else client.create_run(experiment_id, tags=own, run_name=run.name)
-        run_id = opened.info.run_id
+        opened = earlier[0] if earlier else client.create_run(experiment_id, tags=own, run_name=run.name)
+        run_id, known = str(opened.info.run_id), opened.data.params
         client.update_run(run_id, status="RUNNING")  # an earlier attempt may have ended it
         flat = flatten(run.params)
-        params = [Param(name, value) for name, value in flat.items() if name not in opened.data.params]
+        params = [Param(name, value) for name, value in flat.items() if name not in known]
         # A parameter is immutable in MLflow. One that changed between attempts stays visible as a tag.
-        known = opened.data.params
         changed = {f"resumed.{name}": value for name, value in flat.items() if known.get(name, value) != value}
         tags = [RunTag(name, value) for name, value in {**run.tags, **changed}.items()]
         for start in range(0, max(len(params), len(tags)), PER_CALL):
             client.log_batch(run_id, params=params[start : start + PER_CALL], tags=tags[start : start + PER_CALL])
-        return str(run_id)
+        return run_id
 
 
 class Point(NamedTuple):
@@ -171,7 +170,7 @@ def read_points(journal: Path, offset: int, limit: int = METRICS_PER_CALL) -> tu
     """The points of the whole lines from byte `offset` on, about `limit` of them, and the offset after them.
 
     A last line without its newline is still being written and waits for the next call. A line that is no point, such as
-    one cut short by a killed writer, is passed over: it would block all that follow.
+    one cut short by a killed writer, is skipped: it would block all that follow.
     """
     points: list[Point] = []
     with contextlib.suppress(FileNotFoundError), journal.open("rb") as stream:
@@ -186,13 +185,30 @@ def read_points(journal: Path, offset: int, limit: int = METRICS_PER_CALL) -> tu
     return points, offset
 
 
-class Mirror:
-    """The thread's state: how far the journal is sent, to which run, and whether MLflow answers."""
+class mirror:  # noqa: N801 — used as `with mirror(…):`
+    """Send a growing journal to the MLflow run of `run.identity` from a daemon thread, while the block trains.
 
-    def __init__(self, journal: Path, run: TrainingRun, uri: str, kept_in: str) -> None:
+    Each line of the journal is `{"step": int, "time": seconds since 1970, "metrics": {name: value}}`; the file may not
+    exist yet. The block never waits for MLflow and no error of it is raised, except that the end of the block may take
+    `last_attempt_seconds`. The run ends FINISHED, FAILED (an exception) or KILLED (KeyboardInterrupt, SystemExit). An
+    empty block sends what an outage left.
+
+    How much was sent is written beside the journal, or beside the URI that it is a temporary `copy_of`.
+    """
+
+    def __init__(
+        self,
+        journal: Path,
+        run: TrainingRun,
+        *,
+        uri: str,
+        copy_of: str | None = None,
+        last_attempt_seconds: float = 15.0,
+    ) -> None:
         self.journal, self.run, self.uri, self.where = journal, run, uri, without_credentials(uri)
-        self.kept_in = kept_in
-        self.sent_uri = suffixed(kept_in, ".sent")
+        self.kept_in = copy_of or str(journal)
+        self.sent_uri = suffixed(self.kept_in, ".sent")
+        self.last_attempt_seconds = last_attempt_seconds
         self.run_id: str | None = None  # until MLflow has answered once
         self.offset = 0  # bytes of the journal that MLflow has
         self.last_step: dict[str, int] = {}  # of each metric that MLflow has
@@ -201,39 +217,52 @@ class Mirror:
         self.outage: float | None = None  # when it began
         self.status: Status | None = None  # known when the block has ended
         self.ended, self.abandoned = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self.follow, name="mlflow-mirror", daemon=True)
+        self.thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
 
-    def follow(self) -> None:
+    def __enter__(self) -> mirror:
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self.ended.set()
+        self.thread.join(self.last_attempt_seconds)
+        self.abandoned.set()
+        self.num_unsent = len(self._unsent(read_points(self.journal, self.offset, limit=sys.maxsize)[0]))
+        if self.num_unsent:
+            log.warning("%s: %d points could not be sent and stay in %s", self.where, self.num_unsent, self.kept_in)
+
+    def _follow(self) -> None:
         """Send what is new until the block ends; then once more, and close the run."""
         pause, status = 0.0, None
         while status is None:
             self.ended.wait(pause)
-            status = self.status  # read before sending, so that what came last is sent before the run is closed
+            status = self.status  # read before sending, so that the last points are sent before the run is closed
             try:
-                self.send()
+                self._send()
                 if self.outage is not None:
                     seconds, self.outage = time.monotonic() - self.outage, None
                     log.warning("%s: takes metrics again after %.0f s", self.where, seconds)
                 if status is not None and self.run_id is not None and not self.abandoned.is_set():
                     connect(self.uri).set_terminated(self.run_id, status)
                 pause = POLL_SECONDS
-            except Exception as error:  # whatever it is, training goes on and the journal keeps the points
+            except Exception as error:  # whatever it is, training continues and the journal keeps the points
                 pause = min(2 * pause + POLL_SECONDS, LONGEST_PAUSE_SECONDS)
                 if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-                    self.run_id = None  # the server came back with another database: begin anew there
+                    self.run_id = None  # the server came back with another database: start again there
                 if self.outage is None:
                     self.outage = time.monotonic()
                     log.warning("%s: metrics wait in %s: %s", self.where, self.kept_in, one_line(error))
 
-    def send(self) -> None:
+    def _send(self) -> None:
         """Send all whole lines of the journal. Raises what MLflow raises; what was sent before that stays counted."""
-        run_id = self.run_id or self.open()
+        run_id = self.run_id or self._open()
         client = connect(self.uri)
         from mlflow.entities import Metric
 
         while not self.abandoned.is_set():
             points, offset = read_points(self.journal, self.offset)
-            fresh = self.unsent(points)
+            fresh = self._unsent(points)
             for start in range(0, len(fresh), METRICS_PER_CALL):
                 batch = fresh[start : start + METRICS_PER_CALL]
                 client.log_batch(run_id, metrics=[Metric(*point) for point in batch])
@@ -242,11 +271,11 @@ class Mirror:
             if offset == self.offset:
                 return
             self.offset = offset
-            # Killed before this line, the next process sends the batch again: MLflow's primary key drops what it has.
+            # If killed before this line, the next process sends the batch again: MLflow's primary key drops repeats.
             write_json(self.sent_uri, {"run_id": run_id, "offset": offset, "last_step": self.last_step})
 
-    def open(self) -> str:
-        """Find or create the run, and go on where an earlier process stopped sending to it."""
+    def _open(self) -> str:
+        """Find or create the run, and continue where an earlier process stopped sending to it."""
         run_id = create_run(self.uri, self.run)
         self.offset, self.last_step = 0, {}
         with contextlib.suppress(MmflowError, OSError, KeyError, TypeError):
@@ -256,10 +285,10 @@ class Mirror:
         self.run_id = run_id
         return run_id
 
-    def unsent(self, points: list[Point]) -> list[Point]:
-        """The points that are later than what MLflow has of their metric.
+    def _unsent(self, points: list[Point]) -> list[Point]:
+        """The points that are later than those that MLflow has of their metric.
 
-        A training resumed from a checkpoint runs some steps again and appends them again; the chart keeps the first.
+        A training resumed from a checkpoint repeats some steps and appends them again; MLflow keeps the first.
         """
         last, fresh = dict(self.last_step), []
         for point in points:
@@ -267,37 +296,3 @@ class Mirror:
                 last[point.name] = point.step
                 fresh.append(point)
         return fresh
-
-    def close(self, status: Status, seconds: float) -> None:
-        """Let the thread make its last attempt, at most `seconds` long, and say what it could not send."""
-        self.status = status
-        self.ended.set()
-        self.thread.join(seconds)
-        self.abandoned.set()
-        self.num_unsent = len(self.unsent(read_points(self.journal, self.offset, limit=sys.maxsize)[0]))
-        if self.num_unsent:
-            log.warning("%s: %d points could not be sent and stay in %s", self.where, self.num_unsent, self.kept_in)
-
-
-@contextlib.contextmanager
-def mirror(
-    journal: Path, run: TrainingRun, *, uri: str, copy_of: str | None = None, last_attempt_seconds: float = 15.0
-) -> Iterator[Mirror]:
-    """Send a growing journal to the MLflow run of `run.identity` from a daemon thread, while the block trains.
-
-    Each line of the journal is `{"step": int, "time": seconds since 1970, "metrics": {name: value}}`; it may not exist
-    yet. MLflow makes nothing raise or wait, save the end of the block for `last_attempt_seconds` at most. The run ends
-    FINISHED, FAILED (an exception) or KILLED (KeyboardInterrupt, SystemExit). An empty block sends what an outage left.
-    Beside the journal it is remembered what was sent: at the URI that it is a passing `copy_of`, where it is one.
-    """
-    mirrored = Mirror(journal, run, uri, copy_of or str(journal))
-    mirrored.thread.start()
-    status: Status = "KILLED"
-    try:
-        yield mirrored
-        status = "FINISHED"
-    except Exception:
-        status = "FAILED"
-        raise
-    finally:
-        mirrored.close(status, last_attempt_seconds)

@@ -1,7 +1,7 @@
-"""Model versions and the `champion` alias in MLflow, with the two things that MLflow lacks: history and a way back.
+"""Model versions and the `champion` alias in MLflow, with two things that MLflow lacks: a history and a way back.
 
-A version is a pointer to a plain package directory and its digest: never mlflow.pyfunc, which runs code when loaded. An
-MLflow alias moves in silence and remembers nothing, so each move is written first as a tag of the registered model.
+A version is a pointer to a plain package directory and its digest, never mlflow.pyfunc, which runs code when loaded. An
+MLflow alias moves silently and has no history, so each move is written first, as a tag of the registered model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from mmflow.core.errors import TrackingError
 from mmflow.core.storage import local_path
@@ -22,8 +22,6 @@ from mmflow.registry.tracking import connect, explained, tracking_uri, without_c
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.tracking import MlflowClient
-
-Located = TypeVar("Located", bound=PackageConfig)
 
 CHAMPION = "champion"
 DIGEST_TAG = "mmflow.digest"
@@ -35,7 +33,7 @@ REASON_LENGTH = 2000  # MLflow's column holds 5000 characters of the whole entry
 
 @dataclass(frozen=True)
 class Version:
-    """A registered model package. `aliases` are those that it holds now."""
+    """A registered model package. `aliases` are those that point at it now."""
 
     name: str
     version: int
@@ -49,14 +47,13 @@ class Version:
 
 @dataclass(frozen=True)
 class AliasChange:
-    """One move of an alias: to `version`, from `previous` (None where nobody held it)."""
+    """One move of an alias to `version`, from `previous` (None if it pointed nowhere)."""
 
-    alias: str
     version: int
     previous: int | None
     reason: str
-    time: datetime
     rollback: bool
+    time: float  # seconds since 1970
 
 
 def register(
@@ -66,162 +63,143 @@ def register(
 
     Args:
         name: registered model, created if it is not there.
-        package_uri: directory of the package; MLflow stores where it lies and copies nothing.
+        package_uri: directory of the package; MLflow stores this address and copies nothing.
         digest: hash of the package's files.
         metrics: metric → value, read back by `Version.metrics`.
-        tags: lineage, such as the dataset fingerprint, the teacher's digest and the MLflow run id.
+        tags: lineage, such as the dataset's fingerprint.
         uri: MLflow's tracking URI.
     """
     with explained(uri, f"register {package_uri} as {name}"):
         client = connect(uri)
-        if find_model(client, name) is None:
-            create_model(client, name)
-        known = versions_of_digest(client, name, digest)
-        if known:
-            return known[0]
+        _create_model(client, name)
+        registered = _versions_of_digest(client, name, digest)
+        if registered:
+            return registered[0]
         own = {DIGEST_TAG: digest, PACKAGE_TAG: package_uri, METRICS_TAG: json.dumps(dict(metrics), sort_keys=True)}
         created = client.create_model_version(
             name, source(package_uri, digest, uri), tags={**tags, **own}, await_creation_for=0
         )
-        # Two promote jobs at once: the lower number stays, and the loser takes its own away.
-        first, version = versions_of_digest(client, name, digest)[0], int(created.version)
+        # If two promote jobs run at once, the lower number stays and the other job deletes its own.
+        first, version = _versions_of_digest(client, name, digest)[0], int(created.version)
         if first != version:
             client.delete_model_version(name, str(version))
         return first
 
 
 def set_alias(name: str, alias: str, version: int, reason: str, *, uri: str) -> None:
-    """Point an alias at a version and keep the reason in the history. Does nothing where it points there already."""
+    """Point an alias at a version and keep the reason in the history. Does nothing if it points there already."""
     with explained(uri, f"make version {version} of {name} the {alias}"):
         client = connect(uri)
         client.get_model_version(name, str(version))  # MLflow would point an alias at a version that does not exist
-        move_alias(client, name, alias, version, reason, rollback=False)
+        _move_alias(client, name, alias, version, reason, rollback=False)
 
 
 def champion(name: str, *, uri: str) -> Version | None:
-    """The version in office, or None where there is no such model or nobody holds the alias."""
+    """The version behind the `champion` alias, or None."""
     with explained(uri, f"read the champion of {name}"):
         client = connect(uri)
-        model = find_model(client, name)
-        number = holder(model, CHAMPION) if model else None
-        return describe(client.get_model_version(name, str(number)), model) if model and number else None
+        model = _find_model(client, name)
+        number = _version_behind(model, CHAMPION)
+        return None if number is None else _version(client.get_model_version(name, str(number)), model)
 
 
 def list_versions(name: str, *, uri: str) -> tuple[Version, ...]:
-    """All versions of a registered model, oldest first; empty where there is no such model."""
+    """All versions of a registered model, oldest first; empty if there is no such model."""
     with explained(uri, f"list the versions of {name}"):
         client = connect(uri)
-        model = find_model(client, name)
-        found = search(client, f"name = '{name}'") if model else []
-        return tuple(sorted((describe(one, model) for one in found), key=lambda version: version.version))
+        model = _find_model(client, name)
+        versions = (_version(record, model) for record in _search(client, f"name = '{name}'"))
+        return tuple(sorted(versions, key=lambda version: version.version))
 
 
-def package_of(name: str, version: int, *, uri: str) -> str:
-    """Where the package of a version lies. Raises TrackingError where there is no such version."""
-    known = {each.version: each.package_uri for each in list_versions(name, uri=uri)}
-    if version not in known:
-        raise TrackingError(f"{name}: no version {version} is registered; `mmflow models list` shows those that are")
-    return known[version]
-
-
-def located(package: Located, workspace: str) -> Located:
-    """The settings with the URI of the package, looked up for a registered version. Raises as `package_of`."""
-    if package.package is not None or package.model is None or package.version is None:
-        return package
-    uri = package_of(package.model, package.version, uri=tracking_uri(workspace))
-    return package.model_copy(update={"package": uri})
+def package_uri(package: PackageConfig, workspace: str) -> str:
+    """The URI of a package that a recipe names. Raises TrackingError for a version that is not registered."""
+    if package.package is not None:
+        return package.package
+    for version in list_versions(str(package.model), uri=tracking_uri(workspace)):
+        if version.version == package.version:
+            return version.package_uri
+    raise TrackingError(
+        f"{package.model}: no version {package.version} is registered; `mmflow models list` shows those that are"
+    )
 
 
 def history(name: str, alias: str = CHAMPION, *, uri: str) -> tuple[AliasChange, ...]:
-    """Every move of an alias through this module, oldest first; empty where there is no such model."""
+    """Every move of an alias through this module, oldest first; empty if there is no such model."""
     with explained(uri, f"read the history of {name}"):
-        return changes(find_model(connect(uri), name), alias)
+        return _changes(_find_model(connect(uri), name), alias)
 
 
 def rollback(name: str, reason: str, *, uri: str) -> Version:
-    """Make the version that was champion before champion again, and return it. A second call goes back one further.
+    """Make the previous champion champion again, and return it. A second call goes back one further.
 
-    Raises TrackingError where there is no champion, or none before it whose version still exists.
+    Raises TrackingError if there is no champion, or none before it that still exists.
     """
     with explained(uri, f"roll back {name}"):
-        client = connect(uri)
-        model = find_model(client, name)
-        current = holder(model, CHAMPION) if model else None
-        where = without_credentials(uri)
+        client, where = connect(uri), without_credentials(uri)
+        model = _find_model(client, name)
+        current = _version_behind(model, CHAMPION)
         if current is None:
             raise TrackingError(f"{where}: {name} has no champion to roll back; see `mmflow models list`")
-        existing = {int(one.version) for one in search(client, f"name = '{name}'")}
-        earlier = [version for version in terms(changes(model, CHAMPION), current)[:-1] if version in existing]
+        existing = {int(record.version) for record in _search(client, f"name = '{name}'")}
+        earlier = [number for number in _champions(_changes(model, CHAMPION), current)[:-1] if number in existing]
         if not earlier:
             raise TrackingError(f"{where}: {name} had no champion before version {current}; promote another instead")
-        move_alias(client, name, CHAMPION, earlier[-1], reason, rollback=True)
-        return describe(client.get_model_version(name, str(earlier[-1])), find_model(client, name))
+        _move_alias(client, name, CHAMPION, earlier[-1], reason, rollback=True)
+        return _version(client.get_model_version(name, str(earlier[-1])), _find_model(client, name))
 
 
-def terms(past: tuple[AliasChange, ...], current: int) -> list[int]:
-    """The versions that held the alias up to `current`, oldest first, without those that a rollback took back.
+def _champions(changes: tuple[AliasChange, ...], current: int) -> list[int]:
+    """The versions that the alias pointed at, up to `current`, without those that a rollback took back.
 
-    What MLflow says of `current` wins over the history: the last entry may have been written by a process killed before
-    it moved the alias, and a person may have moved the alias in MLflow's own UI.
+    `current` comes from MLflow and wins over the history: a process may have been killed between the last entry and the
+    move, or a person may have moved the alias in MLflow's own UI.
     """
-    held: list[int] = []
-    for change in past:
+    numbers: list[int] = []
+    for change in changes:
         if change.previous is not None:
-            held = up_to(held, change.previous)
-        held = up_to(held[:-1], change.version) if change.rollback else [*held, change.version]
-    return up_to(held, current)
+            numbers = _up_to(numbers, change.previous)
+        numbers = _up_to(numbers[:-1], change.version) if change.rollback else [*numbers, change.version]
+    return _up_to(numbers, current)
 
 
-def up_to(held: list[int], version: int) -> list[int]:
-    """The list cut after the last occurrence of the version, or with the version added where it does not occur."""
-    last = max((place for place, one in enumerate(held) if one == version), default=len(held))
-    return [*held[:last], version]
+def _up_to(numbers: list[int], version: int) -> list[int]:
+    """The list cut after the last occurrence of the version, or with the version added if it does not occur."""
+    last = max((place for place, number in enumerate(numbers) if number == version), default=len(numbers))
+    return [*numbers[:last], version]
 
 
-def move_alias(client: MlflowClient, name: str, alias: str, version: int, reason: str, *, rollback: bool) -> None:
+def _move_alias(client: MlflowClient, name: str, alias: str, version: int, reason: str, *, rollback: bool) -> None:
     """Write the history, then move the alias: a kill between the two leaves an entry too many, never one too few."""
     model = client.get_registered_model(name)
-    previous = holder(model, alias)
+    previous = _version_behind(model, alias)
     if previous == version:
         return
     entry = {"version": version, "previous": previous, "reason": reason[:REASON_LENGTH], "rollback": rollback}
     # Nanoseconds order the entries and keep two processes from writing the same tag; never before the last one's.
-    last = max((int(key.rpartition(".")[2]) for key in model.tags if history_key(key, alias)), default=0)
+    last = max((int(key.rpartition(".")[2]) for key in _history_keys(model, alias)), default=0)
     key = f"{HISTORY_TAG}.{alias}.{max(time.time_ns(), last + 1):020d}"
     client.set_registered_model_tag(name, key, json.dumps(entry | {"time": time.time()}, ensure_ascii=False))
     client.set_registered_model_alias(name, alias, str(version))
 
 
-def history_key(key: str, alias: str) -> bool:
-    """Whether a tag of the registered model is an entry of this alias's history."""
-    return re.fullmatch(rf"{re.escape(HISTORY_TAG)}\.{re.escape(alias)}\.\d+", key) is not None
+def _history_keys(model: RegisteredModel, alias: str) -> list[str]:
+    """The tags of a registered model that are the history of this alias, oldest first."""
+    pattern = re.compile(rf"{re.escape(HISTORY_TAG)}\.{re.escape(alias)}\.\d+")
+    return sorted(filter(pattern.fullmatch, model.tags))
 
 
-def changes(model: RegisteredModel | None, alias: str) -> tuple[AliasChange, ...]:
-    """The history entries in a registered model's tags, oldest first."""
-    tags: Mapping[str, str] = model.tags if model else {}
-    entries: list[dict[str, Any]] = [json.loads(tags[key]) for key in sorted(tags) if history_key(key, alias)]
-    return tuple(
-        AliasChange(
-            alias=alias,
-            version=entry["version"],
-            previous=entry["previous"],
-            reason=entry["reason"],
-            time=datetime.fromtimestamp(entry["time"], UTC),
-            rollback=entry["rollback"],
-        )
-        for entry in entries
-    )
+def _changes(model: RegisteredModel | None, alias: str) -> tuple[AliasChange, ...]:
+    keys = _history_keys(model, alias) if model else []
+    return tuple(AliasChange(**json.loads(model.tags[key])) for key in keys)
 
 
-def holder(model: RegisteredModel, alias: str) -> int | None:
-    """The version that an alias points at now."""
-    number = model.aliases.get(alias)
+def _version_behind(model: RegisteredModel | None, alias: str) -> int | None:
+    number = model.aliases.get(alias) if model else None
     return None if number is None else int(number)
 
 
-def find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
-    """The registered model, or None where there is none of that name."""
+def _find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -232,8 +210,7 @@ def find_model(client: MlflowClient, name: str) -> RegisteredModel | None:
         return None
 
 
-def create_model(client: MlflowClient, name: str) -> None:
-    """Create the registered model, unless another process was faster."""
+def _create_model(client: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -243,28 +220,27 @@ def create_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def search(client: MlflowClient, condition: str) -> list[ModelVersion]:
-    """All model versions that fulfil MLflow's filter, through all its pages."""
-    found: list[ModelVersion] = []
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(condition, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
+def _search(client: MlflowClient, condition: str) -> list[ModelVersion]:
+    """All model versions that fulfil MLflow's filter, over all pages."""
+    page = client.search_model_versions(condition)
+    records = list(page)
+    while page.token:
+        page = client.search_model_versions(condition, page_token=page.token)
+        records += page
+    return records
 
 
-def versions_of_digest(client: MlflowClient, name: str, digest: str) -> list[int]:
-    """The version numbers that carry this digest, lowest first."""
-    return sorted(int(one.version) for one in search(client, f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"))
+def _versions_of_digest(client: MlflowClient, name: str, digest: str) -> list[int]:
+    """The version numbers with this digest, lowest first."""
+    condition = f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"
+    return sorted(int(record.version) for record in _search(client, condition))
 
 
 def source(package_uri: str, digest: str, uri: str) -> str:
-    """What MLflow is told of where the package lies; `Version.package_uri` comes from our own tag.
+    """The package's address for MLflow; `Version.package_uri` comes from our own tag.
 
-    A server refuses every local path (it could be one of the server's own), yet a cluster with a shared disk has no
-    other kind of place: then MLflow gets the digest under a scheme that it does not resolve.
+    A server refuses every local path (it could be one of its own), yet a cluster with a shared disk has no other kind
+    of address: then MLflow gets the digest under a scheme that it does not resolve.
     """
     path = local_path(package_uri)
     if path is None:
@@ -272,16 +248,17 @@ def source(package_uri: str, digest: str, uri: str) -> str:
     return f"mmflow:///{digest}" if uri.startswith(("http://", "https://")) else path.as_uri()
 
 
-def describe(found: ModelVersion, model: RegisteredModel | None) -> Version:
-    """MLflow's record of a version as ours. A version that others registered has no digest and no metrics."""
-    number, tags = int(found.version), dict(found.tags)
+def _version(record: ModelVersion, model: RegisteredModel | None) -> Version:
+    """MLflow's record of a version as ours. A version that other tools registered has no digest and no metrics."""
+    number, tags = int(record.version), dict(record.tags)
+    aliases = model.aliases.items() if model else ()
     return Version(
-        name=found.name,
+        name=record.name,
         version=number,
-        package_uri=tags.get(PACKAGE_TAG, found.source or ""),
-        digest=tags.get(DIGEST_TAG, ""),
-        aliases=tuple(sorted(alias for alias, held in (model.aliases if model else {}).items() if int(held) == number)),
-        metrics=json.loads(tags.get(METRICS_TAG, "{}")),
-        created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
-        tags={key: value for key, value in tags.items() if key not in (DIGEST_TAG, PACKAGE_TAG, METRICS_TAG)},
+        package_uri=tags.pop(PACKAGE_TAG, record.source or ""),
+        digest=tags.pop(DIGEST_TAG, ""),
+        aliases=tuple(sorted(alias for alias, target in aliases if int(target) == number)),
+        metrics=json.loads(tags.pop(METRICS_TAG, "{}")),
+        created=datetime.fromtimestamp(record.creation_timestamp / 1000, UTC),
+        tags=tags,
     )

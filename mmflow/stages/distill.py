@@ -38,14 +38,15 @@ def _check(recipe: Recipe) -> None:
 
 
 def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
-    from mmflow.registry.versions import located
+    from mmflow.registry.versions import package_uri
 
     section = recipe.distill
     assert section is not None
     teachers = []
     for number, teacher in enumerate(section.teachers):
         with named(f"distill.teachers.{number}"):
-            teachers.append(located(teacher, recipe.workspace))
+            uri = package_uri(teacher, recipe.workspace)
+        teachers.append(teacher.model_copy(update={"package": uri}))
     section = section.model_copy(update={"teachers": teachers})
     return training_stage(recipe, "distill", section, inputs, _vocabulary)
 

@@ -31,17 +31,18 @@ def resolve(recipe: Recipe) -> Recipe:
     from mmflow.models.config import ModelConfig
     from mmflow.models.package import read_config, read_package
     from mmflow.recipe import validated
-    from mmflow.registry.versions import located
+    from mmflow.registry.versions import package_uri
 
     try:
         with named("pretrain.start"):
-            start = located(section.start, recipe.workspace)
-            known = read_config(read_package(str(start.package))).model_dump(mode="json")
+            uri = package_uri(section.start, recipe.workspace)
+            known = read_config(read_package(uri)).model_dump(mode="json")
     except MissingArtifactError as error:
         raise RecipeError(str(error)) from error
     model = validated(ModelConfig, _merged(section.model, known), "pretrain.model")
-    complete = PretrainConfig(**{**dict(section), "model": model}).model_copy(update={"start": start})
-    return recipe.model_copy(update={"pretrain": complete})
+    complete = PretrainConfig(**{**dict(section), "model": model})
+    start = section.start.model_copy(update={"package": uri})
+    return recipe.model_copy(update={"pretrain": complete.model_copy(update={"start": start})})
 
 
 def _merged(changes: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,8 +148,8 @@ def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path
 
 
 def test_a_registered_version_is_looked_up(package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registered = {("tagger", 3): package.uri}
-    monkeypatch.setattr(versions, "package_of", lambda name, version, *, uri: registered[name, version])
+    registered = (SimpleNamespace(version=3, package_uri=package.uri),)
+    monkeypatch.setattr(versions, "list_versions", lambda name, *, uri: registered)
     section = section_of(tmp_path, package, start={"model": "tagger", "version": 3})
     assert section.model == section_of(tmp_path, package).model
     assert section.start is not None
