@@ -11,29 +11,33 @@ from typing import Any
 
 from mmflow.core.errors import ClusterError
 
-STARTS = 2  # a node must be up within a fixed 30 s, which a loaded machine misses now and then
+STARTS = 2  # a node must be up within a fixed 30 s, which a loaded machine sometimes misses
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; if unset, Ray warns at each task
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ side writes to the terminal; each line is in the log files too
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def ensure_ray(num_cpus: int) -> None:
-    """Connect to RAY_ADDRESS where it is set, as within a submitted job; else start Ray here, once a process.
+    """Connect to RAY_ADDRESS if it is set, as in a submitted job; else start Ray here, once a process.
 
     An embedded Ray offers at least `num_cpus`, so that a recipe for two workers also runs on one core. Raises
-    ClusterError where neither works or a cluster is too small, which Ray itself would wait out for ever.
+    ClusterError if neither works, or if a cluster is too small: Ray itself would wait for ever.
     """
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset, Ray warns each task
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Ray's C++ side writes over a user's terminal; every line is in the session's log files too.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # says that tokens are on, as they should
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns that tokens are on
     import ray
 
     if not ray.is_initialized():
         _start(num_cpus)
         _quieten()
-    available: float = cluster_resources("CPU")
-    if available < num_cpus and not _autoscales():
+    available = cluster_resources("CPU")
+    autoscales = bool(os.environ.get("RAY_ADDRESS"))  # more nodes may come, so waiting for CPUs is right
+    if available < num_cpus and not autoscales:
         raise ClusterError(f"this Ray cluster has {available:g} CPUs, the recipe's stage needs {num_cpus}; add nodes")
 
 
@@ -49,7 +53,7 @@ def _start(num_cpus: int) -> None:
         try:
             with _native_stderr_closed():
                 ray.init(**settings, log_to_driver=False, logging_level=logging.WARNING)
-        except Exception as error:  # a bare one where the node is not up in time
+        except Exception as error:  # a bare Exception if the node is not up in time
             ray.shutdown()
             if address or attempt == STARTS:
                 where = f"RAY_ADDRESS={address}" if address else "an embedded Ray"
@@ -61,9 +65,8 @@ def _start(num_cpus: int) -> None:
 
 @contextlib.contextmanager
 def _native_stderr_closed() -> Iterator[None]:
-    """Keep Ray's C++ side from announcing on a user's terminal that it was asked to be quiet. Errors are raised."""
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Keep Ray's C++ side from writing to the terminal that it has been asked to be quiet. Errors are raised."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
@@ -74,16 +77,11 @@ def _native_stderr_closed() -> Iterator[None]:
 
 
 def cluster_resources(kind: str) -> float:
-    """How much of a resource ("CPU", "GPU") the Ray at hand has."""
+    """How much of a resource ("CPU", "GPU") this Ray has."""
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources.get(kind, 0.0)
-
-
-def _autoscales() -> bool:
-    """Whether more nodes may come: only then is it right to wait for CPUs that are not there."""
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _quieten() -> None:
@@ -98,9 +96,6 @@ def _quieten() -> None:
 
 def stop_ray() -> None:
     """Stop the embedded Ray, or leave the cluster."""
-    import sys
+    import ray
 
-    if "ray" in sys.modules:
-        import ray
-
-        ray.shutdown()
+    ray.shutdown()

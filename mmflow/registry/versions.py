@@ -190,8 +190,9 @@ def _history_keys(model: RegisteredModel, alias: str) -> list[str]:
 
 
 def _changes(model: RegisteredModel | None, alias: str) -> tuple[AliasChange, ...]:
-    keys = _history_keys(model, alias) if model else []
-    return tuple(AliasChange(**json.loads(model.tags[key])) for key in keys)
+    if model is None:
+        return ()
+    return tuple(AliasChange(**json.loads(model.tags[key])) for key in _history_keys(model, alias))
 
 
 def _version_behind(model: RegisteredModel | None, alias: str) -> int | None:

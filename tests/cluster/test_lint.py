@@ -96,12 +96,12 @@ FAULTS: list[tuple[Callable[[Config], None], list[str]]] = [
         ["docker: one cluster, several versions of Ray (docker"],
     ),
     (put("setup_commands", to=["pip install -U 'ray[default]'"]), ["setup_commands: `pip install -U 'ray[default]'`"]),
-    (token_of_the_head_only, ["docker.run_options: no RAY_AUTH_MODE=token for the worker, so whoever"]),
-    (token_in_another_shell, ["docker.run_options: no RAY_AUTH_MODE=token for the worker, so whoever"]),
+    (token_of_the_head_only, ["docker.run_options: no RAY_AUTH_MODE=token for the worker, so anyone"]),
+    (token_in_another_shell, ["docker.run_options: no RAY_AUTH_MODE=token for the worker, so anyone"]),
     (
         open_dashboard_without_token,
         [
-            "docker.run_options: no RAY_AUTH_MODE=token for the head, so whoever reaches it runs code there; set it",
+            "docker.run_options: no RAY_AUTH_MODE=token for the head, so anyone who reaches it runs code there; set it",
             "docker.run_options: no RAY_AUTH_MODE=token for the worker",
             "head_start_ray_commands: --dashboard-host=0.0.0.0 without a token on every node; use --dashboard-host=127",
         ],
@@ -137,7 +137,7 @@ FAULTS: list[tuple[Callable[[Config], None], list[str]]] = [
         ["file_mounts./t: ~/.ray/auth_token looks like a secret, copied"],
     ),
     (tasks_on_the_head, [f"warning: {TYPES}.head.resources.CPU: tasks may run on the head"]),
-    (drop("idle_timeout_minutes"), ["idle_timeout_minutes: not set; say when idle nodes are given back, e.g. 10"]),
+    (drop("idle_timeout_minutes"), ["idle_timeout_minutes: not set; set after how many minutes"]),
 ]
 
 
