@@ -16,15 +16,22 @@ from mmflow.core.progress import Report
 from mmflow.core.storage import join, read_json, write_json
 from mmflow.dataset.opened import open_dataset
 from mmflow.evaluation.config import EXAMINATIONS, EvaluateConfig, check_possible, possible, reads_captions
-from mmflow.evaluation.examination import Gives, Metrics, Outcome, Rows, Subject, read_rows
+from mmflow.evaluation.examination import (
+    DETAILS,
+    METRICS,
+    SPEED,
+    Gives,
+    Metrics,
+    Outcome,
+    Rows,
+    Subject,
+    flatten,
+    read_rows,
+)
 from mmflow.inference.predict import Predictor
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, load_package, read_package
 
-METRICS = "metrics.json"  # {split: {"rows", "models": {model: metrics}}}
-DETAILS = "details.json"  # {model: {split: {name: what people read}}}; names are those of the examinations' details
-# {model: {"latency_ms", "pictures_per_second"}}; not part of the fingerprint, because it is never the same twice
-SPEED = "speed.json"
 LATENCY_RUNS, LATENCY_WARM_UP = 25, 5
 THROUGHPUT_ROWS, THROUGHPUT_RUNS = 64, 5
 UNTRAINED, UNTRAINED_SEED = "untrained", 1_000_003  # far from the seeds that people choose
@@ -95,21 +102,6 @@ def metrics_of_package(package: str, dataset: str, settings: EvaluateConfig) -> 
     model = Predictor(load_package(read_package(package)), settings.batch_size)
     splits = _read_splits(dataset, settings, [model.gives])
     return flatten({rows.split: examine(model, rows, settings, only_metrics=True).metrics for rows in splits})
-
-
-def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested metrics as one level: {"unseen_variants/text_to_image/R@1": 0.61, …}, the names that gates use.
-
-    None, which is written for a number that is not finite, becomes NaN, and no gate lets that pass.
-    """
-    flat: dict[str, float] = {}
-    for name, value in metrics.items():
-        path = f"{prefix}/{name}" if prefix else name
-        if isinstance(value, Mapping):
-            flat |= flatten(value, path)
-        else:
-            flat[path] = math.nan if value is None else float(value)
-    return flat
 
 
 def _read_splits(dataset: str, settings: EvaluateConfig, gives: Sequence[Gives]) -> list[Rows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,12 @@ Gives = frozenset[str]  # what a model can be asked for: `ModelConfig.gives`
 Trained = Mapping[str, PretrainConfig | DistillConfig]  # a recipe's training stages by name
 Metrics = dict[str, Any]
 Similarity = NDArray[np.float32]  # (captions, pictures)
+
+# The files of an evaluation.
+METRICS = "metrics.json"  # {split: {"rows", "models": {model: metrics}}}
+DETAILS = "details.json"  # {model: {split: {name: what people read}}}; names are those of the examinations' details
+# {model: {"latency_ms", "pictures_per_second"}}; not part of the fingerprint, because it is never the same twice
+SPEED = "speed.json"
 
 SHOWN = 24  # captions and answers that are kept for people to read
 
@@ -186,3 +193,18 @@ def spread(count: int, shown: int = SHOWN) -> list[int]:
     """Up to `shown` of the places 0 to count-1, evenly spread."""
     shown = min(shown, count)
     return [number * count // shown for number in range(shown)]
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as one level: {"unseen_variants/text_to_image/R@1": 0.61, …}, the names that gates use.
+
+    None, which is written for a number that is not finite, becomes NaN, and no gate lets that pass.
+    """
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(value, Mapping):
+            flat |= flatten(value, path)
+        else:
+            flat[path] = math.nan if value is None else float(value)
+    return flat

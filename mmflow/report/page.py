@@ -1,7 +1,7 @@
-"""What our HTML pages have in common: the template's surroundings, the style, and figures as people write them.
+"""Building blocks of our HTML pages: templates with their filters, and figures as people write them.
 
-A page is a single file with no outside resource, so that it opens from an artifact store, a mail or a laptop without a
-network. Captions, keys and file names are untrusted: Jinja escapes them all, and only our own SVG passes as markup.
+A page is a single file without outside resources: it opens from an artifact store, a mail or a laptop without a
+network. Captions, keys and file names are not trusted: Jinja escapes them all, and only our own SVG passes as markup.
 """
 
 from base64 import b64encode
@@ -16,17 +16,16 @@ MISSING = "—"
 
 
 def environment() -> Environment:
-    """Where templates are found, by their path within the package, with the filters that all of them use.
+    """Finds templates by their file name, with the filters that all of them use.
 
     They include `page.css.jinja`, the one style, and import their building blocks from `page.html.jinja`.
     """
-    # Chainable: a figure that nobody recorded prints as a dash, and never costs the morning's page.
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=ChainableUndefined,
+        undefined=ChainableUndefined,  # a figure that nobody recorded prints as a dash, and does not cost the page
     )
     made.filters |= {
         "count": format_count,
@@ -44,8 +43,7 @@ def format_count(value: object) -> str:
     if not isinstance(value, int | float) or not is_finite(value):
         return MISSING
     for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        # 999,950 of the next lower unit would round up to "1,000.0M".
-        if abs(value) >= scale * 0.99995:
+        if abs(value) >= scale * 0.99995:  # 999,950 of the unit below would round up to "1,000.0"
             return f"{value / scale:.1f}{suffix}"
     return f"{value:,.0f}" if value == int(value) else format_number(value)
 
@@ -61,7 +59,7 @@ def format_number(value: object) -> str:
 
 
 def format_percent(value: object) -> str:
-    """A share as "61.2%"; below one percent with two decimals, as there the first alone says nothing."""
+    """A share as "61.2%"; with two decimals below one percent."""
     if not isinstance(value, int | float) or not is_finite(value):
         return MISSING
     if value in (0, 1):
@@ -93,7 +91,7 @@ def format_bytes(value: object) -> str:
 
 
 def format_date(value: object) -> str:
-    """An ISO 8601 instant as "Sunday 22 November 2026, 03:00 UTC"; text that is none comes back as it is."""
+    """An ISO 8601 time as "Sunday 22 November 2026, 03:00 UTC"; other text unchanged."""
     try:
         moment = datetime.fromisoformat(str(value))
     except ValueError:
@@ -104,7 +102,7 @@ def format_date(value: object) -> str:
 
 
 def data_uri(image: bytes) -> str:
-    """The picture as a data URI, its type read off the bytes; "" for bytes that are no picture a browser shows."""
+    """The picture as a data URI, its type read off the bytes; "" for bytes that browsers do not show."""
     kinds = ((b"\xff\xd8\xff", 0, "jpeg"), (b"\x89PNG", 0, "png"), (b"GIF8", 0, "gif"), (b"WEBP", 8, "webp"))
     kind = next((kind for magic, at, kind in kinds if image[at : at + len(magic)] == magic), None)
     return f"data:image/{kind};base64,{b64encode(image).decode()}" if kind else ""

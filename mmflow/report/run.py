@@ -1,36 +1,51 @@
-"""The figures of a whole loop, gathered from its committed artifacts: `report.json` for programs, `report.html` for
-people."""
+"""The figures of a run, gathered from its committed artifacts: `report.json` for programs, `report.html` for people."""
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from math import isfinite, nan
+from statistics import fmean
 from typing import Any
 
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import simplejpeg
+from PIL import Image
+
 from mmflow.core.artifacts import Artifact
-from mmflow.core.storage import exists, join, local_path, read_bytes, read_json, write_bytes, write_json
+from mmflow.core.storage import exists, join, read_bytes, read_json, write_bytes, write_json
+from mmflow.dataset.manifest import quarantine_uri
+from mmflow.dataset.opened import Dataset, open_dataset
+from mmflow.dataset.reader import Reader
+from mmflow.evaluation.examination import DETAILS, METRICS, SPEED, flatten, spread
+from mmflow.imaging.decode import decode
 from mmflow.recipe import dump_recipe
+from mmflow.report.run_page import is_share, render_report
+from mmflow.stages.evaluate import MODELS
 from mmflow.stages.loop import STAGES, Loop
 from mmflow.stages.training import JOURNAL
+from mmflow.training.journal import curves, journal_at
 
 VERSIONS = ("mmflow", "torch", "ray", "deepspeed", "transformers", "mlflow", "dagster", "pyarrow", "webdataset")
 EXAMPLES = 24
-QUERIES = 12
-RIGHT_QUERIES = 7  # of the twelve; the rest are wrong, or the grid would flatter
+QUERIES, RIGHT_QUERIES = 12, 7  # the others are wrong ones, or the grid would flatter
 QUARANTINE_ROWS = 50
 THUMBNAIL_PIXELS = 128
-RECALLS = ("R@10", "R@5", "R@1")
+TRAINING = ("parameters", "steps", "global_batch_size", "num_workers", "zero_stage")
+PROMOTION = ("model", "version", "decision", "reasons", "checks", "champion_before")
+
+Artifacts = Mapping[str, Artifact]  # by stage
 
 
 def write_report(loop: Loop) -> str:
-    """Gather, write both files beside the artifacts, and return the URI of the page."""
-    from mmflow.report.run_page import render_report
-
+    """Write both files beside the artifacts, and return the URI of the page."""
     report, images = gather(loop)
     workspace = loop.recipe.workspace
     write_json(join(workspace, "report.json"), report)
@@ -40,18 +55,16 @@ def write_report(loop: Loop) -> str:
 
 
 def gather(loop: Loop) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The report's data, as `mmflow.report.run_page.render_report` takes it, and the pictures it shows by key."""
-    import psutil
-
+    """The report's data, as `render_report` takes it, and the pictures that it shows, by key."""
     artifacts = {name: loop.committed(name) for name in loop.stages}
-    retrieval = _retrieval(artifacts["evaluate"], loop)
-    dataset = _dataset(artifacts["shard"])
-    shown = {example["key"] for example in dataset["examples"]}
-    for query in retrieval.get("queries", ()):
-        shown |= {query["key"], *(result["key"] for result in query["results"])}
-    looks, written = _looks(artifacts["evaluate"], loop), _written(artifacts["evaluate"], loop)
-    for row in (*looks.get("rows", ()), *written.get("captions", ()), *written.get("answers", ())):
-        shown.add(row["key"])
+    dataset = open_dataset(artifacts["shard"].uri)
+    candidate = loop.recipe.promote.candidate
+    split, direction, metric = loop.recipe.promote.metric.split("/", 2)
+    details = read_json(artifacts["evaluate"].file(DETAILS))[candidate]
+    queries = _queries(details[split].get("retrieval", []))
+    looks = [row for entry in details.values() for row in entry.get("attention", [])]
+    written = {name: value for name, value in details[split].items() if name not in ("retrieval", "attention")}
+    subject = {"model": candidate, "split": split}
     report = {
         "name": loop.recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -63,28 +76,25 @@ def gather(loop: Loop) -> tuple[dict[str, Any], dict[str, bytes]]:
             "python": platform.python_version(),
         },
         "versions": {name: version(name) for name in VERSIONS},
-        # Of the runs that built the stages, which a rerun does not change.
+        # Of the runs that built the stages: a rerun that builds nothing changes neither.
         "seconds": round(sum(artifact.build["seconds"] for artifact in artifacts.values()), 1),
         "peak_memory_bytes": max(artifact.build.get("peak_memory_bytes", 0) for artifact in artifacts.values()),
-        "stages": [_stage(name, artifact, loop.recipe.workspace) for name, artifact in artifacts.items()],
-        "dataset": dataset,
-        "training": _training(artifacts),
+        "stages": [_stage(name, artifact) for name, artifact in artifacts.items()],
+        "dataset": _dataset(artifacts["shard"], dataset),
+        "training": {role: _training(stage, artifacts[stage]) for role, stage in MODELS.items() if stage in artifacts},
         "evaluation": {
-            "headline": _headline(loop.recipe.promote.metric),
-            "splits": read_json(artifacts["evaluate"].file("metrics.json")),
+            "headline": {"split": split, "direction": direction, "metric": metric},
+            "splits": read_json(artifacts["evaluate"].file(METRICS)),
         },
-        "retrieval": retrieval,
-        "looks": looks,
-        "written": written,
+        "retrieval": {**subject, "queries": queries} if queries else {},
+        "looks": {**subject, "rows": looks} if looks else {},
+        "written": {**subject, **written} if written else {},
         "comparison": _comparison(artifacts),
         "promotion": {name: artifacts["promote"].manifest[name] for name in PROMOTION},
-        "scores": _scores(artifacts["score"]) if "score" in artifacts else {},
-        "lineage": _lineage(artifacts),
+        "scores": _scores(artifacts["score"].manifest) if "score" in artifacts else {},
+        "lineage": [_lineage(name, artifact) for name, artifact in artifacts.items()],
     }
-    return report, _pictures(artifacts["shard"], shown)
-
-
-PROMOTION = ("model", "version", "decision", "reasons", "checks", "champion_before")
+    return report, _thumbnails(dataset, sorted(set(_references(report))))
 
 
 def _accelerator() -> str:
@@ -92,45 +102,33 @@ def _accelerator() -> str:
     return torch.cuda.get_device_name(0) if torch and torch.cuda.is_available() else "cpu"
 
 
-def _stage(name: str, artifact: Artifact, workspace: str) -> dict[str, Any]:
-    path = local_path(artifact.uri)
+def _stage(name: str, artifact: Artifact) -> dict[str, Any]:
+    identity = artifact.manifest["identity"]
     return {
         "stage": name,
         "status": "built" if artifact.built else "reused",
         "seconds": artifact.build["seconds"],
-        "artifact": os.path.relpath(path) if path else artifact.uri,
-        "identity": artifact.manifest["identity"],
+        "artifact": f"{name}/{identity}",  # in the workspace, where the report lies too
+        "identity": identity,
         "summary": STAGES[name].summary(artifact.manifest),
     }
 
 
-def _headline(metric: str) -> dict[str, str]:
-    split, direction, name = metric.split("/", 2)
-    return {"split": split, "direction": direction, "metric": name}
-
-
-def _dataset(artifact: Artifact) -> dict[str, Any]:
-    import io
-
-    import pyarrow.parquet as pq
-
-    from mmflow.dataset.manifest import quarantine_uri
-    from mmflow.dataset.opened import open_dataset
-    from mmflow.dataset.reader import Reader
-
+def _dataset(artifact: Artifact, dataset: Dataset) -> dict[str, Any]:
     totals = artifact.manifest["totals"]
-    dataset = open_dataset(artifact.uri)
-    rows: list[dict[str, Any]] = []
-    for shard in artifact.manifest["shards"]:
-        rejected = quarantine_uri(artifact.uri, shard["name"])
-        if len(rows) < QUARANTINE_ROWS and exists(rejected):
-            rows += pq.read_table(io.BytesIO(read_bytes(rejected))).to_pylist()
+    rejected: list[dict[str, Any]] = []
+    for entry in artifact.manifest["shards"]:
+        file = quarantine_uri(artifact.uri, entry["name"])
+        if len(rejected) < QUARANTINE_ROWS and exists(file):
+            rejected += pq.read_table(io.BytesIO(read_bytes(file))).to_pylist()
     examples = []
     reader = Reader(dataset, dataset.splits[0] if "train" not in dataset.splits else "train")
-    for row in range(min(EXAMPLES, reader.shards[0].samples)):
+    shard = reader.shards[0]
+    for row in range(min(EXAMPLES, shard.samples)):
         sample = reader.read(0, row)
-        captions = [{"language": each.language, "text": each.text} for each in sample.captions]
-        examples.append({"key": sample.key, "captions": captions, "split": reader.shards[0].split})
+        captions = [{"language": caption.language, "text": caption.text} for caption in sample.captions]
+        place = {"shard": shard.name, "row": row}
+        examples.append({"key": sample.key, **place, "captions": captions, "split": shard.split})
     return {
         "fingerprint": artifact.fingerprint,
         "samples": totals["samples"],
@@ -142,155 +140,106 @@ def _dataset(artifact: Artifact) -> dict[str, Any]:
         "quarantine": {
             "records": totals["quarantined"],
             "reasons": totals["reasons"],
-            "rows": [{name: row[name] for name in ("source", "reason", "detail")} for row in rows[:QUARANTINE_ROWS]],
+            "rows": [
+                {name: record[name] for name in ("source", "reason", "detail")} for record in rejected[:QUARANTINE_ROWS]
+            ],
         },
     }
 
 
-def _training(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    from mmflow.training.journal import curves, journal_at
-
-    found = {}
-    for role, stage in (("teacher", "pretrain"), ("student", "distill")):
-        if stage not in artifacts:
-            continue
-        artifact = artifacts[stage]
-        lines = journal_at(artifact.file(JOURNAL))
-        drawn = curves(lines)
-        times = [line["time"] for line in lines]
-        found[role] = {
-            "stage": stage,
-            **{
-                name: artifact.manifest[name]
-                for name in ("parameters", "steps", "global_batch_size", "num_workers", "zero_stage")
-            },
-            "stopped": artifact.manifest.get("stopped"),
-            "restarts": max(0, sum(1 for line in lines if line.get("event") == "started") - 1),
-            "seconds": round(times[-1] - times[0], 1) if times else 0.0,
-            "samples_per_second": _mean(drawn.get("samples_per_second", [])),
-            "loader_stall_share": _mean(drawn.get("loader_stall", [])),
-            "curves": drawn,
-        }
-    return found
+def _training(stage: str, artifact: Artifact) -> dict[str, Any]:
+    lines = journal_at(artifact.file(JOURNAL))
+    drawn = curves(lines)
+    times = [line["time"] for line in lines]
+    return {
+        "stage": stage,
+        **{name: artifact.manifest[name] for name in TRAINING},
+        "stopped": artifact.manifest.get("stopped"),
+        "restarts": max(0, sum(1 for line in lines if line.get("event") == "started") - 1),
+        "seconds": round(times[-1] - times[0], 1) if times else 0.0,
+        "samples_per_second": _mean(drawn.get("samples_per_second", [])),
+        "loader_stall_share": _mean(drawn.get("loader_stall", [])),
+        "curves": drawn,
+    }
 
 
 def _mean(points: Sequence[tuple[int, float]]) -> float:
-    return sum(value for _, value in points) / len(points) if points else 0.0
+    return fmean(value for _, value in points) if points else 0.0
 
 
-def _retrieval(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
-    """Right and wrong answers of the candidate on the headline's split, spread evenly over each kind."""
-    split = _headline(loop.recipe.promote.metric)["split"]
-    model = loop.recipe.promote.candidate
-    queries = read_json(evaluation.file("details.json"))[model][split].get("retrieval", [])
-    if not queries:  # no shared space to find anything in
-        return {}
+def _queries(queries: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Right and wrong answers, each kind evenly spread."""
     right = [query for query in queries if query["rank"] == 1]
     wrong = [query for query in queries if query["rank"] > 1]
     num_right = max(min(RIGHT_QUERIES, len(right)), QUERIES - len(wrong))
-    chosen = _spread(right, num_right) + _spread(wrong, QUERIES - num_right)
-    return {"split": split, "model": model, "queries": chosen}
-
-
-def _looks(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
-    model = loop.recipe.promote.candidate
-    splits = read_json(evaluation.file("details.json"))[model]
-    rows = [row for details in splits.values() for row in details.get("attention", [])]
-    return {"model": model, "rows": rows} if rows else {}
-
-
-def _written(evaluation: Artifact, loop: Loop) -> dict[str, Any]:
-    split = _headline(loop.recipe.promote.metric)["split"]
-    model = loop.recipe.promote.candidate
-    details = read_json(evaluation.file("details.json"))[model][split]
-    found = {name: value for name, value in details.items() if name not in ("retrieval", "attention")}
-    return {"model": model, "split": split, **found} if found else {}
+    return [*_spread(right, num_right), *_spread(wrong, QUERIES - num_right)]
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    count = min(count, len(items))
-    return [items[index * len(items) // count] for index in range(count)]
+    return [items[place] for place in spread(len(items), count)]
 
 
-def _comparison(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
+def _comparison(artifacts: Artifacts) -> dict[str, Any]:
     if "distill" not in artifacts:
         return {}
-    splits = read_json(artifacts["evaluate"].file("metrics.json"))
-    speed = read_json(artifacts["evaluate"].file("speed.json"))
-    share = {
-        split: share_of_teacher(found["models"]["teacher"], found["models"]["student"])
-        for split, found in splits.items()
-    }
-    return {
-        "teacher_parameters": artifacts["pretrain"].manifest["parameters"],
-        "student_parameters": artifacts["distill"].manifest["parameters"],
-        "share_of_teacher": share,
-        **{
-            measure: {name: speed[name][measure] for name in ("teacher", "student")}
-            for measure in ("latency_ms", "pictures_per_second")
-            if measure in speed["student"]  # an evaluation of before had no throughput
+    splits = read_json(artifacts["evaluate"].file(METRICS))
+    speed = read_json(artifacts["evaluate"].file(SPEED))
+    parameters = {f"{role}_parameters": artifacts[stage].manifest["parameters"] for role, stage in MODELS.items()}
+    return parameters | {
+        "share_of_teacher": {
+            split: share_of_teacher(entry["models"]["teacher"], entry["models"]["student"])
+            for split, entry in splits.items()
         },
+        "latency_ms": {role: speed[role]["latency_ms"] for role in MODELS},
+        "pictures_per_second": {role: speed[role]["pictures_per_second"] for role in MODELS},
     }
 
 
 def share_of_teacher(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
-    """By flat name, what the student has of each of the teacher's metrics that are the better the higher; recalls of
-    texts among pictures first."""
-    from mmflow.evaluation.evaluate import flatten
-    from mmflow.report.run_page import is_share
-
-    theirs, ours = flatten(teacher), flatten(student)
-    first = [f"text_to_image/{name}" for name in RECALLS]
-    names = [*first, *(name for name in theirs if name not in first)]
+    """The student's share of each of the teacher's metrics where higher is better, by flat name."""
+    theirs, own = flatten(teacher), flatten(student)
     return {
-        name: ours[name] / theirs[name]
-        for name in names
-        if is_share(name) and theirs.get(name, 0.0) > 0 and isfinite(ours.get(name, nan))
+        name: own[name] / value
+        for name, value in theirs.items()
+        if is_share(name) and value > 0 and isfinite(own.get(name, nan))
     }
 
 
-def _scores(artifact: Artifact) -> dict[str, Any]:
-    manifest = artifact.manifest
+def _scores(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    totals = {"rows": manifest["totals"]["rows"], "bytes": manifest["totals"]["bytes"], "files": len(manifest["files"])}
+    return totals | {name: manifest[name] for name in ("model_digest", "similarity", "classes")}
+
+
+def _lineage(name: str, artifact: Artifact) -> dict[str, Any]:
     return {
-        "rows": manifest["totals"]["rows"],
-        "files": len(manifest["files"]),
-        "bytes": manifest["totals"]["bytes"],
-        "model_digest": manifest["model_digest"],
-        "similarity": manifest["similarity"],
-        "classes": manifest["classes"],
+        "stage": name,
+        "inputs": [f"{source} {fingerprint[:12]}" for source, fingerprint in artifact.manifest["inputs"].items()],
+        "output": f"{artifact.manifest['kind']} {artifact.fingerprint[:12]}",
     }
 
 
-def _lineage(artifacts: Mapping[str, Artifact]) -> list[dict[str, Any]]:
-    return [
-        {
-            "stage": name,
-            "inputs": [f"{each} {fingerprint[:12]}" for each, fingerprint in artifact.manifest["inputs"].items()],
-            "output": f"{artifact.manifest['kind']} {artifact.fingerprint[:12]}",
-        }
-        for name, artifact in artifacts.items()
-    ]
+def _references(value: Any) -> Iterator[tuple[str, int]]:
+    """(shard, row) of every sample that some part of the report names."""
+    if isinstance(value, dict):
+        if "shard" in value and "row" in value:
+            yield value["shard"], value["row"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for child in value:
+            yield from _references(child)
 
 
-def _pictures(dataset: Artifact, keys: Iterable[str]) -> dict[str, bytes]:
-    """Thumbnails of some samples, by key."""
-    import numpy as np
-    import simplejpeg
-    from PIL import Image
-
-    from mmflow.dataset.opened import open_dataset
-    from mmflow.dataset.reader import Reader
-    from mmflow.imaging.decode import decode
-
-    wanted, found = set(keys), dict[str, bytes]()
-    data = open_dataset(dataset.uri)
-    for split in data.splits:
-        reader = Reader(data, split)
-        for ordinal, shard in enumerate(reader.shards):
-            rows = data.index(shard)["key"].to_pylist()
-            for row in (row for row, key in enumerate(rows) if key in wanted):
-                sample = reader.read(ordinal, row)
-                picture = Image.fromarray(decode(sample.image, sample.extension, THUMBNAIL_PIXELS))
-                picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-                found[sample.key] = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=85)
-    return found
+def _thumbnails(dataset: Dataset, references: Iterable[tuple[str, int]]) -> dict[str, bytes]:
+    """JPEG thumbnails of the samples, by key."""
+    places = {}
+    for split in dataset.splits:
+        reader = Reader(dataset, split)
+        places |= {shard.name: (reader, ordinal) for ordinal, shard in enumerate(reader.shards)}
+    thumbnails = {}
+    for shard, row in references:
+        reader, ordinal = places[shard]
+        sample = reader.read(ordinal, row)
+        picture = Image.fromarray(decode(sample.image, sample.extension, THUMBNAIL_PIXELS))
+        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+        thumbnails[sample.key] = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=85)
+    return thumbnails

@@ -1,7 +1,6 @@
-"""The one HTML page that a person reads about a run: what came out, whether it was promoted, and why.
+"""The HTML page that people read about a run: what it made, whether the model was promoted, and why."""
 
-It is a page as `mmflow.report.page` has them; here is what the run's figures become on it.
-"""
+from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,12 @@ from typing import Any
 from jinja2 import Template
 from markupsafe import Markup
 
-from mmflow.report import charts, page
+from mmflow.report import charts
 from mmflow.report.charts import Segment, Series, is_finite
 from mmflow.report.page import (
     MISSING,
     data_uri,
+    environment,
     format_bytes,
     format_count,
     format_number,
@@ -23,269 +23,31 @@ from mmflow.report.page import (
     format_seconds,
 )
 
-NUM_STAGE_COLORS = 7  # --stage-0 to --stage-6 in the template
+NUM_STAGE_COLORS = 7  # --stage-0 to --stage-6 in the style
 MODEL_COLORS = {name: f"var(--{name})" for name in ("teacher", "student", "untrained", "chance")}
-# These describe how the training went, not what was learned; they stand after the losses.
+# How the training went, not what was learned: drawn after the losses.
 TELEMETRY = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second")
 VALIDATION = "validation/"
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
-LOOKS = {"picture": "what moved the score", "rollout": "attention rollout"}
-# What a section of `written` is called, by the first of its parts that is there: in the navigation, and over it.
+FINDS = {"text_to_image": "captions find their picture", "image_to_text": "pictures find their caption"}
+MAPS = {"picture": "what moved the score", "rollout": "attention rollout"}
+# The section `written` in the navigation and over its content, named after the first part that it has.
 WRITTEN = {
     "captions": ("Writes", "What it writes"),
     "answers": ("Answers", "What it answers"),
     "confusion": ("Confuses", "What it takes for what"),
 }
-FINDS = {"text_to_image": "captions find their picture", "image_to_text": "pictures find their caption"}
+
+Report = Mapping[str, Any]
 
 
-def is_share(name: str) -> bool:
-    """True for metrics between 0 and 1 that people read as percentages."""
-    return bool(re.search(r"\b(R@\d+|mAP|F1|BLEU|ROUGE)|accuracy|recall|precision|share|distinct", name))
-
-
-def format_metric(value: object, name: str) -> str:
-    """A metric's value as its name asks: R@K and accuracies as percentages, ranks with one decimal."""
-    if is_share(name):
-        return format_percent(value)
-    if "rank" in name and isinstance(value, float) and is_finite(value):
-        return f"{value:,.1f}"
-    return format_count(value) if isinstance(value, int) else format_number(value)
-
-
-def words(name: object) -> str:
-    """A key of the report in a reader's words: "unseen_variants" as "unseen variants", directions with an arrow."""
-    return DIRECTIONS.get(str(name), str(name).replace("_", " "))
-
-
-def metric_words(path: str) -> str:
-    """A metric's flat name in a reader's words: "zh/text_to_image/R@10" as "zh text → image R@10"."""
-    return " ".join(words(part) for part in path.split("/") if part != "languages")
-
-
-def kept_view(share_of_teacher: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What the student keeps of the teacher, a row a metric and a column a split; a metric that a split lacks is None
-    there."""
-    metrics = dict.fromkeys(metric for shares in share_of_teacher.values() for metric in shares)
-    return {
-        "splits": list(share_of_teacher),
-        "rows": [
-            {"name": metric_words(metric), "shares": [shares.get(metric) for shares in share_of_teacher.values()]}
-            for metric in metrics
-        ],
-    }
-
-
-def model_color(name: str) -> str:
-    """The CSS colour of a model; looked up, never built from the name, which could carry CSS of its own."""
-    return MODEL_COLORS.get(name, "var(--bar)")
-
-
-def headline(evaluation: Mapping[str, Any]) -> dict[str, str] | None:
-    """The page's one number, the sentence that it opens, and what to hold it against; None if it was not measured."""
-    wanted = evaluation.get("headline") or {}
-    split_name, direction, metric = (str(wanted.get(key)) for key in ("split", "direction", "metric"))
-    split = (evaluation.get("splits") or {}).get(split_name) or {}
-    models = sorted((split.get("models") or {}).items(), key=lambda each: rank_of_model(each[0]))
-    values = {name: (model.get(direction) or {}).get(metric) for name, model in models}
-    values = {name: value for name, value in values.items() if is_finite(value)}
-    if not values:
-        return None
-    model = "student" if "student" in values else next(iter(values))
-    recall = re.fullmatch(r"R@(\d+)", metric)
-    place = "first" if recall and recall[1] == "1" else f"among the first {recall[1]}" if recall else ""
-    rows = f" ({format_count(split['rows'])} rows)" if "rows" in split else ""
-    finds = f"of {FINDS.get(direction, words(direction))} {place}" if recall else f"{words(metric)}, {words(direction)}"
-    others = [f"{name} {format_metric(value, metric)}" for name, value in values.items() if name != model]
-    return {
-        "figure": format_metric(values[model], metric),
-        "sentence": f"{finds} on {words(split_name)}{rows}.",
-        "detail": f"{model}, {words(direction)} {metric}",
-        "against": ", ".join(others),
-    }
-
-
-def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(figure, label) pairs for the strip under the headline; only those that the run has."""
-    comparison, training = report.get("comparison") or {}, report.get("training") or {}
-    teacher, student = comparison.get("teacher_parameters"), comparison.get("student_parameters")
-    strip = [
-        (format_seconds(report.get("seconds")), "time of all stages"),
-        (format_bytes(report.get("peak_memory_bytes")), "peak memory"),
-        (format_count((report.get("dataset") or {}).get("samples")), "samples in the dataset"),
-    ]
-    if is_finite(teacher) and is_finite(student) and student:
-        strip.append((f"{format_count(teacher)} → {format_count(student)}", "parameters, teacher → student"))
-    strip += [
-        (format_percent(value), f"of the teacher’s {metric_words(metric)}, {words(split)}")
-        for split, shares in list((comparison.get("share_of_teacher") or {}).items())[:1]
-        for metric, value in list(shares.items())[:1]
-    ]
-    strip += [
-        (format_number(training[role].get("samples_per_second")), f"samples/s, {role} training")
-        for role in list(training)[-1:]
-    ]
-    return [(figure, label) for figure, label in strip if figure != MISSING]
-
-
-def rank_of_model(model: str) -> int:
-    """Teacher, student, untrained, chance; then whatever else there is, in the order given."""
-    known = list(MODEL_COLORS)
-    return known.index(model) if model in known else len(known)
-
-
-def natural_order(metric: str) -> tuple[float, str]:
-    """Sorts R@1, R@5, R@10 as people count, before what has no number in its name."""
-    number = re.search(r"\d+", metric)
-    return (float(number[0]) if number else float("inf"), metric)
-
-
-def metric_tables(models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One table a measurement (each direction, zero-shot, each language): title, metric names, and values by model."""
-    tables: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for model, measured in sorted(models.items(), key=lambda each: rank_of_model(each[0])):
-        parts = {words(key): value for key, value in measured.items() if key != "languages"}
-        for language, directions in (measured.get("languages") or {}).items():
-            parts |= {f"{language}, {words(direction)}": value for direction, value in directions.items()}
-        for title, values in parts.items():
-            # A bare number beside the groups (say, a model's latency) is a table of one figure.
-            tables.setdefault(title, {})[model] = values if isinstance(values, Mapping) else {title: values}
-    return [
-        {
-            "title": title,
-            "rows": rows,
-            "metrics": sorted({name for row in rows.values() for name in row}, key=natural_order),
-        }
-        for title, rows in tables.items()
-    ]
-
-
-def curve_charts(training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A small chart a curve, its models drawn over each other and what validations found over that, dashed; losses
-    first. `latest` holds each model's last values."""
-    found = list(dict.fromkeys(name for role in training.values() for name in role.get("curves") or {}))
-    names = [name for name in found if not name.startswith(VALIDATION) or name.removeprefix(VALIDATION) not in found]
-    names = [name for name in names if name not in TELEMETRY] + [name for name in TELEMETRY if name in names]
-    steps = [x for role in training.values() for points in (role.get("curves") or {}).values() for x, _ in points]
-    # One range of steps for all, so that the page's cursor stands at the same place in every chart.
-    x_range = (min(steps), max(steps)) if steps else None
-    drawn = []
-    for name in names:
-        series, latest = [], []
-        for role, entry in training.items():
-            lines = [
-                Series(
-                    name=f"{role}{kind}",
-                    color=model_color(role),
-                    points=[(x, y) for x, y in points],
-                    dashed=bool(kind),
-                    ended=entry.get("stopped") or "",
-                )
-                for kind, path in (("", name), (", held out", VALIDATION + name))
-                if (points := (entry.get("curves") or {}).get(path))
-            ]
-            series += lines
-            # A run that ended in NaN must say so here, not show its last healthy value.
-            values = [line.points[-1][1] for line in lines]
-            told = [format_number(value) if is_finite(value) else "NaN" for value in values]
-            latest += [(role, ", held out ".join(told))] if told else []
-        if series:
-            title = metric_words(name)
-            chart = charts.line_chart(series, title=f"{title} by step", x_label="step", x_range=x_range)
-            drawn.append({"name": title, "svg": Markup(chart), "latest": latest})
-    return drawn
-
-
-def stage_view(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The stages with their colour and share of the building time, and the bar of those shares ("" if all unknown)."""
-    total = sum(stage["seconds"] for stage in stages if is_finite(stage.get("seconds")))
-    rows, segments = [], []
-    for index, stage in enumerate(stages):
-        color = f"var(--stage-{index % NUM_STAGE_COLORS})"
-        known = is_finite(stage.get("seconds")) and total > 0
-        rows.append({**stage, "color": color, "share": stage["seconds"] / total if known else None})
-        if known:
-            text = f"{stage['stage']}, {format_seconds(stage['seconds'])}, {format_percent(stage['seconds'] / total)}"
-            segments.append(
-                Segment(
-                    label=str(stage["stage"]),
-                    value=stage["seconds"],
-                    color=color,
-                    tooltip=text,
-                    hatched=stage.get("status") == "reused",
-                )
-            )
-    title = "Share of building time: " + "; ".join(segment.tooltip for segment in segments)
-    return {"rows": rows, "bar": Markup(charts.stacked_bar(segments, title=title)) if segments else ""}
-
-
-def look_view(looks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Pictures with the maps laid over them, and captions in pieces with a weight each, as CSS takes it."""
-    drawn = []
-    for row in looks.get("rows") or []:
-        maps = [
-            {"name": name, "svg": Markup(charts.heat(row[key], title=f"{name}, {row.get('key')}"))}
-            for key, name in LOOKS.items()
-            if row.get(key)
-        ]
-        pieces = [
-            {"text": piece["text"], "weight": f"{piece['weight']:.3g}" if is_finite(piece.get("weight")) else "0"}
-            for piece in row.get("tokens") or []
-        ]
-        drawn.append({**row, "maps": maps, "pieces": pieces})
-    return drawn
-
-
-def written_titles(written: Mapping[str, Any]) -> tuple[str, str]:
-    """What the section is called in the navigation, and what stands over it."""
-    return next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"])
-
-
-def confusion_view(confusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns (classes, and none of them where that was answered), a row a class, each cell's share of it, and the
-    share that was right."""
-    names, counts = confusion.get("classes") or [], confusion.get("counts") or []
-    unanswered = any(row[-1] for row in counts)
-    return {
-        "columns": [*names, "none"] if unanswered else names,
-        "rows": [
-            {
-                "name": name,
-                "cells": [
-                    {"count": count, "share": f"{count / max(1, sum(row)):.3g}"}
-                    for count in (row if unanswered else row[:-1])
-                ],
-                "right": row[number] / max(1, sum(row)),
-            }
-            for number, (name, row) in enumerate(zip(names, counts, strict=False))
-        ],
-    }
-
-
-def similarity_chart(scores: Mapping[str, Any]) -> Markup | str:
-    """The histogram of image–caption similarities, or "" where none was recorded."""
-    similarity = scores.get("similarity") or {}
-    if not similarity.get("counts"):
-        return ""
-    return Markup(
-        charts.histogram(
-            similarity["edges"],
-            similarity["counts"],
-            color="var(--bar)",
-            title="Samples by similarity of image and caption",
-            x_label="similarity",
-        )
-    )
-
-
-def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
-    """The whole page as HTML text. `report` is the content of report.json; every section but the name may be absent.
+def render_report(report: Report, images: Mapping[str, bytes]) -> str:
+    """The page as HTML text. `report` is the content of report.json; every section but the name may be missing.
 
     `images` maps a sample's key to its JPEG, PNG, GIF or WebP bytes; a key without a picture shows as an empty frame.
     """
-    evaluation = report.get("evaluation") or {}
-    splits = evaluation.get("splits") or {}
-    first = (evaluation.get("headline") or {}).get("split")
+    evaluation, written = report.get("evaluation") or {}, report.get("written") or {}
+    splits, first = evaluation.get("splits") or {}, (evaluation.get("headline") or {}).get("split")
     return page_template().render(
         report=report,
         headline=headline(evaluation),
@@ -296,27 +58,245 @@ def render_report(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str
             for name in sorted(splits, key=lambda name: name != first)
         },
         curves=curve_charts(report.get("training") or {}),
-        similarity=similarity_chart(report.get("scores") or {}),
-        looks=look_view(report.get("looks") or {}),
-        written_titles=written_titles(report.get("written") or {}),
-        confusion=confusion_view((report.get("written") or {}).get("confusion") or {}),
+        similarity=similarity_chart((report.get("scores") or {}).get("similarity") or {}),
+        looks=[look_view(row) for row in (report.get("looks") or {}).get("rows") or []],
+        written_titles=next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"]),
+        confusion=confusion_view(written.get("confusion") or {}),
         picture=lambda key: data_uri(images[key]) if key in images else "",
         meter=meter,
         kept=kept_view((report.get("comparison") or {}).get("share_of_teacher") or {}),
     )
 
 
+@cache
+def page_template() -> Template:
+    """The page's template with its filters."""
+    made = environment()
+    made.filters |= {"metric": format_metric, "words": words, "is_share": is_share, "color": model_color}
+    return made.get_template("run_page.html.jinja")
+
+
+# --- words and figures ----------------------------------------------------------------------------------------------
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is between 0 and 1 and reads best as a percentage."""
+    return bool(re.search(r"\b(R@\d+|mAP|F1|BLEU|ROUGE)|accuracy|recall|precision|share|distinct", name))
+
+
+def format_metric(value: object, name: str) -> str:
+    """A metric's value: R@K and accuracies as percentages, ranks with one decimal."""
+    if is_share(name):
+        return format_percent(value)
+    if "rank" in name and isinstance(value, float) and is_finite(value):
+        return f"{value:,.1f}"
+    return format_count(value) if isinstance(value, int) else format_number(value)
+
+
+def words(name: object) -> str:
+    """A key of the report in words: "unseen_variants" as "unseen variants", directions with an arrow."""
+    return DIRECTIONS.get(str(name), str(name).replace("_", " "))
+
+
+def metric_words(path: str) -> str:
+    """A metric's flat name in words: "languages/zh/text_to_image/R@10" as "zh text → image R@10"."""
+    return " ".join(words(part) for part in path.split("/") if part != "languages")
+
+
+def natural_order(metric: str) -> tuple[float, str]:
+    """Sorts R@1, R@5, R@10 by their numbers, before metrics without one."""
+    number = re.search(r"\d+", metric)
+    return (float(number[0]) if number else float("inf"), metric)
+
+
+def model_color(name: str) -> str:
+    """The CSS colour of a model; looked up, never built from the name, which could carry CSS."""
+    return MODEL_COLORS.get(name, "var(--bar)")
+
+
+def model_order(name: str) -> int:
+    """Teacher, student, untrained, chance, then others."""
+    return list(MODEL_COLORS).index(name) if name in MODEL_COLORS else len(MODEL_COLORS)
+
+
 def meter(value: object, model: str, maximum: object = 1.0, mark: object = None) -> Markup:
-    """The bar under a figure; empty where the figure, or what it is a part of, was not recorded."""
+    """The bar under a figure; empty where the figure, or its maximum, was not recorded."""
     number, whole, threshold = (
         float(x) if isinstance(x, int | float) and is_finite(x) else None for x in (value, maximum, mark)
     )
     return Markup(charts.meter(number or 0.0, maximum=whole or 0.0, color=model_color(model), mark=threshold))
 
 
-@cache
-def page_template() -> Template:
-    """The page's template with its filters."""
-    environment = page.environment()
-    environment.filters |= {"metric": format_metric, "words": words, "is_share": is_share, "color": model_color}
-    return environment.get_template("run_page.html.jinja")
+# --- sections -------------------------------------------------------------------------------------------------------
+
+
+def headline(evaluation: Report) -> dict[str, str] | None:
+    """The page's first number, its sentence, and the other models' values; None if it was not measured."""
+    wanted = evaluation.get("headline") or {}
+    split_name, direction, metric = (str(wanted.get(key)) for key in ("split", "direction", "metric"))
+    split = (evaluation.get("splits") or {}).get(split_name) or {}
+    models = split.get("models") or {}
+    values = {
+        name: value
+        for name in sorted(models, key=model_order)
+        if is_finite(value := (models[name].get(direction) or {}).get(metric))
+    }
+    if not values:
+        return None
+    model = "student" if "student" in values else next(iter(values))
+    recall = re.fullmatch(r"R@(\d+)", metric)
+    rows = f" ({format_count(split['rows'])} rows)" if "rows" in split else ""
+    finds = f"{words(metric)}, {words(direction)}"
+    if recall:
+        place = "first" if recall[1] == "1" else f"among the first {recall[1]}"
+        finds = f"of {FINDS.get(direction, words(direction))} {place}"
+    return {
+        "figure": format_metric(values[model], metric),
+        "sentence": f"{finds} on {words(split_name)}{rows}.",
+        "detail": f"{model}, {words(direction)} {metric}",
+        "against": ", ".join(
+            f"{name} {format_metric(value, metric)}" for name, value in values.items() if name != model
+        ),
+    }
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """(figure, label) pairs for the strip under the headline; only those that the run has."""
+    comparison, training = report.get("comparison") or {}, report.get("training") or {}
+    wanted = (report.get("evaluation") or {}).get("headline") or {}
+    strip = [
+        (format_seconds(report.get("seconds")), "wall time of the loop"),
+        (format_bytes(report.get("peak_memory_bytes")), "peak memory"),
+        (format_count((report.get("dataset") or {}).get("samples")), "samples in the dataset"),
+    ]
+    teacher, student = comparison.get("teacher_parameters"), comparison.get("student_parameters")
+    if is_finite(teacher) and is_finite(student):
+        strip.append((f"{format_count(teacher)} → {format_count(student)}", "parameters, teacher → student"))
+    metric = f"{wanted.get('direction')}/{wanted.get('metric')}"
+    share = ((comparison.get("share_of_teacher") or {}).get(wanted.get("split")) or {}).get(metric)
+    strip.append((format_percent(share), f"of the teacher’s {metric_words(metric)}"))
+    strip += [
+        (format_number(training[role].get("samples_per_second")), f"samples/s, {role} training")
+        for role in list(training)[-1:]
+    ]
+    return [(figure, label) for figure, label in strip if figure != MISSING]
+
+
+def stage_view(stages: Sequence[Report]) -> dict[str, Any]:
+    """The stages with their colour and share of the building time, and the bar of those shares ("" if all unknown)."""
+    total = sum(stage["seconds"] for stage in stages if is_finite(stage.get("seconds")))
+    rows, segments = [], []
+    for index, stage in enumerate(stages):
+        color = f"var(--stage-{index % NUM_STAGE_COLORS})"
+        share = stage["seconds"] / total if is_finite(stage.get("seconds")) and total > 0 else None
+        rows.append({**stage, "color": color, "share": share})
+        if share is not None:
+            name, seconds, reused = str(stage["stage"]), stage["seconds"], stage.get("status") == "reused"
+            text = f"{name}, {format_seconds(seconds)}, {format_percent(share)}"
+            segments.append(Segment(label=name, value=seconds, color=color, tooltip=text, hatched=reused))
+    title = "Share of building time: " + "; ".join(segment.tooltip for segment in segments)
+    return {"rows": rows, "bar": Markup(charts.stacked_bar(segments, title=title)) if segments else ""}
+
+
+def look_view(row: Report) -> Report:
+    """A picture with the maps that lie over it, and its caption in pieces with a weight each, as CSS takes it."""
+    maps = [
+        {"name": name, "svg": Markup(charts.heat(row[key], title=f"{name}, {row.get('key')}"))}
+        for key, name in MAPS.items()
+        if row.get(key)
+    ]
+    pieces = [
+        {"text": piece["text"], "weight": f"{piece['weight']:.3g}" if is_finite(piece.get("weight")) else "0"}
+        for piece in row.get("tokens") or []
+    ]
+    return {**row, "maps": maps, "pieces": pieces}
+
+
+def confusion_view(confusion: Report) -> dict[str, Any]:
+    """The columns (classes, and "none" where a row has no answer), and a row per class: each cell with its share of the
+    row, and the share that was right."""
+    names, counts = confusion.get("classes") or [], confusion.get("counts") or []
+    unanswered = any(row[-1] for row in counts)
+    rows = []
+    for number, (name, row) in enumerate(zip(names, counts, strict=False)):
+        total = max(1, sum(row))
+        shown = row if unanswered else row[:-1]
+        cells = [{"count": count, "share": f"{count / total:.3g}"} for count in shown]
+        rows.append({"name": name, "cells": cells, "right": row[number] / total})
+    return {"columns": [*names, "none"] if unanswered else names, "rows": rows}
+
+
+def metric_tables(models: Report) -> list[dict[str, Any]]:
+    """A table per measurement (each direction, zero-shot, each language): title, metric names, and values by model."""
+    tables: dict[str, dict[str, Report]] = {}
+    for model in sorted(models, key=model_order):
+        parts = {words(key): value for key, value in models[model].items() if key != "languages"}
+        for language, directions in (models[model].get("languages") or {}).items():
+            parts |= {f"{language}, {words(direction)}": value for direction, value in directions.items()}
+        for title, values in parts.items():
+            tables.setdefault(title, {})[model] = values
+    return [
+        {
+            "title": title,
+            "rows": rows,
+            "metrics": sorted({name for values in rows.values() for name in values}, key=natural_order),
+        }
+        for title, rows in tables.items()
+    ]
+
+
+def kept_view(share_of_teacher: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What the student keeps of the teacher: a row per metric, text to image first and R@1 before R@5, and a column per
+    split; None where a split lacks the metric."""
+
+    def order(name: str) -> tuple[bool, str, tuple[float, str]]:
+        group, _, metric = name.rpartition("/")
+        return group != "text_to_image", group, natural_order(metric)
+
+    splits = list(share_of_teacher)
+    names = sorted({name for shares in share_of_teacher.values() for name in shares}, key=order)
+    rows = [
+        {"name": metric_words(name), "shares": [share_of_teacher[split].get(name) for split in splits]}
+        for name in names
+    ]
+    return {"splits": splits, "rows": rows}
+
+
+def curve_charts(training: Report) -> list[dict[str, Any]]:
+    """A small chart per curve, losses first: all models in one chart, dashed for held-out data. `latest` holds each
+    model's last values."""
+    curves = {role: entry.get("curves") or {} for role, entry in training.items()}
+    found = list(dict.fromkeys(name for entry in curves.values() for name in entry))
+    names = [name for name in found if not name.startswith(VALIDATION) or name.removeprefix(VALIDATION) not in found]
+    names = [name for name in names if name not in TELEMETRY] + [name for name in TELEMETRY if name in names]
+    steps = [step for entry in curves.values() for points in entry.values() for step, _ in points]
+    # One range of steps for all, so that the page's cursor stands at the same place in every chart.
+    x_range = (min(steps), max(steps)) if steps else None
+    drawn = []
+    for name in names:
+        series, latest = [], []
+        for role, entry in curves.items():
+            color, ended = model_color(role), training[role].get("stopped") or ""
+            plain, held_out = entry.get(name), entry.get(VALIDATION + name)
+            lines = [Series(name=role, color=color, points=plain, ended=ended)] if plain else []
+            if held_out:
+                lines.append(Series(name=f"{role}, held out", color=color, points=held_out, dashed=True, ended=ended))
+            series += lines
+            # A run that ended in NaN says so here, instead of showing its last finite value.
+            values = [line.points[-1][1] for line in lines]
+            last = [format_number(value) if is_finite(value) else "NaN" for value in values]
+            latest += [(role, ", held out ".join(last))] if last else []
+        if series:
+            title = metric_words(name)
+            chart = charts.line_chart(series, title=f"{title} by step", x_label="step", x_range=x_range)
+            drawn.append({"name": title, "svg": Markup(chart), "latest": latest})
+    return drawn
+
+
+def similarity_chart(similarity: Report) -> Markup | str:
+    """The histogram of image–caption similarities, or "" where none was recorded."""
+    if not similarity.get("counts"):
+        return ""
+    title = "Samples by similarity of image and caption"
+    edges, counts = similarity["edges"], similarity["counts"]
+    return Markup(charts.histogram(edges, counts, color="var(--bar)", title=title, x_label="similarity"))

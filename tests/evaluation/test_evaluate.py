@@ -10,8 +10,8 @@ import pytest
 
 from mmflow.core.errors import MisuseError
 from mmflow.evaluation.config import EXAMINATIONS, EvaluateConfig
-from mmflow.evaluation.evaluate import chance, examine, flatten
-from mmflow.evaluation.examination import Captions
+from mmflow.evaluation.evaluate import chance, examine
+from mmflow.evaluation.examination import Captions, flatten
 from mmflow.inference.predict import Predictor
 from tests.evaluation.models import (
     COLOURS,

@@ -11,7 +11,8 @@ from mmflow.core.errors import MisuseError
 from mmflow.core.storage import join, read_json
 from mmflow.dataset.opened import Dataset, read_sample
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.evaluation.evaluate import DETAILS, METRICS, SPEED, evaluate_models, metrics_of, metrics_of_package
+from mmflow.evaluation.evaluate import evaluate_models, metrics_of, metrics_of_package
+from mmflow.evaluation.examination import DETAILS, METRICS, SPEED
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.package import write_package

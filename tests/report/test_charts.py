@@ -69,9 +69,9 @@ def test_tick_labels_differ_and_are_short(low: float, high: float) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (0, 9, ["0", "2.5", "5.0", "7.5", "10.0"]),
-        (0, 0.001, ["0", "2.5e-4", "5e-4", "7.5e-4", "1e-3"]),
-        (0, 2_000_000, ["0", "0.5M", "1.0M", "1.5M", "2.0M"]),
+        (0, 9, ["0", "2.5", "5", "7.5", "10"]),
+        (0, 0.001, ["0", "0.00025", "0.0005", "0.00075", "0.001"]),
+        (0, 2_000_000, ["0", "0.5M", "1M", "1.5M", "2M"]),
         (0, 700, ["0", "200", "400", "600", "800"]),
         (-0.2, 0.2, ["-0.2", "-0.1", "0", "0.1", "0.2"]),
     ],
@@ -139,16 +139,11 @@ def test_all_charts_of_a_page_can_share_one_range_of_steps() -> None:
 
 
 def test_histogram_bars_have_the_height_of_their_counts() -> None:
-    svg = histogram([0.0, 0.5, 1.0, 1.5], [10, 40, 0], title="scores", x_label="similarity")
+    svg = histogram([0.0, 0.5, 1.0, 1.5], [10, 40, 0], title="scores", x_label="similarity", color="red")
     heights = [float(height) for height in re.findall(r'<rect[^>]* height="([\d.]+)"', svg)]
     assert heights[1] == pytest.approx(4 * heights[0], abs=0.5)
     assert heights[2] == 0
     assert "0.5 to 1: 40" in svg
-
-
-def test_histogram_refuses_counts_without_their_edges() -> None:
-    with pytest.raises(ValueError, match="2 counts needs 3 edges, got 2"):
-        histogram([0.0, 1.0], [3, 4], title="scores", x_label="similarity")
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=9).filter(lambda parts: sum(parts) > 1e-3))

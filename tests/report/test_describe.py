@@ -18,8 +18,15 @@ from mmflow.core.errors import MissingArtifactError
 from mmflow.dataset.adopt import adopt
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.verify import verify_dataset
-from mmflow.report.dataset_page import describe, render, thumbnail, write_description
-from mmflow.report.survey import MAX_VALUE, histogram_of, shares
+from mmflow.report.dataset_page import (
+    MAX_VALUE,
+    describe,
+    histogram_of,
+    render,
+    shares,
+    thumbnail,
+    write_description,
+)
 from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
 from tests.report.test_report import HOSTILE, Page
 
