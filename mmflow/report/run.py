@@ -231,7 +231,7 @@ def _references(value: Any) -> Iterator[tuple[str, int]]:
 
 def _thumbnails(dataset: Dataset, references: Iterable[tuple[str, int]]) -> dict[str, bytes]:
     """JPEG thumbnails of the samples, by key."""
-    places = {}
+    places: dict[str, tuple[Reader, int]] = {}
     for split in dataset.splits:
         reader = Reader(dataset, split)
         places |= {shard.name: (reader, ordinal) for ordinal, shard in enumerate(reader.shards)}
