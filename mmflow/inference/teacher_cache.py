@@ -94,9 +94,9 @@ class TeacherCache(Task):
         slots = Slots(dataset=zeros, shard=zeros + shard, row=rows, epoch=zeros + view, real=np.ones(len(rows), bool))
         side, frames = self.views.image_pixels, max(1, self.views.frames)
         pixels = np.empty((len(rows), frames, side, side, 3), np.uint8)
-        part = load_slots([reader], loaded.tokenizer, self.views, slots, pixels)
+        loaded_rows = load_slots([reader], loaded.tokenizer, self.views, slots, pixels)
         pad_id = special_tokens(loaded.tokenizer).pad
-        batch = assemble([part], pixels, LoaderState(), clips=self.views.frames > 0, pad_id=pad_id)
+        batch = assemble(loaded_rows, pixels, LoaderState(), self.views, pad_id)
         config, model = loaded.config, loaded.model
         device = next(model.parameters()).device
         moved = batch.map_tensors(lambda tensor: tensor.to(device))

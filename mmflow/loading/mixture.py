@@ -1,22 +1,28 @@
-"""Global batches of several datasets: each gives its share, from a cursor of its own that runs through its own epochs.
+"""Global batches of several datasets. Each gives its share, in the order of its own epochs, from its own cursor.
 
-A mixture has no end and no padding: a dataset that is drawn more often than its size begins its next epoch earlier. The
-state holds one number a dataset, so that resume costs the same at any step.
+Apportioning decides how many samples of a batch each dataset gives: whole numbers that stay within one of the shares.
+Rounding each batch by itself drifts, and giving to the dataset that lags most lets one lag by more than a sample when
+there are many datasets or the weights change. This is the chairman assignment problem: R. Tijdeman (Discrete
+Mathematics 32, 1980) proves that k datasets stay within 1 - 1/(2k-2) at any weights when the dataset with the earliest
+deadline gives next (so a dataset may still give one sample after its weight falls to 0). All arithmetic is in whole
+numbers, so that every rank and machine deals the same.
+
+A mixture has no end and no padding: a dataset that is drawn more often than its size begins its next epoch earlier.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.core.errors import RecipeError
 from mmflow.loading.config import MixtureConfig
-from mmflow.loading.epoch import Epochs, Latest
+from mmflow.loading.epoch import Epochs
 from mmflow.loading.permutation import key_of, shuffled
 from mmflow.loading.plan import (
     Buckets,
@@ -32,52 +38,59 @@ from mmflow.loading.plan import (
 WHOLE = 2**40
 """The sum of the shares. A share is exact to 1e-12: after 10^11 samples a dataset is off by a tenth of one."""
 
+# --- how many samples each dataset gives ------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Stage:
-    """Shares that hold from a step on, to the next stage's."""
+class Period:
+    """Shares from a step on, until the next period."""
 
     step: int
-    shares: tuple[int, ...]  # one a dataset, of WHOLE
+    shares: tuple[int, ...]  # one per dataset, of WHOLE
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stage on the line of samples."""
+    """A period in samples."""
 
     first: int  # samples dealt before it
     owed: tuple[int, ...]  # what each dataset should have given by then, in samples times WHOLE
     shares: tuple[int, ...]
 
+    def owed_at(self, dealt: int) -> tuple[int, ...]:
+        """What each dataset should have given after `dealt` samples in all, in samples times WHOLE."""
+        return tuple(
+            before + share * (dealt - self.first) for before, share in zip(self.owed, self.shares, strict=True)
+        )
 
-def stages(config: MixtureConfig, samples: Sequence[int]) -> tuple[Stage, ...]:
-    """The weights of a mixture step by step; `samples` has one number a dataset, the stage's own first.
 
-    Weights change at once at the step that the curriculum names, never gradually: what a batch holds can be read off
-    the recipe. Raises RecipeError where weight is put on a dataset without samples.
+def periods(config: MixtureConfig, samples: Sequence[int]) -> tuple[Period, ...]:
+    """The periods of a mixture; `samples` has one number per dataset, the stage's own first.
+
+    Raises RecipeError when a dataset without samples has a weight.
     """
     weights: Sequence[float]
     if config.weighting == "fixed":
         weights = config.weights
     else:
-        # Of the largest, lest a low temperature's power should overflow.
+        # Relative to the largest, so that the power at a low temperature cannot overflow.
         exponent = 1.0 if config.weighting == "proportional" else 1 / config.temperature
         weights = [(number / max(1, *samples)) ** exponent for number in samples]
     changes = {0: weights, **{change.step: change.weights for change in config.curriculum}}
-    for step, each in changes.items():
-        for number, (weight, size) in enumerate(zip(each, samples, strict=True)):
+    for step, weights in changes.items():
+        for number, (weight, size) in enumerate(zip(weights, samples, strict=True)):
             if weight and not size:
                 raise RecipeError(
-                    f"loader.mixture: weight {weight:g} from step {step} on for dataset {number} (0 is the stage's "
-                    "own), whose split has no samples; name a split that has some, or weigh it 0"
+                    f"loader.mixture: dataset {number} (0 is the stage's own) has weight {weight:g} from step {step} "
+                    "on, but its split has no samples; name a split that has some, or set the weight to 0"
                 )
-        if not any(each):
-            raise RecipeError("loader.mixture: no dataset of it has samples in its split; name splits that have some")
-    return tuple(Stage(step, to_shares(each)) for step, each in changes.items())
+        if not any(weights):
+            raise RecipeError("loader.mixture: no dataset has samples in its split; name splits that have some")
+    return tuple(Period(step, to_shares(weights)) for step, weights in changes.items())
 
 
 def to_shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """The weights as whole shares of WHOLE, what is left over going to the largest remainders."""
+    """The weights as whole shares of WHOLE. The rounding rest goes to the largest remainders."""
     total = math.fsum(weights)
     exact = [weight / total * WHOLE for weight in weights]
     shares = [math.floor(share) for share in exact]
@@ -87,78 +100,74 @@ def to_shares(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def timeline(stages: Sequence[Stage], global_batch_size: int) -> tuple[Segment, ...]:
-    """The stages on the line of samples, with what is owed at the start of each."""
-    segments = [Segment(0, (0,) * len(stages[0].shares), stages[0].shares)]
-    for stage in stages[1:]:
-        first = stage.step * global_batch_size
-        segments.append(Segment(first, _owed(segments[-1], first), stage.shares))
+def timeline(periods: Sequence[Period], global_batch_size: int) -> tuple[Segment, ...]:
+    """The periods in samples, with what each dataset owes at the start of each."""
+    segments = [Segment(0, (0,) * len(periods[0].shares), periods[0].shares)]
+    for period in periods[1:]:
+        first = period.step * global_batch_size
+        segments.append(Segment(first, segments[-1].owed_at(first), period.shares))
     return tuple(segments)
 
 
 def apportion(
     segments: Sequence[Segment], drawn: Sequence[int], dealt: int, key: str = "loader.mixture"
 ) -> tuple[int, ...]:
-    """What each dataset has given when `dealt` samples are dealt in all, `drawn` being what each gave until now.
+    """What each dataset has given once `dealt` samples are dealt in all; `drawn` is what each gave before.
 
-    Raises RecipeError naming `key` where `drawn` is not of these weights: it lies too far from what they ask.
+    Raises RecipeError naming `key` when `drawn` is too far from these weights to come from them.
     """
-    owed = _owed(next(segment for segment in reversed(segments) if segment.first <= dealt), dealt)
-    # Both bounds of what a dataset may have given, |given - owed| <= 1 - 1/parts, times parts to stay whole numbers.
+    owed = next(segment for segment in reversed(segments) if segment.first <= dealt).owed_at(dealt)
+    # Tijdeman's bounds, |given - owed| <= 1 - 1/parts, times `parts` to stay in whole numbers.
     parts = max(2, 2 * len(drawn) - 2)
     slack = (parts - 1) * WHOLE
-    most = [(parts * each + slack) // (parts * WHOLE) for each in owed]
-    least = [-((slack - parts * each) // (parts * WHOLE)) for each in owed]
-    given = [max(each, before) for each, before in zip(least, drawn, strict=True)]
+    most = [(parts * due + slack) // (parts * WHOLE) for due in owed]
+    least = [-((slack - parts * due) // (parts * WHOLE)) for due in owed]
+    given = [max(pair) for pair in zip(least, drawn, strict=True)]
     left = dealt - sum(given)
-    may_give = [number for number, each in enumerate(given) if each < most[number]]
+    may_give = [number for number, count in enumerate(given) if count < most[number]]
     if not 0 <= left <= len(may_give):
-        asked = [round(each / WHOLE) for each in owed]
+        expected = [round(due / WHOLE) for due in owed]
         raise RecipeError(
-            f"{key}: the checkpoint drew {list(drawn)} of each, these weights ask for {asked} by now; resume with the "
-            "weights and the batch size that it was trained with"
+            f"{key}: the checkpoint drew {list(drawn)}, but these weights give {expected} by now; resume with the "
+            "checkpoint's weights and batch size"
         )
 
-    def latest(number: int) -> float:
-        """Samples dealt in all when the next of this dataset must have been given."""
+    def deadline(number: int) -> float:
+        """Samples dealt in all by when this dataset must have given its next one."""
         limit = (parts * (given[number] + 1) - 1) * WHOLE // parts
-        for segment, end in zip(segments, [*(each.first for each in segments[1:]), math.inf], strict=True):
+        for segment, end in zip(segments, [*(later.first for later in segments[1:]), math.inf], strict=True):
             share, before = segment.shares[number], segment.owed[number]
             if share and segment.first + (limit - before) // share < end:
                 return segment.first + (limit - before) // share
         return math.inf
 
-    for number in sorted(may_give, key=latest)[:left]:
+    for number in sorted(may_give, key=deadline)[:left]:
         given[number] += 1
     return tuple(given)
 
 
-def _owed(segment: Segment, dealt: int) -> tuple[int, ...]:
-    return tuple(
-        before + share * (dealt - segment.first) for before, share in zip(segment.owed, segment.shares, strict=True)
-    )
+# --- which samples they are -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive batches that share out their samples by length; one batch where there are no buckets."""
+    """Consecutive batches that share out their samples by length; one batch without buckets."""
 
-    drawn: tuple[int, ...]  # when the next group begins
-    cursors: list[list[NDArray[np.int64]]]  # of each batch and dataset: (n,), samples of it dealt before this one
+    drawn: tuple[int, ...]  # samples of each dataset dealt before the next group
+    cursors: list[list[NDArray[np.int64]]]  # by batch, then dataset: (n,), positions in the line of its epochs
 
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """The global batches of a mixture, whose step is that of the whole training; `LoaderState.epoch` stays 0."""
+    """The global batches of a mixture. `LoaderState.epoch` stays 0 and its position counts the whole training."""
 
-    shard_samples: tuple[tuple[int, ...], ...]  # a dataset each, the stage's own first
-    stages: tuple[Stage, ...]
+    shard_samples: tuple[tuple[int, ...], ...]  # one per dataset, the stage's own first
+    periods: tuple[Period, ...]
     global_batch_size: int
     seed: int
     window: int = 4_096
     lanes: int = 16
     buckets: Buckets | None = None
-    _groups: Latest[LoaderState, Group] = field(default_factory=Latest, init=False, repr=False, compare=False)
 
     @cached_property
     def num_samples(self) -> tuple[int, ...]:
@@ -167,33 +176,33 @@ class MixtureOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that hold as many samples as all datasets together: the measure of `training.epochs`."""
+        """Batches that hold as many samples as all datasets together: the unit of `training.epochs`."""
         return num_steps(sum(self.num_samples), self.global_batch_size)
 
     @cached_property
     def _segments(self) -> tuple[Segment, ...]:
-        return timeline(self.stages, self.global_batch_size)
+        return timeline(self.periods, self.global_batch_size)
 
     @cached_property
     def _epochs(self) -> tuple[Epochs, ...]:
-        # A key of its own for each, lest two datasets of the same shape should be dealt in step.
+        # Each has its own key, so that two datasets of the same shape have different orders.
         return tuple(
             Epochs(samples, int(key_of(self.seed, number)[0]), self.window, self.lanes)
             for number, samples in enumerate(self.shard_samples)
         )
 
     def step_of(self, state: LoaderState) -> int:
-        """Batches that have been dealt when `state` is reached."""
+        """Batches dealt before `state`."""
         return state.position // self.global_batch_size
 
     def after(self, state: LoaderState) -> LoaderState:
-        """Where the batch after that of `state` begins."""
+        """Where the batch after the one at `state` begins."""
         group, number = self._group(state)
         drawn = group.drawn if number + 1 == len(group.cursors) else self._drawn(state)
         return LoaderState(0, state.position + self.global_batch_size, drawn)
 
     def batch(self, state: LoaderState) -> Slots:
-        """The whole global batch that begins at `state`, in slot order. RecipeError where it is of other data."""
+        """The global batch at `state`, in slot order. Raises RecipeError for a state of other data."""
         datasets, cursors = self._dealt(state)
         epochs = cursors // np.array(self.num_samples)[datasets]
         shards, rows = np.empty_like(cursors), np.empty_like(cursors)
@@ -203,10 +212,7 @@ class MixtureOrder:
         return Slots(datasets, shards, rows, epochs, np.ones(len(cursors), np.bool_))
 
     def read_ahead(self, state: LoaderState, rank: int = 0, world_size: int = 1) -> list[Read]:
-        """The rows of the windows that a rank reads from at `state`, then of those that follow in their lanes.
-
-        A batch has most of them in common with the one before: only what is new needs to be asked for.
-        """
+        """As `Order.read_ahead`, dataset by dataset."""
         datasets, cursors = self._dealt(state)
         taken, _ = rank_indices(len(cursors), rank, world_size)
         datasets, cursors = datasets[taken], cursors[taken]
@@ -221,16 +227,16 @@ class MixtureOrder:
     def _dealt(self, state: LoaderState) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The dataset and the cursor of each slot; both (global_batch_size,)."""
         group, number = self._group(state)
-        taken = group.cursors[number]
-        datasets = np.repeat(np.arange(len(taken)), [len(each) for each in taken])
-        cursors = np.concatenate(taken)
+        by_dataset = group.cursors[number]
+        datasets = np.repeat(np.arange(len(by_dataset)), [len(cursors) for cursors in by_dataset])
+        cursors = np.concatenate(by_dataset)
         # By lane first: a rank then has the same lanes of every dataset, and keeps them when the weights change.
         lanes = cursors % np.array(self.num_samples)[datasets] % self.lanes
         order = np.lexsort((cursors, datasets, lanes))
         return datasets[order], cursors[order]
 
     def _group(self, state: LoaderState) -> tuple[Group, int]:
-        """The group of the batch that begins at `state`, and the batch's number in it."""
+        """The group of the batch at `state`, and the batch's number in it."""
         size, first = self.global_batch_size, state.position
         if self.buckets:
             check_aligned(state.position, size)
@@ -238,36 +244,42 @@ class MixtureOrder:
         drawn = self._drawn(state)
         if state.epoch or len(drawn) != len(self.shard_samples) or sum(drawn) != first:
             raise RecipeError(
-                f"loader.mixture: the checkpoint stands at {state}, which is no state of a mixture of "
-                f"{len(self.shard_samples)} datasets; resume with the datasets and the mixture that it was trained with"
+                f"loader.mixture: the checkpoint is at {state}, which is not a state of a mixture of "
+                f"{len(self.shard_samples)} datasets; resume with the checkpoint's datasets and mixture"
             )
-        start = LoaderState(0, first, drawn)
-        return self._groups.get(start, lambda: self._deal(start)), (state.position - first) // size
+        return self._groups(first, drawn), (state.position - first) // size
 
     def _drawn(self, state: LoaderState) -> tuple[int, ...]:
         return state.drawn or (0,) * len(self.shard_samples)
 
-    def _deal(self, start: LoaderState) -> Group:
+    @cached_property
+    def _groups(self) -> Callable[[int, tuple[int, ...]], Group]:
+        # Two of them: one group is still being loaded when the next one begins.
+        return lru_cache(maxsize=2)(self._deal)
+
+    def _deal(self, first: int, drawn: tuple[int, ...]) -> Group:
+        """The group after `first` samples, of which each dataset gave `drawn`."""
         num_batches = self.buckets.batches if self.buckets else 1
-        ends = [start.drawn]
+        ends = [drawn]
         for number in range(1, num_batches + 1):
-            ends.append(apportion(self._segments, ends[-1], start.position + number * self.global_batch_size))
+            ends.append(apportion(self._segments, ends[-1], first + number * self.global_batch_size))
         # (batches, datasets)
         sizes = np.diff(np.array(ends), axis=0)
-        ranks = shuffled(num_batches, key_of(self.seed, start.position))
-        # For each dataset, the cursors of each batch: all have their shortest in the same one.
+        ranks = shuffled(num_batches, key_of(self.seed, first))
+        # For each dataset, the cursors of each batch. With the same ranks, a batch has the shortest of every dataset.
         columns = []
-        for dataset, (first, stop) in enumerate(zip(ends[0], ends[-1], strict=True)):
-            cursors = np.arange(first, stop)
+        for dataset, (start, stop) in enumerate(zip(ends[0], ends[-1], strict=True)):
+            cursors = np.arange(start, stop)
             if self.buckets:
                 lengths = self.buckets.measure(dataset, *self._locate(dataset, cursors))
-                columns.append([cursors[each] for each in deal_by_length(lengths, sizes[:, dataset].tolist(), ranks)])
+                dealt = deal_by_length(lengths, sizes[:, dataset].tolist(), ranks)
+                columns.append([cursors[indices] for indices in dealt])
             else:
                 columns.append([cursors])
         return Group(ends[-1], [list(batch) for batch in zip(*columns, strict=True)])
 
     def _locate(self, dataset: int, cursors: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(shard, row) of a dataset's cursors, whatever their epochs; all (n,)."""
+        """(shard, row) of a dataset's cursors, in any of its epochs; all (n,)."""
         shards, rows = np.empty_like(cursors), np.empty_like(cursors)
         if len(cursors):
             epochs, positions = np.divmod(cursors, self.num_samples[dataset])

@@ -1,7 +1,7 @@
-"""A shuffle of [0, n), for any n, that is computed and not stored: an element costs the same wherever it lies.
+"""A shuffle of [0, n) that is computed, not stored: each element costs the same to find.
 
-NumPy may change what its generators draw from one release to the next. These integer operations never change, nor does
-the order of samples into which a checkpoint's position points.
+A checkpoint's position points into the order of samples, so that order may never change. NumPy's generators may draw
+other numbers in a new release; these integer operations cannot.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 WORD = 2**64 - 1
 HALF = np.uint64(32)
 ROUNDS = 12
-"""A chi-square test over 24,000 permutations of five elements finds 8 rounds not uniform, 12 it cannot tell; from eight
-elements on 8 would do."""
+"""In a chi-square test over 24,000 permutations of five elements, 8 rounds are not uniform and 12 are. For eight or
+more elements, 8 rounds are enough."""
 
 
 def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64-bit words, every bit of which depends on every other; (n,) to (n,)."""
+    """SplitMix64's finaliser, a bijection of 64-bit words in which every bit depends on every other; (n,) to (n,)."""
     words = (words ^ (words >> np.uint64(30))) * MULTIPLIER_1
     words = (words ^ (words >> np.uint64(27))) * MULTIPLIER_2
     return words ^ (words >> np.uint64(31))
 
 
 def key_of(*numbers: int) -> NDArray[np.uint64]:
-    """One word, (1,), that stands for these integers in this order."""
+    """A hash of these integers in this order, (1,)."""
     key = np.zeros(1, np.uint64)
     for number in numbers:
         key = mix((key + STEP) ^ np.uint64(number & WORD))
@@ -40,17 +40,17 @@ ROUND_KEYS = tuple(key_of(number) for number in range(ROUNDS))
 
 
 def shuffled(num: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """A permutation of [0, num) as an array (num,), where the whole of it is wanted; `key` is (1,)."""
-    # `mix` is a bijection, so no two words are equal and the order needs no rule for ties.
+    """A whole permutation of [0, num) as an array (num,); `key` is (1,)."""
+    # `mix` is a bijection, so no two words are equal and sorting has no ties.
     return np.argsort(mix(np.arange(num, dtype=np.uint64) * STEP + key))
 
 
 def permute(elements: NDArray[np.int64], sizes: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Where each element of [0, size) goes under the permutation of [0, size) that its key stands for; all (n,).
+    """The place of each element of [0, size) under its key's permutation of [0, size); all (n,).
 
-    A Feistel network over a grid of at least `size` cells, applied again to what lands beyond `size` (Black and
-    Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, methods 2 and 3). The grid is as square as it can be,
-    so that fewer than one cell in √size lies beyond. Sizes are below 2^52, the last whole numbers of a float.
+    A Feistel network over a grid of at least `size` cells, applied again to cells that land at `size` or beyond (Black
+    and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, methods 2 and 3). The grid is nearly square, so
+    fewer than one cell in √size lies beyond. Sizes must be below 2^52, where floats are still exact integers.
     """
     width = np.ceil(np.sqrt(sizes)).astype(np.uint64)
     size = sizes.astype(np.uint64)
@@ -68,8 +68,8 @@ def _encipher(
     rows = cells // width
     columns = cells - rows * width
     for number, round_key in enumerate(ROUND_KEYS):
-        # In turn, each coordinate is moved round its side by a number that depends on the other alone: undone by moving
-        # it back, hence a bijection whatever that number is.
+        # In turn, each coordinate moves around its side by a number that depends on the other coordinate alone. Moving
+        # it back undoes that, so this is a bijection whatever the number is.
         if number % 2:
             rows = _moved(rows, columns, height, keys ^ round_key)
         else:
@@ -80,20 +80,20 @@ def _encipher(
 def _moved(
     coordinates: NDArray[np.uint64], others: NDArray[np.uint64], side: NDArray[np.uint64], words: NDArray[np.uint64]
 ) -> NDArray[np.uint64]:
-    """The coordinates moved by what the others and the words say; (n,). `words` is overwritten.
+    """The coordinates moved by a hash of the others and the words; (n,). `words` is overwritten.
 
-    Half as long as `mix` and in place, because a seek spends its time here: only the upper half of a word is used, and
-    the bits of a product depend on all the lower ones of its factors.
+    Half as many operations as `mix` and in place, because a seek spends its time here. Only the upper half of a word is
+    used, and the upper bits of a product depend on all lower bits of its factors.
     """
     words += others
     words *= MULTIPLIER_1
     words ^= words >> HALF
     words *= MULTIPLIER_2
     words >>= HALF
-    # A number below 2^32 times the side, halved, is a number below the side without a division.
+    # A number below 2^32 times the side, shifted by 32 bits, is a number below the side, without a division.
     words *= side
     words >>= HALF
     words += coordinates
-    # Below the side, the subtraction wraps to a number far above it.
+    # Where words < side, the unsigned subtraction wraps around to a huge number.
     moved: NDArray[np.uint64] = np.minimum(words, words - side)
     return moved

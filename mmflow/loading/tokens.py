@@ -1,4 +1,4 @@
-"""Texts to token ids: a tokenizer trained on the dataset's own captions or read from a file, cut, and padded."""
+"""Texts to token ids, by a tokenizer trained on the dataset's texts or read from a file; and the classes of targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmflow.loading.text import label_of, questions_of, sentence_starts, sentenc
 
 PAD, UNKNOWN, FIRST, LAST, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 SPECIAL = [PAD, UNKNOWN, FIRST, LAST, MASK]
-# Names in tokenizers of BERT, RoBERTa and T5, Gemma, and CLIP kind.
+# Names in tokenizers like those of BERT, RoBERTa and T5, Gemma, and CLIP.
 NAMES = {
     "pad": (PAD, "<pad>", "<|padding|>"),
     "first": (FIRST, "<s>", "<bos>", "<|startoftext|>", "<start_of_text>"),
@@ -28,20 +28,22 @@ NAMES = {
     "mask": (MASK, "<mask>"),
     "unknown": (UNKNOWN, "<unk>"),
 }
+MAX_TEXTS = 2_000_000  # a vocabulary no longer changes long before this many
+MAX_ANSWERS = 3_129  # classes of a question-answering model, as many as VQA v2's models choose from (arXiv 1708.02711)
 
 
-def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """A BERT-like tokenizer: lower case, accents stripped, Chinese characters apart, word pieces; `[PAD]` is id 0.
 
-    The same captions give the same vocabulary. The trainer alone does not: it meets characters in the order of a hash
-    map, which differs from call to call, and drops the rarer ones past a thousand. So every character is named to it
-    beforehand, in order.
+    The same texts give the same vocabulary. The trainer alone does not ensure that: it visits characters in the order
+    of a hash map, which differs between calls, and drops the rarer ones past a thousand. So the trainer is given every
+    character beforehand, in order.
     """
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True, handle_chinese_chars=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
-    for caption in captions:
-        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    for text in texts:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
     starts = sorted({character for word in words for character in word})
     continuations = sorted({f"##{character}" for word in words for character in word[1:]})
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
@@ -53,19 +55,18 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sorted(words.elements()), trainer)
-    # Built anew from the vocabulary, because characters named to the trainer stay special tokens in its own tokenizer.
+    # Rebuilt from the vocabulary: in the trainer's own tokenizer those characters would stay special tokens.
     tokenizer = Tokenizer(models.WordPiece(vocab=tokenizer.get_vocab(), unk_token=UNKNOWN))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    first, last = SPECIAL.index(FIRST), SPECIAL.index(LAST)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{FIRST} $A {LAST}", special_tokens=[(FIRST, first), (LAST, last)]
+        single=f"{FIRST} $A {LAST}", special_tokens=[(token, SPECIAL.index(token)) for token in (FIRST, LAST)]
     )
     return tokenizer
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of a tokenizer's special tokens; None for those that it does not have."""
+    """Ids of a tokenizer's special tokens, None for those that it does not have."""
 
     pad: int
     first: int | None
@@ -75,46 +76,51 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """The special tokens of a tokenizer of BERT, RoBERTa, T5, Gemma or CLIP kind, found by their names.
+    """The special tokens of a tokenizer like BERT's, RoBERTa's, T5's, Gemma's or CLIP's, found by their names.
 
-    One without a token of its own for padding (CLIP's) pads with the last one, as transformers does: padding is masked
-    and its id is read by nobody. Raises RecipeError where there is neither.
+    Without a padding token (CLIP) the last token pads, as in transformers: padding is masked, so its id does not
+    matter. Raises RecipeError if there is neither.
     """
-    found = {role: id_of(tokenizer, names) for role, names in NAMES.items()}
-    pad = found.pop("pad")
+    ids = {role: id_of(tokenizer, names) for role, names in NAMES.items()}
+    pad = ids.pop("pad")
     if pad is None:
-        pad = found["last"]
+        pad = ids["last"]
     if pad is None:
-        asked = ", ".join(NAMES["pad"] + NAMES["last"])
-        raise RecipeError(f"tokenizer: none of {asked} is in its vocabulary, so nothing can be padded; add one of them")
-    return SpecialTokens(pad=pad, **found)
+        names = ", ".join(NAMES["pad"] + NAMES["last"])
+        raise RecipeError(f"tokenizer: its vocabulary has none of {names}, so it cannot pad; add one of them")
+    return SpecialTokens(pad=pad, **ids)
+
+
+def id_of(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
+    """The id of the first of these tokens that the tokenizer has."""
+    return next((number for name in names if (number := tokenizer.token_to_id(name)) is not None), None)
 
 
 def load_tokenizer(path: str | Path, key: str = "tokenizer") -> Tokenizer:
-    """The tokenizer of a local tokenizer.json, or of the directory it lies in. Raises RecipeError naming the key."""
+    """The tokenizer of a local tokenizer.json, or of the directory that holds it. Raises RecipeError naming the key."""
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
+        reason = getattr(error, "strerror", None) or "not a text file"
         raise RecipeError(
-            f"{key}: {file}: {reason}; give a tokenizer.json as the `tokenizers` library writes it, or its directory"
+            f"{key}: {file}: {reason}; give a tokenizer.json of the `tokenizers` library, or its directory"
         ) from error
     try:
         return read_tokenizer(text)
     except Exception as error:  # the library raises bare Exception
         raise RecipeError(
             f"{key}: {file}: not a tokenizer.json of the `tokenizers` library ({' '.join(str(error).split())[:120]}); "
-            "older vocab.txt or merges.txt files are converted by transformers' save_pretrained"
+            "convert older vocab.txt or merges.txt files with transformers' save_pretrained"
         ) from error
 
 
 def read_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json's text, as the loader wants it.
+    """The tokenizer of a tokenizer.json's text, set up for the loader.
 
-    Files of the Hub often ask for padding and truncation to some length, which would be done before ours; and the name
-    of a special token within a caption is mere text, not that token.
+    Files from the Hub often pad and truncate to some length, which would happen before the loader does it. The name of
+    a special token within a caption is plain text, not that token.
     """
     tokenizer = Tokenizer.from_str(text)
     tokenizer.no_padding()
@@ -123,13 +129,13 @@ def read_tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
-def _portable(tokenizer: Tokenizer) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+def _pickled(tokenizer: Tokenizer) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
     return read_tokenizer, (tokenizer.to_str(),)
 
 
-# By itself a tokenizer comes to another process as its JSON, which forgets that `encode_special_tokens` was set: the
-# same caption would give other tokens there (tokenizers#1839).
-copyreg.pickle(Tokenizer, _portable)
+# By default a tokenizer pickles as its JSON, which loses `encode_special_tokens`: the same caption would give other
+# tokens in another process (tokenizers#1839).
+copyreg.pickle(Tokenizer, _pickled)
 
 
 def tokenise(
@@ -138,21 +144,26 @@ def tokenise(
     max_tokens: int,
     randoms: Sequence[np.random.Generator] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each text, at most `max_tokens` of them, the special ones at both ends kept.
+    """At most `max_tokens` token ids of each text. The special tokens at both ends are always kept.
 
-    Of a longer text the head is kept or, where `randoms` has a generator for each, a random run of whole sentences.
+    A longer text keeps its head or, with a generator per text in `randoms`, a random run of whole sentences.
     """
     rows = []
     for number, encoding in enumerate(tokenizer.encode_batch_fast(list(texts))):
         ids: list[int] = encoding.ids
         if len(ids) > max_tokens:
-            first, end = _text_span(encoding.special_tokens_mask)
-            room = max_tokens - (len(ids) - (end - first))
-            begin = 0
+            special = encoding.special_tokens_mask
+            # The text's first token, and the one after its last
+            first, end = len(ids), len(ids)
+            if 0 in special:
+                first, end = special.index(0), len(ids) - special[::-1].index(0)
+            begin, stop = 0, max_tokens - (len(ids) - (end - first))
             if randoms is not None:
-                begin, stop = _window(tokenizer, texts[number], (first, end), room, randoms[number].random())
-                room = stop - begin
-            ids = ids[:first] + ids[first + begin : first + begin + room] + ids[end:]
+                # Encoded again: the fast call above does not give the tokens' places in the text.
+                places = [start for start, _ in tokenizer.encode(texts[number]).offsets[first:end]]
+                starts = np.searchsorted(places, sentence_starts(texts[number])).tolist()
+                begin, stop = sentence_window(starts, len(places), stop, randoms[number].random())
+            ids = ids[:first] + ids[first + begin : first + stop] + ids[end:]
         rows.append(ids)
     return rows
 
@@ -168,39 +179,20 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], 
     return ids, mask
 
 
-def id_of(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:
-    return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), None)
-
-
-def _text_span(special: Sequence[int]) -> tuple[int, int]:
-    """First token of the text and the one after its last, between the special tokens at both ends."""
-    if 0 not in special:
-        return len(special), len(special)
-    return special.index(0), len(special) - special[::-1].index(0)
-
-
-def _window(tokenizer: Tokenizer, text: str, span: tuple[int, int], room: int, draw: float) -> tuple[int, int]:
-    # Encoded once more: the faster call above does not tell where tokens lie in the text.
-    places = [start for start, _ in tokenizer.encode(text).offsets[slice(*span)]]
-    starts = np.searchsorted(places, sentence_starts(text)).tolist()
-    return sentence_window(starts, len(places), room, draw)
-
-
-MAX_TEXTS = 2_000_000  # a vocabulary is settled long before this many
-MAX_ANSWERS = 3_129  # of a question-answering model: as many as VQA v2's models choose from (arXiv 1708.02711)
+# --- what a stage takes from its data before it trains ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What texts and targets are numbered by."""
+    """A stage's tokenizer and the classes that number its targets."""
 
     tokenizer_json: str
-    classes: tuple[str, ...] = ()  # labels in order of their names, or answers from the commonest
+    classes: tuple[str, ...] = ()  # labels in alphabetical order, or answers from the most frequent on
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Data that a stage is trained on, and what of it is read."""
+    """The data of one task of a stage, and how it is read."""
 
     key: str  # the recipe's key of the loader, for errors
     readers: Sequence[Reader]
@@ -208,41 +200,40 @@ class Texts:
 
 
 def learn_vocabulary(data: Sequence[Texts], vocabulary_size: int, tokenizer: Tokenizer | None = None) -> Vocabulary:
-    """The vocabulary of a stage's data, with the `tokenizer` that is given or one trained on the texts.
+    """The vocabulary of a stage's data, with the given tokenizer or one trained on the texts.
 
-    Raises RecipeError where classes are asked for and there are none, and as `questions_of`.
+    Raises RecipeError when classes are needed and there are none, and as `questions_of`.
     """
     counts: list[Counter[str]] = [Counter() for _ in data]
-    texts = [_texts(each.readers, each.config, counted) for each, counted in zip(data, counts, strict=True)]
+    streams = [_texts(task, counter) for task, counter in zip(data, counts, strict=True)]
     if tokenizer is None:
-        tokenizer = train_tokenizer(islice(chain(*texts), MAX_TEXTS), vocabulary_size)
-    for each, read, counted in zip(data, texts, counts, strict=True):
-        if each.config.text == "questions" or each.config.label is not None:
-            deque(read, maxlen=0)  # what is left of them, for its classes
-        if each.config.label is not None and not counted:
+        tokenizer = train_tokenizer(islice(chain(*streams), MAX_TEXTS), vocabulary_size)
+    for task, stream, counter in zip(data, streams, counts, strict=True):
+        if task.config.text == "questions" or task.config.label is not None:
+            deque(stream, maxlen=0)  # the texts past MAX_TEXTS, for their classes
+        if task.config.label is not None and not counter:
             raise RecipeError(
-                f"{each.key}.label: no sample of split {each.config.split!r} has a class of that name; its metadata "
-                f'needs "classes": {{"{each.config.label}": "…"}}'
+                f"{task.key}.label: no sample of split {task.config.split!r} has a class of that name; its metadata "
+                f'needs "classes": {{"{task.config.label}": "…"}}'
             )
     total = sum(counts, Counter())
-    if any(each.config.text == "questions" for each in data):
-        classes = [answer for answer, _ in sorted(total.items(), key=lambda each: (-each[1], each[0]))][:MAX_ANSWERS]
-    else:
-        classes = sorted(total)
+    classes = sorted(total)
+    if any(task.config.text == "questions" for task in data):
+        classes = sorted(classes, key=lambda answer: -total[answer])[:MAX_ANSWERS]
     return Vocabulary(tokenizer.to_str(), tuple(classes))
 
 
-def _texts(readers: Sequence[Reader], config: LoaderConfig, counts: Counter[str]) -> Iterator[str]:
-    """Every text that the model may read or write; labels or answers are counted on the way."""
-    for reader in readers:
-        for sample in reader.texts(skip_corrupt=config.on_corrupt == "skip"):
-            if config.text == "questions":
+def _texts(task: Texts, counts: Counter[str]) -> Iterator[str]:
+    """Every text that the model may read or write. Counts labels or answers on the way."""
+    for reader in task.readers:
+        for sample in reader.texts(skip_corrupt=task.config.on_corrupt == "skip"):
+            if task.config.text == "questions":
                 for question in questions_of(sample.key, sample.metadata):
                     yield question.text
                     counts.update(question.answers)
                     yield from question.answers
             else:
                 yield from (caption.text for caption in sample.captions)
-                label = label_of(sample.metadata, config.label)
+                label = label_of(sample.metadata, task.config.label)
                 if label is not None:
                     counts[label] += 1

@@ -1,9 +1,10 @@
-"""Who loads the rows of a batch beside the step that consumes them: threads of this process, or processes of its own.
+"""Parallel loading: threads or processes that load rows, and a thread that prepares batches and copies them to the GPU.
 
-Both take tasks in order and give their results back in that order, pixels in a ring of buffers that they share with
-the caller. Processes are forked from a server that has imported torch and done nothing else: a fork of the caller can
-hang beside the threads of Ray or gloo, and importing torch anew takes each process seconds. Each has a pipe of its own:
-one that dies closes it, which is seen at once, where a queue that all share can be left locked or half written.
+Workers return the rows of tasks in order and write pixels into a ring of buffers that they share with the caller.
+Processes are forked from a server that has only imported torch: a fork of the caller can hang because of the threads of
+Ray or gloo, and importing torch takes each new process seconds. Each process has its own pipe. When one dies its pipe
+closes, which is noticed at once, while a shared queue can stay locked or half written. torch's DataLoader shares one:
+after a kill -9 it needed five seconds, and named neither the rows nor, in one case of four, the process.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import math
 import mmap
 import multiprocessing
 import os
-import queue
 import signal
 import tempfile
-import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import DupFd, ForkingPickler
+from multiprocessing.reduction import ForkingPickler, recv_handle, send_handle
 from threading import Barrier
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -35,16 +35,18 @@ from numpy.typing import NDArray
 
 from mmflow.core.errors import MmflowError, TrainingError
 from mmflow.core.memory import keep_freed_memory
-from mmflow.loading.batches import Batch, Loaded
+from mmflow.loading.batches import Batch, Row
 from mmflow.loading.plan import Slots
 
 NAME = "mmflow-loader"
-QUEUED = 2  # tasks that a process holds: the one at work and the next, so that it never waits for the caller
-STOP_SECONDS = 5.0  # a process that has not ended by itself by then is killed
+QUEUED = 4  # tasks per process. With 2, processes waited for the caller on a busy machine: 1,190 samples/s, not 2,150.
+STOP_SECONDS = 5.0  # a process that has not ended by then is killed
+JOIN_SECONDS = 10.0  # how long closing waits for a batch under way: a read from an object store can take that long
 
 Ring = NDArray[np.uint8]  # (buffers, rows, frames, side, side, 3)
-Load = Callable[[Slots, NDArray[np.uint8]], Loaded]
-"""(slots (n,), the pixels to fill (n, frames, side, side, 3)) → what else there is of the rows."""
+Load = Callable[[Slots, NDArray[np.uint8]], list[Row]]
+"""(slots (n,), the pixels to fill (n, frames, side, side, 3)) → their rows."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -57,49 +59,34 @@ class Task:
     slots: Slots
 
     def __str__(self) -> str:
-        return f"rows {self.first} to {self.first + len(self.slots.row) - 1} of the batch at {self.batch}"
-
-
-class Workers(Protocol):
-    """What fills the slots of tasks, in the order of the tasks."""
-
-    ring: Ring
-
-    def submit(self, task: Task) -> None:
-        """Have the task done; returns at once."""
-
-    def result(self) -> Loaded:
-        """The rows of the oldest task not yet asked for, once they are there. Raises what its worker raised."""
-
-    def close(self) -> None:
-        """End; what is under way is given up."""
+        return f"rows {self.first} to {self.first + len(self.slots) - 1} of the batch at {self.batch}"
 
 
 def start(kind: Literal["threads", "processes"], count: int, load: Load, shape: tuple[int, ...]) -> Workers:
     """`count` workers and a ring of `shape`. Processes get a copy of `load`, which must pickle."""
-    # A tenth of a sample's time in two runs of three; of the caller too, who makes floats of the pixels.
+    # Saves a tenth of a sample's time in two runs of three, also for the caller, who converts the pixels to floats.
     keep_freed_memory()
     return Threads(load, count, shape) if kind == "threads" else Processes(load, count, shape)
 
 
 class Threads:
-    """Threads of this process: they start at once, and take turns at the interpreter's lock between C calls."""
+    """Threads of this process. They start at once, and share the interpreter's lock between C calls."""
 
     def __init__(self, load: Load, count: int, shape: tuple[int, ...]) -> None:
         self.ring: Ring = np.empty(shape, np.uint8)
         self._load = load
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=NAME)
-        self._futures: deque[Future[Loaded]] = deque()
+        self._futures: deque[Future[list[Row]]] = deque()
         self._use_one_core_each(count)
 
     def _use_one_core_each(self, count: int) -> None:
-        """Without this each thread's torch operations would start as many threads again as the machine has cores."""
+        """Otherwise torch operations in each thread would start as many threads as the machine has cores."""
         num_threads = torch.get_num_threads()
         all_here = Barrier(count)
 
         def settle() -> None:
-            torch.get_num_threads()  # settles this thread's number, as its first operation would do later on
-            torch.set_num_threads(1)  # of this thread, and of those that are yet to settle
+            torch.get_num_threads()  # fixes this thread's number, as its first operation would do later
+            torch.set_num_threads(1)  # for this thread, and for threads without a number yet
             all_here.wait()
 
         for future in [self._pool.submit(settle) for _ in range(count)]:
@@ -107,12 +94,15 @@ class Threads:
         torch.set_num_threads(num_threads)
 
     def submit(self, task: Task) -> None:
+        """Start the task; returns at once."""
         self._futures.append(self._pool.submit(_run, self._load, self.ring, task))
 
-    def result(self) -> Loaded:
+    def result(self) -> list[Row]:
+        """The rows of the oldest task. Raises what its worker raised."""
         return self._futures.popleft().result()
 
     def close(self) -> None:
+        """Drop the tasks that have not begun, and end."""
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -124,11 +114,11 @@ class _Worker:
 
 
 class Processes:
-    """Processes; a dead one ends the loading with a TrainingError that names it and what it had in hand."""
+    """Processes, used as `Threads`. `result` and `submit` raise a TrainingError that names a process that died."""
 
     def __init__(self, load: Load, count: int, shape: tuple[int, ...]) -> None:
-        # Through shared memory and not through the pipe: a start would block there until its process reads, so that
-        # one process would begin only when the one before had.
+        # `load` travels in the shared memory. In a pipe, each start would block until the process reads it, so that
+        # the processes would start one after another.
         program = ForkingPickler.dumps(load)
         ring_bytes = math.prod(shape)
         self._file = _anonymous_file(ring_bytes + len(program))
@@ -136,7 +126,7 @@ class Processes:
         memory[ring_bytes:] = program
         self.ring: Ring = np.frombuffer(memory, np.uint8, ring_bytes).reshape(shape)
         self._queue: deque[tuple[int, Task]] = deque()
-        self._answers: dict[int, Loaded | BaseException] = {}
+        self._answers: dict[int, list[Row] | BaseException] = {}
         self._submitted = self._taken = 0
         self._workers: list[_Worker] = []
         try:
@@ -151,9 +141,10 @@ class Processes:
         context.set_forkserver_preload(["__main__", __name__])
         here, there = context.Pipe()
         with there:
-            arguments = (there, _Descriptor(self._file), shape)
-            process = context.Process(target=_serve, args=arguments, name=NAME, daemon=True)
+            process = context.Process(target=_serve, args=(there, shape), name=NAME, daemon=True)
             process.start()
+        with contextlib.suppress(OSError):  # already dead: that is reported with its first task
+            send_handle(here, self._file, process.pid)
         return _Worker(process, here)
 
     def submit(self, task: Task) -> None:
@@ -161,7 +152,7 @@ class Processes:
         self._submitted += 1
         self._feed()
 
-    def result(self) -> Loaded:
+    def result(self) -> list[Row]:
         while self._taken not in self._answers:
             self._receive()
         answer = self._answers.pop(self._taken)
@@ -172,7 +163,7 @@ class Processes:
 
     def _feed(self) -> None:
         while self._queue:
-            worker = min(self._workers, key=lambda each: len(each.tasks))
+            worker = min(self._workers, key=lambda worker: len(worker.tasks))
             if len(worker.tasks) == QUEUED:
                 return
             number, task = self._queue.popleft()
@@ -184,7 +175,7 @@ class Processes:
 
     def _receive(self) -> None:
         """Wait for an answer or a death."""
-        ready = set(wait([each for worker in self._workers for each in (worker.connection, worker.process.sentinel)]))
+        ready = wait([source for worker in self._workers for source in (worker.connection, worker.process.sentinel)])
         for worker in self._workers:
             if worker.connection in ready:
                 try:
@@ -199,7 +190,7 @@ class Processes:
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.connection.close()  # its end: it reads the end of the file, or cannot write
+            worker.connection.close()  # ends the process at its next read or write
         for worker in self._workers:
             worker.process.join(STOP_SECONDS)
             if worker.process.is_alive():
@@ -212,19 +203,22 @@ class Processes:
             self._file = -1
 
 
+Workers = Threads | Processes
+
+
 def _death(worker: _Worker) -> TrainingError:
     worker.process.join(STOP_SECONDS)
     code = worker.process.exitcode
-    how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    cause = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
     doing = str(next(iter(worker.tasks.values()))) if worker.tasks else "no task"
-    hint = "; out of memory, most often: lower loader.workers.count" if code == -signal.SIGKILL else ""
-    return TrainingError(f"loader worker process {worker.process.pid} {how} with {doing} in hand{hint}")
+    hint = "; most often it ran out of memory: lower loader.workers.count" if code == -signal.SIGKILL else ""
+    return TrainingError(f"loader worker process {worker.process.pid} {cause} while loading {doing}{hint}")
 
 
 def _anonymous_file(size: int) -> int:
-    """A descriptor of memory that any number of processes can map, and that goes with the last of them.
+    """A descriptor of memory that processes can share; the last one that closes it frees it.
 
-    Not /dev/shm: containers give it 64 MiB unless told, and a process that writes past that is killed by a bus error.
+    Not /dev/shm: containers limit it to 64 MiB by default, and a process that writes past that dies of a bus error.
     """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create(NAME)
@@ -235,133 +229,88 @@ def _anonymous_file(size: int) -> int:
     return descriptor
 
 
-class _Descriptor:
-    """A file descriptor as an argument of a process."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _open_descriptor, (DupFd(self._number),)
+# --- in a worker ------------------------------------------------------------------------------------------------------
 
 
-def _open_descriptor(duplicate: Any) -> int:
-    return int(duplicate.detach())
+def _run(load: Load, ring: Ring, task: Task) -> list[Row]:
+    return load(task.slots, ring[task.buffer, task.first : task.first + len(task.slots)])
 
 
-# --- in a worker ----------------------------------------------------------------------------------------------------
-
-
-def _run(load: Load, ring: Ring, task: Task) -> Loaded:
-    return load(task.slots, ring[task.buffer, task.first : task.first + len(task.slots.row)])
-
-
-def _serve(connection: Connection, descriptor: int, shape: tuple[int, ...]) -> None:
-    """A worker process: one task after the other, until the pipe is closed or its other end is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the caller's to answer
-    torch.set_num_threads(1)  # it would start a thread for every core of the machine, and so would tokenizers
+def _serve(connection: Connection, shape: tuple[int, ...]) -> None:
+    """A worker process: one task after another, until the pipe is closed at either end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller answers the terminal's Ctrl-C
+    torch.set_num_threads(1)  # otherwise a thread for every core of the machine, and tokenizers would do the same
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     keep_freed_memory()
-    memory = mmap.mmap(descriptor, 0)
-    ring_bytes = math.prod(shape)
-    ring: Ring = np.frombuffer(memory, np.uint8, ring_bytes).reshape(shape)
-    load: Load = ForkingPickler.loads(memory[ring_bytes:])
     with contextlib.suppress(EOFError, ConnectionError):
+        memory = mmap.mmap(recv_handle(connection), 0)
+        ring_bytes = math.prod(shape)
+        ring: Ring = np.frombuffer(memory, np.uint8, ring_bytes).reshape(shape)
+        load: Load = ForkingPickler.loads(memory[ring_bytes:])
         while True:
             number, task = connection.recv()
             connection.send((number, _attempt(load, ring, task)))
 
 
-def _attempt(load: Load, ring: Ring, task: Task) -> Loaded | BaseException:
+def _attempt(load: Load, ring: Ring, task: Task) -> list[Row] | BaseException:
     try:
         return _run(load, ring, task)
     except MmflowError as error:
         return error
-    except BaseException as error:  # a fault of the program: the caller's traceback would end at the pipe
-        told = TrainingError(f"loader worker process {os.getpid()}, {task}: {type(error).__name__}: {error}")
-        told.add_note(traceback.format_exc())
-        return told
+    except BaseException as error:  # a bug: the traceback would otherwise be lost at the pipe
+        failure = TrainingError(f"loader worker process {os.getpid()}, {task}: {type(error).__name__}: {error}")
+        failure.add_note(traceback.format_exc())
+        return failure
 
 
-Item = TypeVar("Item")
-
-POLL_SECONDS = 0.1
-JOIN_SECONDS = 10.0  # a read from an object store can take as long; the thread is a daemon and does not outlive us
+# --- one batch ahead --------------------------------------------------------------------------------------------------
 
 
-def prefetch(source: Generator[Item, None, None], depth: int) -> Generator[Item, None, None]:
-    """The same items, made ahead by a thread: `depth` of them, and one in its hand.
+def prefetch(source: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    """The same items, made ahead by a thread: one that waits and one under way.
 
-    Its error is raised here. When the consumer ends, the source is closed and the thread ends.
+    Raises the source's error in its place. When the consumer ends, the thread closes the source and ends too.
     """
-    ready: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def offer(item: Item | _End) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def produce() -> None:
-        try:
-            with closing(source):
-                for item in source:
-                    if not offer(item):
-                        return
-            offer(_End(None))
-        except BaseException as error:  # whatever it is belongs to the consumer, who would otherwise wait for ever
-            offer(_End(error))
-
-    thread = threading.Thread(target=produce, name=NAME, daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix=f"{NAME}-ahead")
+    ahead = deque(pool.submit(next, source, None) for _ in range(2))
     try:
-        while True:
-            item = ready.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, source, None))
             yield item
     finally:
-        stopped.set()
-        thread.join(JOIN_SECONDS)
-
-
-class _End:
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
+        for future in ahead:
+            future.cancel()
+        closed = futures.wait([pool.submit(source.close)], JOIN_SECONDS).done
+        pool.shutdown(wait=bool(closed))
 
 
 def on_device(source: Generator[Batch, None, None], device: torch.device) -> Generator[Batch, None, None]:
-    """The batches on `device`, one of them ahead. To a GPU they are copied from pinned memory, on a stream of its own,
-    by the thread that makes them; the consumer's stream waits for the copy, its host does not.
+    """The batches on `device`, made one ahead. Copies to a GPU go from pinned memory on a stream of their own.
+
+    The consumer's stream waits for a copy, its host does not.
     """
     if device.type != "cuda":
-        yield from prefetch(source, 1)
+        yield from prefetch(source)
         return
     side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copies() -> Generator[tuple[Batch, torch.cuda.Event], None, None]:
-        # A thread begins on the first device, on which every rank's pinning would otherwise take its memory.
+        # A new thread uses the first device, where the pinning of every rank would otherwise take memory.
         with torch.cuda.device(device), closing(source):
             for batch in source:
                 with torch.cuda.stream(side):
                     copy = batch.map_tensors(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
                 yield copy, side.record_event()
 
-    with closing(prefetch(copies(), 1)) as ready:
+    with closing(prefetch(copies())) as ready:
         for batch, copied in ready:
             current = torch.cuda.current_stream(device)
             current.wait_event(copied)
-            # Its memory belongs to the side stream, which would use it again while the step still reads it.
-            batch.map_tensors(lambda tensor: _in_use(tensor, current))  # noqa: B023 — called at once
+
+            def mark_used(tensor: torch.Tensor, stream: torch.cuda.Stream = current) -> torch.Tensor:
+                # The memory belongs to the side stream, which would reuse it while the step still reads it.
+                tensor.record_stream(stream)
+                return tensor
+
+            batch.map_tensors(mark_used)
             yield batch
-
-
-def _in_use(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
-    tensor.record_stream(stream)
-    return tensor

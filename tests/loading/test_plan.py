@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -181,7 +180,7 @@ def test_a_rank_reads_the_windows_of_its_own_lanes_alone(
             break  # the last batch is shorter, and its slots are shared out anew
         within = positions[state.position : state.position + order.global_batch_size]
         for rank in range(world_size):
-            own = plan.lane_of(within) // per_rank == rank
+            own = within % lanes // per_rank == rank
             allowed = rows(plan.windows_of(within[own]))
             assert set(real(rank_slice(batch, rank, world_size))) <= allowed
 
@@ -288,12 +287,6 @@ def test_a_billion_samples_plan_in_the_memory_of_their_shards() -> None:
     assert peak < 100 * num_shards  # bytes; one array of a byte a sample would take a hundred times as much
 
 
-def test_an_order_travels_to_other_processes() -> None:
-    order = Order(shard_samples=(30, 40, 50), global_batch_size=8, seed=7)
-    expected = dealt(order, 2)
-    assert dealt(pickle.loads(pickle.dumps(order)), 2) == expected  # noqa: S301 - our own bytes
-
-
 @pytest.mark.parametrize("shard_samples", [(), (0,), (0, 0, 0)])
 def test_a_split_without_samples_is_refused_by_its_key(shard_samples: tuple[int, ...]) -> None:
     with pytest.raises(RecipeError, match=rf"^loader\.split: no samples in its {len(shard_samples)} shards"):
@@ -303,5 +296,34 @@ def test_a_split_without_samples_is_refused_by_its_key(shard_samples: tuple[int,
 @pytest.mark.parametrize("state", [LoaderState(0, 20), LoaderState(0, 4, (3, 1))])
 def test_a_state_of_other_data_is_refused(state: LoaderState) -> None:
     order = Order(shard_samples=(20,), global_batch_size=4, seed=1)
-    with pytest.raises(RecipeError, match="resume with the dataset and the mixture that it was trained with"):
+    with pytest.raises(RecipeError, match="resume with the dataset and the mixture of the checkpoint"):
         order.batch(state)
+
+
+# --- one epoch --------------------------------------------------------------------------------------------------------
+
+
+@given(order=orders, epoch=epochs, data=st.data())
+def test_a_position_is_found_without_the_ones_before_it(order: Order, epoch: int, data: st.DataObject) -> None:
+    plan = EpochPlan(order.shard_samples, order.seed, epoch, order.window, order.lanes)
+    every = list(zip(*(found.tolist() for found in plan.locate(np.arange(plan.num_samples))), strict=True))
+    wanted = data.draw(st.lists(st.integers(0, plan.num_samples - 1), min_size=1, max_size=20))
+    found = zip(*(found.tolist() for found in plan.locate(np.array(wanted))), strict=True)
+    assert list(found) == [every[position] for position in wanted]
+
+
+def test_windows_and_lanes_of_an_epoch_are_shuffled_each_in_its_own_way() -> None:
+    plan = EpochPlan((4_000,), 7, 0, 100, 4)
+    _, found = plan.locate(np.arange(4_000))
+    # (window, place, lane) to (window and lane, place)
+    places = found.reshape(10, 100, 4).transpose(0, 2, 1).reshape(40, 100)
+    ranks = np.argsort(np.argsort(places, axis=1), axis=1)
+    assert len({tuple(row) for row in ranks.tolist()}) == 40
+    correlations = np.corrcoef(ranks)[~np.eye(40, dtype=bool)]
+    assert np.abs(correlations).max() < 0.5  # 1/sqrt(100) is one standard deviation
+
+
+def test_shards_are_read_in_another_order_each_epoch() -> None:
+    plans = [EpochPlan((10,) * 50, 3, epoch, 1, 1) for epoch in range(4)]
+    lines = [tuple(plan.locate(np.arange(0, 500))[0].tolist()) for plan in plans]
+    assert len({tuple(dict.fromkeys(line)) for line in lines}) == 4

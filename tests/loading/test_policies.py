@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mmflow.imaging.resample import PLAIN, resample
 from mmflow.loading.config import AugmentConfig, Operation, PoliciesConfig
-from mmflow.loading.transforms import MOST, PAINTS, WARPS, Chosen, choose, paint, warp_of
+from mmflow.loading.transforms import MAX_OPERATIONS, PAINTS, WARPS, Chosen, choose, paint, warp_of
 from tests.loading.pictures import noise
 
 
@@ -23,7 +23,9 @@ def test_every_operation_of_the_recipe_is_there() -> None:
 def test_operations_are_drawn_evenly_both_ways_and_as_many_as_asked() -> None:
     policies = PoliciesConfig(count=3, strength=0.4, operations=["rotate", "identity", "contrast", "equalise"])
     random = np.random.default_rng(0)
-    found = Counter(chosen for _ in range(4000) for chosen in choose(policies, random.random(2 * MOST).tolist()))
+    found = Counter(
+        chosen for _ in range(4000) for chosen in choose(policies, random.random(2 * MAX_OPERATIONS).tolist())
+    )
     assert sum(found.values()) == 12_000
     assert len(found) == 8
     assert {chosen.amount for chosen in found} == {-0.4, 0.4}
@@ -94,9 +96,9 @@ def test_default_operations_keep_a_red_apple_red() -> None:
     [
         ({"policies": {"operations": ["rotat"]}}, "rotate"),
         ({"policies": {"count": 9}}, "less than or equal to 8"),
-        ({"crop": {"area": [0.9, 0.5]}}, r"area \[0.9, 0.5\] is no range within \(0, 1\]"),
-        ({"crop": {"area": [0, 0.5]}}, "is no range"),
-        ({"crop": {"aspect": [2, 1]}}, r"aspect \[2.0, 1.0\] is no range above 0"),
+        ({"crop": {"area": [0.9, 0.5]}}, r"area \[0.9, 0.5\] is not a range within \(0, 1\]"),
+        ({"crop": {"area": [0, 0.5]}}, "is not a range"),
+        ({"crop": {"aspect": [2, 1]}}, r"aspect \[2.0, 1.0\] is not a range above 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], message: str) -> None:

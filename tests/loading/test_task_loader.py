@@ -93,5 +93,5 @@ def test_places_tell_the_tasks_datasets_apart(datasets: tuple[Dataset, ...], tok
 
 def test_a_state_of_other_tasks_is_refused(datasets: tuple[Dataset, ...], tokenizer: Tokenizer) -> None:
     state = LoaderState(drawn=(1, 9), tasks=(START, START))
-    with pytest.raises(RecipeError, match=r"^tasks: the checkpoint drew \[1, 9\] of each, these weights ask for"):
+    with pytest.raises(RecipeError, match=r"^tasks: the checkpoint drew \[1, 9\], but these weights give"):
         loader_of(datasets, tokenizer, state)

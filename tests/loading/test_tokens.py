@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mmflow.core.errors import RecipeError
+from mmflow.core.errors import CorruptArtifactError, RecipeError
+from mmflow.dataset.index import read_index
+from mmflow.dataset.manifest import index_uri, tar_uri
+from mmflow.dataset.opened import Dataset
+from mmflow.dataset.reader import Reader
+from mmflow.loading.config import LoaderConfig
 from mmflow.loading.tokens import (
-    FIRST,
-    LAST,
-    PAD,
     SPECIAL,
-    UNKNOWN,
     SpecialTokens,
+    Texts,
+    Vocabulary,
+    learn_vocabulary,
     load_tokenizer,
     pad,
     read_tokenizer,
@@ -28,6 +34,7 @@ from mmflow.loading.tokens import (
     tokenise,
     train_tokenizer,
 )
+from tests.dataset.handmade import Handmade, write_dataset
 
 # More than a thousand different characters: the trainer alone would drop some of them, others at each call.
 CAPTIONS = [
@@ -63,38 +70,12 @@ def test_order_of_captions_does_not_matter(tokenizer: Tokenizer) -> None:
     assert train_tokenizer(reversed(CAPTIONS), 4000).to_str() == tokenizer.to_str()
 
 
-def test_special_tokens_are_the_first_ids(tokenizer: Tokenizer) -> None:
-    assert [tokenizer.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
-
-
-def test_every_character_of_the_captions_is_known(tokenizer: Tokenizer) -> None:
-    for row in tokenise(tokenizer, CAPTIONS, 64):
-        assert UNKNOWN_ID not in row
-
-
-def test_unknown_characters_are_unknown_and_nothing_else_is(tokenizer: Tokenizer) -> None:
-    (row,) = tokenise(tokenizer, ["red \u2603 apple"], 64)
-    known = tokenise(tokenizer, ["red apple"], 64)[0]
-    assert row.count(UNKNOWN_ID) == 1
-    assert [token for token in row if token != UNKNOWN_ID] == known
-
-
-def test_case_and_accents_do_not_matter(tokenizer: Tokenizer) -> None:
-    assert tokenise(tokenizer, ["CRÈME brûlée"], 64) == tokenise(tokenizer, ["creme BRULEE"], 64)
-
-
-def test_special_tokens_within_a_caption_are_mere_text(tokenizer: Tokenizer) -> None:
-    (row,) = tokenise(tokenizer, [f"{LAST} {FIRST} {PAD} red"], 64)
-    assert row[0] == FIRST_ID
-    assert row[-1] == LAST_ID
-    assert not {PAD_ID, FIRST_ID, LAST_ID} & set(row[1:-1])
-
-
-def test_tokenizer_survives_its_file(tokenizer: Tokenizer) -> None:
-    again = Tokenizer.from_str(tokenizer.to_str())
-    texts = [*CAPTIONS[:20], "zzz", ""]
-    assert tokenise(again, texts, 16) == tokenise(tokenizer, texts, 16)
-    assert again.get_vocab_size() == tokenizer.get_vocab_size() <= 4000
+def test_only_characters_without_a_caption_are_unknown_and_case_and_accents_do_not_matter(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.token_to_id(token) for token in SPECIAL] == [PAD_ID, UNKNOWN_ID, FIRST_ID, LAST_ID, 4]
+    assert all(UNKNOWN_ID not in row for row in tokenise(tokenizer, CAPTIONS, 64))
+    unknown, known, accented = tokenise(tokenizer, ["red \u2603 apple", "red apple", "RÉD âpple"], 64)
+    assert unknown == [*known[:2], UNKNOWN_ID, *known[2:]]
+    assert accented == known
 
 
 def test_vocabulary_is_no_larger_than_asked() -> None:
@@ -106,21 +87,14 @@ def test_vocabulary_is_no_larger_than_asked() -> None:
 
 @given(captions=st.lists(st.text(max_size=60), min_size=1, max_size=5), max_tokens=st.integers(4, 20))
 def test_rows_begin_and_end_as_they_should_however_long(captions: list[str], max_tokens: int) -> None:
-    small = small_tokenizer()
-    full = tokenise(small, captions, 10_000)
-    for row, whole in zip(tokenise(small, captions, max_tokens), full, strict=True):
+    full = tokenise(SMALL, captions, 10_000)
+    for row, whole in zip(tokenise(SMALL, captions, max_tokens), full, strict=True):
         assert len(row) == min(len(whole), max_tokens)
         assert (row[0], row[-1]) == (FIRST_ID, LAST_ID)
         assert row[:-1] == whole[: len(row) - 1]
 
 
-_small: list[Tokenizer] = []
-
-
-def small_tokenizer() -> Tokenizer:
-    if not _small:
-        _small.append(train_tokenizer(["red apple", "green pear"], 64))
-    return _small[0]
+SMALL = train_tokenizer(["red apple", "green pear"], 64)
 
 
 @given(
@@ -134,11 +108,6 @@ def test_padding_is_the_tokenizer_s_own_and_masked(rows: list[list[int]], pad_id
     for row, id_row, mask_row in zip(rows, ids.tolist(), mask.tolist(), strict=True):
         assert id_row == row + [pad_id] * (len(id_row) - len(row))
         assert mask_row == [1] * len(row) + [0] * (len(id_row) - len(row))
-    assert 1 - mask.mean() == pytest.approx(1 - sum(map(len, rows)) / ids.size)
-
-
-def test_unknown_is_the_token_of_that_name(tokenizer: Tokenizer) -> None:
-    assert tokenizer.id_to_token(UNKNOWN_ID) == UNKNOWN
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
@@ -241,7 +210,7 @@ def test_special_tokens_are_found_by_their_names(kind: str, expected: SpecialTok
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"none of \[PAD\], <pad>, .* is in its vocabulary"):
+    with pytest.raises(RecipeError, match=r"its vocabulary has none of \[PAD\], <pad>, "):
         special_tokens(Tokenizer(models.WordLevel({"apple": 0}, unk_token="apple")))
 
 
@@ -255,12 +224,14 @@ def test_a_tokenizer_read_from_a_file_neither_pads_nor_cuts_by_itself(tmp_path: 
         assert [len(row) for row in tokenise(loaded, ["apple", "one red apple"], 100)] == [5, 13]
 
 
-@pytest.mark.parametrize("kind", ["roberta", "clip"])
-def test_names_of_special_tokens_within_a_text_are_mere_text(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["bert", "roberta", "clip"])
+def test_names_of_special_tokens_within_a_text_are_plain_text_in_every_process(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]()
     special = special_tokens(tokenizer)
-    (row,) = tokenise(tokenizer, ["red </s> <|endoftext|> <mask> apple"], 1000)
-    assert not {special.pad, special.first, special.last, special.mask} & set(row[1:-1])
+    text = "red </s> <|endoftext|> <mask> [PAD] [MASK] [CLS] [SEP] apple"
+    for each in (read_tokenizer(tokenizer.to_str()), ForkingPickler.loads(ForkingPickler.dumps(tokenizer))):
+        (row,) = tokenise(each, [text], 1000)
+        assert not {special.pad, special.first, special.last, special.mask} & set(row[1:-1])
 
 
 def test_a_tokenizer_that_is_not_there_or_is_none_names_the_key_and_the_file(tmp_path: Path) -> None:
@@ -270,5 +241,82 @@ def test_a_tokenizer_that_is_not_there_or_is_none_names_the_key_and_the_file(tmp
     with pytest.raises(RecipeError, match=r"tokenizer.json: not a tokenizer.json of the `tokenizers` library \("):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError, match=r"no text"):
+    with pytest.raises(RecipeError, match=r"not a text file"):
         load_tokenizer(tmp_path)
+
+
+# --- vocabulary -------------------------------------------------------------------------------------------------------
+
+
+def dataset_of(directory: Path, *metadata: dict[str, Any]) -> Dataset:
+    samples = [
+        Handmade(key=f"key-{number}", captions=[{"language": "en", "text": f"words {number}"}], metadata=each)
+        for number, each in enumerate(metadata)
+    ]
+    return write_dataset(directory / "dataset", [("train", samples)])
+
+
+def learn(dataset: Dataset, **loader: Any) -> Vocabulary:
+    config = LoaderConfig.model_validate(loader)
+    return learn_vocabulary([Texts("pretrain.loader", [Reader(dataset, "train", frames=False)], config)], 200)
+
+
+def questions(*pairs: tuple[str, list[str]]) -> dict[str, Any]:
+    return {"questions": [{"question": question, "answers": answers} for question, answers in pairs]}
+
+
+def flip(dataset: Dataset, member: str, row: int) -> None:
+    entry = read_index(index_uri(dataset.uri, "00000")).to_pylist()[row]
+    path = Path(tar_uri(dataset.uri, "00000"))
+    data = bytearray(path.read_bytes())
+    data[entry[f"{member}_offset"]] ^= 1
+    path.write_bytes(data)
+
+
+def test_labels_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {"classes": {"kind": "b"}}, {"classes": {"kind": "a"}}, {}, {"classes": {"kind": 3}})
+    assert learn(dataset, label="kind").classes == ("a", "b")
+    assert learn(dataset).classes == ()
+
+
+def test_classes_are_learnt_where_no_sample_has_a_caption(tmp_path: Path) -> None:
+    samples = [Handmade(key=f"key-{kind}", captions=[], metadata={"classes": {"kind": kind}}) for kind in "ba"]
+    found = learn(write_dataset(tmp_path / "dataset", [("train", samples)]), label="kind")
+    assert found.classes == ("a", "b")
+    assert read_tokenizer(found.tokenizer_json).get_vocab_size() == 5  # the special tokens alone
+
+
+def test_answers_are_classes_from_the_commonest(tmp_path: Path) -> None:
+    dataset = dataset_of(
+        tmp_path, questions(("what", ["dog"]), ("why", [])), questions(("who", ["cat", "yes"]), ("is it", ["yes"]))
+    )
+    found = learn(dataset, text="questions")
+    assert found.classes == ("yes", "cat", "dog")
+    encoded = read_tokenizer(found.tokenizer_json).encode("what cat")
+    assert "[UNK]" not in encoded.tokens  # questions and answers are read, captions are not
+    assert "[UNK]" in read_tokenizer(found.tokenizer_json).encode("words").tokens
+
+
+def test_missing_labels_and_questions_are_named(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {})
+    with pytest.raises(
+        RecipeError, match=r"^pretrain.loader.label: no sample of split 'train' has a class of that name"
+    ):
+        learn(dataset, label="kind")
+    with pytest.raises(RecipeError, match=r"^loader.text: questions, but sample key-0 has none; its metadata needs"):
+        learn(dataset, text="questions")
+
+
+def test_pictures_are_not_read(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {}, {})
+    whole = learn(dataset)
+    flip(dataset, "image", 1)
+    assert learn(dataset) == whole
+
+
+def test_a_damaged_text_stops_or_is_passed_over_as_the_recipe_says(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {"classes": {"kind": "a"}}, {"classes": {"kind": "b"}})
+    flip(dataset, "json", 0)
+    with pytest.raises(CorruptArtifactError, match=r"json of row 0 \(key-0\) is not what was written"):
+        learn(dataset, label="kind")
+    assert learn(dataset, label="kind", on_corrupt="skip").classes == ("b",)

@@ -20,12 +20,14 @@ from mmflow.imaging.decode import decode
 from mmflow.loading.config import AugmentConfig, CropConfig, PoliciesConfig
 from mmflow.loading.transforms import (
     DRAWS,
+    Recolour,
     View,
     centre_view,
+    choose_frames,
     draw_view,
     generator,
-    random_view,
     random_views,
+    recolour,
     show,
 )
 from tests.loading.pictures import encoded, noise, smooth
@@ -47,6 +49,10 @@ ALL = AugmentConfig(**EACH)
 sides = st.integers(8, 40)
 lengths = st.integers(2, 130)  # of a picture's side: smaller than the view, and many times larger
 seeds = st.integers(0, 2**32)
+
+
+def random_view(body: bytes, side: int, augment: AugmentConfig, view: int, key: str = "key") -> Pixels:
+    return random_views([body], "jpg", side, augment, generator(7, view, key))[0]
 
 
 def view(pixels: Pixels, side: int, augment: AugmentConfig, seed: int = 0) -> Pixels:
@@ -96,10 +102,10 @@ def test_streams_are_the_same_in_every_process_and_release() -> None:
 
 def test_a_view_is_rebuilt_from_its_key_alone() -> None:
     bodies = {f"key-{number}": encoded(noise(90, 70, number), "JPEG") for number in range(12)}
-    epoch = {key: random_view(body, "jpg", 32, ALL, generator(7, 2, key)) for key, body in bodies.items()}
+    epoch = {key: random_view(body, 32, ALL, 2, key) for key, body in bodies.items()}
     for key in reversed(bodies):
-        np.testing.assert_array_equal(random_view(bodies[key], "jpg", 32, ALL, generator(7, 2, key)), epoch[key])
-        assert not np.array_equal(random_view(bodies[key], "jpg", 32, ALL, generator(7, 3, key)), epoch[key])
+        np.testing.assert_array_equal(random_view(bodies[key], 32, ALL, 2, key), epoch[key])
+        assert not np.array_equal(random_view(bodies[key], 32, ALL, 3, key), epoch[key])
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -145,12 +151,13 @@ def test_the_frames_of_a_clip_share_their_view() -> None:
     frames = random_views(bodies, "webp", 32, ALL, generator(0, 0, "clip"))
     assert np.array_equal(frames[0], frames[1])
     assert np.array_equal(frames[0], frames[2])
-    assert np.array_equal(frames[3], random_view(bodies[3], "webp", 32, ALL, generator(0, 0, "clip")))
+    (alone,) = random_views(bodies[3:], "webp", 32, ALL, generator(0, 0, "clip"))
+    assert np.array_equal(frames[3], alone)
 
 
 def test_what_is_no_picture_is_named() -> None:
     with pytest.raises(CorruptArtifactError, match="cannot be decoded"):
-        random_view(b"nothing", "jpg", 32, ALL, generator(0, 0, "key"))
+        random_view(b"nothing", 32, ALL, 0)
 
 
 # --- geometry -------------------------------------------------------------------------------------------------------
@@ -198,8 +205,8 @@ def test_a_crop_is_decoded_at_the_scale_that_it_needs() -> None:
     pixels = np.repeat(np.tile(np.array([0, 255], np.uint8), 400).repeat(2)[None, :, None], 1600, axis=0)
     body = encoded(np.broadcast_to(pixels, (1600, 1600, 3)).copy(), "JPEG", quality=98, subsampling=0)
     small = AugmentConfig(crop=CropConfig(area=(0.0016, 0.0016), aspect=(1.0, 1.0)))  # 64 of the 1,600 pixels
-    assert random_view(body, "jpg", 64, small, generator(0, 0, "key")).std() > 100
-    assert random_view(body, "jpg", 64, AugmentConfig(), generator(0, 0, "key")).std() < 10
+    assert random_view(body, 64, small, 0).std() > 100
+    assert random_view(body, 64, AugmentConfig(), 0).std() < 10
 
 
 def test_flip_mirrors_left_and_right() -> None:
@@ -254,8 +261,6 @@ def test_saturation_and_hue_keep_greys_and_luma() -> None:
 
 
 def test_hue_turns_red_towards_its_neighbours_and_saturation_spreads() -> None:
-    from mmflow.loading.transforms import Recolour, recolour
-
     red = np.broadcast_to(np.array([150, 90, 90], np.uint8), (2, 2, 3)).copy()
     third = recolour(red, Recolour(hue=1 / 3))[0, 0].astype(int)
     assert third.argmax() == 1  # green
@@ -266,8 +271,6 @@ def test_hue_turns_red_towards_its_neighbours_and_saturation_spreads() -> None:
 
 @given(seed=seeds)
 def test_table_and_matrix_agree(seed: int) -> None:
-    from mmflow.loading.transforms import Recolour, recolour
-
     pixels = noise(8, 8, seed)
     random = np.random.default_rng(seed)
     brightness, contrast = random.uniform(0.6, 1.4, 2)
@@ -278,5 +281,38 @@ def test_table_and_matrix_agree(seed: int) -> None:
 
 def test_a_decoded_jpeg_and_its_random_view_show_the_same() -> None:
     body = encoded(smooth(100, 100), "JPEG")
-    found = random_view(body, "jpg", 40, AugmentConfig(), generator(0, 0, "key"))
+    found = random_view(body, 40, AugmentConfig(), 0)
     np.testing.assert_array_equal(found, centre_view(decode(body, "jpg", 40), 40))
+
+
+# --- frames of clips --------------------------------------------------------------------------------------------------
+
+
+@given(total=st.integers(1, 400), count=st.integers(1, 40), seed=st.none() | st.integers(0, 2**32))
+def test_frames_ascend_and_come_one_from_each_span(total: int, count: int, seed: int | None) -> None:
+    frames = choose_frames(total, count, None if seed is None else np.random.default_rng(seed))
+    assert len(frames) == min(total, count)
+    for number, frame in enumerate(frames):
+        assert number * total // len(frames) <= frame < (number + 1) * total // len(frames)
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [(16, 4, [2, 6, 10, 14]), (10, 4, [1, 3, 6, 8]), (3, 8, [0, 1, 2]), (9, 1, [4]), (1, 4, [0])],
+)
+def test_evaluation_takes_the_middles(total: int, count: int, expected: list[int]) -> None:
+    assert choose_frames(total, count) == expected
+
+
+def test_training_comes_to_every_frame() -> None:
+    random = np.random.default_rng(0)
+    assert {frame for _ in range(300) for frame in choose_frames(20, 4, random)} == set(range(20))
+
+
+def test_a_short_clip_draws_as_much_as_a_long_one() -> None:
+    after = []
+    for total in (2, 100):
+        random = np.random.default_rng(0)
+        choose_frames(total, 8, random)
+        after.append(random.random())
+    assert after[0] == after[1]
