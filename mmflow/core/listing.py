@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file in a directory: its relative name, with slashes; its size in bytes; `modified` in ns, 0 for local files."""
+    """A file in a directory: its name relative to that, its size in bytes, and `modified` in ns (0 for local files)."""
 
     name: str
     size: int
