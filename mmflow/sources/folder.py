@@ -126,30 +126,22 @@ def read_folder(unit: Unit, source: SourceConfig) -> Iterator[Record]:
         if kind in sidecars[stem]:
             ignored.append(sidecars[stem][kind])
         sidecars[stem][kind] = name
-    row = 0
     listed: set[str] = set()
     if captions is not None:
-        for record in _read_captions(unit, captions, source, images, listed):
-            row = record.row
-            yield record
+        yield from _read_captions(unit, captions, source, images, listed)
     used: set[str] = set()
     for name, members in images.items():
         beside = _beside(name, sidecars, source.frames)
         used.update(beside.values())
-        if name in listed:
-            continue
-        row += 1
-        content = attempt(read_sidecars, unit, beside, source.fields, images=_in_order(members))
-        yield Record(row, unit.label(name) if name else unit.prefix, content)
+        if name not in listed:
+            content = attempt(read_sidecars, unit, beside, source.fields, images=_in_order(members))
+            yield Record(unit.label(name) if name else unit.prefix, content)
     for name in (name for kinds in sidecars.values() for name in kinds.values() if name not in used):
-        row += 1
-        missing = Rejected(Reason.image_missing, "there is no image of this name beside it")
-        yield Record(row, unit.label(name), missing)
+        yield Record(unit.label(name), Rejected(Reason.image_missing, "there is no image of this name beside it"))
     for name in ignored:
         read = sidecars[name.rpartition(".")[0]][extension(name)]
         if not _is_same(unit, name, read):
-            row += 1
-            yield Record(row, unit.label(name), malformed(f"{read} is read instead, and says something else"))
+            yield Record(unit.label(name), malformed(f"{read} is read instead, and says something else"))
 
 
 def _read_captions(
@@ -159,10 +151,8 @@ def _read_captions(
 
     An unreadable captions file is one row, so that the images below it are still read.
     """
-    row = 0
     try:
         for record in (read_csv if extension(captions) == "csv" else read_jsonl)(unit, source):
-            row = record.row
             if isinstance(record.content, Fields):
                 names = [posixpath.normpath(image) for image in record.content.images]
                 listed.update(names)
@@ -171,7 +161,7 @@ def _read_captions(
                     record = replace(record, content=replace(record.content, images=frames))
             yield record
     except UNREADABLE as error:
-        yield Record(row + 1, unit.label(captions), unreadable(error))
+        yield Record(unit.label(captions), unreadable(error))
 
 
 def _is_same(unit: Unit, name: str, other: str) -> bool:

@@ -71,18 +71,15 @@ def list_pages(unit: Unit, source: SourceConfig) -> Iterator[Unit]:
 
 def read_pages(unit: Unit, source: SourceConfig) -> Iterator[Record]:
     """A record for each image of the pages; a page that cannot be read is one row with record_malformed."""
-    row = 0
     for name in unit.files:
         label = unit.label(name)
         try:
             page = _read_page(unit, name)
         except Rejected as rejected:
-            row += 1
-            yield Record(row, label, rejected)
+            yield Record(label, rejected)
             continue
         for number, picture in enumerate(page.pictures, 1):
-            row += 1
-            yield Record(row, f"{label}:{number}", attempt(_fields, page, picture, name, label))
+            yield Record(f"{label}:{number}", attempt(_fields, page, picture, name, label))
 
 
 def _read_page(unit: Unit, name: str) -> Page:

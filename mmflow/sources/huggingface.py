@@ -50,12 +50,12 @@ def read_huggingface(unit: Unit, source: SourceConfig) -> Iterator[Record]:
                 for start in range(0, batch.num_rows, ROWS_PER_READ):
                     for content in fields_of_batch(batch.slice(start, ROWS_PER_READ), source.fields):
                         row += 1
-                        yield Record(row, f"{label}:{row}", content)
+                        yield Record(f"{label}:{row}", content)
             file.seek(file.size() - len(END_OF_STREAM))
             if file.read() != END_OF_STREAM:
-                yield Record(row + 1, f"{label}:{row + 1}", damaged("ends without an end of stream: it was cut"))
+                yield Record(f"{label}:{row + 1}", damaged("ends without an end of stream: it was cut"))
     except NOT_READABLE as error:
-        yield Record(row + 1, f"{label}:{row + 1}", damaged(f"cannot be read from here on: {error}"))
+        yield Record(f"{label}:{row + 1}", damaged(f"cannot be read from here on: {error}"))
 
 
 def _files(unit: Unit) -> Iterator[Unit]:

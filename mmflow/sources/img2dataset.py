@@ -54,28 +54,22 @@ def read_img2dataset(unit: Unit, source: SourceConfig) -> Iterator[Record]:
     table = next((name for name in unit.files if name.endswith(".parquet")), None)
     images = {_key(name): name for name in unit.files if is_image(name)}
     seen: set[str] = set()  # keys
-    row = -1
     if tar is not None:
         with open_stream(unit.uri, tar) as stream:
-            for row, (key, content) in enumerate(read_samples(stream, source.fields)):
+            for key, content in read_samples(stream, source.fields):
                 seen.add(key or "")
-                yield Record(row, f"{unit.label(tar)}:{key}" if key else unit.label(tar), content)
+                yield Record(f"{unit.label(tar)}:{key}" if key else unit.label(tar), content)
     if table is not None:
-        start = row
         in_tar = frozenset(seen) if tar is not None else None
-        for record in _read_table(unit, table, source.fields, images, in_tar, seen):
-            row = start + record.row
-            yield replace(record, row=row)
+        yield from _read_table(unit, table, source.fields, images, in_tar, seen)
     sidecars: defaultdict[str, dict[str, str]] = defaultdict(dict)  # key → extension → file
     for name in unit.files:
         if extension(name) in SIDECARS:
             sidecars[_key(name)][extension(name)] = name
     for name in filter(is_image, unit.files):
-        if (key := _key(name)) in seen:
-            continue
-        row += 1
-        unlisted = attempt(read_sidecars, unit, sidecars[key], source.fields, key=key, images=[name])
-        yield Record(row, unit.label(name), unlisted)
+        if (key := _key(name)) not in seen:
+            unlisted = attempt(read_sidecars, unit, sidecars[key], source.fields, key=key, images=[name])
+            yield Record(unit.label(name), unlisted)
 
 
 def _read_table(
@@ -95,16 +89,16 @@ def _read_table(
                 for values in rows_of_batch(batch):
                     number += 1
                     if isinstance(values, Rejected):
-                        yield Record(number, f"{label}:{number}", values)
+                        yield Record(f"{label}:{number}", values)
                         continue
                     key = str(values.get("key"))
                     if in_tar is not None and key in in_tar and values.get("status") == SUCCESS:
                         continue
                     seen.add(key)
                     content = _fields_of_input(values, names, images.get(key), has_tar=in_tar is not None)
-                    yield Record(number, f"{label}:{number}", content)
+                    yield Record(f"{label}:{number}", content)
     except NOT_READABLE as error:
-        yield Record(number + 1, label, damaged(f"the list of inputs ends early: {error}"))
+        yield Record(label, damaged(f"the list of inputs ends early: {error}"))
 
 
 def _fields_of_input(

@@ -26,8 +26,7 @@ def read_jsonl(unit: Unit, source: SourceConfig) -> Iterator[Record]:
         for number, line in enumerate(_lines(stream), 1):
             if isinstance(line, bytes) and not line.strip():
                 continue
-            content = attempt(_fields_of_line, line, source.fields)
-            yield Record(number, f"{label}:{number}", content)
+            yield Record(f"{label}:{number}", attempt(_fields_of_line, line, source.fields))
 
 
 def _fields_of_line(line: bytes | int, names: FieldsConfig) -> Fields:
@@ -37,7 +36,7 @@ def _fields_of_line(line: bytes | int, names: FieldsConfig) -> Fields:
 
 
 def read_csv(unit: Unit, source: SourceConfig) -> Iterator[Record]:
-    """The records of a CSV or TSV file with column names in its first line. `row` counts lines, as editors do."""
+    """The records of a CSV or TSV file with column names in its first line, named by their first lines."""
     name = unit.files[0]
     with open_stream(unit.uri, name) as stream:
         lines = _Lines(stream)
@@ -61,7 +60,7 @@ def read_csv(unit: Unit, source: SourceConfig) -> Iterator[Record]:
                 content = rejected
                 # Without column names, every line after a bad first one is rejected too.
                 columns = columns or []
-            yield Record(number, f"{unit.label(name)}:{number}", content)
+            yield Record(f"{unit.label(name)}:{number}", content)
 
 
 class _Lines:

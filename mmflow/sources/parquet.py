@@ -80,23 +80,21 @@ def read_parquet(unit: Unit, source: SourceConfig) -> Iterator[Record]:
         try:
             file = pq.ParquetFile(raw)
         except NOT_READABLE as error:
-            yield Record(0, label, damaged(f"not Parquet: {error}"))
+            yield Record(label, damaged(f"not Parquet: {error}"))
             return
         first, stop = unit.row_groups or (0, file.metadata.num_row_groups)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        row, number = 0, sum(sizes[:first])
         for group in range(first, stop):
-            num_read = 0
+            row = start = sum(sizes[:group])
             try:
                 for batch in file.iter_batches(ROWS_PER_READ, row_groups=[group], use_threads=False):
                     for content in fields_of_batch(batch, source.fields):
-                        num_read += 1
-                        yield Record(row + num_read, f"{label}:{number + num_read}", content)
+                        row += 1
+                        yield Record(f"{label}:{row}", content)
             except NOT_READABLE as error:
-                lost = sizes[group] - num_read
+                lost = start + sizes[group] - row
                 detail = f"row group {group}: {lost} of its {sizes[group]} rows cannot be read: {error}"
-                yield Record(row + num_read + 1, f"{label}:{number + num_read + 1}", damaged(detail))
-            row, number = row + sizes[group], number + sizes[group]
+                yield Record(f"{label}:{row + 1}", damaged(detail))
 
 
 def fields_of_batch(batch: pa.RecordBatch, names: FieldsConfig) -> Iterator[Fields | Rejected]:

@@ -101,11 +101,9 @@ class Fields:
 class Record:
     """One record as its reader gives it: its fields, or why it has none.
 
-    `row` counts within the unit. `name` is the place in words, without a path of this machine: it becomes the row's
-    `source`, and the key of a record without one.
+    `name` is its place in words, without a path of this machine: the row's `source`, and the key of a record without.
     """
 
-    row: int
     name: str
     content: Fields | Rejected
 
@@ -115,29 +113,24 @@ class Kind:
     """A kind of source: how `auto` recognises it, how it is cut into units, and how a unit is read."""
 
     read: Callable[[Unit, SourceConfig], Iterator[Record]]
-    extensions: tuple[str, ...] = ()
-    """Files with these extensions are sources of this kind. Kinds without any are always folders."""
-    recognises: Callable[[Sequence[str]], bool] = lambda files: False
-    """Whether `auto` takes a folder with these files for this kind, whatever else the folder holds."""
-    units_of_file: Callable[[Unit], Iterable[Unit]] = lambda unit: [unit]
-    """The units of one file, from a unit with that file."""
+    extensions: tuple[str, ...] = ()  # of files of this kind; kinds without any are always folders
+    recognises: Callable[[Sequence[str]], bool] = lambda files: False  # `auto`: a folder with these files
+    units_of_file: Callable[[Unit], Iterable[Unit]] = lambda unit: [unit]  # from a unit with that file
+    # From a unit without files; None: the units of each file with one of the extensions.
     units_of_folder: Callable[[Unit, SourceConfig], Iterable[Unit]] | None = None
-    """The units of a folder, from a unit without files; by default those of each file with one of the extensions."""
     record_per_line: bool = False
-    """The number of lines is about the number of records."""
     may_name_urls: bool = False
-    """Images may be URLs."""
+    # Whether a unit of a kind that may name URLs certainly names none.
     holds_bodies: Callable[[Unit, FieldsConfig], bool] = lambda unit, fields: False
-    """Whether a unit of a kind that may name URLs certainly names none."""
 
 
 def tables_of(records: Iterable[Record], source: SourceConfig, unit: Unit) -> Iterator[pa.Table]:
     """The rows of a unit as tables of `RECORDS`, one per chunk. Raises ValueError past the bits of `place`."""
     rows: list[dict[str, Any]] = []
     num_bytes = 0
-    for record in records:
+    for number, record in enumerate(records):
         row = row_of(record, source, unit.uri)
-        row["place"] = place_of(unit.source, unit.number, record.row)
+        row["place"] = place_of(unit.source, unit.number, number)
         size = sum(map(len, row.get("bodies") or ()))
         size += sum(len(caption["text"]) for caption in row.get("captions") or ()) + len(row.get("metadata") or "")
         if rows and (len(rows) == ROWS_PER_CHUNK or num_bytes + size > BYTES_PER_CHUNK):

@@ -198,7 +198,7 @@ def _records(unit: Unit, source: SourceConfig) -> Iterator[Record]:
                 record = replace(record, content=replace(content, split=unit.split))
             yield record
     except UNREADABLE as error:
-        yield Record(0, unit.label(unit.files[0]), unreadable(error))
+        yield Record(unit.label(unit.files[0]), unreadable(error))
 
 
 def _with_fingerprint(unit: Unit, digest: str, lines: int) -> Unit:

@@ -198,8 +198,8 @@ def read_webdataset(unit: Unit, source: SourceConfig) -> Iterator[Record]:
     """The records of a tar. Each damage is one row with source_damaged."""
     label = unit.label(unit.files[0])
     with open_stream(unit.uri, unit.files[0]) as stream:
-        for row, (key, content) in enumerate(read_samples(stream, source.fields)):
-            yield Record(row, f"{label}:{key}" if key else label, content)
+        for key, content in read_samples(stream, source.fields):
+            yield Record(f"{label}:{key}" if key else label, content)
 
 
 def read_samples(stream: IO[bytes], names: FieldsConfig) -> Iterator[tuple[str | None, Fields | Rejected]]:

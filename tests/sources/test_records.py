@@ -48,7 +48,7 @@ def line(**changes: Any) -> bytes:
 def row(record: bytes, **settings: Any) -> dict[str, Any]:
     """The row of a line of JSONL."""
     source = SourceConfig(uri="x.jsonl", **settings)
-    return row_of(Record(1, "x.jsonl:1", parse(record, source)), source, "/data")
+    return row_of(Record("x.jsonl:1", parse(record, source)), source, "/data")
 
 
 def parse(line: bytes, source: SourceConfig) -> Fields | Rejected:
@@ -156,7 +156,7 @@ def test_a_caption_of_a_megabyte_passes() -> None:
 
 @given(st.dictionaries(NAMES, JSON, max_size=6))
 def test_any_json_is_a_row_that_arrow_can_hold(record: dict[str, Any]) -> None:
-    (table,) = tables_of([Record(1, "x.jsonl:1", parse(json.dumps(record).encode(), SOURCE))], SOURCE, UNIT)
+    (table,) = tables_of([Record("x.jsonl:1", parse(json.dumps(record).encode(), SOURCE))], SOURCE, UNIT)
     (row,) = table.to_pylist()
     if row["reason"] is None:
         assert KEY.fullmatch(row["key"])
@@ -219,8 +219,8 @@ def test_the_weight_takes_its_share_by_the_key_alone(tmp_path: Path) -> None:
 
 
 def test_chunks_are_bounded_in_rows_and_bytes() -> None:
-    small = [Record(number, f"x:{number}", Fields(images=["a.png"])) for number in range(ROWS_PER_CHUNK + 1)]
-    large = [Record(1000 + number, f"y:{number}", Fields(bodies=[bytes(BYTES_PER_CHUNK // 2)])) for number in range(5)]
+    small = [Record(f"x:{number}", Fields(images=["a.png"])) for number in range(ROWS_PER_CHUNK + 1)]
+    large = [Record(f"y:{number}", Fields(bodies=[bytes(BYTES_PER_CHUNK // 2)])) for number in range(5)]
     tables = list(tables_of(small + large, SOURCE, UNIT))
     assert [table.num_rows for table in tables] == [ROWS_PER_CHUNK, 2, 1, 1, 1, 1]
     places = [place for table in tables for place in table["place"].to_pylist()]
