@@ -23,10 +23,7 @@ class EasyVqaConfig(Config):
     """easy_vqa: 48,248 questions with one of 13 answers on 5,000 pictures that have no captions; splits train, test."""
 
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-        """Copy the pictures to `images/`; their records, train before test, in the order of the pictures' numbers.
-
-        Raises MisuseError if the package of `mmflow[easy-vqa]` is missing.
-        """
+        """Copy the pictures to `images/`; their records, train before test, in the order of the pictures' numbers."""
         try:
             import easy_vqa
         except ImportError as error:

@@ -94,10 +94,7 @@ class EmojiStylesConfig(Config):
     """Folder with the packages' archives (.tgz, as `npm pack` writes them), where npm cannot download them."""
 
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[Record]:
-        """Put the stills into `images/`; their records style by style, in the order of the code points.
-
-        Raises MisuseError where there is no package, a damaged one, or no package of `mmflow[quickstart]`.
-        """
+        """Put the stills into `images/`; their records style by style, in the order of the code points."""
         splits = dict.fromkeys(held_out_concepts(self.unseen_concept_share, self.seed), UNSEEN_CONCEPTS)
         with _unpacked(directory, self.styles, self.name, self.package_directory) as pictures:
             yield from _move(directory, pictures, splits, progress)
@@ -120,8 +117,7 @@ class FluentEmojiAnimConfig(Config):
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[Record]:
         """Put the animations into `images/`; their records in the order of the code points.
 
-        The package has stills for emoji without an animation: those of `fluent_3d`, which are left out. Raises
-        MisuseError as `EmojiStylesConfig.write`.
+        The package has stills for emoji without an animation: those of `fluent_3d`, which are left out.
         """
         held = held_out_concepts(self.unseen_concept_share, self.seed)
         with _unpacked(directory, [ANIMATIONS], self.name, self.package_directory) as pictures:

@@ -42,10 +42,7 @@ class FashionMnistConfig(Config):
     """Folder with the package's four files or its .deb file, where apt-get cannot download it."""
 
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-        """Write the pictures as PNG to `images/`; their records, train before test, in the order of the files.
-
-        Raises MisuseError where there is no package or a damaged one.
-        """
+        """Write the pictures as PNG to `images/`; their records, train before test, in the order of the files."""
         from PIL import Image
 
         with scratch_directory(directory) as scratch:

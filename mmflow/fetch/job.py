@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
@@ -52,9 +53,11 @@ def fetch_images(
     """
     fingerprints: list[str] = []
     num_urls = unsettled = too_large = 0
-    for group in _groups([unit for unit in units if _may_have_urls(unit, sources[unit.source])]):
-        urls = urls_of(group, sources)
-        if urls:
+    kinds = [(unit, KINDS[unit.kind], sources[unit.source].fields) for unit in units]
+    units = [unit for unit, kind, fields in kinds if kind.may_name_urls and not kind.holds_bodies(unit, fields)]
+    totals = itertools.accumulate(unit.records or RECORDS_AT_ONCE // 10 for unit in units)
+    for _, group in itertools.groupby(zip(totals, units, strict=True), lambda pair: pair[0] // RECORDS_AT_ONCE):
+        if urls := urls_of([unit for _, unit in group], sources):
             counts = fetch_urls(urls, store, settings, progress=report, refresh=settings.refresh)
             num_urls += sum(counts.values())
             unsettled += sum(counts.get(str(reason), 0) for reason in (Reason.fetch_pending, Reason.fetch_failed))
@@ -77,9 +80,7 @@ def is_settled(store: str, identity: str, settings: FetchConfig) -> bool:
 
 def known_images(store: str, identity: str) -> str | None:
     """The fingerprint of the state of the sources' URLs; None if there are no URLs, or nothing was fetched yet."""
-    note = _note(store, identity)
-    fingerprint: str | None = read_json(note)["fingerprint"] if exists(note) else None
-    return fingerprint
+    return read_json(_note(store, identity))["fingerprint"] if exists(_note(store, identity)) else None
 
 
 def _note(store: str, identity: str) -> str:
@@ -89,23 +90,6 @@ def _note(store: str, identity: str) -> str:
 def may_have_urls(units: Sequence[Unit]) -> bool:
     """Whether the images of any unit may be URLs, by its kind."""
     return any(KINDS[unit.kind].may_name_urls for unit in units)
-
-
-def _may_have_urls(unit: Unit, source: SourceConfig) -> bool:
-    return may_have_urls([unit]) and not KINDS[unit.kind].holds_bodies(unit, source.fields)
-
-
-def _groups(units: Sequence[Unit]) -> Iterator[list[Unit]]:
-    group: list[Unit] = []
-    size = 0
-    for unit in units:
-        group.append(unit)
-        size += unit.records or RECORDS_AT_ONCE // 10
-        if size >= RECORDS_AT_ONCE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def urls_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:

@@ -350,10 +350,10 @@ def next_run(store: str) -> int:
 
 def published_by(store: str, run: int, task: int) -> set[bytes]:
     """The hashes (16 bytes) of the URLs that a task of a run has published."""
-    system, tables = _list_tables(store)
-    paths = [path for path in tables if path.rpartition("/")[2].startswith(f"{run:06d}-{task:04d}-")]
-    tables_of_task = (pq.read_table(path, columns=["url_hash"], filesystem=system) for path in paths)
-    return {url_hash for table in tables_of_task for url_hash in table[0].to_pylist()}
+    system, all_paths = _list_tables(store)
+    paths = [path for path in all_paths if path.rpartition("/")[2].startswith(f"{run:06d}-{task:04d}-")]
+    tables = (pq.read_table(path, columns=["url_hash"], filesystem=system) for path in paths)
+    return {url_hash for table in tables for url_hash in table[0].to_pylist()}
 
 
 def remove_strays(store: str) -> None:

@@ -165,7 +165,7 @@ def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(MisuseError, match=r"E: Unable to locate package openclipart-png; run `apt-get update` first"):
+    with pytest.raises(MisuseError, match=r"E: Unable to locate package openclipart-png; run `apt-get update`, or"):
         write(tmp_path / "corpus", None)
 
 

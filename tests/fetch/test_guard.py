@@ -156,8 +156,8 @@ def is_address_to_the_system(host: str) -> bool:
         ("http://[fe80::1%25eth0]/", "not a public address"),
         ("http://127。0。0。1/", "not a public address"),
         ("http://①②⑦.0.0.1/", "not a public address"),
-        ("http://a b.example/", "no name"),
-        ("http://example%2ecom/", "no name"),
+        ("http://a b.example/", "not a name"),
+        ("http://example%2ecom/", "not a name"),
         ("http://example.com/" + "a" * 9_000, "characters"),
     ],
 )
