@@ -48,25 +48,24 @@ def write_texts(
     """
     import torch
 
-    from mmflow.models.generate import Memory, beam, decoder_tokens, greedy, nucleus
+    from mmflow.models.generate import beam, decoder_tokens, greedy, nucleus
 
     loaded, decoder = predictor.loaded, predictor.model.decoder
     assert decoder is not None, "the caller asks only models that decode"
-    marks = decoder_tokens("model", loaded.tokenizer)
+    tokens = decoder_tokens("model", loaded.tokenizer)
     longest = min(settings.max_tokens or loaded.config.max_tokens - 1, loaded.config.max_tokens)
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
     for rows in predictor.batches(len(samples)):
         with torch.inference_mode():
-            read = predictor.model.memory(*predictor.encode(samples[rows], questions and questions[rows]))
-        memory = Memory(read.sequence_BTW, read.mask_BT)
+            memory = predictor.model.memory(*predictor.encode(samples[rows], questions and questions[rows]))
         if settings.search == "greedy":
-            written = greedy(decoder, memory, marks, longest)
+            written = greedy(decoder, memory, tokens, longest)
         elif settings.search == "beam":
             penalty = settings.length_penalty
-            written = beam(decoder, memory, marks, longest, width=settings.beams, length_penalty=penalty)
+            written = beam(decoder, memory, tokens, longest, width=settings.beams, length_penalty=penalty)
         else:
-            written = nucleus(decoder, memory, marks, longest, share=settings.nucleus, generator=generator)
+            written = nucleus(decoder, memory, tokens, longest, share=settings.nucleus, generator=generator)
         texts += [text_of(loaded.tokenizer, ids) for ids in written.token_ids_BT.tolist()]
     return texts
 

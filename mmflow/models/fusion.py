@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import FusionConfig
 from mmflow.models.encoders import Encoded, Fused
-from mmflow.models.streams import EachReadsBoth, EachReadsOther, SingleStream, TextReadsImage, TwoStream
+from mmflow.models.streams import EachReadsBoth, EachReadsOther, JointLayer, Streams, TextReadsImage
 
 # Shapes: B batch, T tokens, R regions, L either or 1, W width of the fusion, M width of an encoder.
 
@@ -82,16 +82,16 @@ class Mixing(nn.Module):
         return Fused(text_BTW, image_BRW, pooled_BW, {} if attentions else None)
 
 
-Fusion = Mixing | TwoStream | SingleStream
+Fusion = Mixing | Streams
 """Called as `fusion(image: Encoded, text: Encoded, *, attentions=False) -> Fused`."""
 
 FUSIONS: dict[str, Callable[[FusionConfig, int, int, frozenset[str]], Fusion]] = {
     "concatenation": partial(Mixing, Concatenated),
     "gated": partial(Mixing, Gated),
-    "cross_attention": partial(TwoStream, TextReadsImage),
-    "both_directions": partial(TwoStream, EachReadsOther),
-    "co_attention": partial(TwoStream, EachReadsBoth),
-    "single_stream": SingleStream,
+    "cross_attention": partial(Streams, TextReadsImage),
+    "both_directions": partial(Streams, EachReadsOther),
+    "co_attention": partial(Streams, EachReadsBoth),
+    "single_stream": partial(Streams, JointLayer),
 }
 """Kind → its module from the settings, the width of text and of image, and what the heads read."""
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import special_tokens
 from mmflow.models.decoder import Cache, Decoder
+from mmflow.models.encoders import Encoded
 
-# Shapes: B batch, K beams, T tokens written, R regions or tokens of the memory, M the memory's width, V vocabulary.
+# Shapes: B batch, K beams, T tokens written, V vocabulary. `memory` is the encoding that the decoder reads.
 
 
 class DecoderTokens(NamedTuple):
@@ -26,13 +27,6 @@ class DecoderTokens(NamedTuple):
     first: int
     last: int
     pad: int
-
-
-class Memory(NamedTuple):
-    """What a decoder reads besides its own text: (B, R, M), and its mask (B, R), True where real; None: all is real."""
-
-    sequence_BRM: Tensor
-    mask_BR: Tensor | None = None
 
 
 class Written(NamedTuple):
@@ -62,27 +56,21 @@ def decoder_tokens(key: str, tokenizer: Tokenizer) -> DecoderTokens:
 
 
 @torch.inference_mode()
-def greedy(decoder: Decoder, memory: Memory, tokens: DecoderTokens, max_tokens: int) -> Written:
+def greedy(decoder: Decoder, memory: Encoded, tokens: DecoderTokens, max_tokens: int) -> Written:
     """The likeliest token at every step."""
     return _one_by_one(decoder, memory, tokens, max_tokens, lambda log_BV, _: log_BV.argmax(-1))
 
 
 @torch.inference_mode()
 def nucleus(
-    decoder: Decoder,
-    memory: Memory,
-    tokens: DecoderTokens,
-    max_tokens: int,
-    *,
-    share: float,
-    generator: torch.Generator,
+    decoder: Decoder, memory: Encoded, tokens: DecoderTokens, max_tokens: int, share: float, generator: torch.Generator
 ) -> Written:
     """Each token drawn from the smallest set with `share` (0 to 1) of the probability (arXiv 1904.09751, section 3.1).
 
     All random numbers are drawn first, one for each row and step, so that a row's text does not depend on the length of
     the other rows.
     """
-    rows, device = memory.sequence_BRM.shape[0], memory.sequence_BRM.device
+    rows, device = len(memory.sequence_BTW), memory.sequence_BTW.device
     drawn_BT = torch.rand(rows, max_tokens, generator=generator, dtype=torch.float64, device=generator.device)
 
     def choose(log_BV: Tensor, step: int) -> Tensor:
@@ -97,8 +85,8 @@ def nucleus(
     return _one_by_one(decoder, memory, tokens, max_tokens, choose)
 
 
-def _one_by_one(decoder: Decoder, memory: Memory, tokens: DecoderTokens, max_tokens: int, choose: Choice) -> Written:
-    rows, device = memory.sequence_BRM.shape[0], memory.sequence_BRM.device
+def _one_by_one(decoder: Decoder, memory: Encoded, tokens: DecoderTokens, max_tokens: int, choose: Choice) -> Written:
+    rows, device = len(memory.sequence_BTW), memory.sequence_BTW.device
     cache = Cache()
     token_B = torch.full((rows,), tokens.first, dtype=torch.int64, device=device)
     done_B = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -118,13 +106,7 @@ def _one_by_one(decoder: Decoder, memory: Memory, tokens: DecoderTokens, max_tok
 
 @torch.inference_mode()
 def beam(
-    decoder: Decoder,
-    memory: Memory,
-    tokens: DecoderTokens,
-    max_tokens: int,
-    *,
-    width: int,
-    length_penalty: float = 0.0,
+    decoder: Decoder, memory: Encoded, tokens: DecoderTokens, max_tokens: int, width: int, length_penalty: float = 0.0
 ) -> Written:
     """The text with the best log-probability / length ** `length_penalty` among those that `width` beams reach.
 
@@ -132,7 +114,7 @@ def beam(
     beam can still beat its best text, so it loses nothing by ending. Text that has not closed by `max_tokens` counts as
     it is. With as many beams as there are texts this is exhaustive search, with one beam it is greedy.
     """
-    rows, device = memory.sequence_BRM.shape[0], memory.sequence_BRM.device
+    rows, device = len(memory.sequence_BTW), memory.sequence_BTW.device
     cache = Cache()
     row_B = torch.arange(rows, device=device)
     live_BK = torch.full((rows, width), -torch.inf, device=device)
@@ -140,9 +122,8 @@ def beam(
     ids_BKT = torch.full((rows, width, max_tokens), tokens.pad, dtype=torch.int64, device=device)
     best = _Best(torch.full((rows,), -torch.inf, device=device), live_BK[:, 0], ids_BKT[:, 0])
     token = torch.full((rows * width,), tokens.first, dtype=torch.int64, device=device)
-    mask = memory.mask_BR
-    mask = None if mask is None else mask.repeat_interleave(width, 0)
-    memory = Memory(memory.sequence_BRM.repeat_interleave(width, 0), mask)
+    mask = None if memory.mask_BT is None else memory.mask_BT.repeat_interleave(width, 0)
+    memory = memory._replace(sequence_BTW=memory.sequence_BTW.repeat_interleave(width, 0), mask_BT=mask)
     for step in range(max_tokens):
         log_BKV = _next(decoder, token, memory, cache, tokens).view(rows, width, -1)
         total_BKV = live_BK[..., None] + log_BKV
@@ -186,9 +167,10 @@ class _Best(NamedTuple):
         )
 
 
-def _next(decoder: Decoder, token_B: Tensor, memory: Memory, cache: Cache, tokens: DecoderTokens) -> Tensor:
+def _next(decoder: Decoder, token_B: Tensor, memory: Encoded, cache: Cache, tokens: DecoderTokens) -> Tensor:
     """Log-probabilities (B, V) of the next token, fp32."""
-    log_BV: Tensor = decoder(token_B[:, None], *memory, cache)[:, -1].float().log_softmax(-1)
+    logits_B1V = decoder(token_B[:, None], memory.sequence_BTW, memory.mask_BT, cache)
+    log_BV: Tensor = logits_B1V[:, -1].float().log_softmax(-1)
     # Some tokenizers open and close with the same token.
     log_BV[:, [token for token in (tokens.first, tokens.pad) if token != tokens.last]] = -torch.inf
     return log_BV

@@ -1,4 +1,4 @@
-"""Fusions by attention: two streams that read each other, or one stream of text and image.
+"""Fusions by attention: two streams that read each other, or one joint stream of text and image.
 
 Their layers are post-norm as in BERT (arXiv 1706.03762, section 3.1), like those of UNITER, VisualBERT, ViLBERT,
 LXMERT, ALBEF and BLIP.
@@ -7,6 +7,7 @@ LXMERT, ALBEF and BLIP.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -94,86 +95,116 @@ class Pooler(nn.Module):
         return pooled
 
 
-class TextReadsImage(nn.Module):
+class CrossLayer(nn.Module):
+    """A layer of two streams that read each other. Each kind defines one stream's `step`; a stream that is not in
+    `streams` does not change: the last layer leaves out what nothing reads afterwards."""
+
+    def __init__(self, streams: frozenset[str]) -> None:
+        super().__init__()
+        self.streams = streams
+
+    def step(
+        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after this layer, and on request its map (B, H, Q, K) of the other."""
+        raise NotImplementedError
+
+    def forward(
+        self, text_BTW: Tensor, mask_BT: Tensor, image_BRW: Tensor, mask_BR: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor, Maps]:
+        """Both streams after this layer, and on request the maps by name."""
+        new_text, new_image, map_BHTR, map_BHRT = text_BTW, image_BRW, None, None
+        if "text" in self.streams:
+            new_text, map_BHTR = self.step("text", text_BTW, mask_BT, image_BRW, mask_BR, attentions)
+        if "image" in self.streams:
+            new_image, map_BHRT = self.step("image", image_BRW, mask_BR, text_BTW, mask_BT, attentions)
+        maps = {"text_to_image": map_BHTR, "image_to_text": map_BHRT}
+        return new_text, new_image, {name: map_BHQK for name, map_BHQK in maps.items() if map_BHQK is not None}
+
+
+class TextReadsImage(CrossLayer):
     """Text attends to itself, then to the image, then goes through a feed-forward net (ALBEF's multimodal encoder,
     arXiv 2107.07651, section 3.1; BLIP's image-grounded text encoder, arXiv 2201.12086). The image does not change."""
 
     def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
-        super().__init__()
+        super().__init__(frozenset({"text"}))
         self.self_attention = AttentionLayer(width, heads, dropout)
         self.cross_attention = AttentionLayer(width, heads, dropout)
         self.feed_forward = FeedForward(width, dropout)
 
-    def forward(
-        self, text_BTW: Tensor, text_BT: Tensor, image_BRW: Tensor, image_BR: Tensor, attentions: bool
-    ) -> tuple[Tensor, Tensor, Maps]:
-        """Both streams after this layer, and the maps by name. The two other kinds of layer do the same."""
-        text_BTW, _ = self.self_attention(text_BTW, text_BTW, text_BT)
-        text_BTW, map_BHTR = self.cross_attention(text_BTW, image_BRW, image_BR, attentions)
-        return self.feed_forward(text_BTW), image_BRW, _named(map_BHTR, None)
+    def step(
+        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        x_BQW, _ = self.self_attention(x_BQW, x_BQW, mask_BQ)
+        x_BQW, map_BHQK = self.cross_attention(x_BQW, other_BKW, mask_BK, attentions)
+        return self.feed_forward(x_BQW), map_BHQK
 
 
-class EachReadsOther(nn.Module):
+class EachReadsOther(CrossLayer):
     """Each stream attends to the other, then goes through a feed-forward net: ViLBERT's co-attentional layer (arXiv
-    1908.02265, section 2.2 and figure 2b). The last layer leaves out a stream that nothing reads afterwards."""
+    1908.02265, section 2.2 and figure 2b)."""
 
     def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
-        super().__init__()
+        super().__init__(streams)
         self.attention = nn.ModuleDict({stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)})
         self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in sorted(streams)})
 
-    def forward(
-        self, text_BTW: Tensor, text_BT: Tensor, image_BRW: Tensor, image_BR: Tensor, attentions: bool
-    ) -> tuple[Tensor, Tensor, Maps]:
-        new_text, new_image, map_BHTR, map_BHRT = text_BTW, image_BRW, None, None
-        if "text" in self.attention:
-            new_text, map_BHTR = self.attention["text"](text_BTW, image_BRW, image_BR, attentions)
-            new_text = self.feed_forward["text"](new_text)
-        if "image" in self.attention:
-            new_image, map_BHRT = self.attention["image"](image_BRW, text_BTW, text_BT, attentions)
-            new_image = self.feed_forward["image"](new_image)
-        return new_text, new_image, _named(map_BHTR, map_BHRT)
+    def step(
+        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        x_BQW, map_BHQK = self.attention[stream](x_BQW, other_BKW, mask_BK, attentions)
+        return self.feed_forward[stream](x_BQW), map_BHQK
 
 
-class EachReadsBoth(nn.Module):
+class EachReadsBoth(CrossLayer):
     """Each stream attends to the other, then to itself, then goes through a feed-forward net: LXMERT's cross-modality
-    layer (arXiv 1908.07490, section 2.2). As there, one cross-attention serves both directions. The last layer leaves
-    out a stream that nothing reads afterwards."""
+    layer (arXiv 1908.07490, section 2.2). As there, one cross-attention serves both directions."""
+
+    def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
+        super().__init__(streams)
+        names = sorted(streams)
+        self.cross_attention = AttentionLayer(width, heads, dropout)
+        self.self_attention = nn.ModuleDict({stream: AttentionLayer(width, heads, dropout) for stream in names})
+        self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in names})
+
+    def step(
+        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        x_BQW, map_BHQK = self.cross_attention(x_BQW, other_BKW, mask_BK, attentions)
+        x_BQW, _ = self.self_attention[stream](x_BQW, x_BQW, mask_BQ)
+        return self.feed_forward[stream](x_BQW), map_BHQK
+
+
+class JointLayer(nn.Module):
+    """A layer of BERT (arXiv 1810.04805) over text and image in one sequence, in which every place reads every other
+    (UNITER, arXiv 1909.11740, section 3.1; VisualBERT, arXiv 1908.03557, section 3.2)."""
 
     def __init__(self, width: int, heads: int, dropout: float, streams: frozenset[str]) -> None:
         super().__init__()
-        self.cross_attention = AttentionLayer(width, heads, dropout)
-        self.self_attention = nn.ModuleDict(
-            {stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)}
-        )
-        self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in sorted(streams)})
+        self.attention = AttentionLayer(width, heads, dropout)
+        self.feed_forward = FeedForward(width, dropout)
 
     def forward(
-        self, text_BTW: Tensor, text_BT: Tensor, image_BRW: Tensor, image_BR: Tensor, attentions: bool
+        self, text_BTW: Tensor, mask_BT: Tensor, image_BRW: Tensor, mask_BR: Tensor, attentions: bool
     ) -> tuple[Tensor, Tensor, Maps]:
-        new_text, new_image, map_BHTR, map_BHRT = text_BTW, image_BRW, None, None
-        if "text" in self.self_attention:
-            new_text, map_BHTR = self.cross_attention(text_BTW, image_BRW, image_BR, attentions)
-            new_text, _ = self.self_attention["text"](new_text, new_text, text_BT)
-            new_text = self.feed_forward["text"](new_text)
-        if "image" in self.self_attention:
-            new_image, map_BHRT = self.cross_attention(image_BRW, text_BTW, text_BT, attentions)
-            new_image, _ = self.self_attention["image"](new_image, new_image, image_BR)
-            new_image = self.feed_forward["image"](new_image)
-        return new_text, new_image, _named(map_BHTR, map_BHRT)
+        """Text and image after this layer, and on request the map of the sequence and its two crossing parts."""
+        num_tokens = mask_BT.shape[1]
+        x_BLW = torch.cat([text_BTW, image_BRW], 1)
+        x_BLW, map_BHLL = self.attention(x_BLW, x_BLW, torch.cat([mask_BT, mask_BR], 1), attentions)
+        x_BLW, maps = self.feed_forward(x_BLW), Maps()
+        if map_BHLL is not None:
+            maps["joint"] = map_BHLL
+            maps["text_to_image"] = map_BHLL[:, :, :num_tokens, num_tokens:]
+            maps["image_to_text"] = map_BHLL[:, :, num_tokens:, :num_tokens]
+        return x_BLW[:, :num_tokens], x_BLW[:, num_tokens:], maps
 
 
-def _named(text_to_image: Tensor | None, image_to_text: Tensor | None) -> Maps:
-    maps = {"text_to_image": text_to_image, "image_to_text": image_to_text}
-    return {name: map_BHQK for name, map_BHQK in maps.items() if map_BHQK is not None}
-
-
-class TwoStream(nn.Module):
+class Streams(nn.Module):
     """Layers of one kind between the encoders and the heads; `reads` is what the heads read."""
 
     def __init__(
         self,
-        layer: type[TextReadsImage | EachReadsOther | EachReadsBoth],
+        layer: Callable[[int, int, float, frozenset[str]], nn.Module],
         config: FusionConfig,
         text_width: int,
         image_width: int,
@@ -183,22 +214,19 @@ class TwoStream(nn.Module):
         self.reads = reads
         self.text_entrance = Entrance(text_width, config.width, config.dropout)
         self.image_entrance = Entrance(image_width, config.width, config.dropout)
-        both = frozenset({"text", "image"})
-        last = frozenset({"image"} & reads) | frozenset({"text"} if {"text", "pooled"} & reads else ())
-        num_layers, heads = config.layers or 0, config.heads or 0
-        self.layers = nn.ModuleList(
-            layer(config.width, heads, config.dropout, last if number == num_layers - 1 else both)
-            for number in range(num_layers)
-        )
+        num_layers, heads = config.layers or 0, config.heads or 0  # FusionConfig requires both
+        last = (reads & {"image"}) | ({"text"} if reads & {"text", "pooled"} else set())
+        streams = [frozenset({"text", "image"})] * (num_layers - 1) + [frozenset(last)]
+        self.layers = nn.ModuleList(layer(config.width, heads, config.dropout, names) for names in streams)
         self.pooler = Pooler(config.width) if "pooled" in reads else None
 
     def forward(self, image: Encoded, text: Encoded, *, attentions: bool = False) -> Fused:
         """Fused vectors, and on request the maps of each layer."""
-        (text_BTM, _, text_BT), (image_BRM, _, image_BR) = text.blanked(), image.blanked()
+        (text_BTM, _, mask_BT), (image_BRM, _, mask_BR) = text.blanked(), image.blanked()
         text_BTW, image_BRW = self.text_entrance(text_BTM), self.image_entrance(image_BRM)
         all_maps = defaultdict[str, tuple[Tensor, ...]](tuple)
         for layer in self.layers:
-            text_BTW, image_BRW, maps = layer(text_BTW, text_BT, image_BRW, image_BR, attentions)
+            text_BTW, image_BRW, maps = layer(text_BTW, mask_BT, image_BRW, mask_BR, attentions)
             for name, map_BHQK in maps.items():
                 all_maps[name] += (map_BHQK,)
         return Fused(
@@ -206,54 +234,4 @@ class TwoStream(nn.Module):
             image_BRW if "image" in self.reads else None,
             self.pooler(text_BTW) if self.pooler is not None else None,
             dict(all_maps) if attentions else None,
-        )
-
-
-class Layer(nn.Module):
-    """A layer of BERT (arXiv 1810.04805)."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.attention = AttentionLayer(width, heads, dropout)
-        self.feed_forward = FeedForward(width, dropout)
-
-    def forward(self, x_BLW: Tensor, mask_BL: Tensor, attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The sequence after this layer, and on request its map (B, H, L, L)."""
-        x_BLW, map_BHLL = self.attention(x_BLW, x_BLW, mask_BL, attentions)
-        return self.feed_forward(x_BLW), map_BHLL
-
-
-class SingleStream(nn.Module):
-    """One transformer over text and image in one sequence, in which every place reads every other (UNITER, arXiv
-    1909.11740, section 3.1; VisualBERT, arXiv 1908.03557, section 3.2)."""
-
-    def __init__(self, config: FusionConfig, text_width: int, image_width: int, reads: frozenset[str]) -> None:
-        super().__init__()
-        self.reads = reads
-        self.text_entrance = Entrance(text_width, config.width, config.dropout)
-        self.image_entrance = Entrance(image_width, config.width, config.dropout)
-        layers = range(config.layers or 0)
-        self.layers = nn.ModuleList(Layer(config.width, config.heads or 0, config.dropout) for _ in layers)
-        self.pooler = Pooler(config.width) if "pooled" in reads else None
-
-    def forward(self, image: Encoded, text: Encoded, *, attentions: bool = False) -> Fused:
-        """Fused vectors, and on request the maps of each layer."""
-        (text_BTM, _, text_BT), (image_BRM, _, image_BR) = text.blanked(), image.blanked()
-        num_tokens = text_BT.shape[1]
-        mask_BL = torch.cat([text_BT, image_BR], 1)
-        x_BLW = torch.cat([self.text_entrance(text_BTM), self.image_entrance(image_BRM)], 1)
-        joint: tuple[Tensor, ...] = ()
-        for layer in self.layers:
-            x_BLW, map_BHLL = layer(x_BLW, mask_BL, attentions)
-            joint += () if map_BHLL is None else (map_BHLL,)
-        maps = {
-            "joint": joint,
-            "text_to_image": tuple(map_BHLL[:, :, :num_tokens, num_tokens:] for map_BHLL in joint),
-            "image_to_text": tuple(map_BHLL[:, :, num_tokens:, :num_tokens] for map_BHLL in joint),
-        }
-        return Fused(
-            x_BLW[:, :num_tokens] if "text" in self.reads else None,
-            x_BLW[:, num_tokens:] if "image" in self.reads else None,
-            self.pooler(x_BLW) if self.pooler is not None else None,
-            maps if attentions else None,
         )

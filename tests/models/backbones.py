@@ -1,9 +1,15 @@
-"""The smallest of each backbone that the encoders are tested with."""
+"""Every kind of backbone as small as possible, for the tests of encoders."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, randint
+
+from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig, VideoConfig
+from mmflow.models.model import build_image_encoder, build_text_encoder
+
+PIXELS, VOCABULARY = 16, 64
 LAYERS: dict[str, Any] = {
     "hidden_size": 8,
     "num_hidden_layers": 2,
@@ -28,3 +34,24 @@ TEXT: dict[str, dict[str, Any]] = {
     "siglip_text_model": LAYERS | {"max_position_embeddings": 24, "projection_size": 8},
 }
 VITS = ("vit", "clip_vision_model", "siglip_vision_model", "dinov2")
+
+
+def image_encoder(model_type: str, video: VideoConfig | None = None, **settings: Any) -> Any:
+    """Of pictures of 16 pixels; `options` are laid over the smallest."""
+    options = IMAGE.get(model_type, {}) | settings.pop("options", {})
+    config = ImageEncoderConfig(type=model_type, options=options, **settings)
+    return build_image_encoder("m.image", config, PIXELS, video)
+
+
+def text_encoder(model_type: str, max_tokens: int = 12, **settings: Any) -> Any:
+    """Of a vocabulary of 64; `options` are laid over the smallest."""
+    options = TEXT.get(model_type, {}) | settings.pop("options", {})
+    config = TextEncoderConfig.model_validate({"type": model_type, "options": options, **settings})
+    return build_text_encoder("m.text", config, VOCABULARY, max_tokens)
+
+
+def token_ids(batch_size: int, length: int) -> Tensor:
+    """Ids without special tokens, each text closed by [SEP]."""
+    ids = randint(5, VOCABULARY, (batch_size, length))
+    ids[:, -1] = 3
+    return ids

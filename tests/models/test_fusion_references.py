@@ -1,5 +1,5 @@
-"""Fusions against independent references: LXMERT, VisualBERT and BLIP of transformers by mapping weights, a plain
-loop from the equation for ViLBERT. Values and gradients, fp32 to 1e-5, and bf16 as near as its own digits."""
+"""Fusions against independent references: LXMERT, VisualBERT and BLIP of transformers with mapped weights, and a plain
+loop of ViLBERT's equation. Values and gradients, fp32 to 1e-5, bf16 to its own precision."""
 
 from __future__ import annotations
 
@@ -12,30 +12,24 @@ from torch import Tensor, nn
 
 from mmflow.models.config import FusionConfig
 from mmflow.models.encoders import Encoded
-from mmflow.models.streams import (
-    AttentionLayer,
-    EachReadsBoth,
-    EachReadsOther,
-    FeedForward,
-    SingleStream,
-    TextReadsImage,
-)
-from tests.models.fusions import ALL, HEADS, WIDTH
+from mmflow.models.fusion import build_fusion
+from mmflow.models.streams import AttentionLayer, EachReadsBoth, EachReadsOther, FeedForward, TextReadsImage
 
+WIDTH, HEADS = 16, 2
 STREAMS = frozenset({"text", "image"})
 SIZES = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH, "layer_norm_eps": 1e-12}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def roughen(module: nn.Module) -> None:
-    """Weights, biases and norms far from where they start."""
+    """Weights, biases and norms far from their initial values."""
     torch.manual_seed(7)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4)
 
 
 def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Text (4, 6, W) with padding, its mask, image (4, 5, W), one row of which has but two regions."""
+    """Text (4, 6, W) with padding, its mask, image (4, 5, W), of which one row only has two regions."""
     torch.manual_seed(1)
     text_BT = torch.arange(6) < 6 - torch.arange(4)[:, None]
     image_BR = torch.ones(4, 5, dtype=torch.bool)
@@ -47,22 +41,22 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
-def copy_linear(ours: nn.Module, theirs: nn.Module) -> None:
+def copy(ours: nn.Module, theirs: nn.Module) -> None:
     ours.load_state_dict(theirs.state_dict())
 
 
 def copy_attention(ours: AttentionLayer, attention: Any, output: Any) -> None:
     """From BERT's pair of an attention and its output."""
     for name in ("query", "key", "value"):
-        copy_linear(getattr(ours.attention, name), getattr(attention, name))
-    copy_linear(ours.attention.output, output.dense)
-    copy_linear(ours.norm, output.LayerNorm)
+        copy(getattr(ours.attention, name), getattr(attention, name))
+    copy(ours.attention.output, output.dense)
+    copy(ours.norm, output.LayerNorm)
 
 
 def copy_feed_forward(ours: FeedForward, intermediate: Any, output: Any) -> None:
-    copy_linear(ours.inner, intermediate.dense)
-    copy_linear(ours.output, output.dense)
-    copy_linear(ours.norm, output.LayerNorm)
+    copy(ours.inner, intermediate.dense)
+    copy(ours.output, output.dense)
+    copy(ours.norm, output.LayerNorm)
 
 
 def lxmert() -> tuple[Any, Any]:
@@ -117,7 +111,7 @@ def test_co_attention_is_lxmert_s_cross_modality_layer(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_attention_is_blip_s_image_grounded_text_layer(dtype: torch.dtype) -> None:
-    """Of whole pictures: transformers 5.23 drops the image's mask on its way to this layer's attention."""
+    """For images without a mask: transformers 5.23 loses it on the way to this layer's attention."""
     ours, theirs = blip()
     text, text_BT, image, _ = streams()
     whole_BR = torch.ones(4, 5, dtype=torch.bool)
@@ -131,13 +125,13 @@ def test_cross_attention_is_blip_s_image_grounded_text_layer(dtype: torch.dtype)
 def gradients(
     outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], module: nn.Module, *inputs: Tensor
 ) -> list[Tensor]:
-    """Of a weighted sum of outputs, by the inputs and then by the parameters."""
+    """Of a weighted sum of outputs, with respect to the inputs and then the parameters."""
     loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
     return list(torch.autograd.grad(loss, [*inputs, *module.parameters()]))
 
 
 def total(values: list[Tensor]) -> list[float]:
-    """Sizes in order: weights of the two modules are registered in different orders."""
+    """Sorted sizes: the two modules register their weights in different orders."""
     return sorted(value.double().square().sum().item() for value in values)
 
 
@@ -155,8 +149,8 @@ def test_gradients_are_lxmert_s() -> None:
     assert total(found) == pytest.approx(total(expected), rel=1e-4, abs=1e-6)
 
 
-def visual_bert() -> tuple[SingleStream, Any]:
-    """The whole model: its embeddings of the picture are our entrance, its positions and segments a bias of it."""
+def visual_bert() -> tuple[Any, Any]:
+    """The whole model: its image embeddings are our entrance, its positions and segments the entrance's bias."""
     from transformers import VisualBertConfig, VisualBertModel
 
     theirs = VisualBertModel(
@@ -170,9 +164,8 @@ def visual_bert() -> tuple[SingleStream, Any]:
         )
     ).eval()
     roughen(theirs)
-    ours = SingleStream(
-        FusionConfig(kind="single_stream", width=WIDTH, layers=2, heads=HEADS, dropout=0.0), WIDTH, 12, ALL
-    ).eval()
+    config = FusionConfig(kind="single_stream", width=WIDTH, layers=2, heads=HEADS, dropout=0.0)
+    ours: Any = build_fusion("fusion", config, 12, WIDTH, frozenset({"text", "image", "pooled"})).eval()
     embeddings = theirs.embeddings
     with torch.no_grad():
         ours.text_entrance.projection.weight.copy_(torch.eye(WIDTH))
@@ -184,11 +177,11 @@ def visual_bert() -> tuple[SingleStream, Any]:
             + embeddings.visual_position_embeddings.weight[0]
         )
     for entrance in (ours.text_entrance, ours.image_entrance):
-        copy_linear(entrance.norm, embeddings.LayerNorm)
+        copy(entrance.norm, embeddings.LayerNorm)
     for mine, layer in zip(ours.layers, theirs.encoder.layer, strict=True):
         copy_attention(mine.attention, layer.attention.self, layer.attention.output)
         copy_feed_forward(mine.feed_forward, layer.intermediate, layer.output)
-    copy_linear(ours.pooler.dense, theirs.pooler.dense)
+    copy(ours.pooler.dense, theirs.pooler.dense)
     return ours, theirs
 
 
@@ -219,7 +212,7 @@ def test_single_stream_is_visual_bert(dtype: torch.dtype) -> None:
 
 
 def attend_by_loop(layer: AttentionLayer, x: list[list[Tensor]], context: list[list[Tensor]], mask: Tensor) -> Any:
-    """arXiv 1706.03762, equation 1, a head, a query and a key at a time, then the residual and its norm."""
+    """arXiv 1706.03762, equation 1, one head, query and key at a time, then the residual and its norm."""
     width = WIDTH // HEADS
     rows = []
     for row, queries in enumerate(x):
@@ -231,7 +224,7 @@ def attend_by_loop(layer: AttentionLayer, x: list[list[Tensor]], context: list[l
                 query = layer.attention.query(place)[part]
                 keys = [k for k, there in enumerate(mask[row]) if there]
                 scores = [query @ layer.attention.key(context[row][k])[part] / math.sqrt(width) for k in keys]
-                weights = [score.exp() / sum(each.exp() for each in scores) for score in scores]
+                weights = torch.stack(scores).softmax(0)
                 values = [layer.attention.value(context[row][k])[part] for k in keys]
                 read.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
             places.append(layer.norm(place + layer.attention.output(torch.cat(read))))
@@ -250,15 +243,11 @@ def test_both_directions_is_vilbert_s_equation_by_loops() -> None:
     read_text = attend_by_loop(ours.attention["text"], text_rows, image_rows, image_BR)
     read_image = attend_by_loop(ours.attention["image"], image_rows, text_rows, text_BT)
 
-    def think(layer: FeedForward, rows: Any) -> Tensor:
-        return torch.stack(
-            [
-                torch.stack([layer.norm(x + layer.output(nn.functional.gelu(layer.inner(x)))) for x in row])
-                for row in rows
-            ]
-        )
+    def feed_forward(layer: FeedForward, rows: Any) -> Tensor:
+        x = torch.stack([torch.stack(row) for row in rows])
+        return layer.norm(x + layer.output(nn.functional.gelu(layer.inner(x))))
 
-    expected = think(ours.feed_forward["text"], read_text), think(ours.feed_forward["image"], read_image)
+    expected = feed_forward(ours.feed_forward["text"], read_text), feed_forward(ours.feed_forward["image"], read_image)
     found = ours(text, text_BT, image, image_BR, False)[:2]
     weights = torch.randn(4, 6, WIDTH), torch.randn(4, 5, WIDTH)
     for one, other in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Adapters go into every kind of part, change nothing at first, and merged compute what they computed."""
+"""Adapters fit every kind of part, change nothing at first, and compute the same after merging."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from mmflow.models.config import LoraConfig, ModelConfig
+from mmflow.models.encoders import parameter_count
+from mmflow.models.fusion import FUSIONS
 from mmflow.models.lora import adapt, adapter_count, merged
 from mmflow.models.model import Model, build
 from tests.tiny import SMALLEST_MODEL
@@ -16,7 +18,6 @@ from tests.tiny import SMALLEST_MODEL
 OPTIONS = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 VIT = {"type": "vit", "options": {**OPTIONS, "patch_size": 8}}
 LORA = LoraConfig(rank=2, alpha=3.0)
-FUSIONS = ("concatenation", "gated", "cross_attention", "both_directions", "co_attention", "single_stream")
 
 
 def fused(kind: str) -> dict[str, Any]:
@@ -45,17 +46,17 @@ def model_of(name: str) -> Model:
 
 @torch.no_grad()
 def outputs(model: Model) -> list[Tensor]:
-    """All that the model can compute of two pictures and texts."""
+    """Everything that the model computes from two pictures and texts."""
     random = torch.Generator().manual_seed(2)
     pixels = torch.randn(2, 3, 16, 16, generator=random)
     ids, mask = torch.randint(5, 64, (2, 6), generator=random), torch.ones(2, 6, dtype=torch.int64)
     image, text = model.encode_image(pixels), model.encode_text(ids, mask)
-    found = [model.embed_image(image), model.embed_text(text)]
+    computed = [model.embed_image(image), model.embed_text(text)]
     if model.fusion is not None:
-        found.append(model.matching_logits(model.fuse(image, text)))
+        computed.append(model.matching_logits(model.fuse(image, text)))
     if model.decoder is not None:
-        found.append(model.decode(model.memory(image), ids))
-    return found
+        computed.append(model.decode(model.memory(image), ids))
+    return computed
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -74,15 +75,13 @@ def test_a_merged_model_computes_what_the_adapted_one_does(name: str) -> None:
     for one, other, old in zip(outputs(plain), after, before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(one, old, atol=1e-3)
-    parts = {each.split(".")[0] for each, parameter in adapted.named_parameters() if ".lora_" in each}
+    parts = {weight.split(".")[0] for weight, _ in adapted.named_parameters() if ".lora_" in weight}
     assert parts == {"image", "text"} | {part for part in ("fusion", "decoder") if part in MODELS[name]}
-    assert adapter_count(adapted) == sum(each.numel() for each in adapted.parameters()) - sum(
-        each.numel() for each in plain.parameters()
-    )
+    assert adapter_count(adapted) == parameter_count(adapted) - parameter_count(plain)
 
 
 @pytest.mark.parametrize(("fresh", "named"), [(["fusion"], None), ([], ["fusion"])])
-def test_what_is_frozen_gets_no_adapter_and_what_is_fresh_or_named_is_trained_in_full(
+def test_frozen_parts_get_no_adapter_and_fresh_or_named_ones_are_trained_in_full(
     fresh: list[str], named: list[str] | None
 ) -> None:
     model = model_of("cross_attention")
@@ -97,11 +96,11 @@ def test_what_is_frozen_gets_no_adapter_and_what_is_fresh_or_named_is_trained_in
     assert not any(".lora_" in name for name in fusion)
 
 
-def test_running_statistics_stay_as_they_are() -> None:
+def test_running_statistics_do_not_change() -> None:
     config = ModelConfig.model_validate(SMALLEST_MODEL)
     model = build("pretrain.model", config, 64, seed=1)
     adapt("pretrain.lora", model, LORA, [], seed=1)
     model.train()
-    before = {name: each.clone() for name, each in model.named_buffers()}
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.encode_image(torch.randn(4, 3, 16, 16))
-    assert [name for name, each in model.named_buffers() if not torch.equal(each, before[name])] == []
+    assert [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])] == []

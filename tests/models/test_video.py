@@ -1,4 +1,5 @@
-"""Clips as CLIP4Clip reads them: frames in one batch, masks honoured, order heeded where the kind says so."""
+"""Clips as in CLIP4Clip: frames in one batch, masks respected, order read where the kind says so, and the tight
+similarity of each caption with each clip."""
 
 from __future__ import annotations
 
@@ -8,23 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmflow.core.errors import RecipeError
-from mmflow.models.config import ImageEncoderConfig, VideoConfig
-from mmflow.models.model import build_image_encoder
-from mmflow.models.video import VideoEncoder
-from tests.models.backbones import IMAGE
+from mmflow.core.errors import MisuseError, RecipeError
+from mmflow.models.config import ModelConfig, VideoConfig
+from mmflow.models.model import Model, build
+from mmflow.models.video import TightSimilarity, VideoEncoder
+from tests.models.backbones import IMAGE, PIXELS, TEXT, image_encoder
 
-PIXELS = 16
+FRAMES = 4
+KINDS = pytest.mark.parametrize("kind", ["mean", "sequential"])
 
 
 def encoder(kind: str, model_type: str = "vit", **settings: Any) -> VideoEncoder:
     torch.manual_seed(2)
-    image = ImageEncoderConfig(type=model_type, options=IMAGE[model_type])
     transformer = {} if kind == "mean" else {"layers": 1, "heads": 2}
-    video = VideoConfig.model_validate({"kind": kind, "max_frames": 4, **transformer, **settings})
-    built = build_image_encoder("m.image", image, PIXELS, video)
-    assert isinstance(built, VideoEncoder)
-    return built
+    video = VideoConfig.model_validate({"kind": kind, "max_frames": FRAMES, **transformer, **settings})
+    return image_encoder(model_type, video)
 
 
 def clips(batch_size: int, frames: int) -> Tensor:
@@ -33,8 +32,7 @@ def clips(batch_size: int, frames: int) -> Tensor:
 
 @pytest.mark.parametrize("model_type", IMAGE)
 def test_the_mean_is_that_of_the_frames_one_by_one(model_type: str) -> None:
-    read = encoder("mean", model_type).eval()
-    pixels = clips(2, 3)
+    read, pixels = encoder("mean", model_type).eval(), clips(2, 3)
     expected = torch.stack([read.encoder(pixels[:, frame]).pooled_BW for frame in range(3)], 1)
     encoded = read(pixels)
     torch.testing.assert_close(encoded.sequence_BTW, expected, atol=1e-6, rtol=1e-5)
@@ -42,25 +40,24 @@ def test_the_mean_is_that_of_the_frames_one_by_one(model_type: str) -> None:
 
 
 def test_sequential_adds_what_the_frames_read_of_each_other() -> None:
-    read = encoder("sequential").eval()
-    assert read.order is not None
-    pixels = clips(2, 3)
+    read, pixels = encoder("sequential").eval(), clips(2, 3)
     frames = read.encoder(pixels.flatten(0, 1)).pooled_BW.view(2, 3, -1)
     ordered, _ = read.order(frames, None)
+    encoded = read(pixels, attentions=True)
     torch.testing.assert_close(read(pixels).pooled_BW, (frames + ordered).mean(1))
+    assert [map_BHFF.shape for map_BHFF in encoded.attentions] == [(2, 2, 3, 3)]
 
 
-def test_only_sequential_heeds_the_order_of_frames() -> None:
+def test_only_sequential_reads_the_order_of_frames() -> None:
     pixels = clips(2, 3)
     mean, sequential = encoder("mean").eval(), encoder("sequential").eval()
     torch.testing.assert_close(mean(pixels.flip(1)).pooled_BW, mean(pixels).pooled_BW)
     assert not torch.allclose(sequential(pixels.flip(1)).pooled_BW, sequential(pixels).pooled_BW, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mean", "sequential"])
+@KINDS
 def test_padding_changes_nothing(kind: str) -> None:
-    read = encoder(kind).eval()
-    pixels = clips(2, 4)
+    read, pixels = encoder(kind).eval(), clips(2, 4)
     mask = torch.tensor([[True, True, False, False], [True] * 4])
     padded = read(pixels, mask)
     alone = read(pixels[:1, :2])
@@ -69,44 +66,103 @@ def test_padding_changes_nothing(kind: str) -> None:
     assert torch.equal(padded.mask_BT, mask)
 
 
-@pytest.mark.parametrize("kind", ["mean", "sequential"])
-def test_frames_go_through_the_image_encoder_at_once_and_padding_not_at_all(kind: str) -> None:
-    read = encoder(kind, "resnet")
-    shapes = []
+@KINDS
+def test_real_frames_go_through_the_image_encoder_in_one_batch(kind: str) -> None:
+    read, shapes = encoder(kind, "resnet"), []
     read.encoder.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    read(clips(2, 3), mask)
+    read(clips(2, 3), torch.tensor([[True, True, False], [True, False, False]]))
     read(clips(2, 3))
     assert shapes == [(3, 3, PIXELS, PIXELS), (6, 3, PIXELS, PIXELS)]
 
 
-@pytest.mark.parametrize("kind", ["mean", "sequential"])
+@KINDS
 def test_a_clip_without_frames_is_finite(kind: str) -> None:
     read = encoder(kind)
     encoded = read(clips(2, 3), torch.tensor([[True] * 3, [False] * 3]))
     encoded.pooled_BW.square().sum().backward()
     assert encoded.pooled_BW.isfinite().all()
-    assert all(each.grad is not None and each.grad.isfinite().all() for each in read.parameters())
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in read.parameters())
 
 
-@pytest.mark.parametrize("kind", ["mean", "sequential"])
+@KINDS
 def test_a_still_is_a_clip_of_one_frame(kind: str) -> None:
-    read = encoder(kind).eval()
-    pixels = clips(2, 1)
+    read, pixels = encoder(kind).eval(), clips(2, 1)
     torch.testing.assert_close(read(pixels[:, 0]).pooled_BW, read(pixels).pooled_BW)
 
 
-def test_maps_are_those_among_frames() -> None:
-    encoded = encoder("sequential").eval()(clips(2, 3), attentions=True)
-    assert [each.shape for each in encoded.attentions] == [(2, 2, 3, 3)]
+MODEL: dict[str, Any] = {
+    "image": {"type": "vit", "options": IMAGE["vit"], "pooling": "first"},
+    "text": {"type": "bert", "options": TEXT["bert"]},
+    "video": {"kind": "tight", "max_frames": FRAMES, "layers": 1, "heads": 2},
+    "embedding_width": 6,
+    "image_pixels": PIXELS,
+    "max_tokens": 7,
+    "vocabulary_size": 64,
+}
 
 
-def test_more_frames_than_the_recipe_says_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"^m.video.max_frames: 4, and a clip has 5; raise it"):
+def similarity() -> TightSimilarity:
+    torch.manual_seed(3)
+    return TightSimilarity("m.video", VideoConfig.model_validate(MODEL["video"]), 8, image_width=5, text_width=7)
+
+
+def model_of(**changes: Any) -> Model:
+    return build("m", ModelConfig.model_validate(MODEL | changes), 64, seed=0).eval()
+
+
+def test_tight_scores_equal_the_papers_pair_by_pair() -> None:
+    """CLIP4Clip, section 3.3: U = [w, z₁ … z_F], s = FC(ReLU(FC(Transformer(U + P + T)[0])))."""
+    tight = similarity()
+    captions, frames = torch.randn(3, 7), torch.randn(2, FRAMES, 5)
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    scores = tight(captions, frames, mask)
+    assert scores.shape == (3, 2)
+    for row in range(3):
+        for column in range(2):
+            real = frames[column][mask[column]]
+            union = torch.cat([tight.text_projection(captions[row : row + 1]), tight.image_projection(real)])
+            union = union + tight.types.weight[torch.tensor([0] + [1] * len(real))]
+            read, _ = tight.read(union[None], None)
+            first, relu, second = tight.score
+            expected = second(relu(first(read[0, 0])))[0]
+            torch.testing.assert_close(scores[row, column], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_tight_scores_depend_on_the_order_of_frames_and_train_all_weights() -> None:
+    tight = similarity()
+    captions, frames, mask = torch.randn(3, 7), torch.randn(2, FRAMES, 5), torch.ones(2, FRAMES, dtype=torch.bool)
+    scores = tight(captions, frames, mask)
+    assert not torch.allclose(tight(captions, frames.flip(1), mask), scores, atol=1e-4)
+    scores.square().sum().backward()
+    assert [name for name, weight in tight.named_parameters() if weight.grad is None] == []
+
+
+def test_a_tight_model_has_no_embeddings_and_trains_all_weights() -> None:
+    model = model_of()
+    assert model.gives == {"pair_scores"}
+    assert model.scale is None
+    encoded = model.encode_image(clips(2, 3), torch.tensor([[True] * 3, [False] * 3]))
+    text = model.encode_text(torch.randint(5, 60, (4, 7)), torch.ones(4, 7))
+    scores = model.score_pairs(text.pooled_BW, encoded)
+    assert scores.shape == (4, 2)
+    scores.square().sum().backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    with pytest.raises(MisuseError, match="the model has no shared space"):
+        model.embed_image(encoded)
+    with pytest.raises(MisuseError, match="the model has no tight similarity"):
+        model_of(video={"max_frames": FRAMES}).score_pairs(text.pooled_BW, encoded)
+
+
+def test_a_tight_model_reads_a_still_as_a_clip_of_one_frame() -> None:
+    model, stills, text = model_of(), clips(2, 1), torch.randn(3, 8)
+    alone, clip = model.encode_image(stills[:, 0]), model.encode_image(stills, torch.ones(2, 1))
+    torch.testing.assert_close(model.score_pairs(text, alone), model.score_pairs(text, clip))
+
+
+def test_what_does_not_fit_a_clip_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^m.video.max_frames: 4, but a clip has 5; raise it"):
         encoder("mean")(clips(1, 5))
-
-
-def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    said = r"^m.video.heads: 3 do not divide the width, 8; give another number"
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=r"^m.video.heads: 3 does not divide the width, 8"):
         encoder("sequential", heads=3)
+    with pytest.raises(RecipeError, match=r"^m.video.heads: 4 does not divide the width, 6"):
+        model_of(video=MODEL["video"] | {"heads": 4})

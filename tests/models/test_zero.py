@@ -1,4 +1,4 @@
-"""A model of every part trains the same whatever ZeRO does to its weights: tied, shared and called in many ways."""
+"""A model with every part, with tied and shared weights, trains the same under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.models.trained_with_zero import CLASSES, CONFIG, VOCABULARY, ZERO_STA
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the process left, for each stage."""
+    """What the process wrote, for each stage."""
     path = tmp_path_factory.mktemp("zero")
     command = [sys.executable, "-m", "tests.models.trained_with_zero", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -29,7 +29,7 @@ def result(directory: Path, zero_stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES[1:])
-def test_every_stage_trains_as_stage_0_does(directory: Path, zero_stage: int) -> None:
+def test_every_stage_trains_like_stage_0(directory: Path, zero_stage: int) -> None:
     plain, partitioned = result(directory, 0), result(directory, zero_stage)
     assert partitioned["losses"] == pytest.approx(plain["losses"], rel=1e-5)
     assert partitioned["losses"][-1] < partitioned["losses"][0]
@@ -39,14 +39,14 @@ def test_every_stage_trains_as_stage_0_does(directory: Path, zero_stage: int) ->
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
-def test_what_was_trained_loads_into_a_fresh_model_and_into_a_restart(directory: Path, zero_stage: int) -> None:
-    found = result(directory, zero_stage)
-    assert found["parameters"] == parameter_count(fresh())
+def test_trained_weights_load_into_a_fresh_model_and_a_restart(directory: Path, zero_stage: int) -> None:
+    trained = result(directory, zero_stage)
+    assert trained["parameters"] == parameter_count(fresh())
     model = build("pretrain.model", CONFIG, VOCABULARY, seed=2, num_classes=CLASSES)
-    model.load_state_dict(found["after"])
+    model.load_state_dict(trained["after"])
     for name, value in model.state_dict().items():
-        assert torch.equal(value, found["after"][name]), name
-        assert torch.equal(found["again"][name], found["after"][name]), name
+        assert torch.equal(value, trained["after"][name]), name
+        assert torch.equal(trained["again"][name], trained["after"][name]), name
     words = model.text.backbone.get_input_embeddings().weight
     assert model.heads["masked_language"].output.weight is words
     assert not torch.equal(words, fresh().text.backbone.get_input_embeddings().weight)

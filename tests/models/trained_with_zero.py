@@ -1,6 +1,6 @@
-"""A process that trains a model of every part with DeepSpeed: `python -m tests.models.trained_with_zero DIRECTORY`.
+"""A process that trains a model with every part by DeepSpeed: `python -m tests.models.trained_with_zero DIRECTORY`.
 
-For each ZeRO stage it leaves the losses of a few steps, the weights, and those of a checkpoint that was read back.
+For each ZeRO stage it writes the losses of a few steps, the weights, and the weights of a reloaded checkpoint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fresh() -> Model:
 
 
 class Everything(nn.Module):
-    """One number of all that the model gives."""
+    """One loss over everything that the model gives."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
