@@ -76,21 +76,9 @@ def compare_gradients(trained: Mapping[str, Section], workspace: str) -> Iterato
         check_training(name, section)
     ensure_ray(max(section.training.most_workers * section.training.cpus_per_worker for section in trained.values()))
     for name, section in trained.items():
-        training = section.training
         for task in tasks_of(name, section):
-            check = small_check(
-                section.model,
-                task.objectives,
-                zero_stage=training.zero_stage,
-                in_micro_batches=training.micro_batch_size is not None,
-                offload_optimizer=training.offload_optimizer,
-            )
-            results = compare_gradients_on_ray(
-                check,
-                num_workers=training.most_workers,
-                cpus_per_worker=training.cpus_per_worker,
-                directory=join(workspace, "selfcheck"),
-            )
+            check = small_check(section.model, task.objectives, section.training)
+            results = compare_gradients_on_ray(check, join(workspace, "selfcheck"))
             for result in results:
                 yield task.key, result
 

@@ -1,4 +1,4 @@
-"""A DeepSpeed ZeRO engine with the traps of DeepSpeed handled once, here."""
+"""A DeepSpeed ZeRO engine and its steps, with DeepSpeed's traps handled once, here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmflow.learning.learner import Parts
 from mmflow.learning.micro_batches import MicroBatch
 from mmflow.loading.batches import Batch
 from mmflow.models.model import Model, Scale, learning_rate_factors
-from mmflow.training.config import OptimizerConfig
+from mmflow.training.config import TrainingConfig
 from mmflow.training.optimizers import (
     MUON,
     WholeParameterOptimizer,
@@ -27,7 +27,7 @@ from mmflow.training.optimizers import (
     learning_rate_schedule,
     whole_average,
 )
-from mmflow.training.zero import fragments_of, places_of
+from mmflow.training.zero import flat_groups, fragments_of, places_of
 
 
 def prepare_deepspeed() -> None:
@@ -48,105 +48,65 @@ def prepare_deepspeed() -> None:
         keep_freed_memory(grows_by=256 << 20)
 
 
-def build_engine(
-    module: nn.Module,
-    *,
-    optimizer: OptimizerConfig,
-    zero_stage: int,
-    precision: str,
-    global_batch_size: int,
-    total_steps: int,
-    micro_batch_size: int | None = None,
-    offload_optimizer: bool = False,
-    ema_decay: float | None = None,
-) -> Any:
+def build_engine(module: nn.Module, training: TrainingConfig, total_steps: int) -> Any:
     """A `DeepSpeedEngine` that trains `module`. torch.distributed must be running.
 
-    Its `gradient_accumulation_steps()` is the number of micro-batches that a batch comes in.
+    Its `gradient_accumulation_steps()` is the number of micro-batches in a batch.
     """
     import deepspeed
 
-    groups = parameter_groups(module, optimizer.learning_rate, optimizer.weight_decay, muon=optimizer.name == "muon")
-    stepping = build_optimizer(groups, optimizer)
-    if ema_decay is not None:
-        keep_average(stepping, ema_decay)
-    if precision == "fp16":
+    config = training.optimizer
+    groups = parameter_groups(module, config.learning_rate, config.weight_decay, muon=config.name == "muon")
+    optimizer = build_optimizer(groups, config)
+    if training.ema_decay is not None:
+        keep_average(optimizer, training.ema_decay)
+    if training.precision == "fp16":
         check_fp16("training", torch.cuda.is_available())
         # DeepSpeed makes parameters fp16 here, which leaves inputs and the losses' arithmetic to autocast.
         module.forward = torch.autocast("cuda", torch.float16)(module.forward)
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=stepping,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(stepping, learning_rate_schedule(optimizer, total_steps)),
-        config=engine_settings(
-            zero_stage=zero_stage,
-            precision=precision,
-            rows_per_rank=-(-global_batch_size // dist.get_world_size()),
-            gradient_clipping=optimizer.gradient_clipping,
-            micro_batch_size=micro_batch_size,
-            offload_optimizer=offload_optimizer,
-        ),
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_schedule(config, total_steps)),
+        config=engine_settings(training, -(-training.global_batch_size // dist.get_world_size())),
         dist_init_required=False,
     )
-    if isinstance(stepping, WholeParameterOptimizer):
-        stepping.bind(fragments_of(engine), engine.device)
+    if isinstance(optimizer, WholeParameterOptimizer):
+        optimizer.bind(fragments_of(engine), engine.device)
     return engine
 
 
-def engine_settings(
-    *,
-    zero_stage: int,
-    precision: str,
-    rows_per_rank: int,
-    gradient_clipping: float,
-    micro_batch_size: int | None = None,
-    offload_optimizer: bool = False,
-) -> dict[str, Any]:
-    """DeepSpeed's configuration. A gradient clipping of 0 is none."""
-    num_micro_batches = -(-rows_per_rank // (micro_batch_size or rows_per_rank))
+def engine_settings(training: TrainingConfig, rows_per_rank: int, *, clipped: bool = True) -> dict[str, Any]:
+    """DeepSpeed's configuration for a step of so many rows on each rank."""
+    num_micro_batches = -(-rows_per_rank // (training.micro_batch_size or rows_per_rank))
     return {
         "train_micro_batch_size_per_gpu": -(-rows_per_rank // num_micro_batches),
         "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": gradient_clipping,  # DeepSpeed clips at 1.0 unless told
+        "gradient_clipping": training.optimizer.gradient_clipping if clipped else 0.0,  # 1.0 unless set
         "zero_optimization": {
-            "stage": zero_stage,
-            **({"offload_optimizer": {"device": "cpu"}} if offload_optimizer else {}),
+            "stage": training.zero_stage,
+            **({"offload_optimizer": {"device": "cpu"}} if training.offload_optimizer else {}),
         },
-        # Handing in an optimizer keeps DeepSpeed from compiling one of its own for minutes, offloaded or not.
+        # Passing an optimizer keeps DeepSpeed from compiling one of its own for minutes, offloaded or not.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # Autocast, not DeepSpeed's "bf16": that makes parameters bf16 and leaves buffers and inputs fp32, on which a
-        # convolution's input and a batch norm fail. For fp16 its autocast clips gradients before it takes the loss
-        # scale out, so there it must be DeepSpeed's own.
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
-        "fp16": {"enabled": precision == "fp16"},
+        # convolution's input and a batch norm fail. For fp16 its autocast clips gradients before it removes the loss
+        # scale, so there it must be DeepSpeed's own.
+        "torch_autocast": {"enabled": training.precision == "bf16", "dtype": "bfloat16"},
+        "fp16": {"enabled": training.precision == "fp16"},
         "steps_per_print": 1 << 60,
     }
-
-
-def forget_gradients(engine: Any) -> None:
-    """Empty the buffers in which ZeRO 3, and every stage that offloads, keeps gradients from step to step.
-
-    Where a step uses a part of the model alone, the rest would move by the gradient of the last step that used it.
-    """
-    zero, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 0:
-        return
-    if stage == 3:
-        zero.grad_partitions_flat_buffer.zero_()
-    for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
-        if flat.grad is not None:
-            flat.grad.zero_()
 
 
 def check_fp16(key: str, accelerated: bool) -> None:
     """Raise RecipeError where there are no GPUs. `key` is the training section's."""
     if not accelerated:
-        raise RecipeError(f"{key}.precision: fp16 needs GPUs, and the workers have none; take bf16 or fp32")
+        raise RecipeError(f"{key}.precision: fp16 needs GPUs, and the workers have none; set it to bf16 or fp32")
 
 
 def compile_parts(model: Model) -> None:
-    """Compile the parts that take the time. Not what joins them: exchanges between ranks break a graph."""
+    """Compile the parts that take the time. What joins them is left: exchanges between ranks break a graph."""
     for part in (model.image, model.text, model.fusion, model.decoder):
         if part is not None:
             part.compile()
@@ -155,8 +115,9 @@ def compile_parts(model: Model) -> None:
 def parameter_groups(
     module: nn.Module, learning_rate: float, weight_decay: float, *, muon: bool = False
 ) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; norms, biases and scales, which have at most one dimension, do not. The layers of an
-    encoder with a `layer_decay` learn at rates of their own. For `muon` the groups that it takes are told apart."""
+    """The optimizer's groups: matrices and kernels decay; norms, biases and scales, which have at most one dimension,
+    do not. The layers of an encoder with a `layer_decay` have learning rates of their own. With `muon`, each group says
+    whether Muon steps it."""
     factors = learning_rate_factors(module)
     hidden = _hidden_matrices(module) if muon else set()
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(1.0, True, False): [], (1.0, False, False): []}
@@ -177,21 +138,19 @@ def parameter_groups(
 
 
 def _hidden_matrices(module: nn.Module) -> set[Tensor]:
-    """The matrices of linear layers but those of heads, which read out, and of tables that are looked up in."""
+    """The matrices of linear layers, without those of heads and those that also serve as embedding tables."""
     tables = {
         parameter for part in module.modules() if isinstance(part, nn.Embedding) for parameter in part.parameters()
     }
-    reads_out = {
-        parameter for part in module.modules() if isinstance(part, Model) for parameter in part.heads.parameters()
-    }
-    return {part.weight for part in module.modules() if isinstance(part, nn.Linear)} - tables - reads_out
+    heads = {parameter for part in module.modules() if isinstance(part, Model) for parameter in part.heads.parameters()}
+    return {part.weight for part in module.modules() if isinstance(part, nn.Linear)} - tables - heads
 
 
 def whole_state(module: nn.Module, averaged_by: Any = None) -> dict[str, Tensor]:
-    """The fp32 weights and the buffers, on the CPU, whatever the ZeRO stage; one parameter at a time. The weights'
-    running averages where the engine is given that keeps them.
+    """The fp32 weights and the buffers, on the CPU, at any ZeRO stage, gathered one parameter at a time; with the
+    engine as `averaged_by`, the weights' running averages.
 
-    Collective: every rank must call it. Rank 0 has the result, the others nothing.
+    Collective: every rank must call it. Rank 0 gets the result, the others an empty dict.
     """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
@@ -216,78 +175,14 @@ def whole_state(module: nn.Module, averaged_by: Any = None) -> dict[str, Tensor]
     return state
 
 
-def gradients_are_finite(engine: Any) -> bool:
-    """Whether those of the backward pass are, on every rank. Between backward and step; collective."""
-    if engine.zero_optimization_stage() == 0:  # each rank has all of them, reduced
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        return bool(torch.stack([each.isfinite().all() for each in gradients]).all())
-    engine.optimizer.check_overflow()
-    return not engine.optimizer.overflow
-
-
-def take_step(engine: Any) -> None:
-    """Take the step that a backward pass prepared. One that DeepSpeed drops, because its gradients do not fit the loss
-    scale of fp16, counts in the schedule too: DeepSpeed would end a training before its rate has come down."""
-    engine.step()
-    if getattr(engine.optimizer, "overflow", False):
-        engine.lr_scheduler.step()
-
-
-def leave_out(engine: Any) -> None:
-    """End a step whose gradients `gradients_are_finite` refused: it changes no weight, and counts."""
-    if engine.zero_optimization_stage() == 0:
-        engine.zero_grad()
-        pass_over(engine)
-        return
-    engine.step()  # DeepSpeed drops the gradients that it was told overflow
-    engine.optimizer.overflow = False
-    engine.lr_scheduler.step()
-
-
-def pass_over(engine: Any) -> None:
-    """Count a step without a batch: the schedule goes by the steps of the plan, not by those that were taken."""
-    engine.global_steps += 1
-    engine.global_samples += engine.train_batch_size()
-    engine.micro_steps += engine.gradient_accumulation_steps()
-    engine.skipped_steps += 1
-    engine.lr_scheduler.step()
-
-
-class Buffers:
-    """A model's running statistics before a step: a batch that is left out must not stay in them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-
-    @torch.no_grad()
-    def bring_back(self) -> None:
-        """Undo what the step's forward pass did to them."""
-        for buffer, before in self._kept:
-            buffer.copy_(before)
-
-
-@torch.no_grad()
-def weights_are_finite(module: nn.Module) -> bool:
-    """Whether every rank's weights and buffers are; ZeRO 3 leaves a rank its own part of a weight, in `ds_tensor`."""
-    held = [_held(parameter) for parameter in module.parameters()]
-    held += list(module.buffers())
-    finite = torch.stack([each.isfinite().all() for each in held]).all().to(torch.uint8)
-    dist.all_reduce(finite, dist.ReduceOp.MIN)
-    return bool(finite)
-
-
-def _held(parameter: Any) -> Tensor:
-    """What this rank holds of a weight, without what pads the last ranks' parts: whatever memory held before."""
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter  # type: ignore[no-any-return]
-    part: Tensor = parameter.ds_tensor
-    return part[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
+# --- a step's gradient ----------------------------------------------------------------------------------------------
 
 
 def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
-    """Forward and backward of this rank's part of a batch; the loss, () without a graph, and its parts by name.
+    """Forward and backward of this rank's part of a batch, at once or in micro-batches; the loss, () without a graph,
+    and its parts by name.
 
-    What is left is `engine.step()`, once. Collective.
+    One `engine.step()` must follow. Collective.
     """
     num_micro_batches = engine.gradient_accumulation_steps()
     if num_micro_batches == 1:
@@ -311,72 +206,156 @@ def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: i
         embedded = []
         buffers = Buffers(learner)
         with torch.no_grad():
-            for piece, known in pieces:
+            for piece, micro_batch in pieces:
                 states.append(random_state(engine.device))
-                embedded.append(engine(piece, step, replace(known, slopes=None))[1])
-        buffers.bring_back()  # a batch counts once in running statistics
-        loss, parts, slopes = learner.compare(batch, step, rows, _together(embedded))
+                embedded.append(engine(piece, step, replace(micro_batch, slopes=None))[1])
+        buffers.restore()  # a batch counts once in running statistics
+        loss, parts, slopes = learner.compare(batch, step, rows, _joined(embedded))
         pieces = [
-            (piece, replace(known, slopes=_slopes_of(slopes, cut, num_micro_batches)))
-            for (piece, known), cut in zip(pieces, cuts, strict=True)
+            (piece, replace(micro_batch, slopes=_slopes_of(slopes, cut, num_micro_batches)))
+            for (piece, micro_batch), cut in zip(pieces, cuts, strict=True)
         ]
-    for number, (piece, known) in enumerate(pieces):
+    for number, (piece, micro_batch) in enumerate(pieces):
         engine.set_gradient_accumulation_boundary(number == num_micro_batches - 1)
         if states:
-            set_random_state(engine.device, states[number])  # what was dropped must be dropped again
-        part_of_loss, more = engine(piece, step, known)
-        engine.backward(part_of_loss)
-        loss = loss + part_of_loss.detach() / num_micro_batches
-        for name, value in more.items():
+            set_random_state(engine.device, states[number])  # dropout must drop the same units again
+        micro_loss, micro_parts = engine(piece, step, micro_batch)
+        engine.backward(micro_loss)
+        loss = loss + micro_loss.detach() / num_micro_batches
+        for name, value in micro_parts.items():
             parts[name] = parts.get(name, 0.0) + value.detach() / num_micro_batches
     return loss, parts
 
 
 def rows_of(batch: Batch, cut: slice) -> Batch:
-    """Some rows of a batch, as one of their own."""
+    """Some rows of a batch, as a batch."""
     places = None if batch.places is None else batch.places[cut]
-    return replace(batch.map_tensors(lambda each: each[cut]), keys=batch.keys[cut], places=places, skipped=())
+    return replace(batch.map_tensors(lambda tensor: tensor[cut]), keys=batch.keys[cut], places=places, skipped=())
 
 
-def _together(embedded: Sequence[Parts]) -> Parts:
-    """Of all micro-batches: their rows in order, and the scale, which is the same for each."""
+def _joined(embedded: Sequence[Parts]) -> Parts:
+    """The embeddings of all micro-batches in order, and the scale, which is the same in each."""
     return {
-        name: first if name in Scale._fields else torch.cat([each[name] for each in embedded])
+        name: first if name in Scale._fields else torch.cat([parts[name] for parts in embedded])
         for name, first in embedded[0].items()
     }
 
 
 def _slopes_of(slopes: Parts, cut: slice, num_micro_batches: int) -> Parts:
-    """Those of a micro-batch. DeepSpeed divides the gradient of each by their number; the scale has a part in each."""
+    """A micro-batch's slopes. DeepSpeed divides its gradient by the number of micro-batches; each has a part in the
+    scale's."""
     return {name: slope if name in Scale._fields else slope[cut] * num_micro_batches for name, slope in slopes.items()}
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """By kind of device: on an accelerator dropout draws its own numbers, not the CPU's."""
-    found = {"cpu": torch.get_rng_state()}
-    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    """The state that dropout draws from, by kind of device: an accelerator has its own beside the CPU's."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(device: torch.device, state: Mapping[str, Tensor]) -> None:
-    """Go on from a state of a device of the same kind."""
+    """Draw from a state that `random_state` returned for a device of the same kind."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+# --- steps that are taken, and steps that change no weight ----------------------------------------------------------
+
+
+def forget_gradients(engine: Any) -> None:
+    """Empty the buffers in which ZeRO 3, and every stage that offloads, keeps gradients from step to step.
+
+    Where a step uses only a part of the model, the rest would move by the gradient of the last step that used it.
+    """
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return
+    if stage == 3:
+        zero.grad_partitions_flat_buffer.zero_()
+    for flat, _ in flat_groups(engine):
+        if flat.grad is not None:
+            flat.grad.zero_()
+
+
+def gradients_are_finite(engine: Any) -> bool:
+    """Whether the backward pass left only finite gradients, on every rank. Between backward and step; collective."""
+    if engine.zero_optimization_stage() == 0:  # each rank has all of them, reduced
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        return bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+    engine.optimizer.check_overflow()
+    return not engine.optimizer.overflow
+
+
+def take_step(engine: Any) -> None:
+    """Take the step that a backward pass prepared. A step that DeepSpeed drops, because its gradients do not fit fp16's
+    loss scale, counts in the schedule too: DeepSpeed would end a training before its learning rate has come down."""
+    engine.step()
+    if getattr(engine.optimizer, "overflow", False):
+        engine.lr_scheduler.step()
+
+
+def leave_out(engine: Any) -> None:
+    """End a step after `gradients_are_finite` returned False: it changes no weight, and counts."""
+    if engine.zero_optimization_stage() == 0:
+        engine.zero_grad()
+        pass_over(engine)
+        return
+    engine.step()  # DeepSpeed drops the gradients, which `check_overflow` has marked
+    engine.optimizer.overflow = False
+    engine.lr_scheduler.step()
+
+
+def pass_over(engine: Any) -> None:
+    """Count a step without a batch: the schedule follows the planned steps, not those taken."""
+    engine.global_steps += 1
+    engine.global_samples += engine.train_batch_size()
+    engine.micro_steps += engine.gradient_accumulation_steps()
+    engine.skipped_steps += 1
+    engine.lr_scheduler.step()
+
+
+class Buffers:
+    """A model's running statistics before a step, to be restored where its batch must not count."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo what forward passes have done to them since."""
+        for buffer, before in self._before:
+            buffer.copy_(before)
+
+
 @torch.no_grad()
-def average_buffers(module: torch.nn.Module) -> None:
+def average_buffers(module: nn.Module) -> None:
     """Give every rank the mean of the ranks' running statistics, so that no rank's share of the data is lost.
 
-    Batch statistics drift apart, each rank seeing its own slice; a checkpoint keeps only rank 0's.
+    They drift apart, because each rank sees its own slice; a checkpoint keeps only rank 0's.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-    if not buffers:
+    if not buffers or dist.get_world_size() == 1:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
+
+
+@torch.no_grad()
+def weights_are_finite(module: nn.Module) -> bool:
+    """Whether all weights and buffers are, on every rank."""
+    tensors = [*map(_own_part, module.parameters()), *module.buffers()]
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all().to(torch.uint8)
+    dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
+
+
+def _own_part(parameter: Any) -> Tensor:
+    """This rank's part of a weight: at ZeRO 3 its `ds_tensor`, without the uninitialised padding of the last ranks."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter  # type: ignore[no-any-return]
+    part: Tensor = parameter.ds_tensor
+    return part[: max(0, parameter.ds_numel - dist.get_rank() * part.numel())]

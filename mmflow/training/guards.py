@@ -1,4 +1,4 @@
-"""What watches the numbers of a training, and what becomes of those that are wrong."""
+"""Watching a training: losses that are not finite or spike, and ranks that do not respond."""
 
 from __future__ import annotations
 
@@ -8,43 +8,47 @@ import statistics
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch.distributed as dist
 
 from mmflow.core.errors import TrainingError
 from mmflow.training.config import GuardsConfig
+from mmflow.training.journal import Journal
 
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-LEAST_DEVIATION = 0.01  # of the median: a loss that hardly moves has a deviation of nothing
+LEAST_DEVIATION = 0.01  # of the median: a nearly constant loss has almost no deviation of its own
+MOST_BEAT_SECONDS = 20.0
+STORE_SECONDS = 5.0
+MISSED_BEATS = 3  # after this many, a rank counts as dead or frozen
+ACTIVITIES = ("starting", "loading", "computing", "validating", "saving")  # in the order of a step
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Steps whose numbers are wrong."""
+    """Steps with wrong numbers."""
 
     kind: Literal["nonfinite", "spike", "spoilt"]
     steps: tuple[int, ...]
-    what: str
+    message: str
 
 
-class Rewind(Exception):  # noqa: N818 — not an error: the training goes on
-    """Go on from the last checkpoint."""
+class Rewind(Exception):  # noqa: N818 — not an error: the training continues
+    """Go back to the last checkpoint."""
 
     def __init__(self, trouble: Trouble) -> None:
-        super().__init__(trouble.what)
+        super().__init__(trouble.message)
         self.trouble = trouble
 
 
 class Guards:
-    """What is known of a run's troubles, the same on every rank."""
+    """Finds steps with wrong losses and decides what happens. Every rank has the same state."""
 
     def __init__(self, config: GuardsConfig) -> None:
         self._config = config
-        # By task: the losses of one are no measure of another's.
+        # By task: the losses of one task say nothing about another's.
         self._losses: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=config.spike_window))
         self._rewinds = 0
         self._watched_until = 0
@@ -52,61 +56,61 @@ class Guards:
         """Steps that change no weight, because their batches spiked."""
 
     def watches(self, step: int) -> bool:
-        """Whether the step's gradients are looked at before they are used."""
+        """Whether the step's gradients are checked before they are used."""
         return self._config.on_nonfinite == "skip" or step <= self._watched_until
 
-    def look(self, losses: Mapping[int, float], tasks: Mapping[int, int] | None = None) -> Trouble | None:
-        """The trouble of some steps, by their losses over all ranks and their tasks; sound ones join the window."""
-        bad = [step for step, loss in losses.items() if not math.isfinite(loss)]
-        if bad:
-            return Trouble("nonfinite", tuple(bad), f"the loss is {losses[bad[0]]}")
+    def check(self, losses: Mapping[int, float], tasks: Mapping[int, int]) -> Trouble | None:
+        """The trouble in some steps, from their losses over all ranks and their tasks; good losses join the window."""
+        nonfinite = [step for step, loss in losses.items() if not math.isfinite(loss)]
+        if nonfinite:
+            return Trouble("nonfinite", tuple(nonfinite), f"the loss is {losses[nonfinite[0]]}")
         if self._config.on_spike == "ignore":
             return None
-        high = []
+        spikes = []
         for step, loss in losses.items():
-            before = self._losses[tasks[step] if tasks else 0]
-            limit = spike_limit(before, self._config.spike_deviations)
-            if len(before) >= self._config.spike_window // 2 and loss > limit:
-                high.append(step)
+            window = self._losses[tasks[step]]
+            limit = spike_limit(window, self._config.spike_deviations)
+            if len(window) >= self._config.spike_window // 2 and loss > limit:
+                spikes.append(step)
             else:
-                before.append(loss)
-        if not high:
+                window.append(loss)
+        if not spikes:
             return None
-        return Trouble("spike", tuple(high), f"the loss is {losses[high[0]]:.4g}, far above those before it")
+        return Trouble("spike", tuple(spikes), f"the loss is {losses[spikes[0]]:.4g}, far above those before it")
 
     def act(self, trouble: Trouble, advice: str) -> None:
-        """Return where the training goes on. Raises Rewind, or TrainingError with the advice."""
+        """Return where the training continues. Raises Rewind, or TrainingError with the advice."""
         policy = self._config.on_spike if trouble.kind == "spike" else self._config.on_nonfinite
-        if trouble.kind == "spoilt" and policy == "skip":
+        if trouble.kind == "spoilt" and policy == "skip":  # leaving out steps does not repair weights
             policy = "stop"
         if policy == "rewind" and self._rewinds < self._config.max_rewinds:
             raise Rewind(trouble)
         if policy in ("stop", "rewind"):
             after = f" after {self._rewinds} rewinds" if self._rewinds else ""
-            raise TrainingError(f"step {trouble.steps[0]}: {trouble.what}{after}; {advice}")
+            raise TrainingError(f"step {trouble.steps[0]}: {trouble.message}{after}; {advice}")
 
     def rewound(self, trouble: Trouble) -> None:
-        """What to do otherwise on the way back to where the trouble was."""
+        """Note a rewind, and what changes on the way back to the trouble."""
         self._rewinds += 1
         self._losses.clear()
         if trouble.kind == "spike":
-            # A loss is of the weights that the step before left.
+            # A step's loss comes from the weights that the step before left.
             self.passed_over |= set(trouble.steps) | {trouble.steps[0] - 1}
         else:
             self._watched_until = max(self._watched_until, trouble.steps[-1])
 
     def state(self) -> dict[str, Any]:
-        """What a restart must know of it, as JSON."""
+        """What a restart must know, as JSON."""
         return {"rewinds": self._rewinds, "passed_over": sorted(self.passed_over)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """What an earlier process knew."""
+        """Continue from the state of an earlier process."""
         self._rewinds = state["rewinds"]
         self.passed_over = frozenset(state["passed_over"])
 
 
 def spike_limit(losses: Sequence[float] | deque[float], deviations: float) -> float:
-    """The loss above which one is a spike: so many deviations above the median, which a spike does not move."""
+    """The largest loss that is no spike: this many deviations above the median, which a spike does not move."""
     if not losses:
         return math.inf
     median = statistics.median(losses)
@@ -114,27 +118,29 @@ def spike_limit(losses: Sequence[float] | deque[float], deviations: float) -> fl
     return median + deviations * max(MAD_TO_DEVIATION * mad, LEAST_DEVIATION * abs(median))
 
 
-MOST_BEAT_SECONDS = 20.0
-STORE_SECONDS = 5.0
-MISSED_BEATS = 3  # after which a rank is taken for dead or frozen
+# --- ranks that do not respond --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said."""
+    """A rank's last report."""
 
     step: int
     doing: str
-    since: float  # UNIX time at which it began to
-    said: float  # UNIX time
+    since: float  # UNIX time at which this activity began
+    time: float  # UNIX time of the report
 
 
 class Pulse:
-    """Says from a thread where this rank is, and on rank 0 calls `tell` once when the run stands still for half of
-    `hung_after` seconds: the time-out that follows ends the process, on an accelerator without a word."""
+    """Reports from a thread what this rank is doing, so that a hang has a name: in a collective operation all ranks
+    wait, and none says for which.
 
-    def __init__(self, hung_after: float, tell: Callable[[int, str], None]) -> None:
-        self._hung_after, self._tell = hung_after, tell
+    On rank 0 it writes to the journal once when the run makes no progress for half of `hung_after` seconds: the
+    timeout that follows ends the process, on an accelerator without a message.
+    """
+
+    def __init__(self, hung_after: float, journal: Journal) -> None:
+        self._hung_after, self._journal = hung_after, journal
         self._every = min(MOST_BEAT_SECONDS, hung_after / 10)
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store()
@@ -142,33 +148,23 @@ class Pulse:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
-    @property
-    def step(self) -> int:
-        """The step that this rank is at."""
-        return self._here[0]
-
     def at(self, step: int, doing: str) -> None:
-        """This rank begins to do something of a step."""
+        """This rank begins an activity of a step."""
         self._here = (step, doing, time.time())
 
-    def __enter__(self) -> Pulse:
-        self._say()
+    def __enter__(self) -> Self:
+        self._report()
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join(STORE_SECONDS)  # a store whose rank 0 is gone may keep it for half an hour
+        self._thread.join(STORE_SECONDS)  # a call to the store can block for half an hour once rank 0 is gone
 
     def missing(self) -> str:
-        """Whom the others wait for, in words."""
-        beats = {}
-        for rank in range(self._world_size):
-            if rank == self._rank:
-                beats[rank] = Beat(*self._here, time.time())
-                continue
+        """The ranks that the others wait for, in words."""
+        beats = {self._rank: Beat(*self._here, time.time())}
+        for rank in set(range(self._world_size)) - {self._rank}:
             try:
                 if self._store.check([_key(rank)]):
                     beats[rank] = Beat(**json.loads(self._store.get(_key(rank))))
@@ -177,18 +173,18 @@ class Pulse:
         return laggards(beats, self._world_size, now=time.time(), dead_after=MISSED_BEATS * self._every)
 
     def _beat(self) -> None:
-        told = 0.0
+        reported = 0.0
         while not self._ended.wait(self._every):
             try:
-                self._say()
-            except RuntimeError:  # the store went with rank 0, and the run with it
+                self._report()
+            except RuntimeError:  # the store is gone with rank 0, and the run with it
                 return
-            since = self._here[2]
-            if self._rank == 0 and since > told and time.time() - since > self._hung_after / 2:
-                told = since
-                self._tell(self.step, self.missing())
+            step, _, since = self._here
+            if self._rank == 0 and since > reported and time.time() - since > self._hung_after / 2:
+                reported = since
+                self._journal.event(step, "hung", reason=self.missing())
 
-    def _say(self) -> None:
+    def _report(self) -> None:
         self._store.set(_key(self._rank), json.dumps(asdict(Beat(*self._here, time.time()))))
 
 
@@ -197,19 +193,18 @@ def _key(rank: int) -> str:
 
 
 def laggards(beats: Mapping[int, Beat], world_size: int, *, now: float, dead_after: float) -> str:
-    """The ranks that are silent, or else those that are furthest behind, and what they do there."""
-    silent = [rank for rank in range(world_size) if rank not in beats or now - beats[rank].said > dead_after]
+    """The ranks that are silent, or else those furthest behind, and what they are doing."""
+    silent = [rank for rank in range(world_size) if rank not in beats or now - beats[rank].time > dead_after]
     if silent:
         return "; ".join(
-            f"rank {rank} has not been heard of for {now - beats[rank].said:.0f} s, since step {beats[rank].step}"
+            f"rank {rank} has sent nothing for {now - beats[rank].time:.0f} s, since step {beats[rank].step}"
             if rank in beats
-            else f"rank {rank} was never heard of"
+            else f"rank {rank} has never sent anything"
             for rank in silent
         )
-    order = ("starting", "loading", "computing", "validating", "saving")
-    behind = min((beat.step, order.index(beat.doing)) for beat in beats.values())
+    progress = {rank: (beat.step, ACTIVITIES.index(beat.doing)) for rank, beat in beats.items()}
     return "; ".join(
-        f"rank {rank} stands at step {beat.step}, {beat.doing}, for {now - beat.since:.0f} s"
+        f"rank {rank} is at step {beat.step}, {beat.doing}, for {now - beat.since:.0f} s"
         for rank, beat in sorted(beats.items())
-        if (beat.step, order.index(beat.doing)) == behind
+        if progress[rank] == min(progress.values())
     )

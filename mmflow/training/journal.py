@@ -1,7 +1,9 @@
-"""The journal of a training: one JSON line an interval, appended locally, so that no tracking server can cost a step.
+"""The journal of a training: one JSON line an interval, on a disk or in an object store.
 
-Lines are {"step", "time", "metrics"} or {"step", "time", "event"}. A run that resumes appends to the same journal: a
-step that was run twice stands twice, with the same loss, and readers keep the last.
+Lines are {"step", "time", "metrics"} or {"step", "time", "event"}. Rank 0 appends them to a local file, so that no
+tracking server can delay a step. A run that resumes appends to the same journal: a step that was run twice is there
+twice, with the same loss, and readers keep the last. An object store cannot append: there the local file is copied to
+the store as it grows, and readers follow it by a copy.
 """
 
 from __future__ import annotations
@@ -28,15 +30,25 @@ from mmflow.core.storage import (
     write_bytes,
 )
 
+COPY_SECONDS = 10.0  # between two copies to an object store, or from it
+LAST_PAUSES = (1.0, 4.0, 10.0)  # before the last copy gives up on a store that does not answer
+
+log = logging.getLogger(__name__)
+
 
 class Journal:
-    """Appends whole lines, each visible to readers at once."""
+    """Appends whole lines, each visible to readers at once. Without a path nothing is written: on all ranks but 0."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        self.flush: Callable[[], object] = lambda: None
+        """Copies all lines to where the journal is kept, if that is not the path."""
+        self._descriptor: int | None = None
+        if path is None:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # torn: end it, or it takes the next line with it
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":  # cut off by a kill: keep it off the next line
             os.write(self._descriptor, b"\n")
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -48,35 +60,51 @@ class Journal:
         self._append({"step": step, "time": time.time(), "event": event, **details})
 
     def _append(self, line: dict[str, Any]) -> None:
-        # One write of one line: with O_APPEND a kill leaves at most one torn line, at the end.
-        os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+        # One write of one line: with O_APPEND a kill cuts at most one line, the last.
+        if self._descriptor is not None:
+            os.write(self._descriptor, (json.dumps(line) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal, oldest first; a line torn by a kill is passed over."""
-    if not path.exists():
-        return
-    with path.open() as lines:
-        yield from parsed(lines)
+    """The lines of a local journal, oldest first."""
+    if path.exists():
+        with path.open() as lines:
+            yield from _parsed(lines)
+
+
+def journal_at(uri: str) -> list[dict[str, Any]]:
+    """The lines of the journal at a URI, oldest first; none where there is no journal."""
+    return list(_parsed(read_bytes(uri).split(b"\n"))) if exists(uri) else []
+
+
+def _parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """The lines' values, without a line that a kill cut off."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Metric → [(step, value), …] in order of steps, the last value of each step."""
-    found: dict[str, dict[int, float]] = {}
+    points: dict[str, dict[int, float]] = {}
     for line in lines:
         for name, value in line.get("metrics", {}).items():
-            found.setdefault(name, {})[line["step"]] = value
-    return {name: sorted(points.items()) for name, points in found.items()}
+            points.setdefault(name, {})[line["step"]] = value
+    return {name: sorted(by_step.items()) for name, by_step in points.items()}
 
 
 @contextlib.contextmanager
 def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None]) -> Iterator[None]:
-    """Report a journal's progress from a thread while the block runs: of what is written from now on, so that neither
-    an earlier run nor the start of this one counts in how long it takes."""
+    """Report a journal's progress from a thread while the block runs, from the lines written meanwhile: neither an
+    earlier run nor this one's start counts in how long it takes."""
     ended = threading.Event()
 
     def follow(position: int) -> None:
@@ -107,70 +135,61 @@ def _lines_after(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
     with path.open("rb") as stream:
         stream.seek(position)
         whole = stream.read().rpartition(b"\n")[0]
-    return list(parsed(whole.split(b"\n"))), position + len(whole) + bool(whole)
+    return list(_parsed(whole.split(b"\n"))), position + len(whole) + bool(whole)
 
 
-def parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
-    """What lines of a journal say; one torn by a kill is passed over."""
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
-
-
-BRING_SECONDS = 10.0  # between two looks at what is to be brought to an object store, or from it
-LAST_PAUSES = (1.0, 4.0, 10.0)  # before an end gives up a store that does not answer
-log = logging.getLogger(__name__)
+# --- journals in object stores --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def appended(uri: str) -> Iterator[tuple[Journal, Callable[[], object]]]:
-    """The journal at a URI, to go on with, and how to have the store hold all of it now."""
+def appended(uri: str) -> Iterator[Journal]:
+    """The journal at a URI, opened to append to."""
     path = local_path(uri)
     if path is not None:
         with contextlib.closing(Journal(path)) as journal:
-            yield journal, lambda: None
+            yield journal
         return
-    with _copy_of(uri, "appended") as here:
+    with _scratch_file(uri, "appended") as copy:
         if exists(uri):
-            here.write_bytes(read_bytes(uri))
-        brought = 0
+            copy.write_bytes(read_bytes(uri))
+        copied = 0
 
-        def bring() -> None:
-            nonlocal brought
-            lines = here.read_bytes()
-            if len(lines) > brought:
+        def upload() -> None:
+            nonlocal copied
+            lines = copy.read_bytes()
+            if len(lines) > copied:
                 write_bytes(uri, lines)
-                brought = len(lines)
+                copied = len(lines)
 
-        with contextlib.closing(Journal(here)) as journal, _again_and_again(uri, bring) as now:
-            yield journal, now
+        with contextlib.closing(Journal(copy)) as journal, _repeated(uri, upload) as journal.flush:
+            yield journal
 
 
 @contextlib.contextmanager
 def followed(uri: str) -> Iterator[tuple[Path, Callable[[], object]]]:
-    """The journal at a URI as a local file that grows as it does, and how to have it hold all that is there now."""
+    """The journal at a URI as a local file that grows with it, and a function that brings the file up to date now."""
     path = local_path(uri)
     if path is not None:
         yield path, lambda: None
         return
-    with _copy_of(uri, "followed") as here:
-        here.touch()
+    with _scratch_file(uri, "followed") as copy:
+        copy.touch()
 
-        def fetch() -> None:
-            system, place = filesystem(uri)
-            size, known = system.get_file_info(place).size or 0, here.stat().st_size
-            if size > known:  # what is known is how it still begins
-                with here.open("ab") as copy:
-                    copy.write(positioned_reader(uri)(size - known, known))
+        def download() -> None:
+            system, remote = filesystem(uri)
+            size, copied = system.get_file_info(remote).size or 0, copy.stat().st_size
+            if size > copied:  # a journal only grows, so its copied beginning is still right
+                with copy.open("ab") as stream:
+                    stream.write(positioned_reader(uri)(size - copied, copied))
 
-        with _again_and_again(uri, fetch) as now:
-            now()  # what an earlier run wrote is no news
-            yield here, now
+        with _repeated(uri, download) as now:
+            now()  # the lines of an earlier run are not progress
+            yield copy, now
 
 
 @contextlib.contextmanager
-def _copy_of(uri: str, use: str) -> Iterator[Path]:
-    """Where a copy of the journal at a URI may lie for a use of it."""
+def _scratch_file(uri: str, use: str) -> Iterator[Path]:
+    """A place on this machine for a copy of the journal at a URI."""
     directory = scratch_directory(uri) / use
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -181,9 +200,9 @@ def _copy_of(uri: str, use: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[], object]]:
-    """Act every few seconds, and whenever told to. Where the store of `uri` does not answer it is for the next time,
-    and once for the last: no journal ends a training."""
+def _repeated(uri: str, copy: Callable[[], None]) -> Iterator[Callable[[], object]]:
+    """Copy every few seconds, whenever the yielded function is called, and at the end. A store that does not answer is
+    tried again the next time: a journal never ends a training."""
     ended, one_at_a_time = threading.Event(), threading.Lock()
     is_away = False
 
@@ -191,7 +210,7 @@ def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[],
         nonlocal is_away
         with one_at_a_time:
             try:
-                act()
+                copy()
             except (OSError, MmflowError) as error:
                 if not is_away:
                     log.warning("%s: the journal waits: %s", uri, " ".join(str(error).split())[:300])
@@ -200,14 +219,14 @@ def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[],
             is_away = False
             return True
 
-    def go_on() -> None:
-        pause = BRING_SECONDS
+    def repeat() -> None:
+        pause = COPY_SECONDS
         while not ended.wait(pause):
             began = time.monotonic()
             now()
-            pause = max(BRING_SECONDS, 20 * (time.monotonic() - began))  # a long journal takes long to bring
+            pause = max(COPY_SECONDS, 20 * (time.monotonic() - began))  # a long journal takes long to copy
 
-    thread = threading.Thread(target=go_on, name="journal", daemon=True)
+    thread = threading.Thread(target=repeat, name="journal", daemon=True)
     thread.start()
     try:
         yield now
@@ -220,8 +239,3 @@ def _again_and_again(uri: str, act: Callable[[], None]) -> Iterator[Callable[[],
                 break
         else:
             log.warning("%s: the store did not answer; the journal's last lines were not copied", uri)
-
-
-def journal_at(uri: str) -> list[dict[str, Any]]:
-    """The lines of the journal at a URI, oldest first; none where there is no journal."""
-    return list(parsed(read_bytes(uri).split(b"\n"))) if exists(uri) else []

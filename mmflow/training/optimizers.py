@@ -1,10 +1,10 @@
-"""The optimizers: AdamW as torch has it, and two whose update depends on a parameter as a whole.
+"""The optimizers, their learning-rate schedules, and running averages of weights.
 
 Under ZeRO an optimizer steps flat tensors that cut through parameters. Muon's orthogonal matrix and LAMB's norms would
 be those of arbitrary pieces, so both look up where the parameters lie and exchange what they need of the other ranks'
-pieces: LAMB two numbers a parameter, Muon the matrix. All else stays sharded. They step after DeepSpeed has averaged
-and clipped the whole batch's gradient. (DeepSpeed's own Muon clips its orthogonal matrices in place of gradients, at
-ZeRO 3 makes one of every micro-batch, and compiles itself on a CPU; its LAMB takes the norms of the pieces.)
+pieces: LAMB two numbers a parameter, Muon the matrix. Everything else stays sharded. They step after DeepSpeed has
+averaged and clipped the whole batch's gradient. (DeepSpeed's own Muon clips its orthogonal matrices instead of
+gradients, at ZeRO 3 makes one of every micro-batch, and compiles itself on a CPU; its LAMB takes the norms of pieces.)
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ MUON = "muon"  # key of a parameter group
 MOMENTUM = 0.95  # Muon's authors' https://kellerjordan.github.io/posts/muon/
 QUINTIC = (3.4445, -4.7750, 2.0315)  # the same authors' coefficients
 ITERATIONS = 5
+DECAY_SHARE = 0.2  # of all steps; from a tenth to a fifth matches a cosine (arXiv 2405.18392, section 4)
+AVERAGE = "average"
+AVERAGE_STEPS = "average_steps"
 
 
 def build_optimizer(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer that the recipe names. Muon takes the groups whose `muon` is True."""
+    """The optimizer that the recipe names. Muon orthogonalises the groups with `muon` True."""
     betas = (0.9, config.beta2)
     if config.name == "adamw":
-        # Fused: one pass over memory in place of ten, a quarter of the time on a CPU.
+        # Fused: one pass over memory instead of ten, a quarter of the time on a CPU.
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
     return {"muon": Muon, "lamb": Lamb}[config.name](groups, config.learning_rate, betas)
 
@@ -47,7 +50,7 @@ class WholeParameterOptimizer(torch.optim.Optimizer):
         self._device: torch.device | None = None
 
     def bind(self, fragments: Mapping[Tensor, Sequence[Fragment]], device: torch.device) -> None:
-        """Where parameters lie, once an engine has cut them up, and the device on which ranks exchange tensors."""
+        """Set where parameters lie, once an engine has cut them up, and the device on which ranks exchange tensors."""
         self._fragments = fragments
         self._device = device
 
@@ -64,7 +67,7 @@ class WholeParameterOptimizer(torch.optim.Optimizer):
 
 
 class Muon(WholeParameterOptimizer):
-    """Momentum made orthogonal (https://kellerjordan.github.io/posts/muon/), for groups of matrices; AdamW for others.
+    """Orthogonalised momentum (https://kellerjordan.github.io/posts/muon/) for groups of matrices; AdamW for others.
 
     The update is as long as AdamW's (arXiv 2502.16982, section 2.2), so AdamW's learning rate and decay serve both.
     """
@@ -85,7 +88,7 @@ class Muon(WholeParameterOptimizer):
         assert self._device is not None
         for fragment in self._fragments[parameter]:
             whole = fragment.whole(direction, self._device)
-            if fragment.numel:  # every rank must exchange; only those that hold a piece go on
+            if fragment.numel:  # every rank must exchange; only those that hold a piece need the update
                 update = orthogonal(whole).flatten().narrow(0, fragment.start, fragment.numel)
                 fragment.of(parameter).add_(update.to(parameter), alpha=-rate * _length(fragment.shape))
 
@@ -96,22 +99,23 @@ def _length(shape: torch.Size) -> float:
 
 
 def orthogonal(matrix_AB: Tensor) -> Tensor:
-    """The matrix (A, B) with all its singular values brought near to 1, in bf16: Newton and Schulz's iteration with
-    coefficients that hurry, as `torch.optim.Muon` has it."""
+    """The matrix (A, B) with all singular values near 1, in bf16, by a Newton–Schulz iteration with fast coefficients,
+    as in `torch.optim.Muon`."""
     a, b, c = QUINTIC
-    turned = matrix_AB.shape[0] > matrix_AB.shape[1]
+    is_tall = matrix_AB.shape[0] > matrix_AB.shape[1]
     x = matrix_AB.bfloat16()
-    x = x.T if turned else x
+    x = x.T if is_tall else x
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if turned else x
+    return x.T if is_tall else x
 
 
 class Lamb(WholeParameterOptimizer):
-    """Adam's direction, made as long as the parameter that it changes (LAMB, arXiv 1904.00962, algorithm 2, φ the
-    identity). What does not decay, norms and biases and scales, keeps Adam's length, as in the authors' code."""
+    """Adam's direction, scaled to the length of the parameter that it changes (LAMB, arXiv 1904.00962, algorithm 2, φ
+    the identity). Parameters without decay, norms and biases and scales, keep Adam's length, as in the authors' code.
+    """
 
     def _step(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         if not group["weight_decay"]:
@@ -125,8 +129,10 @@ class Lamb(WholeParameterOptimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = state["exp_avg_sq"].div(1 - beta2**step).sqrt_().add_(EPS)
         update = state["exp_avg"].div(1 - beta1**step).div_(scale).add_(parameter, alpha=group["weight_decay"])
-        pieces = list(self._pieces(parameter, update))
-        squares_P2 = torch.stack([torch.stack([each.square().sum() for each in piece]) for piece in pieces])
+        pieces = [(parameter, update)]
+        if parameter in self._fragments:
+            pieces = [(fragment.of(parameter), fragment.of(update)) for fragment in self._fragments[parameter]]
+        squares_P2 = torch.stack([torch.stack([tensor.square().sum() for tensor in piece]) for piece in pieces])
         if parameter in self._fragments:
             squares_P2 = squares_P2.to(self._device)
             dist.all_reduce(squares_P2)
@@ -134,13 +140,6 @@ class Lamb(WholeParameterOptimizer):
         ratios_P = torch.where((lengths_P > 0) & (updates_P > 0), lengths_P / updates_P, 1.0)
         for (weights, change), ratio in zip(pieces, ratios_P.tolist(), strict=True):
             weights.add_(change, alpha=-group["lr"] * ratio)
-
-    def _pieces(self, parameter: Tensor, update: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is here of each parameter and of its update."""
-        if parameter not in self._fragments:
-            yield parameter, update
-        for fragment in self._fragments.get(parameter, ()):
-            yield fragment.of(parameter), fragment.of(update)
 
 
 def _begin_adam(parameter: Tensor, state: dict[str, Any]) -> None:
@@ -152,11 +151,11 @@ def _begin_adam(parameter: Tensor, state: dict[str, Any]) -> None:
 def _adamw_step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
     _begin_adam(parameter, state)
     beta1, beta2 = group["betas"]
-    moments = [state["exp_avg"]], [state["exp_avg_sq"]]
     adamw(
         [parameter],
         [gradient],
-        *moments,
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
         [],
         [state["step"]],
         amsgrad=False,
@@ -169,11 +168,19 @@ def _adamw_step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], grou
     )
 
 
-DECAY_SHARE = 0.2  # of all steps; from a tenth to a fifth matches a cosine (arXiv 2405.18392, section 4)
+# --- learning-rate schedules ----------------------------------------------------------------------------------------
+
+FALLS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    # Better than a straight line after a stable stretch (arXiv 2405.18392, section 4).
+    "wsd": lambda progress: 1 - math.sqrt(progress),
+}
+"""Share of the fall's time, from 0 to 1 → share of the peak that is left."""
 
 
 def learning_rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """Step → factor of the peak learning rate."""
+    """Step → factor of the peak learning rate: a linear warm-up, then one of three ways down."""
     warmup = min(optimizer.warmup_steps, total_steps - 1)
     floor = optimizer.final_learning_rate / optimizer.learning_rate
     begin = warmup
@@ -191,74 +198,61 @@ def learning_rate_schedule(optimizer: OptimizerConfig, total_steps: int) -> Call
     return factor
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _linear(progress: float) -> float:
-    return 1 - progress
-
-
-def _one_less_root(progress: float) -> float:
-    """Better than a straight line after a stable stretch (arXiv 2405.18392, section 4)."""
-    return 1 - math.sqrt(progress)
-
-
-FALLS = {"cosine": _cosine, "linear": _linear, "wsd": _one_less_root}
-"""Share of the fall's time, from 0 to 1 → share of the peak that is left."""
-AVERAGE = "average"
-STEPS = "average_steps"
+# --- running averages of weights ------------------------------------------------------------------------------------
+# An average is often better than the last weights, and depends less on the last batches. It is one more state of the
+# optimizer, in fp32 beside its master: sharded, offloaded and saved with the other states, and unchanged by a step that
+# DeepSpeed drops.
 
 
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """Have every step move the averages by 1 − decay of the way to the weights, further in the first steps."""
+    """Make every step move the averages by 1 − decay of the way to the weights, and further in the first steps."""
 
     @torch.no_grad()
     def follow(optimizer: torch.optim.Optimizer, arguments: Any, named: Any) -> None:
         for group in optimizer.param_groups:
             for weights in group["params"]:
                 state = optimizer.state[weights]
-                if not state:  # no gradient has come to it yet
+                if not state:  # it has had no gradient yet
                     continue
                 if AVERAGE not in state:
-                    state |= {AVERAGE: weights.detach().clone(), STEPS: torch.tensor(0.0)}
-                steps = float(state[STEPS])
+                    state |= {AVERAGE: weights.detach().clone(), AVERAGE_STEPS: torch.tensor(0.0)}
+                steps = float(state[AVERAGE_STEPS])
                 state[AVERAGE].lerp_(weights, 1 - min(decay, (1 + steps) / (10 + steps)))
-                state[STEPS] += 1
+                state[AVERAGE_STEPS] += 1
 
     optimizer.register_step_post_hook(follow)
 
 
 def whole_average(engine: Any, parameter: Tensor, places: Mapping[Tensor, tuple[Tensor, Fragment]]) -> Tensor | None:
-    """A parameter's average in full; None for one that is not trained. `places` as `places_of` has them. Collective.
+    """A parameter's whole average; None for a parameter that is not trained. `places` come from `places_of`.
+    Collective.
 
-    Not by DeepSpeed's `safe_get_full_optimizer_state`, which below ZeRO 3 knows the states of the first parameter group
-    alone.
+    DeepSpeed's `safe_get_full_optimizer_state` knows only the states of the first parameter group below ZeRO 3.
     """
     if parameter not in places:
         average: Tensor | None = engine.basic_optimizer.state.get(parameter, {}).get(AVERAGE)
         return average
     flat, fragment = places[parameter]
-    # Before the first step that was not left out, the average is the weights.
+    # Before the first step that was taken, the average is the weights.
     return fragment.whole(engine.basic_optimizer.state[flat].get(AVERAGE, flat), engine.device)
 
 
 @contextlib.contextmanager
 def averages_in_place(engine: Any) -> Iterator[None]:
-    """Have the weights be their averages within the block: the two change places, and are bit-equal afterwards.
-    Collective; after an error within the block the engine is of no more use."""
-    _change_places(engine)
+    """Swap the weights with their averages within the block; afterwards both are bit-equal to before. After an error
+    within the block the engine cannot be used. Collective."""
+    _swap_averages(engine)
     yield
-    _change_places(engine)
+    _swap_averages(engine)
 
 
 @torch.no_grad()
-def _change_places(engine: Any) -> None:
+def _swap_averages(engine: Any) -> None:
     for weights, state in engine.basic_optimizer.state.items():
         if AVERAGE in state:
-            kept = weights.detach().clone()
+            before = weights.detach().clone()
             weights.data.copy_(state[AVERAGE])
-            state[AVERAGE].copy_(kept)
+            state[AVERAGE].copy_(before)
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         zero.checkpoint_event_prologue()  # leaves each rank its part of the parameters that ZeRO keeps whole

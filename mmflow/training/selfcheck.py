@@ -1,5 +1,5 @@
-"""Is the gradient that the workers descend that of one process? Shown on the machines that will train, by the recipe's
-objectives, number of workers, ZeRO stage and micro-batches, with a model small enough to take no time."""
+"""A check that the gradient on several workers equals that of one process, on the machines that will train: with the
+recipe's objectives, workers, ZeRO stage and micro-batches, and a model small enough to take no time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mmflow.learning.config import MatchingConfig, ObjectivesConfig
 from mmflow.learning.learner import ALONE, Learner, Ranks
@@ -19,10 +18,11 @@ from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
+from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import descend, engine_settings, prepare_deepspeed, rows_of, whole_state
 
-TOLERANCE = 1e-4  # of the largest gradient; a factor or a row that is missing is an error of a tenth and more
-RATE = 1024.0  # of plain gradient descent: a weight moves far enough for its gradient to be read off to six digits
+TOLERANCE = 1e-4  # of the largest gradient; a missing factor or row is an error of a tenth and more
+RATE = 1024.0  # of plain gradient descent: a weight moves far enough to read its gradient to six digits
 ROWS, TOKENS, ANSWER_TOKENS, CLASSES, VOCABULARY, PIXELS = 4, 10, 5, 3, 64, 16
 SPECIAL = MaskingTokens(mask=4, ids=(0, 1, 2, 3, 4), vocabulary_size=VOCABULARY)
 
@@ -30,20 +30,18 @@ _TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class GradientCheck:
-    """What is checked; plain data, so that it travels to other machines."""
+    """What is checked, as plain data that travels to other machines."""
 
     model: ModelConfig  # the small one
     objectives: ObjectivesConfig
-    zero_stage: int
-    micro_batch_size: int | None
-    offload_optimizer: bool
+    training: TrainingConfig
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The gradient of one objective over all weights."""
+    """One objective's gradient over all weights."""
 
     objective: str
     error: float  # the largest difference
@@ -51,30 +49,20 @@ class Compared:
 
     @property
     def equal(self) -> bool:
-        """Whether it is the same but for rounding, and there is one."""
+        """Whether the gradients are equal up to rounding, and not zero."""
         return self.largest > 0 and self.error <= TOLERANCE * self.largest
 
 
-def small_check(
-    model: ModelConfig,
-    objectives: ObjectivesConfig,
-    *,
-    zero_stage: int,
-    in_micro_batches: bool,
-    offload_optimizer: bool,
-) -> GradientCheck:
-    """A check of a training section, its model replaced by the smallest with the same parts."""
-    return GradientCheck(
-        model=_small(model),
-        objectives=objectives,
-        zero_stage=zero_stage,
-        micro_batch_size=ROWS // 2 if in_micro_batches else None,
-        offload_optimizer=offload_optimizer,
-    )
+def small_check(model: ModelConfig, objectives: ObjectivesConfig, training: TrainingConfig) -> GradientCheck:
+    """A check of a training section, with the smallest model that has the same parts."""
+    changes: dict[str, Any] = {"num_workers": training.most_workers, "precision": "fp32", "max_restarts": 0}
+    if training.micro_batch_size is not None:
+        changes["micro_batch_size"] = ROWS // 2
+    return GradientCheck(_small(model), objectives, training.model_copy(update=changes))
 
 
 def _small(model: ModelConfig) -> ModelConfig:
-    """Stills in place of clips, whose frames an image encoder has made one vector of before any worker asks."""
+    """Stills instead of clips: an image encoder makes one vector of a clip's frames before any exchange."""
     small: dict[str, Any] = {
         "image": {"type": "vit", "options": {**_TRANSFORMER, **_NO_DROPOUT, "patch_size": PIXELS // 2}},
         "embedding_width": None if model.embedding_width is None else 8,
@@ -96,9 +84,9 @@ def _small(model: ModelConfig) -> ModelConfig:
 
 
 def compare_gradients(check: GradientCheck) -> list[Compared]:
-    """Each objective on its own, on this rank as one of all. Collective; rank 0 has the result, the others nothing."""
+    """Compare each objective on its own. Collective; rank 0 gets the result, the others an empty list."""
     prepare_deepspeed()
-    return [found for name in check.objectives.named if (found := _compare(check, name)) is not None]
+    return [compared for name in check.objectives.named if (compared := _compare(check, name)) is not None]
 
 
 def _compare(check: GradientCheck, name: str) -> Compared | None:
@@ -114,32 +102,20 @@ def _compare(check: GradientCheck, name: str) -> Compared | None:
     engine, *_ = deepspeed.initialize(
         model=learner,
         optimizer=torch.optim.SGD(learner.parameters(), lr=RATE),
-        config=engine_settings(
-            zero_stage=check.zero_stage,
-            precision="fp32",
-            rows_per_rank=ROWS,
-            gradient_clipping=0.0,
-            micro_batch_size=check.micro_batch_size,
-            offload_optimizer=check.offload_optimizer,
-        ),
+        config=engine_settings(check.training, ROWS, clipped=False),
         dist_init_required=False,
     )
-    batch = _random_batch(num_ranks * ROWS).map_tensors(lambda each: each.to(engine.device))
+    batch = _random_batch(num_ranks * ROWS).map_tensors(lambda tensor: tensor.to(engine.device))
     before = whole_state(model)
-    own = slice(rank * ROWS, (rank + 1) * ROWS)
-    descend(engine, rows_of(batch, own), 1)
+    descend(engine, rows_of(batch, slice(rank * ROWS, (rank + 1) * ROWS)), 1)
     engine.step()
     after = whole_state(model)
     if rank > 0:
         return None
     one_process.to(engine.device)
     one_process(batch, 1)[0].backward()
-    return _largest_difference(name, before, after, one_process)
-
-
-def _largest_difference(name: str, before: dict[str, Tensor], after: dict[str, Tensor], one: Learner) -> Compared:
     errors, sizes = [], []
-    for key, parameter in one.model.named_parameters():
+    for key, parameter in one_process.model.named_parameters():
         expected = torch.zeros_like(before[key]) if parameter.grad is None else parameter.grad.cpu()
         errors.append(((before[key] - after[key]) / RATE - expected).abs().max())
         sizes.append(expected.abs().max())
@@ -147,7 +123,7 @@ def _largest_difference(name: str, before: dict[str, Tensor], after: dict[str, T
 
 
 def _alone(objectives: ObjectivesConfig, name: str) -> ObjectivesConfig:
-    """One objective of weight 1. Partners from a rank's own rows would be others in one process: drawn from all."""
+    """One objective with weight 1. Matching draws partners from all rows: from a rank's own it would draw others."""
     section = objectives.named[name].model_copy(update={"weight": 1.0})
     if isinstance(section, MatchingConfig):
         section = section.model_copy(update={"pool": "batch"})
@@ -155,7 +131,7 @@ def _alone(objectives: ObjectivesConfig, name: str) -> ObjectivesConfig:
 
 
 def _random_batch(rows: int) -> Batch:
-    """A global batch whose texts differ in length; the last row is padding."""
+    """A global batch with texts of different lengths; the last row is padding."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, TOKENS + 1, (rows, 1), generator=random)
     answer_lengths = torch.randint(2, ANSWER_TOKENS + 1, (rows, 1), generator=random)

@@ -1,12 +1,12 @@
-"""Where a training's checkpoints lie, and which of them are whole.
+"""A training's checkpoints on disk: their names, which of them are whole, and which are kept.
 
     <checkpoints>/step-00000100/
       state/…        DeepSpeed's files, each rank's own
       random-0.pt …  each rank's random state
-      buffers.pt     what the model keeps besides its parameters
+      buffers.pt     the model's buffers
       part-0.json …  the files that each rank wrote, with bytes and checksums; a rank publishes its part last
 
-Many ranks write a checkpoint, so none of them alone can commit it: it exists once the parts of all its ranks are there
+Many ranks write a checkpoint, so none of them can commit it alone: it exists once the parts of all its ranks are there
 and agree. A kill at any moment leaves at worst one that does not exist yet, beside those before it.
 """
 
@@ -26,6 +26,7 @@ from pyarrow import fs
 
 from mmflow.core.errors import CorruptArtifactError
 from mmflow.core.storage import COPY_BYTES, filesystem, fsync_directory, join, local_path, read_json, write_json
+from mmflow.training.config import CheckpointsConfig
 
 STEP = "step-"
 PART = "part-"
@@ -34,14 +35,14 @@ STAGING = ".staging-"
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that exists: all of its ranks' parts are there. Its files are not looked at yet."""
+    """A checkpoint with the parts of all its ranks. Its files are not checked yet."""
 
     uri: str
     parts: tuple[Mapping[str, Any], ...]
 
     @property
     def step(self) -> int:
-        """The last step that it has seen."""
+        """The last step before the checkpoint."""
         return int(self.facts["step"])
 
     @property
@@ -51,7 +52,7 @@ class Saved:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What rank 0 said of it."""
+        """The facts in rank 0's part."""
         facts: Mapping[str, Any] = self.parts[0]["facts"]
         return facts
 
@@ -62,7 +63,7 @@ class Saved:
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """Of all files together."""
         return sum(size for size, _ in self.files.values())
 
 
@@ -73,18 +74,18 @@ def directory_of(store: str, step: int) -> str:
 
 def saved_checkpoints(store: str) -> list[Saved]:
     """The checkpoints that exist, newest first."""
-    found = []
+    checkpoints = []
     for name in sorted(_names(store), reverse=True):
         if name.startswith(STEP):
             uri = join(store, name)
-            parts = _whole([part for each in _names(uri) if each.startswith(PART) and (part := _read_part(uri, each))])
+            parts = _whole([part for file in _names(uri) if file.startswith(PART) and (part := _read_part(uri, file))])
             if parts:
-                found.append(Saved(uri, parts))
-    return found
+                checkpoints.append(Saved(uri, parts))
+    return checkpoints
 
 
 def _read_part(uri: str, name: str) -> Mapping[str, Any] | None:
-    """What a rank said of its part; None where it is cut short: then the checkpoint lacks a part."""
+    """A rank's part; None where it is cut short: then the checkpoint lacks a part."""
     try:
         part: Mapping[str, Any] = read_json(join(uri, name))
     except CorruptArtifactError:
@@ -97,17 +98,17 @@ def _whole(parts: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
     if not parts:
         return ()
     first = parts[0]
-    of_one = [part for part in parts if all(part[name] == first[name] for name in ("world_size", "state_hash"))]
-    ranks = {part["rank"]: part for part in of_one}
+    same = [part for part in parts if all(part[name] == first[name] for name in ("world_size", "state_hash"))]
+    ranks = {part["rank"]: part for part in same}
     if sorted(ranks) != list(range(first["world_size"])):
         return ()
     return tuple(ranks[rank] for rank in sorted(ranks))
 
 
 def publish_part(uri: str, scratch: Path, *, rank: int, world_size: int, state_hash: str, **facts: Any) -> None:
-    """Bring a rank's files from its scratch directory to a checkpoint, then say so; the scratch directory goes.
+    """Bring a rank's files from its scratch directory to a checkpoint, then publish its part.
 
-    On a local disk the scratch directory lies beside the checkpoint and its files are moved.
+    On a local disk the scratch directory is beside the checkpoint and its files are moved.
     """
     target = local_path(uri)
     files = {}
@@ -126,7 +127,7 @@ def publish_part(uri: str, scratch: Path, *, rank: int, world_size: int, state_h
 
 
 def _move(path: Path, target: Path) -> None:
-    """Durably: the part that is published afterwards must not outlive a power cut that its files do not."""
+    """Move a file durably: after a power cut the published part must not be there without its files."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def verify(saved: Saved, share: int = 0, shares: int = 1) -> None:
-    """Read one of `shares` parts of the files and compare them with what was written. Raises CorruptArtifactError."""
+    """Read one of `shares` shares of the files and compare them with what was written. Raises CorruptArtifactError."""
     for name, (size, checksum) in sorted(saved.files.items())[share::shares]:
         uri = join(saved.uri, name)
         system, path = filesystem(uri)
@@ -158,7 +159,7 @@ def _checksum(uri: str) -> str:
 
 
 def copy(saved: Saved, directory: Path) -> None:
-    """Bring the files of a checkpoint to a local directory."""
+    """Copy the files of a checkpoint to a local directory."""
     for name in saved.files:
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,32 +181,31 @@ def remove(uri: str) -> None:
 
 
 def remove_from(store: str, step: int) -> None:
-    """Remove what there is of the checkpoints of a step and of later ones."""
+    """Remove the checkpoints of a step and of later ones, whole or not."""
     for name in _names(store):
         if name.startswith(STEP) and int(name.removeprefix(STEP)) >= step:
             remove(join(store, name))
 
 
-def superfluous(
-    checkpoints: Sequence[Saved], *, keep_last: int, keep_best: int, best_metric: str, highest: bool
-) -> Iterator[Saved]:
-    """Those, newest first, that are neither among the newest nor the best."""
-    scored = best_first(checkpoints, best_metric, highest=highest)
-    kept = {each.uri for each in (*checkpoints[:keep_last], *scored[:keep_best])}
-    return (each for each in checkpoints if each.uri not in kept)
+def superfluous(checkpoints: Sequence[Saved], config: CheckpointsConfig) -> Iterator[Saved]:
+    """The checkpoints, given newest first, that are neither among the newest nor the best."""
+    best = best_first(checkpoints, config)[: config.keep_best]
+    kept = {checkpoint.uri for checkpoint in (*checkpoints[: config.keep_last], *best)}
+    return (checkpoint for checkpoint in checkpoints if checkpoint.uri not in kept)
 
 
-def best_first(checkpoints: Sequence[Saved], metric: str, *, highest: bool) -> list[Saved]:
-    """Those that have a finite value of the metric."""
-    scored = [each for each in checkpoints if math.isfinite(each.facts["metrics"].get(metric, math.nan))]
-    return sorted(scored, key=lambda each: each.facts["metrics"][metric], reverse=highest)
+def best_first(checkpoints: Sequence[Saved], config: CheckpointsConfig) -> list[Saved]:
+    """The checkpoints with a finite `best_metric`, best first."""
+    metric = config.best_metric
+    scored = [saved for saved in checkpoints if math.isfinite(saved.facts["metrics"].get(metric, math.nan))]
+    return sorted(scored, key=lambda saved: saved.facts["metrics"][metric], reverse=config.best_is_highest)
 
 
 def remove_staging(store: str) -> None:
-    """Remove what killed ranks had not brought to its place."""
+    """Remove what killed ranks had not published."""
     path = local_path(store)
-    for each in path.glob(f"{STAGING}*") if path is not None else ():
-        shutil.rmtree(each, ignore_errors=True)
+    for directory in path.glob(f"{STAGING}*") if path is not None else ():
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _names(uri: str) -> list[str]:

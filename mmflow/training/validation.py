@@ -1,4 +1,8 @@
-"""The best that a validated metric has been, and when there is no more waiting for better."""
+"""Validation during a training: losses and retrieval on held-out samples, the same on any number of ranks.
+
+It uses the weights that would be packaged: their running averages where the recipe keeps them (`ema_decay`). Afterwards
+weights, random states and running statistics are as before, and its loaders are not the training's.
+"""
 
 from __future__ import annotations
 
@@ -20,33 +24,34 @@ from mmflow.learning.rows import gather_rows
 from mmflow.loading.batches import Batch
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.plan import num_steps
-from mmflow.training.config import VALIDATION, ValidationConfig
+from mmflow.training.config import VALIDATION, CheckpointsConfig, ValidationConfig
 from mmflow.training.engine import Buffers, average_buffers, random_state, set_random_state
 from mmflow.training.journal import Journal
-from mmflow.training.metrics import as_written
+from mmflow.training.metrics import uncompiled
 from mmflow.training.optimizers import averages_in_place
+
+# Shapes: B rows of this rank, N samples of all ranks, Q queries, E the width of the shared space.
+
+DIRECTIONS = ("text_to_image", "image_to_text")
+RECALL_AT = (1, 5)
+ROUNDING = 1e-6  # of a cosine: a caption that two samples share must be a tie on any number of ranks
 
 
 class Best:
-    """Of one training, the same on every rank. A value is better by `least_gain` or not at all: small gains in a row
-    count once they add up to it."""
+    """The best value of `best_metric` so far, and when to stop waiting for a better one; the same on every rank.
 
-    def __init__(
-        self,
-        metric: str,
-        *,
-        highest: bool,
-        least_gain: float = 0.0,
-        patience: int | None = None,
-    ) -> None:
-        self._metric, self._sign = metric, 1.0 if highest else -1.0
-        self._least_gain, self._patience = least_gain, patience
+    A value must be better than the best by `least_gain`: small gains in a row count once they add up to it.
+    """
+
+    def __init__(self, checkpoints: CheckpointsConfig, validation: ValidationConfig) -> None:
+        self._metric, self._sign = checkpoints.best_metric, 1.0 if checkpoints.best_is_highest else -1.0
+        self._least_gain, self._patience = validation.least_gain, validation.patience
         self._value: float | None = None
         self._step = 0
         self._since = 0  # validations
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether a validation is the best so far. One without the metric counts for nothing."""
+    def update(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a validation is the best so far. One without the metric does not count."""
         if self._metric not in metrics:
             return False
         value = metrics[self._metric]
@@ -59,7 +64,7 @@ class Best:
 
     @property
     def ended(self) -> str | None:
-        """Why the training ends, in words; None where it goes on."""
+        """Why the training ends, in words; None while it continues."""
         if self._patience is None or self._since < self._patience:
             return None
         by = f" by {self._least_gain:g}" if self._least_gain else ""
@@ -67,33 +72,28 @@ class Best:
         return f"no better {self._metric}{than}{by} in {self._since} validations"
 
     def state(self) -> dict[str, Any]:
-        """What a restart must know of it, as JSON."""
+        """What a restart must know, as JSON."""
         return {"metric": self._metric, "value": self._value, "step": self._step, "since": self._since}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's state; from none where it is of another metric."""
+        """Continue from a checkpoint's state, unless it is about another metric."""
         if state.get("metric") == self._metric:
             self._value, self._step, self._since = state["value"], state["step"], state["since"]
 
 
-DIRECTIONS = ("text_to_image", "image_to_text")
-RECALL_AT = (1, 5)
-ROUNDING = 1e-6  # of a cosine: a caption that two samples share must be a tie on any number of ranks
-
-
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What a task is examined on."""
+    """A task's held-out samples."""
 
     task: int = 0
-    name: str = ""  # before its metrics, where there are several tasks
+    name: str = ""  # before its metrics; empty for a single task
     share: float = 1.0  # of `validation/loss`
-    loader: Loader  # of the split, from its beginning on and without augmentation
+    loader: Loader  # of the split, from its beginning and without augmentation
     objectives: ObjectivesConfig
 
 
 def validation_metrics(objectives: Mapping[str, Collection[str]], gives: Collection[str]) -> list[str]:
-    """What a validation writes of a model that gives this and learns these objectives, by the tasks' names."""
+    """The names of the metrics of a model with these outputs that learns these objectives, by task name."""
     recalls = [f"{direction}/R@{k}" for direction in DIRECTIONS for k in RECALL_AT] if "embeddings" in gives else []
     names = [_path(task, name) for task, own in objectives.items() for name in ("loss", *own, *recalls)]
     return list(dict.fromkeys([_path("", "loss"), *names]))
@@ -103,67 +103,59 @@ def _path(task: str, name: str) -> str:
     return f"{VALIDATION}{task}/{name}" if task else VALIDATION + name
 
 
+@dataclass(kw_only=True)
 class Validation:
-    """A training's validations as one rank does its part of them. Every rank calls `look`, in step."""
+    """A training's validations as one rank takes part in them."""
 
-    def __init__(
-        self,
-        config: ValidationConfig,
-        held_out: Sequence[HeldOut],
-        best: Best,
-        *,
-        keeps_best: bool,
-        averaged: bool,
-        last_step: int,
-    ) -> None:
-        """`averaged` where the engine keeps running averages of weights. Losses weigh what they do at the training's
-        last step, so that one validation compares with another."""
-        self._config, self._held_out = config, held_out
-        self._keeps_best, self._averaged, self._last_step = keeps_best, averaged, last_step
-        self.best = best
-        self.examined = 0  # the last step that there was one after, if it was cut or not
+    config: ValidationConfig
+    held_out: Sequence[HeldOut]
+    best: Best
+    keeps_best: bool
+    averaged: bool  # the engine keeps running averages of weights
+    last_step: int
+    """Losses have the weights of this step, so that validations can be compared."""
+    examined: int = 0
+    """The last step that was validated, even if it was cut short."""
 
     def is_due(self, step: int) -> bool:
-        """Whether there is one after a step."""
-        return step % self._config.every_steps == 0 or step == self._last_step
+        """Whether a validation follows a step."""
+        return step % self.config.every_steps == 0 or step == self.last_step
 
-    def look(self, engine: Any, step: int, journal: Journal | None) -> tuple[dict[str, float], bool]:
-        """The metrics of a validation, by the names of `validation_metrics`, and whether a checkpoint is wanted because
-        it is the best yet. One that took too long is cut: it has none, and the journal says so. Collective."""
+    def run(self, engine: Any, step: int, journal: Journal) -> tuple[dict[str, float], bool]:
+        """A validation's metrics, by the names of `validation_metrics`, and whether a checkpoint should be kept because
+        it is the best so far. One that takes too long is cut short: it has no metrics. Collective."""
         began, self.examined = time.monotonic(), step
-        drawn, buffers = random_state(engine.device), Buffers(engine.module)
+        random, buffers = random_state(engine.device), Buffers(engine.module)
         average_buffers(engine.module)
         engine.eval()
         metrics: dict[str, float] = {}
         is_cut = False
-        weights = averages_in_place(engine) if self._averaged else contextlib.nullcontext()
-        with weights, torch.no_grad(), as_written(engine.module):
-            for each in self._held_out:
-                found, is_cut = self._examine(engine, each, began)
-                if is_cut:
+        weights = averages_in_place(engine) if self.averaged else contextlib.nullcontext()
+        with weights, torch.no_grad(), uncompiled(engine.module):
+            for held_out in self.held_out:
+                task_metrics = self._examine(engine, held_out, began)
+                if is_cut := task_metrics is None:
                     break
-                metrics |= {_path(each.name, name): value for name, value in found.items()}
+                metrics |= {_path(held_out.name, name): value for name, value in task_metrics.items()}
         engine.train()
-        buffers.bring_back()
-        set_random_state(engine.device, drawn)
+        buffers.restore()
+        set_random_state(engine.device, random)
         seconds = time.monotonic() - began
         if is_cut:
-            if journal:
-                reason = f"validation.max_seconds: {self._config.max_seconds:g} were used up"
-                journal.event(step, "validation_cut", reason=reason, seconds=seconds)
+            reason = f"validation.max_seconds: {self.config.max_seconds:g} were used up"
+            journal.event(step, "validation_cut", reason=reason, seconds=seconds)
             return {}, False
-        whole = sum(each.share for each in self._held_out)
-        losses = [each.share * metrics[_path(each.name, "loss")] for each in self._held_out]
+        whole = sum(held_out.share for held_out in self.held_out)
+        losses = [held_out.share * metrics[_path(held_out.name, "loss")] for held_out in self.held_out]
         metrics[_path("", "loss")] = sum(losses) / whole
-        if journal:
-            journal.metrics(step, {**metrics, f"{VALIDATION}seconds": seconds})
-        return metrics, self.best.look(step, metrics) and self._keeps_best
+        journal.metrics(step, {**metrics, f"{VALIDATION}seconds": seconds})
+        return metrics, self.best.update(step, metrics) and self.keeps_best
 
-    def _examine(self, engine: Any, held_out: HeldOut, began: float) -> tuple[dict[str, float], bool]:
-        """The metrics of a task, and whether time was too short for them."""
+    def _examine(self, engine: Any, held_out: HeldOut, began: float) -> dict[str, float] | None:
+        """A task's metrics; None where there was not enough time for them."""
         loader = held_out.loader
         size = loader.order.global_batch_size
-        num_samples = min(self._config.max_samples, sum(shard.samples for shard in loader.readers[0].shards))
+        num_samples = min(self.config.max_samples, sum(shard.samples for shard in loader.readers[0].shards))
         num_batches = num_steps(num_samples, size)
         embedded: list[tuple[Tensor, Tensor, Tensor]] = []
         sums: dict[str, float] = {}
@@ -175,22 +167,22 @@ class Validation:
                 _, parts = engine(batch, number, examined=True)
                 if "image_embedding" in parts:
                     embedded.append((parts.pop("image_embedding"), parts.pop("text_embedding"), batch.real))
-                is_late = time.monotonic() - began > self._config.max_seconds and number + 1 < num_batches
+                is_late = time.monotonic() - began > self.config.max_seconds and number + 1 < num_batches
                 *means, real, late = _summed([*parts.values(), batch.real.sum(), torch.tensor(is_late)], engine.device)
                 if late:
-                    return {}, True
+                    return None
                 for name, mean in zip(parts, means, strict=True):
                     sums[name] = sums.get(name, 0.0) + real * mean / dist.get_world_size()
                 num_real += real
         losses = {name: value / max(1.0, num_real) for name, value in sums.items()}
         sections = held_out.objectives.named
-        loss = sum(section.weight_at(self._last_step) * losses[name] for name, section in sections.items())
-        recalls = _recalls(*(torch.cat(each) for each in zip(*embedded, strict=True))) if embedded else {}
-        return {"loss": loss, **losses, **recalls}, False
+        loss = sum(section.weight_at(self.last_step) * losses[name] for name, section in sections.items())
+        recalls = _recalls(*(torch.cat(tensors) for tensors in zip(*embedded, strict=True))) if embedded else {}
+        return {"loss": loss, **losses, **recalls}
 
 
 def _first(batch: Batch, count: int) -> Batch:
-    """The batch with no more than the first rows of the global one as real ones."""
+    """The batch with only the first rows of the global batch marked as real."""
     num_rows = len(batch.real)
     places_B = dist.get_rank() * num_rows + torch.arange(num_rows, device=batch.real.device)
     return replace(batch, real=batch.real & (places_B < count))
@@ -198,28 +190,28 @@ def _first(batch: Batch, count: int) -> Batch:
 
 def _summed(values: Sequence[Tensor], device: torch.device) -> list[float]:
     """Numbers of this rank, () each, summed over ranks."""
-    sums = torch.stack([each.to(device).double().reshape(()) for each in values])
+    sums = torch.stack([value.to(device).double().reshape(()) for value in values])
     dist.all_reduce(sums)
-    found: list[float] = sums.tolist()
-    return found
+    numbers: list[float] = sums.tolist()
+    return numbers
 
 
 def _recalls(image_BE: Tensor, text_BE: Tensor, real_B: Tensor) -> dict[str, float]:
-    """How often a caption finds its picture among the samples of all ranks, and a picture its caption. Collective."""
+    """How often a caption finds its image among the samples of all ranks, and an image its caption. Collective."""
     real_N = gather_rows(real_B.to(torch.uint8)).bool()
     image_NE, text_NE = gather_rows(image_BE.float())[real_N], gather_rows(text_BE.float())[real_N]
-    mine_Q = torch.arange(dist.get_rank(), len(image_NE), dist.get_world_size(), device=image_NE.device)
+    own_Q = torch.arange(dist.get_rank(), len(image_NE), dist.get_world_size(), device=image_NE.device)
     metrics: dict[str, float] = {}
     both_ways = (text_NE, image_NE), (image_NE, text_NE)
     for direction, (queries_NE, candidates_NE) in zip(DIRECTIONS, both_ways, strict=True):
-        found = [np.zeros(0, np.int64)]
-        for right_Q in torch.split(mine_Q, BLOCK):
+        own_ranks = [np.zeros(0, np.int64)]
+        for right_Q in torch.split(own_Q, BLOCK):
             similarity_QN = queries_NE[right_Q] @ candidates_NE.T
             similarity_QN[torch.arange(len(right_Q)), right_Q] -= ROUNDING
-            found.append(ranks_of_right(similarity_QN.cpu().numpy(), right_Q.cpu().numpy()))
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, np.concatenate(found))
-        ranks = np.concatenate(of_ranks)
+            own_ranks.append(ranks_of_right(similarity_QN.cpu().numpy(), right_Q.cpu().numpy()))
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, np.concatenate(own_ranks))
+        ranks = np.concatenate(gathered)
         recalls = retrieval_metrics(Found(ranks, 1 / ranks), RECALL_AT)
         metrics |= {f"{direction}/R@{k}": recalls[f"R@{k}"] for k in RECALL_AT}
     return metrics

@@ -49,7 +49,7 @@ def _rate(program: Callable[[], float]) -> float:
 
 
 def ours() -> float:
-    """`training.loop.train` with a DeepSpeed engine, of one rank."""
+    """`training.loop.Loop` with a DeepSpeed engine, of one rank."""
     import os
 
     import torch.distributed as dist
@@ -59,28 +59,18 @@ def ours() -> float:
     from mmflow.training.engine import build_engine, prepare_deepspeed
     from mmflow.training.guards import Guards
     from mmflow.training.journal import Journal
-    from mmflow.training.loop import Due, train
+    from mmflow.training.loop import Due, Loop
 
     prepare_deepspeed()
     os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     training = TrainingConfig.model_validate(_section()["training"])
-    engine = build_engine(
-        _learner(),
-        optimizer=training.optimizer,
-        zero_stage=training.zero_stage,
-        precision="fp32",
-        global_batch_size=training.global_batch_size,
-        total_steps=10_000,
-    )
+    engine = build_engine(_learner(), training.model_copy(update={"precision": "fp32"}), 10_000)
     clock = Clock(_batches())
     with tempfile.TemporaryDirectory() as directory:
         journal = Journal(Path(directory) / "journal.jsonl")
-        train(
-            engine,
-            iter(clock),
-            first_step=0,
-            state=LoaderState(),
+        loop = Loop(
+            engine=engine,
             total_steps=WARM_STEPS + STEPS,
             log_every=LOG_EVERY,
             due=Due(every_steps=10_000, every_minutes=None),
@@ -89,6 +79,7 @@ def ours() -> float:
             journal=journal,
             shard_name=lambda dataset, shard: "",
         )
+        loop.run(iter(clock), first_step=0, state=LoaderState())
         seconds = clock.seconds()
         journal.close()
     dist.destroy_process_group()

@@ -18,7 +18,7 @@ from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.heads import patches
 from mmflow.models.model import Model, build
-from mmflow.training.config import OptimizerConfig
+from mmflow.training.config import OptimizerConfig, TrainingConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from tests.tiny import SMALLEST_MODEL
 
@@ -70,11 +70,12 @@ class Everything(nn.Module):
 def engine_of(zero_stage: int) -> Any:
     return build_engine(
         Everything(fresh()).eval(),
-        optimizer=OptimizerConfig(learning_rate=0.003, warmup_steps=1),
-        zero_stage=zero_stage,
-        precision="fp32",
-        global_batch_size=BATCH,
-        total_steps=STEPS,
+        TrainingConfig(
+            optimizer=OptimizerConfig(learning_rate=0.003, warmup_steps=1),
+            zero_stage=zero_stage,
+            global_batch_size=BATCH,
+        ),
+        STEPS,
     )
 
 

@@ -27,11 +27,12 @@ from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner, Parts
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
+from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.training import job as training_job
-from mmflow.training import rank as training_rank
 from mmflow.training.config import Task, TrainingConfig
 from mmflow.training.job import TrainingJob
+from mmflow.training.loop import Loop
 from mmflow.training.rank import run_rank
 from mmflow.training.store import saved_checkpoints
 from tests.tiny import SMALLEST_MODEL
@@ -146,22 +147,22 @@ def run(plan: Training, directory: Path, preempted: Callable[[], bool] = lambda:
     Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
         job = job_of(plan, directory)
-        training_rank.train = watched(plan, job, here, seen.write)
+        Loop.run = watched(plan, job, here, seen.write)  # type: ignore[method-assign]
         os.replace = dying_replace(plan)
         try:
             run_rank(job, preempted)
         finally:
-            os.replace, training_rank.train = REPLACE, TRAIN
+            os.replace, Loop.run = REPLACE, RUN  # type: ignore[method-assign]
 
 
-TRAIN, REPLACE = training_rank.train, os.replace
+RUN, REPLACE = Loop.run, os.replace
 
 
 def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str], Any]) -> Callable[..., int]:
     """The loop over batches that are written down, and in which this rank meets its fate."""
     halts = [step for step in plan.halts if not any(here.glob(halted(step, "*")))]
 
-    def train(engine: Any, source: Iterator[Batch], *, first_step: int, **settings: Any) -> int:
+    def run(loop: Loop, source: Iterator[Batch], *, first_step: int, state: LoaderState) -> int:
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(source, first_step + 1):
                 if plan.die == (dist.get_rank(), step):
@@ -176,9 +177,9 @@ def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str],
                 write(json.dumps({"step": step, "keys": keys}) + "\n")
                 yield batch
 
-        return TRAIN(engine, batches(), first_step=first_step, **settings)
+        return RUN(loop, batches(), first_step=first_step, state=state)
 
-    return train
+    return run
 
 
 def halted(step: int, rank: int | str) -> str:

@@ -27,7 +27,7 @@ from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training import selfcheck
-from mmflow.training.config import OptimizerConfig
+from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import build_engine, descend, engine_settings, prepare_deepspeed, rows_of, whole_state
 from mmflow.training.selfcheck import compare_gradients, small_check
 
@@ -101,18 +101,12 @@ def batch(step: int, rows: int = ROWS) -> Batch:
 
 def engine_of(module: Learner, zero_stage: int, name: str = "adamw", **changes: Any) -> Any:
     settings: dict[str, Any] = {
-        "optimizer": OptimizerConfig(
-            name=name,  # type: ignore[arg-type]
-            learning_rate=0.01,
-            warmup_steps=0,
-            gradient_clipping=0.3,
-        ),
-        "precision": "fp32",
+        "optimizer": {"name": name, "learning_rate": 0.01, "warmup_steps": 0, "gradient_clipping": 0.3},
+        "zero_stage": zero_stage,
         "global_batch_size": ROWS * dist.get_world_size(),
-        "total_steps": 6,
         "ema_decay": 0.5,
     }
-    return build_engine(module, zero_stage=zero_stage, **(settings | changes))
+    return build_engine(module, TrainingConfig.model_validate(settings | changes), total_steps=6)
 
 
 def train(engine: Any, first: int, last: int) -> list[float]:
@@ -176,9 +170,7 @@ def compared(objectives: dict[str, Any], stage: int, in_micro_batches: bool) -> 
     check = small_check(
         model_config(),
         ObjectivesConfig.model_validate(objectives),
-        zero_stage=stage,
-        in_micro_batches=in_micro_batches,
-        offload_optimizer=False,
+        TrainingConfig(zero_stage=stage, micro_batch_size=2 if in_micro_batches else None),
     )
     return {
         (each.objective, stage, in_micro_batches): (each.error, each.largest, each.equal)
@@ -219,9 +211,7 @@ def dropout(directory: Path) -> dict[Any, Any]:
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=torch.optim.SGD(module.parameters(), lr=rate),
-        config=engine_settings(
-            zero_stage=1, precision="fp32", rows_per_rank=rows, gradient_clipping=0.0, micro_batch_size=2
-        ),
+        config=engine_settings(TrainingConfig(zero_stage=1, micro_batch_size=2), rows, clipped=False),
         dist_init_required=False,
     )
     before = whole_state(module.model)

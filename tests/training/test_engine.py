@@ -64,13 +64,7 @@ def test_muon_is_given_the_matrices_of_hidden_layers() -> None:
 def test_a_batch_comes_in_as_few_even_parts_as_fit(
     rows_per_rank: int, micro_batch_size: int | None, parts: int, rows: int
 ) -> None:
-    settings = engine_settings(
-        zero_stage=2,
-        precision="fp32",
-        rows_per_rank=rows_per_rank,
-        gradient_clipping=1.0,
-        micro_batch_size=micro_batch_size,
-    )
+    settings = engine_settings(TrainingConfig(micro_batch_size=micro_batch_size), rows_per_rank)
     assert settings["gradient_accumulation_steps"] == parts
     assert settings["train_micro_batch_size_per_gpu"] == rows
     assert rows * (parts - 1) < rows_per_rank <= rows * parts

@@ -240,8 +240,8 @@ def test_a_rank_that_does_not_come_is_named(place: Trainings) -> None:
     plan = {"name": "hung", "training": {"zero_stage": 2, "guards": guards}, "sleep": [1, 3]}
     place.run(2, plan, dies=True, exchange_seconds=6)
     (hung,) = place.events("hung", "hung")
-    assert hung["reason"].startswith("rank 1 stands at step 3, loading, for ")
-    assert "rank 1 stands at step 3, loading" in place.said("hung")
+    assert hung["reason"].startswith("rank 1 is at step 3, loading, for ")
+    assert "rank 1 is at step 3, loading" in place.said("hung")
 
 
 @pytest.mark.slow

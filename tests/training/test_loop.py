@@ -155,7 +155,7 @@ def test_a_checkpoint_that_is_not_what_was_written_is_refused(directory: Path, d
     ("kind", "said", "position"),
     [
         ("loss", "step 2: the loss is nan; ", BATCH),
-        ("gradient", "step 3: a weight is not finite, so none is saved; ", 2 * BATCH),
+        ("gradient", "step 3: a weight is not finite, so nothing is saved; ", 2 * BATCH),
     ],
 )
 def test_what_is_not_a_number_ends_the_run_before_it_is_saved(

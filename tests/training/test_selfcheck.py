@@ -8,6 +8,7 @@ import pytest
 
 from mmflow.learning.config import ObjectivesConfig
 from mmflow.models.config import ModelConfig
+from mmflow.training.config import TrainingConfig
 from mmflow.training.selfcheck import Compared, small_check
 from mmflow.training.workers import compare_gradients_on_ray
 from tests.tiny import SMALLEST_MODEL
@@ -33,10 +34,8 @@ def test_workers_descend_the_gradient_of_one_process(ray_cluster: None, tmp_path
     check = small_check(
         model,
         ObjectivesConfig.model_validate({"contrastive": {"weight": 0}, "sigmoid": {}}),
-        zero_stage=2,
-        in_micro_batches=True,
-        offload_optimizer=False,
+        TrainingConfig(num_workers=2, micro_batch_size=8),
     )
-    found = compare_gradients_on_ray(check, num_workers=2, cpus_per_worker=1, directory=str(tmp_path))
+    found = compare_gradients_on_ray(check, str(tmp_path))
     assert [each.objective for each in found] == ["contrastive", "sigmoid"]
     assert all(each.equal for each in found), found

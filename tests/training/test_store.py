@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mmflow.core.errors import CorruptArtifactError
+from mmflow.training.config import CheckpointsConfig
 from mmflow.training.store import (
     Saved,
     copy,
@@ -154,17 +155,16 @@ def test_a_checkpoint_half_removed_does_not_exist(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     losses = {4: 2.0, 8: 0.5, 12: 3.0, 16: 0.7, 20: 1.0}
     for step, loss in losses.items():
-        write(tmp_path, step, metrics={"loss": loss} if step != 12 else {})
+        write(tmp_path, step, metrics={"loss": loss, "R@1": loss} if step != 12 else {})
     found = saved_checkpoints(str(tmp_path))
 
     def removed(**changes: Any) -> list[int]:
-        settings: dict[str, Any] = {"keep_last": 2, "keep_best": 0, "best_metric": "loss", "highest": False}
-        return [each.step for each in superfluous(found, **(settings | changes))]
+        return [saved.step for saved in superfluous(found, CheckpointsConfig(**changes))]
 
     assert removed() == [12, 8, 4]
     assert removed(keep_best=1) == [12, 4]
     assert removed(keep_best=2) == [12, 4]  # 8 and 16, which is kept anyway
-    assert removed(keep_best=1, highest=True) == [12, 8]
+    assert removed(keep_best=1, best_metric="R@1") == [12, 8]
     assert removed(keep_last=1, keep_best=1, best_metric="recall") == [16, 12, 8, 4]
 
 

@@ -24,7 +24,7 @@ from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
 from mmflow.stages.training import check_held_out, identity
 from mmflow.training.check import check_training
-from mmflow.training.config import PretrainConfig, TrainingConfig
+from mmflow.training.config import CheckpointsConfig, PretrainConfig, TrainingConfig, ValidationConfig
 from mmflow.training.journal import curves, read_journal
 from mmflow.training.metrics import known_peak
 from mmflow.training.store import saved_checkpoints
@@ -254,36 +254,36 @@ def test_peaks_go_by_the_words_of_a_name() -> None:
 # --- what is best ---------------------------------------------------------------------------------------------------
 
 
-def looks(best: Best, *values: float) -> list[bool]:
-    return [best.look(step, {LOSS: value}) for step, value in enumerate(values, 1)]
+def best_of(metric: str = LOSS, **validation: Any) -> Best:
+    return Best(CheckpointsConfig(best_metric=metric), ValidationConfig(split="held_out", **validation))
+
+
+def updates(best: Best, metric: str, *values: float) -> list[bool]:
+    return [best.update(step, {metric: value}) for step, value in enumerate(values, 1)]
 
 
 def test_small_gains_count_once_they_add_up() -> None:
-    best = Best(LOSS, highest=False, least_gain=0.125, patience=2)
-    assert looks(best, 1.0, 0.9375, 0.875, 0.8125) == [True, False, True, False]
+    best = best_of(least_gain=0.125, patience=2)
+    assert updates(best, LOSS, 1.0, 0.9375, 0.875, 0.8125) == [True, False, True, False]
     assert best.ended is None
-    assert looks(best, 0.8) == [False]
+    assert updates(best, LOSS, 0.8) == [False]
     assert best.ended == "no better validation/loss than 0.875 at step 3 by 0.125 in 2 validations"
 
 
-def test_what_is_no_number_is_never_the_best() -> None:
-    best = Best("validation/R@1", highest=True, patience=3)
-    assert [best.look(step, {"validation/R@1": value}) for step, value in ((1, float("nan")), (2, 0.1), (3, 0.1))] == [
-        False,
-        True,
-        False,
-    ]
-    assert not best.look(4, {})  # cut: it counts for nothing
+def test_a_value_that_is_not_finite_is_never_the_best() -> None:
+    best = best_of("validation/R@1", patience=3)
+    assert updates(best, "validation/R@1", float("nan"), 0.1, 0.1) == [False, True, False]
+    assert not best.update(4, {})  # cut short: it does not count
     assert best.state() == {"metric": "validation/R@1", "value": 0.1, "step": 2, "since": 1}
 
 
-def test_a_restart_knows_what_was_best_unless_it_is_told_another_metric() -> None:
-    best, again, other = (Best(name, highest=False, patience=2) for name in (LOSS, LOSS, "validation/contrastive"))
-    looks(best, 1.0, 2.0)
-    for each in (again, other):
-        each.restore(best.state())
+def test_a_restart_knows_the_best_value_unless_the_metric_has_changed() -> None:
+    best, again, other = (best_of(name, patience=2) for name in (LOSS, LOSS, "validation/contrastive"))
+    updates(best, LOSS, 1.0, 2.0)
+    for restarted in (again, other):
+        restarted.restore(best.state())
     assert again.state() == best.state()
-    assert not again.look(3, {LOSS: 1.5})
+    assert not again.update(3, {LOSS: 1.5})
     assert again.ended
     assert other.state()["value"] is None
 

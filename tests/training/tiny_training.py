@@ -24,11 +24,11 @@ from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training.checkpoints import Checkpoints
-from mmflow.training.config import CheckpointsConfig, GuardsConfig, OptimizerConfig
+from mmflow.training.config import CheckpointsConfig, GuardsConfig, OptimizerConfig, TrainingConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards
-from mmflow.training.journal import Journal
-from mmflow.training.loop import Due, train
+from mmflow.training.journal import Journal, read_journal
+from mmflow.training.loop import Due, Loop
 from tests.tiny import SMALLEST_MODEL
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -77,11 +77,13 @@ def engine_of(zero_stage: int, precision: str = "fp32", poison: str | None = Non
     module.poison = poison
     engine = build_engine(
         module,
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3),
-        zero_stage=zero_stage,
-        precision=precision,
-        global_batch_size=BATCH,
-        total_steps=TOTAL_STEPS,
+        TrainingConfig(
+            optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3),
+            zero_stage=zero_stage,
+            precision=precision,
+            global_batch_size=BATCH,
+        ),
+        TOTAL_STEPS,
     )
     torch.manual_seed(5)
     return engine
@@ -105,12 +107,8 @@ def source(state: LoaderState, seen: list[LoaderState]) -> Iterator[Batch]:
         )
 
 
-def checkpoints_in(directory: Path, said: list[str] | None = None) -> Checkpoints:
-    def note(step: int, event: str, **details: Any) -> None:
-        if said is not None:
-            said.append(f"{event} {step}: {details['reason']}")
-
-    return Checkpoints(str(directory / STORE), CheckpointsConfig(), note)
+def checkpoints_in(directory: Path, journal: Journal | None = None) -> Checkpoints:
+    return Checkpoints(str(directory / STORE), CheckpointsConfig(), journal or Journal())
 
 
 def run(
@@ -126,11 +124,8 @@ def run(
     seen: list[LoaderState] = []
     journal, checkpoints = Journal(directory / "journal.jsonl"), checkpoints_in(directory)
     try:
-        train(
-            engine,
-            source(state, seen),
-            first_step=step,
-            state=state,
+        loop = Loop(
+            engine=engine,
             total_steps=TOTAL_STEPS,
             log_every=log_every,
             due=Due(every_steps=checkpoint_every, every_minutes=None),
@@ -139,6 +134,7 @@ def run(
             journal=journal,
             shard_name=lambda dataset, shard: f"{shard:05d}",
         )
+        loop.run(source(state, seen), first_step=step, state=state)
         checkpoints.finish(TOTAL_STEPS)
     finally:
         journal.close()
@@ -192,12 +188,14 @@ def damaged(directory: Path) -> None:
     """What is said of stores whose only checkpoint is damaged."""
     found = {}
     for name in DAMAGES:
-        said: list[str] = []
+        journal = directory / name / "journal.jsonl"
         try:
-            list(checkpoints_in(directory / name, said).newest())
+            list(checkpoints_in(directory / name, Journal(journal)).newest())
         except CorruptArtifactError as error:
-            said.append(str(error))
-        found[name] = said
+            found[name] = [
+                *(f"{line['event']} {line['step']}: {line['reason']}" for line in read_journal(journal)),
+                str(error),
+            ]
     torch.save(found, directory / "said.pt")
 
 

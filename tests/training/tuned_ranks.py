@@ -28,13 +28,12 @@ from mmflow.loading.plan import LoaderState
 from mmflow.models.config import LoraConfig, ModelConfig
 from mmflow.models.lora import adapt, merged
 from mmflow.models.model import build
-from mmflow.training import rank as training_rank
 from mmflow.training.config import GuardsConfig, OptimizerConfig, Task, TrainingConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards
 from mmflow.training.job import TrainingJob
 from mmflow.training.journal import Journal
-from mmflow.training.loop import Due, train
+from mmflow.training.loop import Due, Loop
 from mmflow.training.rank import run_rank
 from mmflow.training.zero import fragments_of
 
@@ -87,12 +86,13 @@ def learner() -> TaskLearner:
 def engine_of(module: TaskLearner, zero_stage: int, offload: bool = False) -> Any:
     return build_engine(
         module,
-        optimizer=OptimizerConfig(learning_rate=0.001, warmup_steps=1, gradient_clipping=100.0),
-        zero_stage=zero_stage,
-        precision="fp32",
-        global_batch_size=dist.get_world_size() * ROWS,
+        TrainingConfig(
+            optimizer=OptimizerConfig(learning_rate=0.001, warmup_steps=1, gradient_clipping=100.0),
+            zero_stage=zero_stage,
+            global_batch_size=dist.get_world_size() * ROWS,
+            offload_optimizer=offload,
+        ),
         total_steps=10,
-        offload_optimizer=offload,
     )
 
 
@@ -104,20 +104,18 @@ def take_turns(engine: Any, journal: Path) -> None:
         for step, task in enumerate(TURNS, 1):
             yield batch(step, task)
 
-    train(
-        engine,
-        source(),
-        first_step=0,
-        state=LoaderState(),
+    loop = Loop(
+        engine=engine,
         total_steps=len(TURNS),
         log_every=2,
         due=Due(every_steps=100, every_minutes=None),
         save=lambda *_: True,
         guards=Guards(GuardsConfig()),
-        journal=lines if dist.get_rank() == 0 else None,
+        journal=lines if dist.get_rank() == 0 else Journal(),
         shard_name=lambda dataset, shard: "",
-        tasks=tuple(OBJECTIVES),
+        task_names=tuple(OBJECTIVES),
     )
+    loop.run(source(), first_step=0, state=LoaderState())
     lines.close()
 
 
@@ -231,22 +229,22 @@ def straight(directory: Path) -> None:
 
 def stopped(directory: Path) -> None:
     """Ended before a step, with a checkpoint behind it."""
-    whole = training_rank.train
+    whole = Loop.run
 
-    def train_until(engine: Any, source: Iterator[Batch], **settings: Any) -> None:
+    def run_until(loop: Loop, source: Iterator[Batch], **settings: Any) -> int:
         def until() -> Iterator[Batch]:
             for step, each in enumerate(source, 1):
                 if step == STOPPED_BEFORE:
                     raise TrainingError("stopped")
                 yield each
 
-        whole(engine, until(), **settings)
+        return whole(loop, until(), **settings)
 
-    training_rank.train = train_until
+    Loop.run = run_until  # type: ignore[method-assign]
     for stage in JOBS:
         with contextlib.suppress(TrainingError):
             run_rank(job_of(directory, f"stopped-{stage}", stage))
-    training_rank.train = whole
+    Loop.run = whole  # type: ignore[method-assign]
 
 
 def resumed(directory: Path) -> None:

@@ -22,7 +22,7 @@ from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.training.config import OptimizerConfig
+from mmflow.training.config import OptimizerConfig, TrainingConfig
 from mmflow.training.engine import build_engine, prepare_deepspeed
 from tests.tiny import SMALLEST_MODEL
 
@@ -69,10 +69,11 @@ def losses(name: str, zero_stage: int, rank: int) -> list[float]:
     special, ranks = MaskingTokens(None, (), VOCABULARY), Ranks(rank, gather_rows, pass_on)
     engine = build_engine(
         Learner(model, config, ObjectivesConfig(), special, seed=1, ranks=ranks),
-        optimizer=OptimizerConfig(learning_rate=0.001, warmup_steps=1),
-        zero_stage=zero_stage,
-        precision="fp32",
-        global_batch_size=WORLD_SIZE * ROWS,
+        TrainingConfig(
+            optimizer=OptimizerConfig(learning_rate=0.001, warmup_steps=1),
+            zero_stage=zero_stage,
+            global_batch_size=WORLD_SIZE * ROWS,
+        ),
         total_steps=10,
     )
     partitioned = any(getattr(weight, "ds_tensor", weight).numel() < weight_of(weight) for weight in model.parameters())

@@ -135,16 +135,14 @@ def _learner(size: str, **changes: Any) -> Any:
 
 
 def _engine(learner: Any, batch: int) -> Any:
-    from mmflow.training.config import OptimizerConfig
+    from mmflow.training.config import TrainingConfig
     from mmflow.training.engine import build_engine, prepare_deepspeed
 
     prepare_deepspeed()
     os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return build_engine(
-        learner, optimizer=OptimizerConfig(), zero_stage=1, precision="bf16", global_batch_size=batch, total_steps=1000
-    )
+    return build_engine(learner, TrainingConfig(zero_stage=1, precision="bf16", global_batch_size=batch), 1000)
 
 
 def _batch(size: str, rows: int, device: torch.device) -> Any:
