@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from mmflow.core.errors import RecipeError
 from mmflow.dataset.opened import open_dataset
 from mmflow.learning.cached import CachedTeacher
-from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.distillation.config import DistillationLossesConfig, InitialiseConfig
 from mmflow.learning.distillation.table import LIVE
 from mmflow.learning.initialise import initialise
@@ -66,8 +65,7 @@ class TrainingJob:
     dataset: str  # URI
     tokenizer_json: str
     model: ModelConfig
-    loader: LoaderConfig
-    objectives: ObjectivesConfig
+    tasks: tuple[Task, ...]
     training: TrainingConfig
     seed: int
     package: str  # URI, where rank 0 writes the trained model
@@ -77,16 +75,10 @@ class TrainingJob:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None  # URI of the package that the model starts from
     lora: LoraConfig | None = None
-    several: tuple[Task, ...] = ()  # instead of `loader` and `objectives`
     teachers: tuple[TeacherPackage, ...] = ()
     losses: DistillationLossesConfig | None = None
     initialise: InitialiseConfig | None = None  # from the first teacher
     stored_views: int = 0  # views in the teachers' caches; 0 without caches
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        """What is learnt: the stage itself is one task unless it has several."""
-        return self.several or (Task(key=self.stage, loader=self.loader, objectives=self.objectives),)
 
     @property
     def task_names(self) -> tuple[str, ...]:
