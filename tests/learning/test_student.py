@@ -265,7 +265,7 @@ def test_a_number_is_a_weight_and_nothing_named_is_soft_labels_and_features() ->
     [
         (
             {"cache": {}, "losses": {"attention": {"sides": ["text"]}}},
-            "cache: it holds embeddings, and no loss reads",
+            "cache: no loss reads the embeddings",
         ),
         (
             {"training": {"compile": True}, "losses": {"hidden": {"sides": ["text"]}}},

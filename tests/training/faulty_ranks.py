@@ -127,11 +127,14 @@ def job_of(plan: Training, directory: Path) -> TrainingJob:
         dataset=plan.dataset,
         tokenizer_json=Path(plan.tokenizer).read_text(),
         model=UNSTEADY if plan.unsteady else MODEL,
-        loader=LoaderConfig(),
-        objectives=ObjectivesConfig(),
-        several=tuple(
-            Task(key=f"pretrain.tasks.{number}", name=name, loader=LoaderConfig(), objectives=ObjectivesConfig())
-            for number, name in enumerate(plan.tasks)
+        tasks=tuple(
+            Task(
+                key=f"pretrain.tasks.{number}" if plan.tasks else "pretrain",
+                name=name,
+                loader=LoaderConfig(),
+                objectives=ObjectivesConfig(),
+            )
+            for number, name in enumerate(plan.tasks or ("",))
         ),
         training=TrainingConfig.model_validate(fields | plan.training),
         seed=3,

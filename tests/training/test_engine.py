@@ -73,8 +73,8 @@ def test_a_batch_comes_in_as_few_even_parts_as_fit(
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer: at zero_stage 0 there is none"),
-        ({"zero_stage": 0, "precision": "fp16"}, "precision: fp16: at zero_stage 0 there is none"),
+        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer: not at zero_stage 0"),
+        ({"zero_stage": 0, "precision": "fp16"}, "precision: fp16: not at zero_stage 0"),
         ({"zero_stage": 3, "compile": True}, "compile: zero_stage 3"),
     ],
 )

@@ -16,7 +16,6 @@ import torch
 from mmflow.training.journal import read_journal
 from mmflow.training.store import saved_checkpoints
 from tests.training.faulty_ranks import EPOCHS, VICTIM
-from tests.training.tiny_training import cut, turn
 from tests.training.trainings import (
     LAST_SAVED,
     SAMPLES,
@@ -24,7 +23,9 @@ from tests.training.trainings import (
     STEPS,
     Trainings,
     assert_each_sample_once_an_epoch,
+    cut,
     largest_difference,
+    turn,
 )
 
 pytestmark = pytest.mark.timeout(1200)  # fixtures run many trainings in turn, which a loaded machine takes long over

@@ -59,5 +59,5 @@ def test_every_schedule_rises_to_the_peak_once_and_falls(warmup: int, total: int
 
 
 def test_only_wsd_has_a_decay_share() -> None:
-    with pytest.raises(ValidationError, match="schedule cosine reads none; take schedule wsd"):
+    with pytest.raises(ValidationError, match="schedule cosine does not use it; set schedule to wsd"):
         OptimizerConfig(decay_share=0.1)

@@ -123,3 +123,15 @@ def assert_each_sample_once_an_epoch(seen: dict[int, list[str]]) -> None:
     for epoch in range(EPOCHS):
         steps = range(epoch * STEPS_PER_EPOCH + 1, (epoch + 1) * STEPS_PER_EPOCH + 1)
         assert sorted(key for step in steps for key in set(seen[step])) == everything
+
+
+def cut(path: Path) -> None:
+    """Cut a file short."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def turn(path: Path) -> None:
+    """Turn a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)

@@ -208,8 +208,6 @@ def job_of(directory: Path, name: str, zero_stage: int) -> TrainingJob:
         dataset=str(directory / "dataset"),
         tokenizer_json=(directory / "start" / "tokenizer.json").read_text(),
         model=model,
-        loader=LoaderConfig(),
-        objectives=ObjectivesConfig(),
         training=TrainingConfig.model_validate(training),
         seed=3,
         package=str(here / "package"),
@@ -218,7 +216,7 @@ def job_of(directory: Path, name: str, zero_stage: int) -> TrainingJob:
         classes=("yes", "no"),
         start=str(directory / "start"),
         lora=LORA,
-        several=(task(0, 2.0, {}, {"contrastive": {}}), task(1, 1.0, {"text": "questions"}, {"answering": {}})),
+        tasks=(task(0, 2.0, {}, {"contrastive": {}}), task(1, 1.0, {"text": "questions"}, {"answering": {}})),
     )
 
 
