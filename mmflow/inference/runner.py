@@ -99,7 +99,7 @@ class ShardWorker:
         self.task, self.uri = task, uri
         loaded = load_package(read_package(task.package))
         # An actor that was given no GPU still sees those of the others.
-        loaded.model.to("cuda" if ray.get_gpu_ids() else "cpu")
+        loaded.model.to("cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu")
         self.write = task.start(loaded)
         self.dataset = open_dataset(task.dataset)
         self.readers: dict[str, Reader] = {}

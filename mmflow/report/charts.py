@@ -75,17 +75,14 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     return [f"{value / scale:.{digits}g}{suffix}" if round(value / step) else "0" for value in values]
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """The rectangle that data is drawn in, in pixels, and the data's ranges that it spans."""
+    """The rectangle that data is drawn in, in pixels, and the range of the data on each axis."""
 
-    left: float
-    right: float
-    top: float
-    bottom: float
-    x_low: float
-    x_span: float
-    y_ticks: list[float]
+    def __init__(self, width: int, height: int, xs: tuple[float, float], ys: tuple[float, float]) -> None:
+        self.y_ticks = ticks(*ys)
+        self.left = max(map(len, tick_labels(self.y_ticks))) * DIGIT_WIDTH + 7
+        self.right, self.top, self.bottom = width - 8, 8, height - 19
+        self.x_low, self.x_span = xs[0], (xs[1] - xs[0]) or 1.0
 
     def x(self, value: float) -> float:
         return self.left + (value - self.x_low) / self.x_span * (self.right - self.left)
@@ -108,19 +105,6 @@ class _Frame:
             at = min(x + len(name) * DIGIT_WIDTH / 2, self.right) if last else x
             yield f'<path class="tick" d="M{x:.1f},{self.bottom:g}v3"/>'
             yield f'<text class="x" x="{at:.1f}" y="{self.bottom + 14:g}" text-anchor="{anchor}">{escape(label)}</text>'
-
-
-def _frame(width: int, height: int, xs: tuple[float, float], ys: tuple[float, float]) -> _Frame:
-    y_ticks = ticks(*ys)
-    return _Frame(
-        left=max(map(len, tick_labels(y_ticks))) * DIGIT_WIDTH + 7,
-        right=width - 8,
-        top=8,
-        bottom=height - 19,
-        x_low=xs[0],
-        x_span=(xs[1] - xs[0]) or 1.0,
-        y_ticks=y_ticks,
-    )
 
 
 def _open(kind: str, width: int, height: int, title: str, more: str = "") -> str:
@@ -180,7 +164,7 @@ def line_chart(
         return f'{_open("line", width, height, title)}<text x="8" y="{height / 2:g}">no finite values</text></svg>'
     # A scale from zero compares honestly, but values far above zero would be flattened to a line.
     lowest = 0.0 if 0 < min(ys) < 0.4 * max(ys) else min(ys)
-    frame = _frame(width, height, x_range or (min(xs), max(xs)), (lowest, max(ys)))
+    frame = _Frame(width, height, x_range or (min(xs), max(xs)), (lowest, max(ys)))
     numbers = f"{frame.left:g} {frame.right:g} {frame.top:g} {frame.bottom:g} {frame.x_low!r} {frame.x_span!r}"
     parts = [_open("line", width, height, title, f' data-frame="{numbers}"'), *frame.axes(x_label, 3)]
     for line, line_runs in drawn:
@@ -219,7 +203,7 @@ def histogram(
     height: int = 170,
 ) -> str:
     """An SVG histogram; `edges` has one entry more than `counts`."""
-    frame = _frame(width, height, (edges[0], edges[-1]), (0.0, max(counts, default=0.0) or 1.0))
+    frame = _Frame(width, height, (edges[0], edges[-1]), (0.0, max(counts, default=0.0) or 1.0))
     parts = [_open("histogram", width, height, title), *frame.axes(x_label, 8)]
     for start, stop, count in zip(edges[:-1], edges[1:], counts, strict=True):
         x, y = frame.x(start), frame.y(count)

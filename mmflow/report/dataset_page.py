@@ -13,14 +13,12 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jinja2 import Template
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -84,7 +82,7 @@ def describe(dataset: Dataset) -> tuple[dict[str, Any], dict[str, bytes]]:
         examples[split] = [example for example, _ in shown]
         pictures |= {example["key"]: picture for example, picture in shown if picture is not None}
     rejected = rejected_examples(dataset)
-    histograms = {name: histogram_of(counted.values[name]) for name in CHARTS}
+    histograms = {name: histogram_of(counts) for name, counts in counted.values.items()}
     description = {
         "name": dataset.uri.rstrip("/").rpartition("/")[2],
         "fingerprint": dataset.fingerprint,
@@ -117,26 +115,22 @@ def render(description: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
         edges, counts = histogram["edges"], histogram["counts"]
         svg = charts.histogram(edges, counts, title=f"Samples by {title}", x_label=unit, color="var(--bar)")
         drawn[name] = {**histogram, "title": title, "svg": Markup(svg)}
-    return template().render(
-        data=description,
-        charts=drawn,
-        settings=json.dumps(description["settings"], indent=2, ensure_ascii=False, sort_keys=True),
-        picture=lambda key: page.data_uri(pictures[key]) if key in pictures else "",
-        meter=lambda value, whole: Markup(charts.meter(float(value), maximum=float(whole or 1), color="var(--bar)")),
+    return (
+        page.environment()
+        .get_template("dataset_page.html.jinja")
+        .render(
+            data=description,
+            charts=drawn,
+            settings=json.dumps(description["settings"], indent=2, ensure_ascii=False, sort_keys=True),
+            picture=lambda key: page.data_uri(pictures[key]) if key in pictures else "",
+            meter=lambda value, whole: Markup(
+                charts.meter(float(value), maximum=float(whole or 1), color="var(--bar)")
+            ),
+        )
     )
 
 
-@cache
-def template() -> Template:
-    """The page's template."""
-    return page.environment().get_template("dataset_page.html.jinja")
-
-
 # --- figures --------------------------------------------------------------------------------------------------------
-
-
-def _no_values() -> dict[str, Counts]:
-    return {name: np.zeros(MAX_VALUE + 1, np.int64) for name in CHARTS}
 
 
 @dataclass
@@ -153,7 +147,7 @@ class Survey:
     captions: int = 0
     repeated_pictures: int | None = None
     repeated_captions: int | None = None
-    values: dict[str, Counts] = field(default_factory=_no_values)  # by the names of CHARTS
+    values: dict[str, Counts] = field(default_factory=dict)  # by the names of CHARTS
     shown: dict[str, list[tuple[int, ShardInfo, int]]] = field(default_factory=dict)
 
 
@@ -205,7 +199,8 @@ def _add_shard(counted: Survey, shard: ShardInfo, index: pa.Table) -> None:
         "tokens": index["caption_tokens"].drop_null().to_numpy(),
     }
     for name, column in columns.items():
-        counted.values[name] += np.bincount(np.clip(column, 0, MAX_VALUE), minlength=MAX_VALUE + 1)
+        counts = np.bincount(np.clip(column, 0, MAX_VALUE), minlength=MAX_VALUE + 1)
+        counted.values[name] = counted.values.get(name, 0) + counts
     aspects = np.searchsorted([bound for _, bound in ASPECTS], width / height)
     for (name, _), number in zip(ASPECTS, np.bincount(aspects, minlength=len(ASPECTS)).tolist(), strict=True):
         counted.aspects[name] += number

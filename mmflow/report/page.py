@@ -4,8 +4,10 @@ A page is a single file without outside resources: it opens from an artifact sto
 network. Captions, keys and file names are not trusted: Jinja escapes them all, and only our own SVG passes as markup.
 """
 
+import re
 from base64 import b64encode
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
@@ -13,8 +15,10 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from mmflow.report.charts import is_finite
 
 MISSING = "—"
+DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 
 
+@cache
 def environment() -> Environment:
     """Finds templates by their file name, with the filters that all of them use.
 
@@ -34,6 +38,9 @@ def environment() -> Environment:
         "seconds": format_seconds,
         "bytes": format_bytes,
         "date": format_date,
+        "metric": format_metric,
+        "words": words,
+        "is_share": is_share,
     }
     return made
 
@@ -99,6 +106,36 @@ def format_date(value: object) -> str:
     zone = "" if moment.tzinfo is None else " UTC"
     moment = moment if moment.tzinfo is None else moment.astimezone(UTC)
     return f"{moment:%A} {moment.day} {moment:%B %Y, %H:%M}{zone}"
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is between 0 and 1 and reads best as a percentage."""
+    return bool(re.search(r"\b(R@\d+|mAP|F1|BLEU|ROUGE)|accuracy|recall|precision|share|distinct", name))
+
+
+def format_metric(value: object, name: str) -> str:
+    """A metric's value: R@K and accuracies as percentages, ranks with one decimal."""
+    if is_share(name):
+        return format_percent(value)
+    if "rank" in name and isinstance(value, float) and is_finite(value):
+        return f"{value:,.1f}"
+    return format_count(value) if isinstance(value, int) else format_number(value)
+
+
+def words(name: object) -> str:
+    """A key of the report in words: "unseen_variants" as "unseen variants", directions with an arrow."""
+    return DIRECTIONS.get(str(name), str(name).replace("_", " "))
+
+
+def metric_words(path: str) -> str:
+    """A metric's flat name in words: "languages/zh/text_to_image/R@10" as "zh text → image R@10"."""
+    return " ".join(words(part) for part in path.split("/") if part != "languages")
+
+
+def natural_order(metric: str) -> tuple[float, str]:
+    """Sorts R@1, R@5, R@10 by their numbers, before metrics without one."""
+    number = re.search(r"\d+", metric)
+    return (float(number[0]) if number else float("inf"), metric)
 
 
 def data_uri(image: bytes) -> str:

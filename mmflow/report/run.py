@@ -27,7 +27,8 @@ from mmflow.dataset.reader import Reader
 from mmflow.evaluation.examination import DETAILS, METRICS, SPEED, flatten, spread
 from mmflow.imaging.decode import decode
 from mmflow.recipe import dump_recipe
-from mmflow.report.run_page import is_share, render_report
+from mmflow.report.page import is_share
+from mmflow.report.run_page import render_report
 from mmflow.stages.evaluate import MODELS
 from mmflow.stages.loop import STAGES, Loop
 from mmflow.stages.training import JOURNAL

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
-from jinja2 import Template
 from markupsafe import Markup
 
 from mmflow.report import charts
@@ -18,9 +16,13 @@ from mmflow.report.page import (
     environment,
     format_bytes,
     format_count,
+    format_metric,
     format_number,
     format_percent,
     format_seconds,
+    metric_words,
+    natural_order,
+    words,
 )
 
 NUM_STAGE_COLORS = 7  # --stage-0 to --stage-6 in the style
@@ -28,7 +30,6 @@ MODEL_COLORS = {name: f"var(--{name})" for name in ("teacher", "student", "untra
 # How the training went, not what was learned: drawn after the losses.
 TELEMETRY = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second")
 VALIDATION = "validation/"
-DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
 FINDS = {"text_to_image": "captions find their picture", "image_to_text": "pictures find their caption"}
 MAPS = {"picture": "what moved the score", "rollout": "attention rollout"}
 # The section `written` in the navigation and over its content, named after the first part that it has.
@@ -48,65 +49,32 @@ def render_report(report: Report, images: Mapping[str, bytes]) -> str:
     """
     evaluation, written = report.get("evaluation") or {}, report.get("written") or {}
     splits, first = evaluation.get("splits") or {}, (evaluation.get("headline") or {}).get("split")
-    return page_template().render(
-        report=report,
-        headline=headline(evaluation),
-        facts=facts(report),
-        stages=stage_view(report.get("stages") or []),
-        splits={
-            name: {**splits[name], "tables": metric_tables(splits[name].get("models") or {})}
-            for name in sorted(splits, key=lambda name: name != first)
-        },
-        curves=curve_charts(report.get("training") or {}),
-        similarity=similarity_chart((report.get("scores") or {}).get("similarity") or {}),
-        looks=[look_view(row) for row in (report.get("looks") or {}).get("rows") or []],
-        written_titles=next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"]),
-        confusion=confusion_view(written.get("confusion") or {}),
-        picture=lambda key: data_uri(images[key]) if key in images else "",
-        meter=meter,
-        kept=kept_view((report.get("comparison") or {}).get("share_of_teacher") or {}),
+    return (
+        environment()
+        .get_template("run_page.html.jinja")
+        .render(
+            report=report,
+            headline=headline(evaluation),
+            facts=facts(report),
+            stages=stage_view(report.get("stages") or []),
+            splits={
+                name: {**splits[name], "tables": metric_tables(splits[name].get("models") or {})}
+                for name in sorted(splits, key=lambda name: name != first)
+            },
+            curves=curve_charts(report.get("training") or {}),
+            similarity=similarity_chart((report.get("scores") or {}).get("similarity") or {}),
+            looks=[look_view(row) for row in (report.get("looks") or {}).get("rows") or []],
+            written_titles=next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"]),
+            confusion=confusion_view(written.get("confusion") or {}),
+            picture=lambda key: data_uri(images[key]) if key in images else "",
+            meter=meter,
+            color=model_color,
+            kept=kept_view((report.get("comparison") or {}).get("share_of_teacher") or {}),
+        )
     )
 
 
-@cache
-def page_template() -> Template:
-    """The page's template with its filters."""
-    made = environment()
-    made.filters |= {"metric": format_metric, "words": words, "is_share": is_share, "color": model_color}
-    return made.get_template("run_page.html.jinja")
-
-
-# --- words and figures ----------------------------------------------------------------------------------------------
-
-
-def is_share(name: str) -> bool:
-    """Whether a metric is between 0 and 1 and reads best as a percentage."""
-    return bool(re.search(r"\b(R@\d+|mAP|F1|BLEU|ROUGE)|accuracy|recall|precision|share|distinct", name))
-
-
-def format_metric(value: object, name: str) -> str:
-    """A metric's value: R@K and accuracies as percentages, ranks with one decimal."""
-    if is_share(name):
-        return format_percent(value)
-    if "rank" in name and isinstance(value, float) and is_finite(value):
-        return f"{value:,.1f}"
-    return format_count(value) if isinstance(value, int) else format_number(value)
-
-
-def words(name: object) -> str:
-    """A key of the report in words: "unseen_variants" as "unseen variants", directions with an arrow."""
-    return DIRECTIONS.get(str(name), str(name).replace("_", " "))
-
-
-def metric_words(path: str) -> str:
-    """A metric's flat name in words: "languages/zh/text_to_image/R@10" as "zh text → image R@10"."""
-    return " ".join(words(part) for part in path.split("/") if part != "languages")
-
-
-def natural_order(metric: str) -> tuple[float, str]:
-    """Sorts R@1, R@5, R@10 by their numbers, before metrics without one."""
-    number = re.search(r"\d+", metric)
-    return (float(number[0]) if number else float("inf"), metric)
+# --- sections -------------------------------------------------------------------------------------------------------
 
 
 def model_color(name: str) -> str:
@@ -125,9 +93,6 @@ def meter(value: object, model: str, maximum: object = 1.0, mark: object = None)
         float(x) if isinstance(x, int | float) and is_finite(x) else None for x in (value, maximum, mark)
     )
     return Markup(charts.meter(number or 0.0, maximum=whole or 0.0, color=model_color(model), mark=threshold))
-
-
-# --- sections -------------------------------------------------------------------------------------------------------
 
 
 def headline(evaluation: Report) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmflow.report import page
-from mmflow.report.run_page import format_metric, render_report
+from mmflow.report.run_page import render_report
 from tests.report.sample_report import sample_images, sample_report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>'
@@ -324,8 +324,8 @@ def test_missing_figure_prints_as_a_dash() -> None:
         (page.format_bytes(1_300_000_000), "1.2 GiB"),
         (page.format_number(5.238), "5.24"),
         (page.format_number(3e-7), "3e-7"),
-        (format_metric(5.23, "mean_rank"), "5.2"),
-        (format_metric(0.66, "unseen_variants R@1 >= champion"), "66.0%"),
+        (page.format_metric(5.23, "mean_rank"), "5.2"),
+        (page.format_metric(0.66, "unseen_variants R@1 >= champion"), "66.0%"),
         (page.format_date("not a date"), "not a date"),
         (page.format_date("2026-11-22T04:00:00+01:00"), "Sunday 22 November 2026, 03:00 UTC"),
     ],

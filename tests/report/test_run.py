@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mmflow.report.page import metric_words
 from mmflow.report.run import share_of_teacher
-from mmflow.report.run_page import kept_view, metric_words
+from mmflow.report.run_page import kept_view
 
 
 def test_every_metric_where_higher_is_better_is_compared() -> None:
