@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from mmflow.evaluation.examination import Captions, Rows
 from mmflow.inference.predict import Predictor
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
+from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
-from mmflow.models.package import LoadedModel
+from mmflow.models.package import LoadedModel, Package, write_package
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 TEXT: dict[str, Any] = {
@@ -103,6 +105,18 @@ def loaded_model(config: ModelConfig, classes: tuple[str, ...] = (), seed: int =
     made = tokenizer()
     model = build("model", config, made.get_vocab_size(), seed=seed, num_classes=len(classes)).eval()
     return LoadedModel(model, made, config, classes)
+
+
+def written_package(uri: Path, loaded: LoadedModel) -> Package:
+    """The model as a package at `uri`."""
+    return write_package(
+        str(uri),
+        state=loaded.model.state_dict(),
+        config=loaded.config,
+        tokenizer_json=loaded.tokenizer.to_str(),
+        parameters=parameter_count(loaded.model),
+        lineage={},
+    )
 
 
 def predictor(config: ModelConfig, classes: tuple[str, ...] = (), batch_size: int = 4) -> Predictor:

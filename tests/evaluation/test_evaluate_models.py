@@ -13,11 +13,8 @@ from mmflow.dataset.opened import Dataset, read_sample
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.evaluate import evaluate_models, metrics_of, metrics_of_package
 from mmflow.evaluation.examination import DETAILS, METRICS, SPEED
-from mmflow.models.config import ModelConfig
-from mmflow.models.encoders import parameter_count
-from mmflow.models.package import write_package
 from tests.dataset.handmade import Handmade, write_dataset
-from tests.evaluation.models import COLOURS, captioner_config, captions_of, dual_config, loaded_model
+from tests.evaluation.models import COLOURS, captioner_config, captions_of, dual_config, loaded_model, written_package
 
 SETTINGS = EvaluateConfig.model_validate(
     {
@@ -47,26 +44,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_dataset(tmp_path_factory.mktemp("evaluation") / "dataset", shards)
 
 
-def package(uri: Path, config: ModelConfig) -> str:
-    loaded = loaded_model(config, seed=4)
-    written = write_package(
-        str(uri),
-        state=loaded.model.state_dict(),
-        config=config,
-        tokenizer_json=loaded.tokenizer.to_str(),
-        parameters=parameter_count(loaded.model),
-        lineage={},
-    )
-    return written.uri
-
-
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A captioner and a dual encoder, which is asked for what it does not give too."""
+    """A captioner and a dual encoder; each is asked for something that only the other gives."""
     directory = tmp_path_factory.mktemp("packages")
     return {
-        "teacher": package(directory / "teacher", captioner_config()),
-        "student": package(directory / "student", dual_config()),
+        "teacher": written_package(directory / "teacher", loaded_model(captioner_config(), seed=4)).uri,
+        "student": written_package(directory / "student", loaded_model(dual_config(), seed=4)).uri,
     }
 
 

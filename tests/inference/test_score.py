@@ -15,10 +15,8 @@ from mmflow.dataset.reader import Reader
 from mmflow.inference.predict import Predictor
 from mmflow.inference.runner import ShardWorker
 from mmflow.inference.score import Score, ScoreConfig, score_dataset
-from mmflow.models.encoders import parameter_count
-from mmflow.models.package import write_package
 from tests.dataset.handmade import Handmade, write_dataset
-from tests.evaluation.models import COLOURS, captions_of, dual_config, loaded_model
+from tests.evaluation.models import COLOURS, captions_of, dual_config, loaded_model, written_package
 
 PROMPTS = {colour: [f"a {colour} square", colour] for colour in COLOURS[:3]}
 
@@ -37,16 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> str:
-    loaded = loaded_model(dual_config(), seed=4)
-    written = write_package(
-        str(tmp_path_factory.mktemp("score") / "package"),
-        state=loaded.model.state_dict(),
-        config=dual_config(),
-        tokenizer_json=loaded.tokenizer.to_str(),
-        parameters=parameter_count(loaded.model),
-        lineage={},
-    )
-    return written.uri
+    return written_package(tmp_path_factory.mktemp("score") / "package", loaded_model(dual_config(), seed=4)).uri
 
 
 def task_of(dataset: Dataset, package: str, **changes: Any) -> Score:

@@ -30,11 +30,11 @@ from mmflow.loading.config import LoaderConfig
 from mmflow.loading.opening import open_loader, views_of
 from mmflow.loading.tokens import tokenise, train_tokenizer
 from mmflow.models.config import ModelConfig
-from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
-from mmflow.models.package import Package, load_package, write_package
+from mmflow.models.package import LoadedModel, Package, load_package
 from mmflow.training.job import TeacherPackage, open_teachers, views_of_teacher
 from tests.dataset.handmade import Handmade, write_dataset
+from tests.evaluation.models import written_package
 from tests.learning.teaching import attending
 
 SEED, VIEWS, BATCH = 5, 2, 8
@@ -62,14 +62,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def write_teacher(uri: Path, tokenizer: Tokenizer, seed: int = 1, **changes: Any) -> Package:
     config = ModelConfig.model_validate(attending(**changes))
     model = build("model", config, tokenizer.get_vocab_size(), seed=seed)
-    return write_package(
-        str(uri),
-        state=model.state_dict(),
-        config=config,
-        tokenizer_json=tokenizer.to_str(),
-        parameters=parameter_count(model),
-        lineage={},
-    )
+    return written_package(uri, LoadedModel(model, tokenizer, config))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from mmflow.report.run_page import render_report
 COLORS = {"red": "红色", "green": "绿色", "blue": "蓝色", "orange": "橙色", "violet": "紫色", "brown": "棕色"}
 SHAPES = {"circle": "圆", "square": "方块", "triangle": "三角", "ring": "环"}
 CONCEPTS = [(color, shape) for shape in SHAPES for color in COLORS]
-STAGES = ("corpus", "shard", "pretrain", "distill", "evaluate", "promote", "score")
+STAGES = {  # seconds and summary
+    "corpus": (9.4, "4,495 records of OpenMoji 17.0.0"),
+    "shard": (21.7, "3,953 samples in 6 shards, 542 quarantined"),
+    "pretrain": (138.2, "700 steps, loss 0.41"),
+    "distill": (79.9, "600 steps, loss 1.32"),
+    "evaluate": (14.6, "4 models on 2 splits"),
+    "promote": (0.84, "version 3 promoted"),
+    "score": (22.5, "3,953 rows in 6 files"),
+}
+CLASSES = {"People & Body": 2104, "Objects": 534, "Symbols": 371, "Travel & Places": 358, "Food & Drink": 103}
 
 
 def sample_images() -> dict[str, bytes]:
@@ -51,23 +61,21 @@ def curve(start: float, end: float, steps: int, seed: int, noise: float = 0.04) 
 
 def training(stage: str, steps: int, seed: int, losses: dict[str, tuple[float, float]]) -> dict[str, Any]:
     curves = {name: curve(start, end, steps, seed + index) for index, (name, (start, end)) in enumerate(losses.items())}
-    curves["learning_rate"] = [
-        [step, 1e-3 * min(1, step / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))]
-        for step in range(0, steps, 10)
-    ]
+    curves["learning_rate"] = [[step, 1e-3 * min(1, step / 50)] for step in range(0, steps, 10)]
     curves["logit_scale"] = curve(14.3, 38.0, steps, seed + 7, 0.004)
     curves["gradient_norm"] = curve(6.0, 1.1, steps, seed + 8, 0.22)
     curves["samples_per_second"] = curve(700.0, 1108.0, steps, seed + 9, 0.05)
+    first = stage == "pretrain"
     return {
         "stage": stage,
-        "parameters": 3_120_000 if stage == "pretrain" else 1_010_000,
+        "parameters": 3_120_000 if first else 1_010_000,
         "steps": steps,
         "global_batch_size": 192,
         "num_workers": 2,
-        "zero_stage": 2 if stage == "pretrain" else 1,
-        "restarts": 0 if stage == "pretrain" else 1,
-        "seconds": 131.6 if stage == "pretrain" else 74.2,
-        "samples_per_second": 1021.4 if stage == "pretrain" else 1553.8,
+        "zero_stage": 2 if first else 1,
+        "restarts": 0 if first else 1,
+        "seconds": 131.6 if first else 74.2,
+        "samples_per_second": 1021.4 if first else 1553.8,
         "loader_stall_share": 0.0043,
         "curves": curves,
     }
@@ -75,10 +83,9 @@ def training(stage: str, steps: int, seed: int, losses: dict[str, tuple[float, f
 
 def measured(first: float, rank: float) -> dict[str, Any]:
     later = {"R@1": first, "R@5": 1 - (1 - first) ** 2.2, "R@10": 1 - (1 - first) ** 3.1}
-    other = {name: value * 0.93 for name, value in later.items()}
     return {
         "text_to_image": {**later, "mean_rank": rank},
-        "image_to_text": {**other, "mean_rank": rank * 1.13},
+        "image_to_text": {**{name: value * 0.93 for name, value in later.items()}, "mean_rank": rank * 1.13},
         "zero_shot": {"accuracy": min(1.0, first * 0.6 + 0.1), "classes": 10},
     }
 
@@ -102,24 +109,17 @@ def queries() -> list[dict[str, Any]]:
         color, shape = CONCEPTS[index * 2]
         wrong = [concept for concept in CONCEPTS if concept != (color, shape)]
         rng.shuffle(wrong)
-        found = [*wrong[:4]]
-        found = [*found[: rank - 1], (color, shape), *found[rank - 1 :]] if rank <= 5 else wrong[:5]
-        made.append(
+        found = [*wrong[: rank - 1], (color, shape), *wrong[rank - 1 : 4]] if rank <= 5 else wrong[:5]
+        results = [
             {
-                "caption": f"{color} {shape}",
-                "key": f"{color}-{shape}",
-                "rank": rank,
-                "results": [
-                    {
-                        "key": f"{c}-{s}",
-                        "caption": f"{c} {s}",
-                        "score": 0.71 - 0.043 * place - rng.random() * 0.01,
-                        "correct": (c, s) == (color, shape),
-                    }
-                    for place, (c, s) in enumerate(found)
-                ],
+                "key": f"{c}-{s}",
+                "caption": f"{c} {s}",
+                "score": 0.71 - 0.043 * place,
+                "correct": (c, s) == (color, shape),
             }
-        )
+            for place, (c, s) in enumerate(found)
+        ]
+        made.append({"caption": f"{color} {shape}", "key": f"{color}-{shape}", "rank": rank, "results": results})
     return made
 
 
@@ -138,18 +138,13 @@ def look(index: int) -> dict[str, Any]:
 
 def written() -> dict[str, Any]:
     keys = [f"{color}-{shape}" for color, shape in CONCEPTS[:4]]
+    answer = {"answer": "circle", "people": ["circle", "a circle"]}
     return {
         "model": "student",
         "split": "unseen_variants",
         "captions": [{"key": key, "caption": f"a {key}", "people": [f"the {key}", key]} for key in keys],
         "answers": [
-            {
-                "key": key,
-                "question": f"what is a {key}?",
-                "answer": "circle",
-                "people": ["circle", "a circle"],
-                "accuracy": 0.6 if place else 0.0,
-            }
+            {"key": key, "question": f"what is a {key}?", **answer, "accuracy": 0.6 if place else 0.0}
             for place, key in enumerate(keys)
         ],
         "by_answer": [{"answer": "circle", "questions": 12, "accuracy": 0.75}],
@@ -157,19 +152,42 @@ def written() -> dict[str, Any]:
     }
 
 
+def check(name: str, challenger: float, threshold: float) -> dict[str, Any]:
+    return {"name": name, "challenger": challenger, "threshold": threshold, "passed": True}
+
+
+def dataset() -> dict[str, Any]:
+    shards = {"unseen_variants": (400, 1), "unseen_concepts": (160, 1), "train": (3393, 4)}
+    examples = [
+        {
+            "key": f"{color}-{shape}",
+            "split": list(shards)[number % 3],
+            "captions": [
+                {"language": "en", "text": f"{color} {shape}"},
+                {"language": "zh", "text": COLORS[color] + SHAPES[shape]},
+            ],
+        }
+        for number, (color, shape) in enumerate(CONCEPTS)
+    ]
+    row = {"reason": "caption_missing", "detail": "no caption in any of en, zh"}
+    return {
+        "fingerprint": "34cd9e0a51b2",
+        "samples": 3953,
+        "bytes": 14_630_000,
+        "splits": {name: {"samples": samples, "shards": number} for name, (samples, number) in shards.items()},
+        "examples": examples,
+        "quarantine": {
+            "records": 542,
+            "reasons": {"caption_missing": 486, "image_undecodable": 39, "duplicate": 17},
+            "rows": [{"source": f"records.jsonl:{17 + number * 3}", **row} for number in range(50)],
+        },
+    }
+
+
 def sample_report() -> dict[str, Any]:
     """A fresh, complete report: every section that the page knows is there."""
-    summaries = (
-        "4,495 records of OpenMoji 17.0.0",
-        "3,953 samples in 6 shards, 542 quarantined",
-        "700 steps, loss 0.41",
-        "600 steps, loss 1.32",
-        "4 models on 2 splits",
-        "version 3 promoted",
-        "3,953 rows in 6 files",
-    )
-    identities = [f"{random.Random(stage).getrandbits(64):016x}" for stage in STAGES]
-    share = (400, 160, 3393)
+    identities = {stage: f"{random.Random(stage).getrandbits(64):016x}" for stage in STAGES}
+    losses = {"loss": (7.9, 1.32), "contrastive": (5.2, 0.52), "soft_labels": (1.9, 0.44), "features": (0.98, 0.21)}
     return {
         "name": "quickstart",
         "created": "2026-11-22T03:00:00+00:00",
@@ -183,56 +201,16 @@ def sample_report() -> dict[str, Any]:
                 "stage": stage,
                 "status": "reused" if stage == "corpus" else "built",
                 "seconds": seconds,
-                "artifact": f"workspace/quickstart/{stage}/{identity}",
-                "identity": identity,
+                "artifact": f"{stage}/{identities[stage]}",
+                "identity": identities[stage],
                 "summary": summary,
             }
-            for stage, seconds, identity, summary in zip(
-                STAGES, (9.4, 21.7, 138.2, 79.9, 14.6, 0.84, 22.5), identities, summaries, strict=True
-            )
+            for stage, (seconds, summary) in STAGES.items()
         ],
-        "dataset": {
-            "fingerprint": "34cd9e0a51b2",
-            "samples": 3953,
-            "bytes": 14_630_000,
-            "splits": {
-                name: {"samples": samples, "shards": shards}
-                for name, samples, shards in zip(
-                    ("unseen_variants", "unseen_concepts", "train"), share, (1, 1, 4), strict=True
-                )
-            },
-            "examples": [
-                {
-                    "key": f"{color}-{shape}",
-                    "split": ("train", "unseen_variants", "unseen_concepts")[i % 3],
-                    "captions": [
-                        {"language": "en", "text": f"{color} {shape}"},
-                        {"language": "zh", "text": COLORS[color] + SHAPES[shape]},
-                    ],
-                }
-                for i, (color, shape) in enumerate(CONCEPTS)
-            ],
-            "quarantine": {
-                "records": 542,
-                "reasons": {"caption_missing": 486, "image_undecodable": 39, "duplicate": 17},
-                "rows": [
-                    {
-                        "source": f"records.jsonl:{17 + row * 3}",
-                        "reason": "caption_missing",
-                        "detail": "no caption in any of en, zh",
-                    }
-                    for row in range(50)
-                ],
-            },
-        },
+        "dataset": dataset(),
         "training": {
             "teacher": training("pretrain", 700, 11, {"loss": (5.2, 0.41), "contrastive": (5.2, 0.41)}),
-            "student": training(
-                "distill",
-                600,
-                23,
-                {"loss": (7.9, 1.32), "contrastive": (5.2, 0.52), "soft_labels": (1.9, 0.44), "features": (0.98, 0.21)},
-            ),
+            "student": training("distill", 600, 23, losses),
         },
         "evaluation": {
             "headline": {"split": "unseen_variants", "direction": "text_to_image", "metric": "R@1"},
@@ -248,7 +226,7 @@ def sample_report() -> dict[str, Any]:
                 "unseen_variants": {
                     "text_to_image/R@10": 0.974,
                     "text_to_image/R@1": 0.969,
-                    "zero_shot/accuracy": 0.941,
+                    "zero_shot/accuracy": 0.94,
                 },
                 "unseen_concepts": {"text_to_image/R@10": 0.913},
             },
@@ -262,19 +240,9 @@ def sample_report() -> dict[str, Any]:
             "champion_before": 2,
             "reasons": ["all 3 checks passed"],
             "checks": [
-                {
-                    "name": "unseen_variants text_to_image R@1 >= champion",
-                    "challenger": 0.6618,
-                    "threshold": 0.6125,
-                    "passed": True,
-                },
-                {
-                    "name": "unseen_concepts text_to_image R@10 >= 0.30",
-                    "challenger": 0.3223,
-                    "threshold": 0.30,
-                    "passed": True,
-                },
-                {"name": "latency_ms <= 5", "challenger": 3.13, "threshold": 5.0, "passed": True},
+                check("unseen_variants text_to_image R@1 >= champion", 0.6618, 0.6125),
+                check("unseen_concepts text_to_image R@10 >= 0.30", 0.3223, 0.30),
+                check("latency_ms <= 5", 3.13, 5.0),
             ],
         },
         "scores": {
@@ -286,27 +254,11 @@ def sample_report() -> dict[str, Any]:
                 "edges": [-0.2 + 0.04 * edge for edge in range(26)],
                 "counts": [round(520 * math.exp(-(((bin_ - 17) / 4.2) ** 2))) for bin_ in range(25)],
             },
-            "classes": [
-                {"name": name, "rows": rows}
-                for name, rows in (
-                    ("People & Body", 2104),
-                    ("Objects", 534),
-                    ("Symbols", 371),
-                    ("Travel & Places", 358),
-                    ("Flags", 261),
-                    ("Animals & Nature", 144),
-                    ("Food & Drink", 103),
-                    ("Activities", 78),
-                )
-            ],
+            "classes": [{"name": name, "rows": rows} for name, rows in CLASSES.items()],
         },
         "lineage": [
-            {
-                "stage": stage,
-                "inputs": [f"{STAGES[i - 1]} {identities[i - 1][:4]}"] if i else [],
-                "output": f"{stage} {identities[i][:4]}",
-            }
-            for i, stage in enumerate(STAGES)
+            {"stage": stage, "inputs": [f"{before} {identities[before][:4]}"], "output": f"{stage} made"}
+            for before, stage in pairwise(STAGES)
         ],
     }
 
