@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import IO, TYPE_CHECKING, Any
 
 from mmflow.core.progress import Report
@@ -101,19 +102,15 @@ class ShardWorker:
         # An actor that was given no GPU still sees those of the others.
         loaded.model.to("cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu")
         self.write = task.start(loaded)
-        self.dataset = open_dataset(task.dataset)
-        self.readers: dict[str, Reader] = {}
+        self.reader = lru_cache(
+            partial(Reader, open_dataset(task.dataset), cache=task.cache(), frames=task.reads_frames)
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Write the results of a batch of {"shard", "split"}, and hand the batch on."""
         for name, split in zip(batch["shard"], batch["split"], strict=True):
-            reader = self._reader(str(split))
+            reader = self.reader(str(split))
             place = next(place for place, shard in enumerate(reader.shards) if shard.name == name)
             with publish(self.task.file(self.uri, str(name))) as stream:
                 self.write(reader, place, stream)
         return batch
-
-    def _reader(self, split: str) -> Reader:
-        if split not in self.readers:
-            self.readers[split] = Reader(self.dataset, split, self.task.cache(), frames=self.task.reads_frames)
-        return self.readers[split]

@@ -119,8 +119,8 @@ def score_dataset(
     prompts = {name: list(texts) for name, texts in prompts.items()}
     task = Score(dataset=dataset, package=package, prompts=prompts, language=language, batch_size=settings.batch_size)
     shards = shards_of(dataset)
-    workers = {"num_workers": settings.num_workers, "cpus_per_worker": settings.cpus_per_worker}
-    run(task, uri, shards, **workers, progress=progress)
+    workers, cpus = settings.num_workers, settings.cpus_per_worker
+    run(task, uri, shards, num_workers=workers, cpus_per_worker=cpus, progress=progress)
     return {"model_digest": read_package(package).digest, "version": version, **_summary(task, uri, shards)}
 
 

@@ -43,7 +43,6 @@ IDENTITY = ("seed", "image_pixels", "max_tokens", "language_weights", "frames", 
 class TeacherCache(Task):
     """What is cached: the embeddings of one split by one teacher, (N, V, 2, E) per shard."""
 
-    key: str  # of the recipe, for errors
     split: str
     loader: LoaderConfig
     views: ViewSettings  # those of the student's loader, at the teacher's size and in its tokens
@@ -108,7 +107,6 @@ class TeacherCache(Task):
 def with_caches(
     packages: Sequence[TeacherPackage],
     *,
-    key: str,
     cache: CacheConfig,
     dataset: str,
     loader: LoaderConfig,
@@ -133,7 +131,6 @@ def with_caches(
         uris = []
         for uri, split in datasets:
             task = TeacherCache(
-                key=key,
                 dataset=uri,
                 split=split,
                 package=teacher.package,
@@ -141,13 +138,13 @@ def with_caches(
                 views=replace(views, stored_views=cache.augmentations),
                 precision=cache.precision,
             )
-            stage = cache_stage(task, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
+            stage = cache_stage(task, num_workers, cpus_per_worker, progress)
             uris.append(stage.run(workspace).uri)
         teachers.append(replace(teacher, caches=tuple(uris)))
     return tuple(teachers)
 
 
-def cache_stage(task: TeacherCache, *, num_workers: int, cpus_per_worker: int, progress: Report) -> Stage:
+def cache_stage(task: TeacherCache, num_workers: int, cpus_per_worker: int, progress: Report) -> Stage:
     """The stage that builds a cache. Ray must be initialised when it runs."""
     settings = {name: getattr(task.views, name) for name in IDENTITY} | {
         "augment": task.views.augment.model_dump(mode="json"),
@@ -155,27 +152,25 @@ def cache_stage(task: TeacherCache, *, num_workers: int, cpus_per_worker: int, p
         "precision": task.precision,
     }
     inputs = {"dataset": open_dataset(task.dataset).fingerprint, "teacher": read_package(task.package).digest}
-    workers = {"num_workers": num_workers, "cpus_per_worker": cpus_per_worker}
-    build = partial(_build, task, workers, progress)
+    build = partial(_build, task, num_workers, cpus_per_worker, progress)
     return Stage(name=KIND, kind=KIND, version=1, settings=settings, inputs=inputs, build=build)
 
 
-def _build(task: TeacherCache, workers: Mapping[str, int], progress: Report, uri: str) -> Mapping[str, Any]:
+def _build(task: TeacherCache, num_workers: int, cpus_per_worker: int, progress: Report, uri: str) -> Mapping[str, Any]:
     teacher = read_package(task.package)
     model = load_package(teacher).model
     if model.scale is None or model.embedding_width is None:
         raise RecipeError(
-            f"{task.key}: {task.package} gives no embeddings to store; leave cache out, or use another teacher"
+            f"distill.cache: {task.package} gives no embeddings to store; leave cache out, or use another teacher"
         )
     shards = shards_of(task.dataset, task.split)
-    run(task, uri, shards, **workers, progress=progress)
+    run(task, uri, shards, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
     files = []
     for shard in shards:
-        rows = open_rows(task.file(uri, shard.name))
+        file = task.file(uri, shard.name)
+        rows = open_rows(file)
         if rows.shape != (shard.samples, task.views.stored_views, 2, model.embedding_width):
-            raise MmflowError(
-                f"{task.file(uri, shard.name)}: {rows.shape} for {shard.samples} samples; delete it and rerun"
-            )
+            raise MmflowError(f"{file}: {rows.shape} for {shard.samples} samples; delete it and rerun")
         files.append({"name": shard.name, "checksum": checksum(rows)})
     return {
         "fingerprint": content_hash([files, task.precision]),

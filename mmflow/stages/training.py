@@ -257,7 +257,6 @@ def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, pac
         with progress("cache") as report:
             teachers = with_caches(
                 teachers,
-                key="distill.cache",
                 cache=section.cache,
                 dataset=job.dataset,
                 loader=section.loader,

@@ -77,8 +77,8 @@ def prepare(samples: int) -> dict[str, Any]:
     tokenizer = _tokenizer(directory / "dataset")
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     (cached,) = with_caches(
-        [TeacherPackage(package=str(directory / "package"))],
-        key="distill.cache", cache=CacheConfig(augmentations=VIEWS), dataset=str(directory / "dataset"),
+        [TeacherPackage(package=str(directory / "package"))], cache=CacheConfig(augmentations=VIEWS),
+        dataset=str(directory / "dataset"),
         loader=_loader_config(), tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=SEED, workspace=str(directory),
         num_workers=CORES, cpus_per_worker=1, progress=lambda done, total, note: None,
     )  # fmt: skip

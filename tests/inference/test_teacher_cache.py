@@ -74,7 +74,6 @@ def task_of(dataset: Dataset, package: Package, precision: str = "fp16", **chang
     """What `cached` caches, with changes of its views."""
     views = views_of_teacher(views_of(LOADER, image_pixels=0, max_tokens=8, seed=SEED), package, words())
     return TeacherCache(
-        key="distill.cache",
         dataset=dataset.uri,
         split="train",
         package=package.uri,
@@ -85,7 +84,7 @@ def task_of(dataset: Dataset, package: Package, precision: str = "fp16", **chang
 
 
 def stage_of(task: TeacherCache) -> Stage:
-    return cache_stage(task, num_workers=1, cpus_per_worker=1, progress=lambda done, total, note: None)
+    return cache_stage(task, 1, 1, lambda done, total, note: None)
 
 
 def embedded(workspace: Path, task: TeacherCache) -> None:
@@ -97,7 +96,6 @@ def embedded(workspace: Path, task: TeacherCache) -> None:
 def cached(workspace: Path, dataset: Dataset, package: Package, precision: str = "fp16") -> TeacherPackage:
     (teacher,) = with_caches(
         [TeacherPackage(package=package.uri)],
-        key="distill.cache",
         cache=CacheConfig.model_validate({"augmentations": VIEWS, "precision": precision}),
         dataset=dataset.uri,
         loader=LOADER,
@@ -172,20 +170,17 @@ def test_a_cached_teacher_teaches_what_the_live_one_does(
     assert seen == 12
 
 
-def test_the_teacher_is_not_loaded_where_its_cache_is_enough(
+def test_the_teacher_is_only_loaded_for_what_its_cache_does_not_hold(
     workspace: Path, dataset: Dataset, package: Package
 ) -> None:
     of = cached(workspace, dataset, package)
     (alone,) = teachers(of, dataset, {"soft_labels": 1})
     assert alone.loaded is None
-    (mixed,) = teachers(of, dataset, {"soft_labels": 1, "attention": {"sides": ["text"]}})
-    assert mixed.loaded is not None
-    assert mixed.cached is not None
-
-
-def test_cached_embeddings_and_live_attention_go_together(workspace: Path, dataset: Dataset, package: Package) -> None:
     losses = {"features": 1, "attention": {"sides": ["text"]}}
-    mixed = student(teachers(cached(workspace, dataset, package), dataset, losses), losses)
+    (both,) = teachers(of, dataset, losses)
+    assert both.loaded is not None
+    assert both.cached is not None
+    mixed = student((both,), losses)
     live = student(teachers(TeacherPackage(package=package.uri), dataset, losses), losses)
     for batch in batches(dataset, live, 2):
         torch.testing.assert_close(mixed(batch, 1)[0], live(batch, 1)[0], atol=1e-3, rtol=1e-3)
@@ -260,22 +255,6 @@ def test_a_damaged_file_is_refused_and_one_that_is_gone_is_named(
     path.unlink()
     with pytest.raises(MissingArtifactError, match="no such file; delete the cache and rerun"):
         read()
-
-
-def test_a_killed_job_goes_on_with_the_shards_that_are_missing(
-    ray_cluster: None, workspace: Path, dataset: Dataset, package: Package, tmp_path: Path
-) -> None:
-    whole = cached(workspace, dataset, package)
-    begun = tmp_path / KIND / Path(whole.caches[0]).name
-    shutil.copytree(whole.caches[0], begun)
-    (begun / "manifest.json").unlink()
-    gone, kept = (Path(file_uri(str(begun), name)) for name in ("00000", "00002"))
-    bytes_before, stamp = gone.read_bytes(), kept.stat().st_mtime_ns
-    gone.unlink()
-    again = cached(tmp_path, dataset, package)
-    assert again.caches == (str(begun),)
-    assert gone.read_bytes() == bytes_before
-    assert kept.stat().st_mtime_ns == stamp
 
 
 def test_a_teacher_of_another_tokenizer_and_size_is_cached_in_its_own(dataset: Dataset, tmp_path: Path) -> None:
