@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.distillation.config import InitialiseConfig
+from mmflow.learning.distillation import InitialiseConfig
 from mmflow.models.model import Model
 
 

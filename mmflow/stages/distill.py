@@ -20,7 +20,7 @@ def _absent(recipe: Recipe) -> str:
 
 
 def _check(recipe: Recipe) -> None:
-    from mmflow.learning.distillation.check import check_losses
+    from mmflow.learning.distillation import check_losses
     from mmflow.models.package import read_config, read_package
     from mmflow.training.check import check_student, check_training
 

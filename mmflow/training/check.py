@@ -10,10 +10,8 @@ import torch
 from tokenizers import Tokenizer
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.objectives.table import check
+from mmflow.learning.objectives import ObjectivesConfig, check_objectives, check_trained
 from mmflow.learning.outputs import MaskingTokens, masking_tokens
-from mmflow.learning.parts import check_trained
 from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.tokens import load_tokenizer, read_tokenizer
 from mmflow.models.backbones import encoder_config
@@ -24,8 +22,6 @@ from mmflow.models.model import Model, build, with_special_tokens
 from mmflow.models.package import Package, check_start, fresh_parts, read_config, read_package, read_vocabulary
 from mmflow.training.config import DistillConfig, PretrainConfig, Task, TrainingConfig, tasks_of
 from mmflow.training.validation import validation_metrics
-
-OF_EMBEDDINGS = {"soft_labels", "similarities", "features", "interactive", "ranking"}  # losses that train them
 
 
 def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
@@ -46,10 +42,10 @@ def check_training(key: str, section: PretrainConfig | DistillConfig) -> None:
         special = masking_tokens(tokenizer)
         config = with_special_tokens(f"{key}.model", config, tokenizer)
     for task in tasks:
-        check(f"{task.key}.objectives", task.objectives, config.gives, special)
-    losses = set(section.losses.named) if isinstance(section, DistillConfig) else set[str]()
+        check_objectives(f"{task.key}.objectives", task.objectives, config.gives, special)
+    losses = section.losses.named if isinstance(section, DistillConfig) else {}
     objectives = [task.objectives for task in tasks]
-    check_trained(key, config, objectives, {"embedding_width"} if losses & OF_EMBEDDINGS else ())
+    check_trained(key, config, objectives, [part for loss in losses.values() for part in loss.TRAINS])
     _check_best(key, section.training, tasks, config, sorted(losses))
     if section.training.micro_batch_size is not None:
         _check_micro_batches(key, section, objectives)
@@ -82,14 +78,10 @@ def _check_task(key: str, task: Task, config: ModelConfig) -> None:
             f"{task.key}.loader.frames: {frames}, and {key}.model.video.max_frames is {config.video.max_frames}; "
             "make them equal"
         )
-    wanted = {
-        "answering": ("text", "questions", task.loader.text == "questions"),
-        "classification": ("label", "the name of a class in the samples' metadata", task.loader.label is not None),
-    }
-    for name, (option, value, is_set) in wanted.items():
-        if name in task.objectives.named and not is_set:
+    for name, objective in task.objectives.named.items():
+        if setting := objective.missing_target(task.loader):
             place = f"{task.key}.objectives.{name}"
-            raise RecipeError(f"{place}: its targets are nowhere; set {task.key}.loader.{option} to {value}")
+            raise RecipeError(f"{place}: the batches have no target; set {task.key}.loader.{setting}")
     if task.dataset is not None:
         open_readers(task.loader.model_copy(update={"mixture": None}), open_mixed(f"{task.key}.dataset", task.dataset))
 
@@ -209,12 +201,12 @@ def _check_best(
 def _check_micro_batches(
     key: str, section: PretrainConfig | DistillConfig, objectives: Sequence[ObjectivesConfig]
 ) -> None:
-    """Raise RecipeError where something reads the whole batch that is more than its embeddings."""
-    matches = any(each.matching for each in objectives)
-    reads = "matching, which fuses each picture with another's caption," if matches else None
+    """Raise RecipeError where something needs more of the whole batch than its embeddings."""
+    named = [objective for task in objectives for objective in task.named.values()]
+    reasons = [objective.WHOLE_BATCH for objective in named if objective.WHOLE_BATCH]
     if section.model.tight:
-        reads = "video of kind tight, which scores every pair,"
+        reasons.append("video of kind tight scores every pair")
     if isinstance(section, DistillConfig):
-        reads = "losses, which compare with a teacher,"
-    if reads is not None:
-        raise RecipeError(f"{key}.training.micro_batch_size: {reads} must see the whole batch at once; leave it out")
+        reasons.append("distillation losses compare with a teacher")
+    if reasons:
+        raise RecipeError(f"{key}.training.micro_batch_size: {reasons[0]} and needs the whole batch; leave it out")

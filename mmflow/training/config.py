@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from mmflow.core.config import OPERATIONAL, Config, Uri
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import CacheConfig, DistillationLossesConfig, InitialiseConfig, TeacherConfig
+from mmflow.learning.distillation import CacheConfig, DistillationLossesConfig, InitialiseConfig, TeacherConfig
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.loading.config import LoaderConfig
 from mmflow.models.config import LoraConfig, ModelConfig, PackageConfig
 
@@ -254,13 +254,14 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _check_layers(self) -> DistillConfig:
-        if self.training.compile and (self.losses.hidden or self.losses.attention):
-            raise ValueError("training.compile: attention and hidden losses read encoder layers; leave one out")
+        inside = [name for name, loss in self.losses.named.items() if loss.READS_LAYERS]
+        if self.training.compile and inside:
+            raise ValueError(f"training.compile: losses.{inside[0]} reads the layers of encoders; leave one out")
         return self
 
     @model_validator(mode="after")
     def _check_cache(self) -> DistillConfig:
-        if self.cache is not None and set(self.losses.named) <= {"attention", "hidden", "ranking"}:
+        if self.cache is not None and all(loss.NEEDS_TEACHER_MODEL for loss in self.losses.named.values()):
             raise ValueError("cache: no loss reads the embeddings that it stores; leave cache out, or name features")
         return self
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mmflow.core.errors import RecipeError
 from mmflow.core.memory import keep_freed_memory
-from mmflow.learning.learner import Parts
-from mmflow.learning.micro_batches import MicroBatch
+from mmflow.learning.learner import MicroBatch, Parts
 from mmflow.loading.batches import Batch
 from mmflow.models.model import Model, Scale, learning_rate_factors
 from mmflow.training.config import TrainingConfig
@@ -193,26 +192,27 @@ def descend(engine: Any, batch: Batch, step: int) -> tuple[Tensor, Parts]:
 
 
 def _in_micro_batches(engine: Any, batch: Batch, step: int, num_micro_batches: int) -> tuple[Tensor, Parts]:
-    learner, size = engine.module.of(batch), engine.train_micro_batch_size_per_gpu()
+    learner, size = engine.module, engine.train_micro_batch_size_per_gpu()
     cuts = [slice(start, min(start + size, len(batch.real))) for start in range(0, len(batch.real), size)]
     rows = learner.rows(batch)
-    places = learner.places(batch, step, rows, cuts)
+    places = learner.count_places(batch, step, rows, cuts)
     pieces = [
-        (rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, slopes={})) for cut in cuts
+        (rows_of(batch, cut), MicroBatch(rows.micro_batch(cut, num_micro_batches), places, gradients={}))
+        for cut in cuts
     ]
     loss, parts = torch.zeros((), device=batch.real.device), Parts()
     states: list[dict[str, Tensor]] = []
-    if learner.compares:
+    if learner.compares_rows(batch):
         embedded = []
         buffers = Buffers(learner)
         with torch.no_grad():
             for piece, micro_batch in pieces:
                 states.append(random_state(engine.device))
-                embedded.append(engine(piece, step, replace(micro_batch, slopes=None))[1])
+                embedded.append(engine(piece, step, replace(micro_batch, gradients=None))[1])
         buffers.restore()  # a batch counts once in running statistics
-        loss, parts, slopes = learner.compare(batch, step, rows, _joined(embedded))
+        loss, parts, gradients = learner.compare(batch, step, rows, _joined(embedded))
         pieces = [
-            (piece, replace(micro_batch, slopes=_slopes_of(slopes, cut, num_micro_batches)))
+            (piece, replace(micro_batch, gradients=_gradients_of(gradients, cut, num_micro_batches)))
             for (piece, micro_batch), cut in zip(pieces, cuts, strict=True)
         ]
     for number, (piece, micro_batch) in enumerate(pieces):
@@ -241,10 +241,13 @@ def _joined(embedded: Sequence[Parts]) -> Parts:
     }
 
 
-def _slopes_of(slopes: Parts, cut: slice, num_micro_batches: int) -> Parts:
-    """A micro-batch's slopes. DeepSpeed divides its gradient by the number of micro-batches; each has a part in the
+def _gradients_of(gradients: Parts, cut: slice, num_micro_batches: int) -> Parts:
+    """A micro-batch's gradients. DeepSpeed divides its gradient by the number of micro-batches; each has a part in the
     scale's."""
-    return {name: slope if name in Scale._fields else slope[cut] * num_micro_batches for name, slope in slopes.items()}
+    return {
+        name: gradient if name in Scale._fields else gradient[cut] * num_micro_batches
+        for name, gradient in gradients.items()
+    }
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -14,15 +14,13 @@ from tokenizers import Tokenizer
 from mmflow.core.errors import RecipeError
 from mmflow.dataset.opened import open_dataset
 from mmflow.learning.cached import CachedTeacher
-from mmflow.learning.distillation.config import DistillationLossesConfig, InitialiseConfig
-from mmflow.learning.distillation.table import LIVE
+from mmflow.learning.distillation import DistillationLossesConfig, InitialiseConfig
 from mmflow.learning.initialise import initialise
-from mmflow.learning.learner import Learner, Ranks
-from mmflow.learning.objectives.table import check
+from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import check_objectives
 from mmflow.learning.outputs import masking_tokens
-from mmflow.learning.rows import gather_rows, pass_on
+from mmflow.learning.rows import all_ranks
 from mmflow.learning.student import Student, Teacher
-from mmflow.learning.tasks import TaskLearner
 from mmflow.loading.batches import Reading, ViewSettings
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.loader import Loader, TaskLoader
@@ -95,7 +93,7 @@ def total_steps(tasks: Sequence[Task], dataset: str, training: TrainingConfig) -
 
 # --- the model, and what trains it ----------------------------------------------------------------------------------
 
-Learning = Learner | TaskLearner | Student
+Learning = Learner | Student
 
 
 @dataclass(frozen=True)
@@ -134,13 +132,11 @@ def _learner(job: TrainingJob, tokenizer: Tokenizer) -> Learning:
     model = build_model(f"{job.stage}.model", job.model, tokenizer.get_vocab_size(), job.seed, len(job.classes))
     special = masking_tokens(tokenizer)
     for task in job.tasks:
-        check(f"{task.key}.objectives", task.objectives, model.gives, special)
-    ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
-    learners = [Learner(model, job.model, task.objectives, special, seed=job.seed, ranks=ranks) for task in job.tasks]
-    if len(learners) > 1:
-        return TaskLearner(learners)
+        check_objectives(f"{task.key}.objectives", task.objectives, model.gives, special)
+    objectives = [task.objectives for task in job.tasks]
+    learner = Learner(model, job.model, objectives, special, seed=job.seed, ranks=all_ranks())
     if not job.teachers or job.losses is None:
-        return learners[0]
+        return learner
     if job.initialise is not None:
         first = load_package(read_package(job.teachers[0].package)).model
         initialise(f"{job.stage}.initialise", model, first, job.initialise)
@@ -154,7 +150,7 @@ def _learner(job: TrainingJob, tokenizer: Tokenizer) -> Learning:
         frames=loader.frames,
         datasets=[reader.dataset.fingerprint for reader in open_readers(loader, open_dataset(job.dataset))],
     )
-    return Student(learners[0], teachers, job.losses, key=job.stage)
+    return Student(learner, teachers, job.losses, key=job.stage)
 
 
 def open_teachers(
@@ -173,7 +169,7 @@ def open_teachers(
     recipe's, for errors. Raises RecipeError where a teacher of stills would be shown clips, and what `load_package` and
     `CachedTeacher` raise.
     """
-    live = any(name in LIVE for name in losses.named)
+    live = any(loss.NEEDS_TEACHER_MODEL for loss in losses.named.values())
     teachers = []
     for teacher in packages:
         package = read_package(teacher.package)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmflow.learning.config import MatchingConfig, ObjectivesConfig
-from mmflow.learning.learner import ALONE, Learner, Ranks
+from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import MaskingTokens
-from mmflow.learning.rows import gather_rows, pass_on
+from mmflow.learning.rows import ALONE, all_ranks
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
@@ -94,9 +94,7 @@ def _compare(check: GradientCheck, name: str) -> Compared | None:
 
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     model = build("model", check.model, VOCABULARY, seed=0, num_classes=CLASSES)
-    learner = Learner(
-        model, check.model, _alone(check.objectives, name), SPECIAL, seed=0, ranks=Ranks(rank, gather_rows, pass_on)
-    )
+    learner = Learner(model, check.model, [_alone(check.objectives, name)], SPECIAL, seed=0, ranks=all_ranks())
     one_process = copy.deepcopy(learner)
     one_process.ranks = ALONE
     engine, *_ = deepspeed.initialize(
@@ -124,10 +122,8 @@ def _compare(check: GradientCheck, name: str) -> Compared | None:
 
 def _alone(objectives: ObjectivesConfig, name: str) -> ObjectivesConfig:
     """One objective with weight 1. Matching draws partners from all rows: from a rank's own it would draw others."""
-    section = objectives.named[name].model_copy(update={"weight": 1.0})
-    if isinstance(section, MatchingConfig):
-        section = section.model_copy(update={"pool": "batch"})
-    return objectives.model_copy(update={other: section if other == name else None for other in objectives.named})
+    objective = objectives.named[name].over_all_ranks().model_copy(update={"weight": 1.0})
+    return ObjectivesConfig.model_validate({name: objective})
 
 
 def _random_batch(rows: int) -> Batch:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.retrieval import BLOCK, Found, ranks_of_right, retrieval_metrics
 from mmflow.learning.rows import gather_rows
 from mmflow.loading.batches import Batch

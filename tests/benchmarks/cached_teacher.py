@@ -48,7 +48,7 @@ def prepare(samples: int) -> dict[str, Any]:
 
     from mmflow.core.storage import exists
     from mmflow.inference.teacher_cache import with_caches
-    from mmflow.learning.distillation.config import CacheConfig
+    from mmflow.learning.distillation import CacheConfig
     from mmflow.models.encoders import parameter_count
     from mmflow.models.model import build
     from mmflow.models.package import CARD, write_package
@@ -101,9 +101,9 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
     import torch
 
     from mmflow.dataset.opened import open_dataset
-    from mmflow.learning.config import ObjectivesConfig
-    from mmflow.learning.distillation.config import DistillationLossesConfig
+    from mmflow.learning.distillation import DistillationLossesConfig
     from mmflow.learning.learner import Learner
+    from mmflow.learning.objectives import ObjectivesConfig
     from mmflow.learning.outputs import masking_tokens
     from mmflow.learning.student import Student
     from mmflow.loading.opening import open_loader
@@ -125,7 +125,7 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
         max_tokens=MAX_TOKENS, frames=0, datasets=[data.fingerprint],
     )  # fmt: skip
     model = build("model", config, tokenizer.get_vocab_size(), seed=0)
-    learner = Learner(model, config, ObjectivesConfig(), masking_tokens(tokenizer), seed=SEED)
+    learner = Learner(model, config, [ObjectivesConfig()], masking_tokens(tokenizer), seed=SEED)
     student = Student(learner, teachers, losses).train()
     descent = build_optimizer([{"params": list(student.parameters())}], OptimizerConfig())
     loader = open_loader(

@@ -204,8 +204,8 @@ def _section() -> dict[str, Any]:
 def _learner() -> Any:
     import torch
 
-    from mmflow.learning.config import ObjectivesConfig
     from mmflow.learning.learner import Learner
+    from mmflow.learning.objectives import ObjectivesConfig
     from mmflow.learning.outputs import MaskingTokens
     from mmflow.models.config import ModelConfig
     from mmflow.models.model import build
@@ -214,7 +214,7 @@ def _learner() -> Any:
     config = ModelConfig.model_validate(_section()["model"])
     vocabulary_size = config.vocabulary_size
     model = build("pretrain.model", config, vocabulary_size, seed=1)
-    return Learner(model, config, ObjectivesConfig(), MaskingTokens(None, (), vocabulary_size), seed=1).train()
+    return Learner(model, config, [ObjectivesConfig()], MaskingTokens(None, (), vocabulary_size), seed=1).train()
 
 
 def _adamw(learner: Any, training: Any) -> Any:

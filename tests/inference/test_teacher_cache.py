@@ -20,9 +20,9 @@ from mmflow.dataset.opened import Dataset
 from mmflow.inference.runner import ShardWorker
 from mmflow.inference.teacher_cache import TeacherCache, cache_stage, with_caches
 from mmflow.learning.cached import KIND, CachedTeacher, file_uri
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import CacheConfig, DistillationLossesConfig
+from mmflow.learning.distillation import CacheConfig, DistillationLossesConfig
 from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import masking_tokens
 from mmflow.learning.student import Student, Teacher
 from mmflow.loading.batches import Batch
@@ -138,7 +138,7 @@ def student(taught: tuple[Teacher, ...], losses: dict[str, Any]) -> Student:
     config = ModelConfig.model_validate(attending(layers=1))
     tokenizer = words()
     model = build("model", config, tokenizer.get_vocab_size(), seed=0)
-    learner = Learner(model, config, ObjectivesConfig(), masking_tokens(tokenizer), seed=0)
+    learner = Learner(model, config, [ObjectivesConfig()], masking_tokens(tokenizer), seed=0)
     return Student(learner, taught, DistillationLossesConfig.model_validate(losses))
 
 

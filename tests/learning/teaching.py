@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models
 
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.distillation.config import DistillationLossesConfig
-from mmflow.learning.distillation.given import Space
-from mmflow.learning.learner import ALONE, Learner, Ranks
-from mmflow.learning.outputs import MaskingTokens
+from mmflow.learning.distillation import DistillationLossesConfig
+from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
+from mmflow.learning.outputs import Embeddings, MaskingTokens
+from mmflow.learning.rows import ALONE, Ranks
 from mmflow.learning.student import Student, Teacher
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
@@ -67,7 +67,7 @@ def student_of(
     """A student whose own objective weighs nothing unless told."""
     config = ModelConfig.model_validate(fields)
     objectives = ObjectivesConfig.model_validate({"contrastive": {"weight": weight}})
-    learner = Learner(build("model", config, VOCABULARY, seed=0), config, objectives, SPECIAL, seed=0, ranks=ranks)
+    learner = Learner(build("model", config, VOCABULARY, seed=0), config, [objectives], SPECIAL, seed=0, ranks=ranks)
     return Student(learner, teachers, DistillationLossesConfig.model_validate(losses))
 
 
@@ -87,11 +87,11 @@ def batch(rows: int = 5, *, side: int = SIDE, real: torch.Tensor | None = None, 
     return Batch(**fields | changes)
 
 
-def space(rows: int, width: int, seed: int, scale: float = 10.0) -> Space:
+def space(rows: int, width: int, seed: int, scale: float = 10.0) -> Embeddings:
     """Embeddings and a scale to differentiate by."""
     values = unit(rows, width, seed), unit(rows, width, seed + 100), torch.tensor([scale])
-    return Space(*(value.clone().requires_grad_() for value in values))
+    return Embeddings(*(value.clone().requires_grad_() for value in values))
 
 
-def without_gradient(given: Space) -> Space:
-    return Space(*(each.detach() for each in given))
+def without_gradient(given: Embeddings) -> Embeddings:
+    return Embeddings(*(each.detach() for each in given))

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from mmflow.core.errors import TrainingError
-from mmflow.learning.config import AnsweringConfig, ClassificationConfig
-from mmflow.learning.objectives.answering import answer_scores_loss, answering
+from mmflow.learning.objectives.answering import Answering, answer_scores_loss
 from mmflow.learning.objectives.captioning import next_token_loss
-from mmflow.learning.objectives.classification import classification
+from mmflow.learning.objectives.classification import Classification
 from tests.learning.tiny import CLASSES, TinyModel, all_real, alone, batch, gradients, outputs_of, rows_of
 
 
@@ -49,7 +48,7 @@ def test_index_loss_and_gradient_equal_those_of_transformers_lxmert() -> None:
     model, arguments = TinyModel(), batch(7)
     arguments["targets"]["answer"] = torch.tensor([0, 2, -1, 1, 1, -1, 2])
     real = torch.arange(7) != 3
-    loss = answering(outputs_of(model, arguments, rows_of(real)), AnsweringConfig())
+    loss = Answering().loss(outputs_of(model, arguments, rows_of(real)))
     found = gradients(loss, model)
     logits = model.class_logits(outputs_of(model, arguments, rows_of(real)).fused)
     expected = torch.nn.CrossEntropyLoss()(logits[[0, 1, 4, 6]], torch.tensor([0, 2, 1, 2]))
@@ -65,7 +64,7 @@ def test_an_answer_is_written_from_what_the_model_remembers_of_the_question() ->
 
     model, arguments = Remembering(), batch(5)
     outputs = outputs_of(model, arguments, all_real(5))
-    loss = answering(outputs, AnsweringConfig(by="generation", label_smoothing=0.1))
+    loss = Answering(by="generation", label_smoothing=0.1).loss(outputs)
     logits = model.decode(model.memory(outputs.image, outputs.text), arguments["targets"]["answer_ids"])
     ids, there = arguments["targets"]["answer_ids"], arguments["targets"]["answer_mask"].bool()
     torch.testing.assert_close(loss, next_token_loss(logits, ids, there, alone, 0.1))
@@ -82,7 +81,7 @@ def test_smoothed_labels_cost_what_the_equation_says(smoothing: float) -> None:
     for row, label in ((0, 2), (2, 0), (3, 1)):
         target = [smoothing / CLASSES + (1 - smoothing) * (each == label) for each in range(CLASSES)]
         losses.append(-sum(q * log_p[row, each] for each, q in enumerate(target)))
-    loss = classification(outputs, ClassificationConfig(label_smoothing=smoothing))
+    loss = Classification(label_smoothing=smoothing).loss(outputs)
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-6, rtol=1e-5)
 
 
@@ -90,4 +89,4 @@ def test_batches_without_the_target_are_named() -> None:
     model, arguments = TinyModel(), batch(2)
     del arguments["targets"]["label"]
     with pytest.raises(TrainingError, match=r"no target 'label'.*answer, answer_ids.*loader"):
-        classification(outputs_of(model, arguments, all_real(2)), ClassificationConfig())
+        Classification().loss(outputs_of(model, arguments, all_real(2)))

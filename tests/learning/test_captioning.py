@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmflow.learning.config import CaptioningConfig
-from mmflow.learning.objectives.captioning import captioning, next_token_loss
+from mmflow.learning.objectives.captioning import Captioning, next_token_loss
 from tests.learning.tiny import TinyModel, all_real, alone, batch, outputs_of
 
 LENGTHS = torch.tensor([6, 2, 4])
@@ -75,8 +74,8 @@ def test_captions_of_one_token_have_nothing_to_guess() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_picture_is_what_the_decoder_reads(smoothing: float) -> None:
     model, arguments = TinyModel(), batch(4)
-    config = CaptioningConfig(label_smoothing=smoothing)
+    config = Captioning(label_smoothing=smoothing)
     outputs = outputs_of(model, arguments, all_real(4))
     logits = model.decode(model.encode_image(arguments["pixels"]), arguments["token_ids"])
     expected = next_token_loss(logits, arguments["token_ids"], arguments["token_mask"].bool(), alone, smoothing)
-    torch.testing.assert_close(captioning(outputs, config), expected)
+    torch.testing.assert_close(config.loss(outputs), expected)

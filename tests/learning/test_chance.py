@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.learning.chance import draw_seed, fingerprint, uniform
+from mmflow.learning.rows import draw_seed, text_hashes, uniform
 
 
 @given(seed=st.integers(0, 2**32 - 1), first=st.integers(0, 2**31), rows=st.integers(1, 5), places=st.integers(1, 9))
@@ -39,13 +39,13 @@ def test_each_draw_has_another_seed_and_equal_generators_the_same() -> None:
     assert len(set(seeds)) == 50
 
 
-def test_fingerprints_tell_texts_apart_and_not_their_padding() -> None:
+def test_text_hashess_tell_texts_apart_and_not_their_padding() -> None:
     ids = torch.tensor([[5, 6, 7], [5, 7, 6], [5, 6, 0], [6, 5, 0], [5, 0, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0]])
-    found = fingerprint(ids, mask)
+    found = text_hashes(ids, mask)
     assert found.unique().numel() == 5
     padded = torch.nn.functional.pad(ids, (0, 4), value=9), torch.nn.functional.pad(mask, (0, 4))
-    assert torch.equal(fingerprint(*padded), found)
+    assert torch.equal(text_hashes(*padded), found)
     random = torch.Generator().manual_seed(0)
     many = torch.randint(0, 30_000, (20_000, 12), generator=random)
-    assert fingerprint(many, torch.ones_like(many)).unique().numel() == many.unique(dim=0).shape[0]
+    assert text_hashes(many, torch.ones_like(many)).unique().numel() == many.unique(dim=0).shape[0]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmflow.learning.objectives import tiled
+from mmflow.learning import strips
 from mmflow.learning.objectives.contrastive import contrastive_loss
 from tests.learning.tiny import all_real, alone, rows_of, unit
 
@@ -30,9 +30,9 @@ def dense(image: Tensor, text: Tensor, scale: Tensor, smoothing: float = 0.0) ->
     return 0.5 * sum(torch.nn.functional.cross_entropy(each, right, label_smoothing=smoothing) for each in sides)
 
 
-@pytest.fixture(params=[1, 40, tiled.STRIP_ELEMENTS], ids=["a row a strip", "some rows", "one strip"])
+@pytest.fixture(params=[1, 40, strips.STRIP_ELEMENTS], ids=["a row a strip", "some rows", "one strip"])
 def strip_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(tiled, "STRIP_ELEMENTS", request.param)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", request.param)
     return request.param
 
 
@@ -97,7 +97,7 @@ def test_padded_rows_change_nothing(rows: int, padding: int, smoothing: float, s
             long[places] = short
     expected = dense(*plain, smoothing)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "STRIP_ELEMENTS", strip_elements)
+        patch.setattr(strips, "STRIP_ELEMENTS", strip_elements)
         loss = contrastive_loss(*padded, rows_of(real), alone, smoothing)
         loss.backward()
     torch.testing.assert_close(loss, expected, **CLOSE)

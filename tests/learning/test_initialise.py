@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.distillation.config import InitialiseConfig
+from mmflow.learning.distillation import InitialiseConfig
 from mmflow.learning.initialise import initialise, positions
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, build

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmflow.learning.distillation.attention import attention_loss
 from mmflow.learning.distillation.hidden import hidden_loss
-from mmflow.learning.distillation.layers import captured, describe, layer_pairs
+from mmflow.learning.distillation.loss import capture_layers, encoder_layers, pair_layers
 from mmflow.learning.distillation.ranking import order_surprisal
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
@@ -127,11 +127,11 @@ def test_the_teacher_s_own_order_is_the_likeliest() -> None:
 
 
 def test_layers_are_paired() -> None:
-    assert layer_pairs("last", 2, 6) == [(1, 5)]
-    assert layer_pairs("even", 4, 12) == [(0, 2), (1, 5), (2, 8), (3, 11)]  # TinyBERT's g(m) = 3m
-    assert layer_pairs("even", 3, 4) == [(0, 1), (1, 2), (2, 3)]
-    assert layer_pairs("even", 4, 2) == [(0, 0), (1, 0), (2, 1), (3, 1)]
-    assert layer_pairs([(1, 2), (2, 4)], 2, 4) == [(0, 1), (1, 3)]
+    assert pair_layers("last", 2, 6) == [(1, 5)]
+    assert pair_layers("even", 4, 12) == [(0, 2), (1, 5), (2, 8), (3, 11)]  # TinyBERT's g(m) = 3m
+    assert pair_layers("even", 3, 4) == [(0, 1), (1, 2), (2, 3)]
+    assert pair_layers("even", 4, 2) == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert pair_layers([(1, 2), (2, 4)], 2, 4) == [(0, 1), (1, 3)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -149,18 +149,18 @@ def test_layers_are_described_as_they_are(
     with torch.device(device):
         model = build("model", config, 64, seed=0)
     model.train()
-    found = describe(model.image, config.image_pixels)  # type: ignore[arg-type]
+    found = encoder_layers(model.image, config.image_pixels)  # type: ignore[arg-type]
     assert found is not None
-    assert (found.widths, found.heads) == (widths, heads)
+    assert (found.widths, found.num_heads) == (widths, heads)
     assert model.image.training
     if places is not None:
-        assert found.places == places
+        assert found.num_places == places
     if device == "cpu":
         pixels = torch.randn(2, 3, config.image_pixels, config.image_pixels)
-        with captured(model.image.backbone, range(len(found))) as outputs:  # type: ignore[union-attr]
+        with capture_layers(model.image.backbone, range(len(found))) as outputs:  # type: ignore[union-attr]
             model.encode_image(pixels)
         shapes = [tuple(outputs[number].shape) for number in range(len(found))]
-        assert found.places is not None
-        assert shapes == [(2, place, width) for place, width in zip(found.places, found.widths, strict=True)]
+        assert found.num_places is not None
+        assert shapes == [(2, place, width) for place, width in zip(found.num_places, found.widths, strict=True)]
         model.encode_image(pixels + 1)
         assert outputs[0] is not None  # what comes after the block is not listened to

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmflow.learning.distillation.features import feature_loss
-from mmflow.learning.distillation.given import Space, scaled_products
 from mmflow.learning.distillation.interactive import interactive_loss
+from mmflow.learning.distillation.loss import scaled_products
 from mmflow.learning.distillation.similarities import similarity_loss
 from mmflow.learning.distillation.soft_labels import soft_label_loss
+from mmflow.learning.outputs import Embeddings
 from mmflow.learning.rows import GlobalRows
 from tests.learning.teaching import space, without_gradient
 from tests.learning.tiny import all_real, alone, rows_of
 
-Teachers = Sequence[tuple[float, Space]]
-Loss = Callable[[Space, Teachers, GlobalRows], Tensor]
-Plain = Callable[[Space, Teachers], Tensor]
+Teachers = Sequence[tuple[float, Embeddings]]
+Loss = Callable[[Embeddings, Teachers, GlobalRows], Tensor]
+Plain = Callable[[Embeddings, Teachers], Tensor]
 
 # Each takes the student's space as it is in every teacher's width: projections are the student module's.
 LOSSES: dict[str, Loss] = {
@@ -38,7 +39,7 @@ def softmax(logits: Sequence[Tensor]) -> list[Tensor]:
     return [each / sum(exponentials) for each in exponentials]
 
 
-def both_ways(each: Space) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def both_ways(each: Embeddings) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     image, text = each.image_BE.double(), each.text_BE.double()
     return (image, text), (text, image)
 
@@ -49,13 +50,13 @@ def divergence_of_mean(rows: Sequence[tuple[float, Sequence[Tensor]]], ours: Seq
     return sum(p * (p / q).log() for p, q in zip(taught, ours, strict=True))  # type: ignore[union-attr]
 
 
-def plain_soft_labels(student: Space, teachers: Teachers, temperature: float = 2.0) -> Tensor:
+def plain_soft_labels(student: Embeddings, teachers: Teachers, temperature: float = 2.0) -> Tensor:
     """Hinton's equation 1 and the sum over candidates, a number at a time."""
     total, rows = torch.zeros(()).double(), len(student.image_BE)
     for direction in range(2):
         for row in range(rows):
 
-            def probabilities(of: Space, direction: int = direction, row: int = row) -> list[Tensor]:
+            def probabilities(of: Embeddings, direction: int = direction, row: int = row) -> list[Tensor]:
                 here, there = both_ways(of)[direction]
                 return softmax([of.logit_scale[0].double() * (here[row] @ other) / temperature for other in there])
 
@@ -64,14 +65,14 @@ def plain_soft_labels(student: Space, teachers: Teachers, temperature: float = 2
     return temperature**2 * total / (2 * rows)
 
 
-def plain_similarities(student: Space, teachers: Teachers, temperature: float = 0.5) -> Tensor:
+def plain_similarities(student: Embeddings, teachers: Teachers, temperature: float = 0.5) -> Tensor:
     total, rows = torch.zeros(()).double(), len(student.image_BE)
     for side in ("image_BE", "text_BE"):
         for row in range(rows):
             others = [number for number in range(rows) if number != row]
 
             def probabilities(
-                of: Space, side: str = side, row: int = row, others: Sequence[int] = others
+                of: Embeddings, side: str = side, row: int = row, others: Sequence[int] = others
             ) -> list[Tensor]:
                 vectors = getattr(of, side).double()
                 return softmax([vectors[row] @ vectors[other] / temperature for other in others])
@@ -81,7 +82,7 @@ def plain_similarities(student: Space, teachers: Teachers, temperature: float = 
     return total / (2 * rows)
 
 
-def plain_features(student: Space, teachers: Teachers) -> Tensor:
+def plain_features(student: Embeddings, teachers: Teachers) -> Tensor:
     total, rows = torch.zeros(()).double(), len(student.image_BE)
     for share, teacher in teachers:
         for ours, theirs in zip(student[:2], teacher[:2], strict=True):
@@ -91,7 +92,7 @@ def plain_features(student: Space, teachers: Teachers) -> Tensor:
     return total / (2 * rows)
 
 
-def plain_interactive(student: Space, teachers: Teachers) -> Tensor:
+def plain_interactive(student: Embeddings, teachers: Teachers) -> Tensor:
     total, rows, scale = torch.zeros(()).double(), len(student.image_BE), student.logit_scale[0].double()
     for share, teacher in teachers:
         for direction in range(2):
@@ -110,7 +111,7 @@ PLAIN: dict[str, Plain] = {
 }
 
 
-def gradients(loss: Tensor, student: Space) -> list[Tensor]:
+def gradients(loss: Tensor, student: Embeddings) -> list[Tensor]:
     found = torch.autograd.grad(loss, student, allow_unused=True)
     return [torch.zeros_like(leaf) if each is None else each for leaf, each in zip(student, found, strict=True)]
 
@@ -169,9 +170,9 @@ def test_kullback_leibler_is_from_the_teacher_to_the_student() -> None:
 def test_teachers_are_averaged_after_the_softmax() -> None:
     """Of two that are sure of different captions the student learns both; the mean of their logits would be another."""
     sides = torch.eye(3)
-    student = Space(sides, sides, torch.tensor([1.0]))
-    one, other = (Space(sides, sides.roll(turn, 0), torch.tensor([50.0])) for turn in (0, 1))
-    half = Space(sides, torch.nn.functional.normalize(sides + sides.roll(1, 0), dim=1), torch.tensor([50.0]))
+    student = Embeddings(sides, sides, torch.tensor([1.0]))
+    one, other = (Embeddings(sides, sides.roll(turn, 0), torch.tensor([50.0])) for turn in (0, 1))
+    half = Embeddings(sides, torch.nn.functional.normalize(sides + sides.roll(1, 0), dim=1), torch.tensor([50.0]))
     found = soft_label_loss(half, [(0.5, one), (0.5, other)], all_real(3), alone, 1.0)
     torch.testing.assert_close(found, torch.zeros(()), atol=1e-4, rtol=0)
     assert soft_label_loss(student, [(0.5, one), (0.5, other)], all_real(3), alone, 1.0) > 0.05

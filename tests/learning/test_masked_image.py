@@ -6,9 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.learning.config import MaskedImageConfig
-from mmflow.learning.objectives.masked_image import hidden_squares, masked_image
+from mmflow.learning.objectives.masked_image import MaskedImage, hidden_squares, num_squares
+from mmflow.learning.rows import uniform
 from tests.learning.tiny import PATCH, SIDE, TinyModel, batch, gradients, outputs_of, rows_of
+
+
+def squares_of(pixels: int, square: int, share: float, rows: torch.Tensor, seed: int) -> torch.Tensor:
+    return hidden_squares(pixels, square, share, uniform(seed, rows, num_squares(pixels, square)))
 
 
 @given(
@@ -21,7 +25,7 @@ from tests.learning.tiny import PATCH, SIDE, TinyModel, batch, gradients, output
 def test_as_many_whole_squares_are_hidden_in_every_picture(
     pixels: int, square: int, share: float, rows: int, seed: int
 ) -> None:
-    hidden = hidden_squares(pixels, square, share, torch.arange(rows), seed)
+    hidden = squares_of(pixels, square, share, torch.arange(rows), seed)
     across = -(-pixels // square)
     assert hidden.shape == (rows, 1, pixels, pixels)
     corners = hidden[:, 0, ::square, ::square]
@@ -31,21 +35,21 @@ def test_as_many_whole_squares_are_hidden_in_every_picture(
 
 
 def test_each_square_is_as_likely_and_pictures_differ() -> None:
-    hidden = hidden_squares(8, 2, 0.5, torch.arange(4000), 3)[:, 0, ::2, ::2].flatten(1)
+    hidden = squares_of(8, 2, 0.5, torch.arange(4000), 3)[:, 0, ::2, ::2].flatten(1)
     assert (hidden.float().mean(0) - 0.5).abs().max() < 0.04  # five deviations
     assert hidden.unique(dim=0).shape[0] > 3000
-    assert torch.equal(hidden_squares(8, 2, 0.5, torch.tensor([17]), 3)[0, 0, ::2, ::2].flatten(), hidden[17])
+    assert torch.equal(squares_of(8, 2, 0.5, torch.tensor([17]), 3)[0, 0, ::2, ::2].flatten(), hidden[17])
 
 
 def test_loss_and_gradient_equal_those_of_transformers() -> None:
     """As `ViTForMaskedImageModeling` has it: absolute error over hidden pixels, by their number and the channels."""
     model, arguments, rows = TinyModel(), batch(5), rows_of(torch.arange(5) != 3)
     outputs = outputs_of(model, arguments, rows)
-    loss = masked_image(outputs, MaskedImageConfig(square_pixels=PATCH))
+    loss = MaskedImage(square_pixels=PATCH).loss(outputs)
     found = gradients(loss, model)
     again = outputs_of(model, arguments, rows)
     seed = int(torch.randint(1 << 32, (), generator=again.generator))
-    mask = hidden_squares(SIDE, PATCH, 0.6, torch.arange(5), seed)
+    mask = squares_of(SIDE, PATCH, 0.6, torch.arange(5), seed)
     pixels = arguments["pixels"]
     fused = model.fuse(model.encode_image(pixels * ~mask), again.text)
     cut = model.heads["masked_image"](fused.image_BRW).unflatten(-1, (3, PATCH, PATCH))
@@ -70,10 +74,10 @@ def test_what_is_hidden_cannot_be_seen() -> None:
             return painted
 
     model, arguments, rows = Watching(), batch(5), rows_of(torch.ones(5, dtype=torch.bool))
-    config = MaskedImageConfig(square_pixels=PATCH)
-    one = masked_image(outputs_of(model, arguments, rows), config)
+    config = MaskedImage(square_pixels=PATCH)
+    one = config.loss(outputs_of(model, arguments, rows))
     seed = int(torch.randint(1 << 32, (), generator=torch.Generator().manual_seed(3)))
-    hidden = hidden_squares(SIDE, PATCH, 0.6, torch.arange(5), seed)
-    other = masked_image(outputs_of(model, arguments | {"pixels": arguments["pixels"] + 5 * hidden}, rows), config)
+    hidden = squares_of(SIDE, PATCH, 0.6, torch.arange(5), seed)
+    other = config.loss(outputs_of(model, arguments | {"pixels": arguments["pixels"] + 5 * hidden}, rows))
     assert torch.equal(seen[0], seen[1])
     assert other > one + 1

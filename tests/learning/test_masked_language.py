@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from mmflow.learning.config import MaskedLanguageConfig
-from mmflow.learning.objectives.masked_language import hide_words, masked_language
+from mmflow.learning.objectives.masked_language import MaskedLanguage, hide_words
 from mmflow.learning.outputs import MaskingTokens, masking_tokens
+from mmflow.learning.rows import uniform
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.encoders import Fused
 from tests.learning.tiny import SPECIAL, VOCABULARY, TinyModel, batch, gradients, outputs_of, rows_of
@@ -22,7 +22,7 @@ def test_words_are_hidden_eighty_ten_ten() -> None:
     """Of 300,000 words; the bounds are five deviations."""
     ids = torch.randint(5, 1000, (3000, 100), generator=torch.Generator().manual_seed(0))
     there = torch.ones_like(ids, dtype=torch.bool)
-    hidden, chosen = hide_words(ids, there, torch.arange(3000), MANY, 0.15, seed=11)
+    hidden, chosen = hide_words(ids, there, MANY, 0.15, uniform(11, torch.arange(3000), 300))
     assert torch.equal(hidden[~chosen], ids[~chosen])
     assert chosen.float().mean().item() == pytest.approx(0.15, abs=0.0033)
     of_chosen, was = hidden[chosen], ids[chosen]
@@ -45,7 +45,9 @@ def test_special_tokens_and_padding_are_never_hidden(rows: int, first: int, shar
     arguments = batch(rows, seed % 1000)
     ids, there = arguments["token_ids"], arguments["token_mask"].bool()
     there[0] = False
-    hidden, chosen = hide_words(ids, there, torch.arange(first, first + rows), SPECIAL, share, seed)
+    hidden, chosen = hide_words(
+        ids, there, SPECIAL, share, uniform(seed, torch.arange(first, first + rows), 3 * ids.shape[1])
+    )
     assert not chosen[~there | (ids < 5)].any()
     assert torch.equal(hidden[~chosen], ids[~chosen])
     assert not ((hidden < 4) & chosen).any()
@@ -56,9 +58,11 @@ def test_what_is_hidden_of_a_row_depends_on_no_other(padding: int, seed: int) ->
     """Neither on the rows beside it nor on what they are padded to."""
     arguments = batch(6)
     ids, there = arguments["token_ids"], arguments["token_mask"].bool()
-    hidden, chosen = hide_words(ids, there, torch.arange(6), SPECIAL, 0.5, seed)
+    hidden, chosen = hide_words(ids, there, SPECIAL, 0.5, uniform(seed, torch.arange(6), 3 * ids.shape[1]))
     longer = [torch.nn.functional.pad(each[4:5], (0, padding)) for each in (ids, there)]
-    hidden_alone, chosen_alone = hide_words(*longer, torch.tensor([4]), SPECIAL, 0.5, seed)
+    hidden_alone, chosen_alone = hide_words(
+        *longer, SPECIAL, 0.5, uniform(seed, torch.tensor([4]), 3 * longer[0].shape[1])
+    )
     assert torch.equal(hidden_alone[0, : ids.shape[1]], hidden[4])
     assert torch.equal(chosen_alone[0, : ids.shape[1]], chosen[4])
 
@@ -69,12 +73,14 @@ def test_loss_and_gradient_equal_those_of_transformers() -> None:
 
     model, arguments, rows = TinyModel(), batch(6), rows_of(torch.arange(6) != 2)
     outputs = outputs_of(model, arguments, rows)
-    loss = masked_language(outputs, MaskedLanguageConfig(share=0.5))
+    loss = MaskedLanguage(share=0.5).loss(outputs)
     found = gradients(loss, model)
     again = outputs_of(model, arguments, rows)
     seed = int(torch.randint(1 << 32, (), generator=again.generator))
     there = arguments["token_mask"].bool() & rows.real_B[:, None]
-    hidden, chosen = hide_words(arguments["token_ids"], there, torch.arange(6), SPECIAL, 0.5, seed)
+    hidden, chosen = hide_words(
+        arguments["token_ids"], there, SPECIAL, 0.5, uniform(seed, torch.arange(6), 3 * there.shape[1])
+    )
     assert chosen.any()
     logits = model.words(model.fuse(again.image, model.encode_text(hidden, arguments["token_mask"])).text_BTW)
     expected = ForMaskedLMLoss(logits, arguments["token_ids"].masked_fill(~chosen, -100), VOCABULARY)
@@ -89,7 +95,7 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
             return super().masked_language_logits(fused).bfloat16()
 
     found, expected = (
-        masked_language(outputs_of(model, batch(6), rows_of(torch.ones(6, dtype=torch.bool))), MaskedLanguageConfig())
+        MaskedLanguage().loss(outputs_of(model, batch(6), rows_of(torch.ones(6, dtype=torch.bool))))
         for model in (Half(), TinyModel())
     )
     assert found.dtype == torch.float32

@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmflow.learning.chance import uniform
-from mmflow.learning.config import MatchingConfig
-from mmflow.learning.objectives import matching as module
-from mmflow.learning.objectives import tiled
-from mmflow.learning.objectives.matching import matching
-from mmflow.learning.objectives.negatives import draw_negatives
+from mmflow.learning import strips
+from mmflow.learning.objectives.matching import Matching
+from mmflow.learning.rows import uniform
+from mmflow.learning.strips import draw_negatives
 from mmflow.models.encoders import Encoded
 from tests.learning.tiny import TinyModel, all_real, alone, batch, gradients, outputs_of, rows_of, unit
 
@@ -38,7 +36,7 @@ def test_own_partner_padding_and_equals_are_never_drawn(
     embeddings = unit(rows, WIDTH, seed), unit(rows, WIDTH, seed + 1)
     chance = uniform(seed, torch.arange(rows), 1)[:, 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "STRIP_ELEMENTS", strip_elements)
+        patch.setattr(strips, "STRIP_ELEMENTS", strip_elements)
         drawn = draw_negatives(*embeddings, torch.tensor([scale]), identities, identities, real, chance)
     for row, other in enumerate(drawn.tolist()):
         may_be = [
@@ -103,8 +101,8 @@ def plain(model: TinyModel, arguments: dict[str, Any], wrong_text: list[int], wr
 def test_loss_and_gradient_equal_the_paper_s_equation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments = TinyModel(), batch(4)
     wrong = torch.tensor([2, 0, -1, 1]), torch.tensor([3, -1, 0, 2])
-    monkeypatch.setattr(module, "_wrong_partners", lambda *_: wrong)
-    loss = matching(outputs_of(model, arguments, all_real(4)), MatchingConfig())
+    monkeypatch.setattr(Matching, "wrong_partners", lambda *_: wrong)
+    loss = Matching().loss(outputs_of(model, arguments, all_real(4)))
     found = gradients(loss, model)
     expected = plain(model, arguments, wrong[0].tolist(), wrong[1].tolist())
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
@@ -117,7 +115,7 @@ def test_loss_and_gradient_equal_the_paper_s_equation(monkeypatch: pytest.Monkey
 def test_on_one_rank_the_pool_makes_no_difference(negatives: str, pool: str) -> None:
     model, arguments, rows = TinyModel(), batch(6), rows_of(torch.arange(6) != 2)
     losses = [
-        matching(outputs_of(model, arguments, rows), MatchingConfig(negatives=negatives, pool=each))  # type: ignore[arg-type]
+        Matching(negatives=negatives, pool=each).loss(outputs_of(model, arguments, rows))  # type: ignore[arg-type]
         for each in ("batch", pool)
     ]
     torch.testing.assert_close(*losses)
@@ -131,15 +129,13 @@ def test_rows_of_one_key_or_one_caption_are_no_partners() -> None:
     for each in (same_key, same_caption):
         outputs = outputs_of(model, each, all_real(5))
         expected = -model.matching_logits(outputs.fused).log_softmax(-1)[:, 1].mean()
-        torch.testing.assert_close(matching(outputs, MatchingConfig()), expected)
+        torch.testing.assert_close(Matching().loss(outputs), expected)
 
 
 def test_partners_differ_from_step_to_step_and_repeat_with_the_generator() -> None:
     model, arguments = TinyModel(), batch(8)
     drawn = [
-        module._wrong_partners(
-            outputs_of(model, arguments, all_real(8), seed=seed), MatchingConfig(), alone, torch.ones(8).bool()
-        )
+        Matching().wrong_partners(outputs_of(model, arguments, all_real(8), seed=seed), alone, torch.ones(8).bool())
         for seed in (1, 1, 2)
     ]
     assert all(torch.equal(one, other) for one, other in zip(drawn[0], drawn[1], strict=True))

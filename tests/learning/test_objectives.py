@@ -11,40 +11,40 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.config import ContrastiveConfig, ObjectivesConfig
-from mmflow.learning.objectives.table import OBJECTIVES, check, total
+from mmflow.learning.objectives import ObjectivesConfig, check_objectives, total
+from mmflow.learning.objectives.contrastive import Contrastive
 from mmflow.learning.outputs import MaskingTokens
 from tests.learning.tiny import SPECIAL, TinyModel, all_real, batch, gradients, outputs_of, rows_of
 
-EVERYTHING = {name: {} for name in OBJECTIVES}
+EVERYTHING = {name: {} for name in ObjectivesConfig.model_fields}
 
 
 @pytest.mark.parametrize(
     ("step", "weight"), [(0, 2.0), (10, 2.0), (15, 1.5), (20, 1.0), (25, 0.5), (30, 0.0), (10**9, 0.0)]
 )
 def test_weights_change_in_straight_lines_between_steps(step: int, weight: float) -> None:
-    config = ContrastiveConfig.model_validate({"weight": [[10, 2], [20, 1.0], [30, 0]]})
+    config = Contrastive.model_validate({"weight": [[10, 2], [20, 1.0], [30, 0]]})
     assert config.weight_at(step) == pytest.approx(weight)
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1e6))
 def test_a_number_is_the_weight_of_every_step(step: int, weight: float) -> None:
-    assert ContrastiveConfig(weight=weight).weight_at(step) == weight
+    assert Contrastive(weight=weight).weight_at(step) == weight
 
 
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        (-1, "below 0"),
-        ([[0, 1], [5, -2]], "below 0"),
-        ([[5, 1], [5, 2]], "rise"),
-        ([[5, 1], [0, 2]], "rise"),
-        ([], "rise"),
+        (-1, "not be negative"),
+        ([[0, 1], [5, -2]], "not be negative"),
+        ([[5, 1], [5, 2]], "increasing steps"),
+        ([[5, 1], [0, 2]], "increasing steps"),
+        ([], "increasing steps"),
     ],
 )
 def test_weights_that_mean_nothing_are_refused(weight: Any, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        ContrastiveConfig.model_validate({"weight": weight})
+        Contrastive.model_validate({"weight": weight})
 
 
 def test_contrastive_is_what_an_empty_section_means() -> None:
@@ -58,12 +58,12 @@ def test_contrastive_is_what_an_empty_section_means() -> None:
 
 def test_the_loss_is_the_weighted_sum_of_the_parts() -> None:
     model, arguments = TinyModel(), batch(6)
-    weights = {name: 0.5 + number for number, name in enumerate(OBJECTIVES)}
+    weights = {name: 0.5 + number for number, name in enumerate(ObjectivesConfig.model_fields)}
     config = ObjectivesConfig.model_validate(
         {name: {"weight": [[0, 0.0], [10, each]]} for name, each in weights.items()}
     )
-    loss, parts = total(outputs_of(model, arguments, all_real(6)), config, step=5)
-    assert list(parts) == list(OBJECTIVES)
+    loss, parts = total(outputs_of(model, arguments, all_real(6)), config.named, step=5)
+    assert list(parts) == list(ObjectivesConfig.model_fields)
     assert all(part > 0 for part in parts.values())
     torch.testing.assert_close(loss, sum(0.5 * weights[name] * part for name, part in parts.items()))
 
@@ -78,7 +78,7 @@ def test_each_output_of_the_model_is_computed_once() -> None:
             return super().__getattribute__(name)
 
     model, arguments = Counting(), batch(6)
-    total(outputs_of(model, arguments, all_real(6)), ObjectivesConfig.model_validate(EVERYTHING), step=0)
+    total(outputs_of(model, arguments, all_real(6)), ObjectivesConfig.model_validate(EVERYTHING).named, step=0)
     assert sorted(calls) == ["embed_image", "embed_text", "scale"]
 
 
@@ -91,9 +91,11 @@ def test_modules_are_called_in_one_order_whatever_the_batch_and_the_weights(weig
         seen: list[str] = []
         for name, module in model.named_modules():
             module.register_forward_hook(lambda *_, name=name: seen.append(name))
-        sections = {name: {"weight": weight} for name in OBJECTIVES} | {"masked_language": {"share": share}}
+        sections = {name: {"weight": weight} for name in ObjectivesConfig.model_fields} | {
+            "masked_language": {"share": share}
+        }
         config = ObjectivesConfig.model_validate(sections)
-        loss, _ = total(outputs_of(model, arguments | {"keys": keys}, rows_of(real)), config, step=0)
+        loss, _ = total(outputs_of(model, arguments | {"keys": keys}, rows_of(real)), config.named, step=0)
         loss.backward()
         assert torch.isfinite(loss)
         assert all(parameter.grad is not None for parameter in model.parameters())
@@ -108,7 +110,9 @@ def test_the_same_generator_gives_the_same_loss_and_another_not() -> None:
     config = ObjectivesConfig.model_validate(
         {"matching": {}, "masked_language": {}, "masked_image": {"square_pixels": 4}}
     )
-    losses = [total(outputs_of(model, arguments, all_real(8), seed=seed), config, step=0)[0] for seed in (1, 1, 2)]
+    losses = [
+        total(outputs_of(model, arguments, all_real(8), seed=seed), config.named, step=0)[0] for seed in (1, 1, 2)
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -128,18 +132,18 @@ ALL = {
 @pytest.mark.parametrize(
     ("objectives", "gives", "said"),
     [
-        ({"contrastive": {}}, {"fused"}, "recipe.contrastive: it needs similarities; give the model"),
-        ({"sigmoid": {}}, {"embeddings"}, "recipe.sigmoid: it needs bias; give the model a bias"),
-        ({"matching": {}}, {"embeddings"}, "recipe.matching: it needs fused; give the model a fusion"),
-        ({"matching": {}}, {"fused", "embeddings"}, "recipe.matching: it needs matching_logits; add matching"),
-        ({"matching": {}}, {"fused", "matching_logits"}, "recipe.matching: it needs embeddings"),
-        ({"masked_language": {}}, {"fused"}, "recipe.masked_language: it needs masked_language_logits"),
-        ({"masked_image": {}}, set(), "recipe.masked_image: it needs masked_image_pixels"),
-        ({"captioning": {}}, set(), "recipe.captioning: it needs decoded; give the model a decoder"),
+        ({"contrastive": {}}, {"fused"}, "recipe.contrastive: needs embeddings or pair_scores; give the model"),
+        ({"sigmoid": {}}, {"embeddings"}, "recipe.sigmoid: needs bias; give the model a bias"),
+        ({"matching": {}}, {"embeddings"}, "recipe.matching: needs fused; give the model a fusion"),
+        ({"matching": {}}, {"fused", "embeddings"}, "recipe.matching: needs matching_logits; add matching"),
+        ({"matching": {}}, {"fused", "matching_logits"}, "recipe.matching: needs embeddings"),
+        ({"masked_language": {}}, {"fused"}, "recipe.masked_language: needs masked_language_logits"),
+        ({"masked_image": {}}, set(), "recipe.masked_image: needs masked_image_pixels"),
+        ({"captioning": {}}, set(), "recipe.captioning: needs decoded; give the model a decoder"),
         ({"captioning": {}}, {"decoded", "decoded from the question"}, "set the model's decoder.memory to image"),
-        ({"answering": {}}, {"fused"}, "recipe.answering: it needs class_logits; add classes"),
+        ({"answering": {}}, {"fused"}, "recipe.answering: needs class_logits; add classes"),
         ({"answering": {"by": "generation"}}, {"fused", "decoded"}, "decoder.memory to fused"),
-        ({"classification": {}}, set(), "recipe.classification: it needs class_logits; add classes"),
+        ({"classification": {}}, set(), "recipe.classification: needs class_logits; add classes"),
     ],
 )
 def test_what_the_model_does_not_give_is_named_with_the_key_and_the_remedy(
@@ -147,7 +151,7 @@ def test_what_the_model_does_not_give_is_named_with_the_key_and_the_remedy(
 ) -> None:
     config = ObjectivesConfig.model_validate(objectives)
     with pytest.raises(RecipeError, match=said) as caught:
-        check("recipe", config, gives, SPECIAL)
+        check_objectives("recipe", config, gives, SPECIAL)
     assert "\n" not in str(caught.value)
     assert f"or leave {next(iter(objectives))} out" in str(caught.value)
 
@@ -156,25 +160,25 @@ def test_a_tokenizer_without_a_mask_cannot_hide_words() -> None:
     config = ObjectivesConfig.model_validate({"masked_language": {}})
     bare = MaskingTokens(mask=None, ids=(), vocabulary_size=5)
     with pytest.raises(RecipeError, match=r"recipe.masked_language: .*\[MASK\] or <mask>"):
-        check("recipe", config, ALL, bare)
+        check_objectives("recipe", config, ALL, bare)
 
 
 def test_what_is_given_passes() -> None:
     config = ObjectivesConfig.model_validate(EVERYTHING)
-    check("recipe", config, ALL, SPECIAL)
+    check_objectives("recipe", config, ALL, SPECIAL)
     uniform = ObjectivesConfig.model_validate({"matching": {"negatives": "uniform"}})
-    check("recipe", uniform, {"fused", "matching_logits"}, SPECIAL)
+    check_objectives("recipe", uniform, {"fused", "matching_logits"}, SPECIAL)
     written = ObjectivesConfig.model_validate({"answering": {"by": "generation"}})
-    check("recipe", written, {"fused", "decoded", "decoded from the question"}, SPECIAL)
+    check_objectives("recipe", written, {"fused", "decoded", "decoded from the question"}, SPECIAL)
 
 
 def test_the_loss_can_be_descended() -> None:
     model = TinyModel()
     config = ObjectivesConfig.model_validate(EVERYTHING)
-    loss, _ = total(outputs_of(model, batch(6), all_real(6)), config, step=0)
+    loss, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
     gradient = gradients(loss, model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight -= 0.05 * gradient[name]
-    lower, _ = total(outputs_of(model, batch(6), all_real(6)), config, step=0)
+    lower, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
     assert lower < loss

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.objectives.table import check, total
+from mmflow.learning.objectives import ObjectivesConfig, check_objectives, total
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, build
 from tests.learning.tiny import CLASSES, SIDE, SPECIAL, TOKENS, VOCABULARY, all_real, batch, outputs_of, rows_of
@@ -40,11 +39,11 @@ def model_of(**changes: Any) -> Model:
 
 def test_every_objective_teaches_every_weight_and_they_are_learnt_together() -> None:
     model, config = model_of(), ObjectivesConfig.model_validate(EVERYTHING)
-    check("pretrain.objectives", config, model.gives, SPECIAL)
+    check_objectives("pretrain.objectives", config, model.gives, SPECIAL)
     descent = torch.optim.Adam(model.parameters(), lr=0.01)
     losses = []
     for step in range(15):
-        loss, parts = total(outputs_of(model, batch(6), all_real(6)), config, step)
+        loss, parts = total(outputs_of(model, batch(6), all_real(6)), config.named, step)
         descent.zero_grad()
         loss.backward()
         unreached = [name for name, weight in model.named_parameters() if weight.grad is None]
@@ -57,11 +56,11 @@ def test_every_objective_teaches_every_weight_and_they_are_learnt_together() -> 
 def test_answers_are_written_from_the_fused_question() -> None:
     model = model_of(decoder={**MODEL["decoder"], "memory": "fused"}, heads=[], embedding_width=None, bias=None)
     config = ObjectivesConfig.model_validate({"answering": {"by": "generation"}})
-    check("pretrain.objectives", config, model.gives, SPECIAL)
+    check_objectives("pretrain.objectives", config, model.gives, SPECIAL)
     arguments = batch(4)
-    loss, _ = total(outputs_of(model, arguments, all_real(4)), config, step=0)
+    loss, _ = total(outputs_of(model, arguments, all_real(4)), config.named, step=0)
     other_question = {"token_ids": arguments["token_ids"].roll(1, 0), "token_mask": arguments["token_mask"].roll(1, 0)}
-    other, _ = total(outputs_of(model, arguments | other_question, all_real(4)), config, step=0)
+    other, _ = total(outputs_of(model, arguments | other_question, all_real(4)), config.named, step=0)
     assert loss != other
     loss.backward()
     assert all(weight.grad is not None for weight in model.text.parameters())  # type: ignore[union-attr]
@@ -81,7 +80,7 @@ def test_padded_rows_change_nothing(objective: str) -> None:
     }
     padded["keys"] = whole["keys"]
     found, expected = (
-        total(outputs_of(model, arguments, rows_of(real)), config, step=0)[0] for arguments in (padded, whole)
+        total(outputs_of(model, arguments, rows_of(real)), config.named, step=0)[0] for arguments in (padded, whole)
     )
     torch.testing.assert_close(found, expected)
 
@@ -90,9 +89,9 @@ def test_padded_rows_change_nothing(objective: str) -> None:
 def test_under_autocast_the_loss_stays_fp32_and_near(objective: str) -> None:
     model = model_of()
     config = ObjectivesConfig.model_validate({objective: EVERYTHING[objective]})
-    expected, _ = total(outputs_of(model, batch(6), all_real(6)), config, step=0)
+    expected, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = total(outputs_of(model, batch(6), all_real(6)), config, step=0)
+        loss, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, atol=0.02, rtol=0.02)

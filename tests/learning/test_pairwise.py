@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmflow.learning.config import ContrastiveConfig, ObjectivesConfig
-from mmflow.learning.objectives.contrastive import contrastive
-from mmflow.learning.objectives.pairwise import pair_score_loss
-from mmflow.learning.objectives.table import check, total
+from mmflow.learning.objectives import ObjectivesConfig, check_objectives, total
+from mmflow.learning.objectives.contrastive import Contrastive, pair_score_loss
 from mmflow.learning.rows import GlobalRows
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
@@ -116,7 +114,7 @@ def test_contrastive_reads_the_scores_of_a_model_that_gives_them() -> None:
     model = Scorer()
     outputs = outputs_of(model, batch(5), all_real(5))
     expected = plain_loop(outputs.text.pooled_BW @ outputs.image.pooled_BW.T)  # type: ignore[union-attr]
-    torch.testing.assert_close(contrastive(outputs, ContrastiveConfig()), expected, **CLOSE)
+    torch.testing.assert_close(Contrastive().loss(outputs), expected, **CLOSE)
 
 
 def test_captions_are_learnt_to_find_their_clips() -> None:
@@ -138,11 +136,11 @@ def test_captions_are_learnt_to_find_their_clips() -> None:
     arguments["pixels"] = torch.randn(6, 3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     arguments["frame_mask"] = torch.arange(3) < torch.tensor([1, 2, 3, 3, 2, 1])[:, None]
     objectives = ObjectivesConfig.model_validate({"contrastive": {}})
-    check("pretrain.objectives", objectives, model.gives, SPECIAL)
+    check_objectives("pretrain.objectives", objectives, model.gives, SPECIAL)
     descent = torch.optim.Adam(model.parameters(), lr=0.003)
     first = torch.inf
     for step in range(120):
-        loss, parts = total(outputs_of(model, arguments, all_real(6)), objectives, step)
+        loss, parts = total(outputs_of(model, arguments, all_real(6)), objectives.named, step)
         descent.zero_grad()
         loss.backward()
         descent.step()

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.parts import check_trained
+from mmflow.learning.objectives import ObjectivesConfig, check_trained
 from mmflow.models.config import ModelConfig
 from tests.learning.test_on_a_model import EVERYTHING, MODEL
 
@@ -37,7 +36,7 @@ def trained(objectives: dict[str, Any], taught: tuple[str, ...] = (), **changes:
         (
             {"contrastive": {}},
             {"decoder": DECODER},
-            "model.decoder: no objective trains it; name captioning or answering by generation under "
+            "model.decoder: no objective trains it; name captioning or answering with by: generation under "
             "pretrain.objectives, or leave it out",
         ),
         (
@@ -49,7 +48,7 @@ def trained(objectives: dict[str, Any], taught: tuple[str, ...] = (), **changes:
         (
             {"answering": {"by": "generation"}},
             {"fusion": MODEL["fusion"], "heads": ["classes"], "decoder": DECODER, "embedding_width": None},
-            "model.heads: classes: no objective trains it; name classification or answering by classes under "
+            "model.heads: classes: no objective trains it; name answering with by: classes or classification under "
             "pretrain.objectives, or leave it out",
         ),
     ],

@@ -13,10 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.objectives import tiled
-from mmflow.learning.objectives.table import OBJECTIVES, total
-from mmflow.learning.rows import gather_rows, global_rows, pass_on
+from mmflow.learning import strips
+from mmflow.learning.objectives import ObjectivesConfig, total
+from mmflow.learning.rows import all_ranks, gather_rows, global_rows, ring_shift
 from tests.learning.tiny import TinyModel, batch, gradients, outputs_of, rows_of
 
 ROWS = 12
@@ -33,7 +32,7 @@ OBJECTIVE_CASES: dict[str, dict[str, Any]] = {
     "answering, scores": {"answering": {"targets": "scores"}},
     "answering, generation": {"answering": {"by": "generation"}},
     "classification": {"classification": {"label_smoothing": 0.1}},
-    "all at once": {name: {"weight": 0.5} for name in OBJECTIVES},
+    "all at once": {name: {"weight": 0.5} for name in ObjectivesConfig.model_fields},
 }
 REALS = {
     "all real": torch.ones(ROWS, dtype=torch.bool),
@@ -59,21 +58,21 @@ def loss_and_gradients(
     arguments = {name: value[mine] for name, value in whole.items() if name != "targets"}
     arguments |= {name: arguments[name][:, :longest] for name in ("token_ids", "token_mask")}
     arguments["targets"] = {name: value[mine] for name, value in whole["targets"].items()}
-    rows = global_rows(REALS[real][mine], gather_rows, rank)
-    outputs = outputs_of(model, arguments, rows, gather=gather_rows, pass_on=pass_on)
-    loss, parts = total(outputs, ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective]), step=0)
+    rows = global_rows(REALS[real][mine], all_ranks())
+    outputs = outputs_of(model, arguments, rows, ranks=all_ranks())
+    loss, parts = total(outputs, ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective]).named, step=0)
     return loss.detach(), {name: part.detach() for name, part in parts.items()}, gradients(loss, model)
 
 
 def one_of_many(rank: int, world_size: int, directory: str) -> None:
     torch.set_num_threads(1)
-    tiled.STRIP_ELEMENTS = 16  # several strips a rank
+    strips.STRIP_ELEMENTS = 16  # several strips a rank
     store = dist.FileStore(f"{directory}/store", world_size)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
         found = {case: loss_and_gradients(*case, rank, world_size) for case in cases()}
-        passed = pass_on(torch.full((2, 3), rank))
+        passed = ring_shift(torch.full((2, 3), rank))
         gathered = gather_rows(torch.full((2, 3), rank))
         torch.save({"found": found, "passed": passed, "gathered": gathered}, f"{directory}/{rank}.pt")
     finally:
@@ -94,7 +93,7 @@ def test_mean_over_ranks_equals_one_process(ranks: list[dict[str, Any]], objecti
     found = [rank["found"][objective, real] for rank in ranks]
     model = TinyModel()
     config = ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective])
-    expected, expected_parts = total(outputs_of(model, batch(ROWS), rows_of(REALS[real])), config, step=0)
+    expected, expected_parts = total(outputs_of(model, batch(ROWS), rows_of(REALS[real])), config.named, step=0)
     assert torch.isfinite(expected)
     torch.testing.assert_close(torch.stack([loss for loss, _, _ in found]).mean(), expected.detach())
     for name, part in expected_parts.items():
@@ -118,4 +117,4 @@ def test_gathered_rows_are_those_of_all_ranks_in_their_order(ranks: list[dict[st
 def test_without_a_group_nothing_moves() -> None:
     rows = torch.randn(3, 2)
     assert gather_rows(rows) is rows
-    assert pass_on(rows) is rows
+    assert ring_shift(rows) is rows

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmflow.learning.objectives import tiled
-from mmflow.learning.objectives.sigmoid import sigmoid_loss
+from mmflow.learning import strips
+from mmflow.learning.strips import sigmoid_loss
 from tests.learning.tiny import all_real, alone, rows_of, unit
 
 WIDTH = 6
@@ -32,12 +32,12 @@ def dense(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(labels * logits).sum() / len(logits)
 
 
-@pytest.mark.parametrize("strip_elements", [1, 40, tiled.STRIP_ELEMENTS])
+@pytest.mark.parametrize("strip_elements", [1, 40, strips.STRIP_ELEMENTS])
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (100.0, -16.0), (2.0, 3.0)])
 def test_loss_and_gradient_equal_the_paper_s(
     monkeypatch: pytest.MonkeyPatch, strip_elements: int, scale: float, bias: float
 ) -> None:
-    monkeypatch.setattr(tiled, "STRIP_ELEMENTS", strip_elements)
+    monkeypatch.setattr(strips, "STRIP_ELEMENTS", strip_elements)
     seed = torch.seed() % 2**32
     ours, theirs = leaves(11, seed, scale, bias), leaves(11, seed, scale, bias)
     loss, expected = sigmoid_loss(*ours, all_real(11), alone), dense(*theirs)

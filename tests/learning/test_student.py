@@ -9,11 +9,9 @@ import pytest
 import torch
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.distillation.config import DistillationLossesConfig
+from mmflow.learning.distillation import DistillationLossesConfig
 from mmflow.learning.distillation.features import feature_loss
-from mmflow.learning.distillation.given import Given
 from mmflow.learning.distillation.soft_labels import soft_label_loss
-from mmflow.learning.distillation.table import LOSSES
 from mmflow.learning.student import Student, Teacher
 from mmflow.loading.batches import Reading
 from mmflow.models.config import ModelConfig
@@ -69,9 +67,9 @@ def test_loss_is_the_weighted_sum_of_objectives_and_losses() -> None:
     learner, rows = student.learner, student.learner.rows(batch())
     outputs = learner.outputs(learner.model, learner.config, batch(), 3, rows)
     assert taught.loaded is not None
-    mine = Given(outputs).space
-    theirs = Given(learner.outputs(taught.loaded.model, taught.loaded.config, batch(), 3, rows)).space
-    expected = soft_label_loss(mine, [(1.0, theirs)], rows, outputs.gather, 2.0)
+    mine = outputs.embeddings
+    theirs = learner.outputs(taught.loaded.model, taught.loaded.config, batch(), 3, rows).embeddings
+    expected = soft_label_loss(mine, [(1.0, theirs)], rows, outputs.ranks.gather, 2.0)
     torch.testing.assert_close(parts["soft_labels"], expected)
     torch.testing.assert_close(parts["features"], feature_loss([mine], [(1.0, theirs)], rows))
 
@@ -82,7 +80,7 @@ def test_teachers_do_not_learn_and_are_no_part_of_the_student() -> None:
     before = [{n: each.clone() for n, each in one.loaded.model.state_dict().items()} for one in teachers if one.loaded]
     student.train()
     loss, parts = student(batch(), 1)
-    assert set(LOSSES) <= set(parts)
+    assert set(DistillationLossesConfig.model_fields) <= set(parts)
     loss.backward()
     for one, was in zip(teachers, before, strict=True):
         assert one.loaded is not None
@@ -159,9 +157,9 @@ def test_a_teacher_of_another_tokenizer_reads_the_texts_in_its_own() -> None:
     learner = student.learner
     rows = learner.rows(batch())
     translated = batch(token_ids=ids, token_mask=mask)
-    theirs = Given(learner.outputs(own.loaded.model, own.loaded.config, translated, 1, rows)).space
+    theirs = learner.outputs(own.loaded.model, own.loaded.config, translated, 1, rows).embeddings
     student.eval()
-    mine = Given(learner.outputs(learner.model, learner.config, batch(), 1, rows)).space
+    mine = learner.outputs(learner.model, learner.config, batch(), 1, rows).embeddings
     first_alone = smallest(teacher(), losses={"features": 1}).eval()(batch(), 1)[1]["features"]
     both = student(batch(readings=((ids, mask),)), 1)[1]["features"]
     torch.testing.assert_close(both, 0.5 * (first_alone + feature_loss([mine], [(1.0, theirs)], rows)))
@@ -189,21 +187,21 @@ def test_a_loss_uses_only_the_teachers_that_give_what_it_reads() -> None:
             {},
             {"embedding_width": None, **FUSED},
             {"soft_labels": 1},
-            "distill.losses.soft_labels: the teacher gives no embeddings; teach by a model with a text encoder and an "
+            "distill.losses.soft_labels: the teacher gives no embeddings; use a model with a text encoder and an "
             "embedding_width, or leave soft_labels out",
         ),
         (
             {"embedding_width": None, **FUSED},
             {},
             {"features": 1},
-            "distill.losses.features: the student gives no embeddings; give its model",
+            "distill.losses.features: the student gives no embeddings; use a model",
         ),
         ({}, {}, {"ranking": {}}, "distill.losses.ranking: the teacher has no matching_logits"),
         (
             {"image": SMALLEST_MODEL["image"]},
             {},
             {"attention": {"sides": ["image"]}},
-            "distill.losses.attention: the student's image encoder has no attention maps; use one that attends",
+            "distill.losses.attention: the student's image encoder has no attention maps; use one with attention",
         ),
         (
             {"image_pixels": 24},
@@ -215,19 +213,19 @@ def test_a_loss_uses_only_the_teachers_that_give_what_it_reads() -> None:
             {},
             {},
             {"attention": {"sides": ["text"], "layers": [[1, 3]]}},
-            r"distill.losses.attention: layers: \[1, 3\], and the student's text encoder has 2 and the teacher's 2",
+            r"distill.losses.attention: layers: \[1, 3\], but the student's text encoder has 2 layers and the",
         ),
         (
             {},
             attending(attention_heads=4),
             {"attention": {"sides": ["text"], "heads": "same"}},
-            "distill.losses.attention: heads: same, and the student's text encoder has 2 and the teacher's 4",
+            "distill.losses.attention: heads: same, but the student's text encoder has 2 heads and the teacher's 4",
         ),
         (
             {},
             {},
             {"attention": {"sides": ["text"], "heads": [[1, 5]]}},
-            r"distill.losses.attention: heads: \[1, 5\], and the student's text encoder has 2 and the teacher's",
+            r"distill.losses.attention: heads: \[1, 5\], but the student's text encoder has 2 heads and the teacher's",
         ),
         (
             {"image": {**attending()["image"], "patch_dropout": 0.5}},
@@ -269,7 +267,7 @@ def test_a_number_is_a_weight_and_nothing_named_is_soft_labels_and_features() ->
         ),
         (
             {"training": {"compile": True}, "losses": {"hidden": {"sides": ["text"]}}},
-            "training.compile: attention and",
+            "training.compile: losses.hidden reads",
         ),
         ({"teachers": [{"model": "m"}]}, "give either package, a model package's URI, or model and version"),
         ({"losses": {"attention": {"sides": ["text"], "layers": []}}}, "at least 1 item"),

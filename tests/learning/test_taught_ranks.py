@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from mmflow.learning.learner import ALONE, Ranks
-from mmflow.learning.rows import gather_rows, pass_on
+from mmflow.learning.rows import ALONE, Ranks, all_ranks
 from mmflow.learning.student import Student, Teacher
 from tests.learning.teaching import FUSED, attending, batch, loaded, student_of
 from tests.learning.test_student import EVERYTHING
@@ -63,7 +62,7 @@ def one_of_two(rank: int, directory: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timeout)
     mine = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
     try:
-        module = student(Ranks(rank, gather_rows, pass_on))
+        module = student(all_ranks())
         found = {real: losses_and_gradients(module, real, mine) for real in REALS}
         torch.save(found, f"{directory}/{rank}.pt")
     finally:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.learning.outputs import MaskingTokens, Outputs
-from mmflow.learning.rows import Gather, GlobalRows, PassOn, global_rows
+from mmflow.learning.rows import ALONE, GlobalRows, Ranks, global_rows
 from mmflow.models.encoders import Encoded, Fused
 from mmflow.models.model import LogitScale
 
@@ -22,7 +22,7 @@ def alone(rows: Tensor) -> Tensor:
 
 
 def rows_of(real: Tensor) -> GlobalRows:
-    return global_rows(real, alone, rank=0)
+    return global_rows(real)
 
 
 def all_real(rows: int) -> GlobalRows:
@@ -126,12 +126,11 @@ def outputs_of(
     arguments: dict[str, Any],
     rows: GlobalRows,
     *,
-    gather: Gather = alone,
-    pass_on: PassOn = alone,
+    ranks: Ranks = ALONE,
     seed: int = 3,
 ) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
-    return Outputs(model, **arguments, rows=rows, gather=gather, pass_on=pass_on, special=SPECIAL, generator=generator)
+    return Outputs(model=model, **arguments, rows=rows, ranks=ranks, special=SPECIAL, generator=generator)
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:

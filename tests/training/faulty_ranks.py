@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mmflow.core.errors import MmflowError
 from mmflow.core.storage import write_json
-from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner, Parts
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.plan import LoaderState

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import MaskingTokens
-from mmflow.learning.rows import gather_rows, pass_on
+from mmflow.learning.rows import all_ranks
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
@@ -101,14 +101,11 @@ def dual_encoder(options: dict[str, Any], **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate(fields | changes)
 
 
-def learners(
-    config: ModelConfig, *objectives: dict[str, Any], special: MaskingTokens, classes: int = 0
-) -> list[Learner]:
-    """A fresh model, and a learner of it for each of several tasks."""
+def learner(config: ModelConfig, *objectives: dict[str, Any], special: MaskingTokens, classes: int = 0) -> Learner:
+    """A fresh model and the objectives of each of its tasks."""
     model = build("pretrain.model", config, special.vocabulary_size, seed=1, num_classes=classes)
-    ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
     sections = [ObjectivesConfig.model_validate(section) for section in objectives]
-    return [Learner(model, config, section, special, seed=1, ranks=ranks) for section in sections]
+    return Learner(model, config, sections, special, seed=1, ranks=all_ranks())
 
 
 def random_batch(seed: int, rows: int, *, tokens: int = 8, vocabulary: int = 64, **fields: Any) -> Batch:

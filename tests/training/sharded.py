@@ -9,6 +9,7 @@ import copy
 import datetime
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.learner import Learner, Ranks
-from mmflow.learning.micro_batches import MicroBatch
-from mmflow.learning.objectives.table import total
+from mmflow.learning.learner import Learner, MicroBatch
+from mmflow.learning.objectives import ObjectivesConfig, total
 from mmflow.learning.outputs import MaskingTokens
-from mmflow.learning.rows import gather_rows, pass_on
+from mmflow.learning.rows import all_ranks, gather_rows
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
@@ -76,7 +75,7 @@ def model_config(dropout: float = 0.0, layers: int = 1) -> ModelConfig:
 def learner(config: ModelConfig, objectives: dict[str, Any]) -> Learner:
     model = build("model", config, VOCABULARY, seed=1, num_classes=CLASSES)
     named = ObjectivesConfig.model_validate(objectives)
-    return Learner(model, config, named, SPECIAL, seed=1, ranks=Ranks(dist.get_rank(), gather_rows, pass_on))
+    return Learner(model, config, [named], SPECIAL, seed=1, ranks=all_ranks())
 
 
 def batch(step: int, rows: int = ROWS) -> Batch:
@@ -180,7 +179,7 @@ def compared(objectives: dict[str, Any], stage: int, in_micro_batches: bool) -> 
 
 def broken(directory: Path) -> dict[Any, Any]:
     """At once, by ranks whose rows come to the others without a gradient."""
-    selfcheck.gather_rows = lambda rows: gather_rows(rows.detach())
+    selfcheck.all_ranks = lambda: replace(all_ranks(), gather=lambda rows: gather_rows(rows.detach()))
     return compared({"contrastive": {}, "classification": {}}, 2, in_micro_batches=False)
 
 
@@ -222,17 +221,17 @@ def dropout(directory: Path) -> dict[Any, Any]:
 
     whole = batch(1, rows)
     known = one_graph.rows(whole)
-    places = one_graph.places(whole, 1, known, cuts)
-    micro = [MicroBatch(known.micro_batch(cut, 3), places, slopes={}) for cut in cuts]
+    places = one_graph.count_places(whole, 1, known, cuts)
+    micro = [MicroBatch(known.micro_batch(cut, 3), places, gradients={}) for cut in cuts]
     torch.manual_seed(dist.get_rank())
     drawn, embedded = [], []
     for cut, each in zip(cuts, micro, strict=True):
         drawn.append(torch.get_rng_state())
         embedded.append(one_graph(rows_of(whole, cut), 1, MicroBatch(each.rows, places))[1])
-    outputs = one_graph.outputs(one_graph.model, one_graph.config, whole, 1, known, unseen=True)
+    outputs = one_graph.outputs(one_graph.model, one_graph.config, whole, 1, known, shapes_only=True)
     outputs.image_embedding = torch.cat([each["image_embedding"] for each in embedded])
     outputs.text_embedding = torch.cat([each["text_embedding"] for each in embedded])
-    loss = total(outputs, ObjectivesConfig.model_validate({"contrastive": {}}), 1)[0]
+    loss = total(outputs, ObjectivesConfig.model_validate({"contrastive": {}}).named, 1)[0]
     for cut, each, state in zip(cuts, micro, drawn, strict=True):
         torch.set_rng_state(state)
         loss = loss + one_graph(rows_of(whole, cut), 1, each)[0] / 3

@@ -25,7 +25,7 @@ from mmflow.training.guards import Guards
 from mmflow.training.journal import Journal, curves, read_journal
 from mmflow.training.loop import Due, Loop
 from tests.tiny import SMALLEST_MODEL
-from tests.training.ranks import assert_bit_equal, learners, main, perform, random_batch
+from tests.training.ranks import assert_bit_equal, learner, main, perform, random_batch
 
 STAGES = (0, 1, 2, 3)
 DROPPING_STAGES = (1, 2)  # ZeRO 3 checks only in fp16
@@ -39,9 +39,8 @@ MODEL = ModelConfig.model_validate(
 )
 
 
-def learner() -> Learner:
-    (learner,) = learners(MODEL, {}, special=MaskingTokens(None, (), VOCABULARY))
-    return learner
+def dropping_learner() -> Learner:
+    return learner(MODEL, {}, special=MaskingTokens(None, (), VOCABULARY))
 
 
 def engine_of(zero_stage: int, module: Learner | None = None, precision: str = "fp32") -> Any:
@@ -51,7 +50,7 @@ def engine_of(zero_stage: int, module: Learner | None = None, precision: str = "
         "precision": precision,
         "global_batch_size": BATCH,
     }
-    engine = build_engine(module or learner(), TrainingConfig.model_validate(fields), TOTAL_STEPS)
+    engine = build_engine(module or dropping_learner(), TrainingConfig.model_validate(fields), TOTAL_STEPS)
     torch.manual_seed(5)
     return engine
 
@@ -136,7 +135,7 @@ class Overflowing(Learner):
 def dropped(directory: Path) -> None:
     """A step that DeepSpeed drops for its gradients, as it does in fp16, which is for accelerators."""
     for stage in DROPPING_STAGES:
-        module = learner()
+        module = dropping_learner()
         module.__class__ = Overflowing
         engine = engine_of(stage, module)
         engine.optimizer.check_grad_overflow = True

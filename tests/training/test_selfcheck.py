@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmflow.learning.config import ObjectivesConfig
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.models.config import ModelConfig
 from mmflow.training.config import TrainingConfig
 from mmflow.training.selfcheck import Compared, small_check

@@ -48,8 +48,8 @@ def test_what_a_checkpoint_s_model_or_tokenizer_does_not_give_is_named(tmp_path:
     text = {"checkpoint": bert(tmp_path / "bert", hides_none)}
     fields: dict[str, Any] = {"model": SMALLEST_MODEL | {"vocabulary_size": None, "text": text}}
     for objectives, said in (
-        ({"matching": {}}, r"matching: it needs fused; give the model a fusion"),
-        ({"masked_language": {}}, r"masked_language: it needs a token that hides a word; take a tokenizer with"),
+        ({"matching": {}}, r"matching: needs fused; give the model a fusion"),
+        ({"masked_language": {}}, r"masked_language: needs a mask token; use a tokenizer with"),
     ):
         fields["model"]["heads"] = ["masked_language"]
         fields["objectives"] = {"contrastive": {}} | objectives
@@ -66,8 +66,8 @@ def test_a_part_that_nothing_trains_is_named() -> None:
     ("changes", "said"),
     [
         ({}, None),
-        ({"training": {"micro_batch_size": 4}}, r"training\.micro_batch_size: video of kind tight, which scores every"),
-        ({"objectives": {"sigmoid": {}}}, r"objectives\.sigmoid: it needs embeddings; .* no video of kind tight"),
+        ({"training": {"micro_batch_size": 4}}, r"training\.micro_batch_size: video of kind tight scores every"),
+        ({"objectives": {"sigmoid": {}}}, r"objectives\.sigmoid: needs embeddings; .* no video of kind tight"),
         ({"loader": {"frames": 3}}, r"loader\.frames: 3, and pretrain\.model\.video\.max_frames is 2; make them equal"),
     ],
 )

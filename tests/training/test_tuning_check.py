@@ -42,11 +42,11 @@ def test_each_part_may_be_trained_by_one_of_the_tasks() -> None:
     [
         (
             (PAIRS, VQA | {"loader": {}}),
-            r"1\.objectives\.answering: its targets are nowhere; set pretrain\.tasks\.1",
+            r"1\.objectives\.answering: the batches have no target; set pretrain\.tasks\.1",
         ),
         (
             (VQA, PAIRS | {"objectives": {"sigmoid": {}}}),
-            r"1\.objectives\.sigmoid: it needs bias; give the",
+            r"1\.objectives\.sigmoid: needs bias; give the",
         ),
         ((PAIRS, VQA | {"loader": VQA["loader"] | {"frames": 2}}), r"1\.loader\.frames: 2, but pretrain\.model\.video"),
         ((PAIRS, VQA, LABELS), r"2\.loader: its targets are classes of kind, those of pretrain\.tasks\.1 are answers"),

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.dataset.opened import Dataset
-from mmflow.learning.config import ObjectivesConfig
 from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import masking_tokens
 from mmflow.learning.retrieval import find_one, retrieval_metrics
 from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
@@ -143,7 +143,7 @@ def packaged(validated: Trainings, name: str, config: LoaderConfig) -> tuple[Lea
         max_tokens=MODEL.max_tokens,
         seed=3,
     )
-    return Learner(loaded.model, loaded.config, ObjectivesConfig(), masking_tokens(loaded.tokenizer), seed=3), loader
+    return Learner(loaded.model, loaded.config, [ObjectivesConfig()], masking_tokens(loaded.tokenizer), seed=3), loader
 
 
 @pytest.mark.parametrize("name", ["values-1", "values-2", "values-3", "last"])

@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 
 from mmflow.core.errors import TrainingError
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import MaskingTokens
-from mmflow.learning.rows import gather_rows, pass_on
-from mmflow.learning.tasks import TaskLearner
+from mmflow.learning.rows import all_ranks
 from mmflow.loading.batches import Batch
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.plan import LoaderState
@@ -74,16 +73,15 @@ def batch(step: int, task: int) -> Batch:
     )
 
 
-def learner() -> TaskLearner:
+def learner() -> Learner:
     config = ModelConfig.model_validate(MODEL)
     model = build("pretrain.model", config, VOCABULARY, seed=1, num_classes=CLASSES)
-    ranks = Ranks(dist.get_rank(), gather_rows, pass_on)
     special = MaskingTokens(None, (), VOCABULARY)
     sections = [ObjectivesConfig.model_validate(each) for each in OBJECTIVES.values()]
-    return TaskLearner([Learner(model, config, each, special, seed=1, ranks=ranks) for each in sections])
+    return Learner(model, config, sections, special, seed=1, ranks=all_ranks())
 
 
-def engine_of(module: TaskLearner, zero_stage: int, offload: bool = False) -> Any:
+def engine_of(module: Learner, zero_stage: int, offload: bool = False) -> Any:
     return build_engine(
         module,
         TrainingConfig(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmflow.learning.config import ObjectivesConfig
-from mmflow.learning.learner import Learner, Ranks
+from mmflow.learning.learner import Learner
+from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import MaskingTokens
-from mmflow.learning.rows import gather_rows, pass_on
+from mmflow.learning.rows import all_ranks
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
@@ -66,9 +66,9 @@ def losses(name: str, zero_stage: int, rank: int) -> list[float]:
     """The mean over ranks of each step's loss, the first step's before any update."""
     config = ModelConfig.model_validate(SMALLEST_MODEL | {"max_tokens": 20, "vocabulary_size": None} | MODELS[name])
     model = build("pretrain.model", config, VOCABULARY, seed=1)
-    special, ranks = MaskingTokens(None, (), VOCABULARY), Ranks(rank, gather_rows, pass_on)
+    special, ranks = MaskingTokens(None, (), VOCABULARY), all_ranks()
     engine = build_engine(
-        Learner(model, config, ObjectivesConfig(), special, seed=1, ranks=ranks),
+        Learner(model, config, [ObjectivesConfig()], special, seed=1, ranks=ranks),
         TrainingConfig(
             optimizer=OptimizerConfig(learning_rate=0.001, warmup_steps=1),
             zero_stage=zero_stage,

@@ -1,51 +1,81 @@
-"""Hidden layers: what the student's layers give, by what the teacher's do (TinyBERT, arXiv 1909.10351, eq. 8; FitNets,
-arXiv 1412.6550, eq. 3).
+"""Hidden layers: the outputs of the student's layers close to those of the teacher's (TinyBERT, arXiv 1909.10351, eq.
+8; FitNets, arXiv 1412.6550, eq. 3).
 
     loss = mean over places, units and pairs of layers of (W h − h^t)²
 
-W is a projection where widths differ, one for each pair of layers. Both must read the same places: the same tokens, or
-as many regions.
+W is a projection where widths differ, one for each pair of layers. Both models must read the same places: the same
+tokens, or the same number of regions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from mmflow.learning.distillation.config import HiddenConfig
-from mmflow.learning.distillation.given import Heard
-from mmflow.learning.rows import Gather, mean_of
+from mmflow.learning.distillation.loss import (
+    DistillationBatch,
+    DistillationLoss,
+    Layers,
+    ModelTraits,
+    Side,
+    layers_apart,
+    pair_layers,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmflow.learning.rows import Gather
 
 # Shapes: B rows of this rank, T places of a sequence, W the teacher's width.
 
 
-def hidden(heard: Heard, config: HiddenConfig) -> Tensor:
-    """The loss of a batch, (): the mean over the sides that are compared."""
-    losses = []
-    for teaching in heard.teachings:
-        for side in config.sides:
-            pairs = [
-                (_projected(student_BTW, teaching.projections, f"{side}_{number}"), teacher_BTW)
-                for number, (student_BTW, teacher_BTW) in enumerate(teaching.hidden[side])
-            ]
-            there_BT = heard.rows.real_B[:, None].expand(pairs[0][0].shape[:2])
-            if side == "text":
-                there_BT = there_BT & heard.student.live.token_mask.bool()
-            losses.append(teaching.share * hidden_loss(pairs, there_BT, heard.gather))
-    return torch.stack(losses).sum() / len(config.sides)
+class Hidden(DistillationLoss):
+    """Squared distance between the outputs of layers, through a projection where widths differ."""
+
+    sides: list[Side] = Field(min_length=1)
+    """The encoders whose layers are compared."""
+    layers: Layers = "even"
+    """Which layers are compared: last with last, even (TinyBERT), or pairs [student's, teacher's] counted from 1."""
+
+    NEEDS_TEACHER_MODEL: ClassVar = True
+    READS_LAYERS: ClassVar = True
+    TRAINS: ClassVar = ()
+
+    def missing(self, student: ModelTraits, teacher: ModelTraits) -> str | None:
+        reasons = (layers_apart(side, self.layers, student, teacher) for side in self.sides)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def layer_pairs(self, student: ModelTraits, teacher: ModelTraits) -> dict[Side, list[tuple[int, int]]]:
+        counts = {side: [len(model.layers[side] or ()) for model in (student, teacher)] for side in self.sides}
+        return {side: pair_layers(self.layers, *both) for side, both in counts.items()}
+
+    def loss(self, batch: DistillationBatch) -> Tensor:
+        """The mean over the sides."""
+        import torch
+
+        losses = []
+        for teacher in batch.teachers:
+            for side in self.sides:
+                pairs = [
+                    (teacher.project_layer(side, number, student_BTW), teacher_BTW)
+                    for number, (student_BTW, teacher_BTW) in enumerate(teacher.layers[side])
+                ]
+                real_BT = batch.real_places(side, pairs[0][0].shape[1])
+                losses.append(teacher.share * hidden_loss(pairs, real_BT, batch.student.ranks.gather))
+        return torch.stack(losses).sum() / len(self.sides)
 
 
-def hidden_loss(layers: Sequence[tuple[Tensor, Tensor]], there_BT: Tensor, gather: Gather) -> Tensor:
-    """This rank's part of the loss, (). `layers` are what the student's and the teacher's give, (B, T, W) each;
-    `there_BT` (bool) are the places that count."""
-    total_BT = torch.zeros_like(there_BT, dtype=torch.float32)
+def hidden_loss(layers: Sequence[tuple[Tensor, Tensor]], real_BT: Tensor, gather: Gather) -> Tensor:
+    """This rank's part of the loss, (). `layers` are outputs of the student's and the teacher's layers, (B, T, W) each;
+    `real_BT` (bool) are the places that count."""
+    import torch
+
+    from mmflow.learning.rows import mean_of
+
+    total_BT = torch.zeros_like(real_BT, dtype=torch.float32)
     for student_BTW, teacher_BTW in layers:
         total_BT = total_BT + (student_BTW.float() - teacher_BTW.float()).square().mean(-1)
-    return mean_of(total_BT[there_BT], gather) / len(layers)
-
-
-def _projected(student_BTW: Tensor, projections: nn.ModuleDict, name: str) -> Tensor:
-    projected: Tensor = projections[name](student_BTW) if name in projections else student_BTW
-    return projected
+    return mean_of(total_BT[real_BT], gather) / len(layers)

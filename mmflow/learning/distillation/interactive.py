@@ -9,27 +9,32 @@ s is the student's scale, P_t the projection to the width of teacher t.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from mmflow.learning.distillation.loss import DistillationBatch, DistillationLoss, Teachers, scaled_products
 
-from mmflow.learning.distillation.config import InteractiveConfig
-from mmflow.learning.distillation.given import Heard, Space, scaled_products
-from mmflow.learning.rows import Gather, GlobalRows
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmflow.learning.outputs import Embeddings
+    from mmflow.learning.rows import Gather, GlobalRows
 
 # Shapes: B rows of this rank, N rows of all ranks, E the teacher's width of the shared space.
 
 
-def interactive(heard: Heard, config: InteractiveConfig) -> Tensor:
-    """The loss of a batch, ()."""
-    return interactive_loss(heard.projected, heard.spaces, heard.rows, heard.gather)
+class Interactive(DistillationLoss):
+    """The student's images must find their captions among the teacher's, and its captions their images (ICL)."""
+
+    PROJECTS_EMBEDDINGS: ClassVar = True
+
+    def loss(self, batch: DistillationBatch) -> Tensor:
+        student = batch.student
+        return interactive_loss(batch.projected, batch.teacher_embeddings, student.rows, student.ranks.gather)
 
 
-def interactive_loss(
-    projected: Sequence[Space], teachers: Sequence[tuple[float, Space]], rows: GlobalRows, gather: Gather
-) -> Tensor:
-    """This rank's part of the loss, (). `projected` are the student's, one for each teacher, in its width."""
-    total_B = torch.zeros_like(rows.real_B, dtype=torch.float32)
+def interactive_loss(projected: Sequence[Embeddings], teachers: Teachers, rows: GlobalRows, gather: Gather) -> Tensor:
+    """This rank's part of the loss, (). `projected` are the student's embeddings in the width of each teacher."""
+    total_B = rows.zeros()
     for student, (share, teacher) in zip(projected, teachers, strict=True):
         for anchors_BE, candidates_BE in ((student.image_BE, teacher.text_BE), (student.text_BE, teacher.image_BE)):
             logits_BN = scaled_products(anchors_BE, gather(candidates_BE), student.logit_scale.float(), rows.real_N)

@@ -1,26 +1,47 @@
-"""Classification: the cross-entropy of the right label, smoothed where asked (arXiv 1512.00567, section 7).
+"""Classification: the cross-entropy of the right label, with label smoothing (arXiv 1512.00567, section 7).
 
 loss = mean over labelled rows of −Σ_c q_c log p_c,   q = (1 − ε) · right + ε / C
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
-from mmflow.learning.config import ClassificationConfig
-from mmflow.learning.outputs import Outputs
-from mmflow.learning.rows import mean_cross_entropy
+from pydantic import Field
+
+from mmflow.learning import Objective
+from mmflow.loading.config import LoaderConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmflow.learning.outputs import Outputs
 
 # Shapes: B rows of this rank, C classes.
 
-
-def classification(outputs: Outputs, config: ClassificationConfig) -> Tensor:
-    """The objective of a batch, (). A row whose label is −1, unknown, counts nowhere."""
-    logits_BC = outputs.model.class_logits(outputs.fused)
-    known_B, gather = classification_places(outputs, config), outputs.gather_places("classification")
-    return mean_cross_entropy(logits_BC, outputs.target("label"), known_B, gather, config.label_smoothing)
+CLASS_HEAD = {"class_logits": "add classes to the model's heads"}
 
 
-def classification_places(outputs: Outputs, config: ClassificationConfig) -> Tensor:
-    """(B,) bool: the labels that are known."""
-    return outputs.rows.real_B & (outputs.target("label") >= 0)
+class Classification(Objective):
+    """The label of the image or, with a fusion, of the pair."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread over all classes."""
+
+    TRAINS: ClassVar = {"classes": {}}
+
+    def needs(self) -> dict[str, str]:
+        return CLASS_HEAD
+
+    def missing_target(self, loader: LoaderConfig) -> str | None:
+        return "label to the name of a class in the samples' metadata" if loader.label is None else None
+
+    def places(self, outputs: Outputs) -> Tensor:
+        """(B,) bool: the rows with a known label; −1 is unknown."""
+        return outputs.rows.real_B & (outputs.target("label") >= 0)
+
+    def loss(self, outputs: Outputs) -> Tensor:
+        logits_BC = outputs.model.class_logits(outputs.fused)
+        return outputs.mean_cross_entropy(
+            "classification", logits_BC, outputs.target("label"), self.places(outputs), self.label_smoothing
+        )

@@ -121,8 +121,8 @@ def _device() -> torch.device:
 
 
 def _learner(size: str, **changes: Any) -> Any:
-    from mmflow.learning.config import ObjectivesConfig
     from mmflow.learning.learner import Learner
+    from mmflow.learning.objectives import ObjectivesConfig
     from mmflow.learning.outputs import MaskingTokens
     from mmflow.models.config import ModelConfig
     from mmflow.models.model import build
@@ -131,7 +131,7 @@ def _learner(size: str, **changes: Any) -> Any:
     sides = {side: {**fields[side], **changes} for side in ("image", "text")}
     config = ModelConfig.model_validate({**fields, **sides})
     model = build("model", config, config.vocabulary_size, seed=1)
-    return Learner(model, config, ObjectivesConfig(), MaskingTokens(None, (), config.vocabulary_size), seed=1).train()
+    return Learner(model, config, [ObjectivesConfig()], MaskingTokens(None, (), config.vocabulary_size), seed=1).train()
 
 
 def _engine(learner: Any, batch: int) -> Any:
