@@ -21,9 +21,9 @@ from mmflow.core.config import OPERATIONAL, Config
 from mmflow.corpora.openmoji import (
     TRAIN,
     UNSEEN_CONCEPTS,
-    EmojiNames,
     OpenmojiConfig,
     Record,
+    describe_emoji,
     held_out_concepts,
     hold_out,
     without_selector,
@@ -45,37 +45,16 @@ class Style:
     license: str
 
 
+GOOGLE_SHA512 = "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A=="
+FLUENT_3D_SHA512 = "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g=="
+FLUENT_ANIM_SHA512 = "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA=="
+GOOGLE = NpmPackage("emoji-datasource-google", "16.0.0", GOOGLE_SHA512, 77_901_588)
+FLUENT_3D = NpmPackage("@lobehub/fluent-emoji-3d", "1.1.0", FLUENT_3D_SHA512, 17_712_334)
+FLUENT_ANIM = NpmPackage("@lobehub/fluent-emoji-anim-1", "1.0.0", FLUENT_ANIM_SHA512, 165_926_880)
 STYLES = {
-    "google": Style(
-        NpmPackage(
-            "emoji-datasource-google",
-            "16.0.0",
-            "ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
-            77_901_588,
-        ),
-        PurePosixPath("img/google/64"),
-        "Apache-2.0",
-    ),
-    "fluent_3d": Style(
-        NpmPackage(
-            "@lobehub/fluent-emoji-3d",
-            "1.1.0",
-            "Wlq2lVStTnr8BDpIJ0pEnTKO4LuDxxqTEhTvRtD1DLRF0me7ogeRQjKoehDHXuVJ2Qaecgl5wRBv60lUAG3h7g==",
-            17_712_334,
-        ),
-        PurePosixPath("assets"),
-        "MIT",
-    ),
-    ANIMATIONS: Style(
-        NpmPackage(
-            "@lobehub/fluent-emoji-anim-1",
-            "1.0.0",
-            "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
-            165_926_880,
-        ),
-        PurePosixPath("assets"),
-        "MIT",
-    ),
+    "google": Style(GOOGLE, PurePosixPath("img/google/64"), "Apache-2.0"),
+    "fluent_3d": Style(FLUENT_3D, PurePosixPath("assets"), "MIT"),
+    ANIMATIONS: Style(FLUENT_ANIM, PurePosixPath("assets"), "MIT"),
 }
 
 
@@ -158,7 +137,7 @@ def _unpacked(
     directory: Path, styles: Sequence[str], corpus: str, package_directory: str | None
 ) -> Iterator[list[tuple[Path, Record]]]:
     """(file, record without its split) of the styles' pictures by key, unpacked for as long as the block lasts."""
-    names = EmojiNames()
+    describe = describe_emoji()
     pictures: dict[str, tuple[Path, Record]] = {}
     with scratch_directory(directory, "images") as scratch:
         for style in dict.fromkeys(styles):
@@ -173,7 +152,7 @@ def _unpacked(
                 if key not in pictures:  # some pictures are there twice, with and without leading zeros
                     record = {"key": key, "image": f"images/{key}{file.suffix}", "style": style}
                     record["license"] = STYLES[style].license
-                    pictures[key] = (file, record | names.describe(code))
+                    pictures[key] = (file, record | describe(code))
         yield [pictures[key] for key in sorted(pictures)]
 
 

@@ -75,20 +75,17 @@ class OpenmojiConfig(Config):
 # --- what all emoji corpora share -------------------------------------------------------------------------------------
 
 
-class EmojiNames:
-    """Names, Unicode's groups and concepts of emoji by code points. Raises MisuseError if a package is missing."""
+def describe_emoji() -> Callable[[str], Record]:
+    """Code without selectors → the captions, classes and concept of a record; emoji without a name have no concept."""
+    names_of_code, classes = emoji_names(), _emoji_classes()
 
-    def __init__(self) -> None:
-        self._names, self._classes = emoji_names(), _emoji_classes()
+    def describe(code: str) -> Record:
+        names = names_of_code.get(code, {})
+        captions = [{"language": language, "text": text} for language, text in names.items()]
+        concept = concept_of(names["en"]) if names else None
+        return {"captions": captions, "classes": classes.get(code, {}), "concept": concept}
 
-    def describe(self, code: str) -> Record:
-        """The captions, classes and concept of a record; no captions and no concept for an emoji without a name."""
-        names = self._names.get(code, {})
-        return {
-            "captions": [{"language": language, "text": text} for language, text in names.items()],
-            "classes": self._classes.get(code, {}),
-            "concept": concept_of(names["en"]) if names else None,
-        }
+    return describe
 
 
 def emoji_names() -> dict[str, dict[str, str]]:
@@ -168,13 +165,13 @@ def _missing(package: str) -> MisuseError:
 
 def list_openmoji(concept_share: float, variant_share: float, seed: int) -> list[tuple[str, Record]]:
     """(SVG file, record) of every drawing in the order of the keys; nothing is rendered."""
-    names = EmojiNames()
+    describe = describe_emoji()
     stems = (Path(entry.name).stem for entry in _svg_directory().iterdir() if entry.name.endswith(".svg"))
     drawings: list[tuple[str, Record]] = []
     for stem in sorted(stems, key=str.lower):
         key = stem.lower()
         record = {"key": key, "image": f"images/{key}.png", "license": "CC-BY-SA-4.0"}
-        drawings.append((f"{stem}.svg", record | names.describe(without_selector(stem))))
+        drawings.append((f"{stem}.svg", record | describe(without_selector(stem))))
     splits = _splits([record for _, record in drawings], concept_share, variant_share, seed)
     for _, record in drawings:
         record["split"] = splits.get(record["key"], TRAIN)

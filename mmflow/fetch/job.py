@@ -20,7 +20,7 @@ from mmflow.core.artifacts import content_hash, exclusive
 from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
 from mmflow.core.storage import exists, join, local_path, read_json, write_json
-from mmflow.fetch.client import Result, fetch_batch
+from mmflow.fetch.client import fetch_batch
 from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.guard import parse_url
 from mmflow.fetch.store import FetchedStore, KnownWriter, next_run, published_by, remove_strays, url_hashes
@@ -34,9 +34,6 @@ RECORDS_AT_ONCE = 2_000_000  # URLs in this process's memory: 200 MB
 RECORDS_READ_HERE = 20_000  # read in 3 s, which is what a Ray Data job costs before it has read one
 TASK_CPUS = 0.25  # a task waits for the network; at 500 images/s it takes about half a core
 LOST_TASKS = 3  # times that a task lost with its machine is started again
-
-
-# --- the sources' URLs ------------------------------------------------------------------------------------------------
 
 
 def fetch_images(
@@ -233,7 +230,15 @@ async def fetch_into(
                     result = coming.result()
                     if result is None:
                         break
-                    _keep(result, before, writer, settings.max_bytes)
+                    # A temporary failure replaces nothing permanent.
+                    if not result.retryable or before.verdict(result.url) in (
+                        Reason.fetch_failed,
+                        Reason.fetch_pending,
+                    ):
+                        if result.reason is None and result.body is None:  # not modified
+                            writer.add_unchanged(result, before.entry(result.url))
+                        else:
+                            writer.add(result, max_bytes=settings.max_bytes)
                     coming = asyncio.ensure_future(anext(results, None))
                 if writer.is_due():
                     yield await asyncio.to_thread(writer.publish)
@@ -243,13 +248,3 @@ async def fetch_into(
             await results.aclose()
         if len(writer):
             yield await asyncio.to_thread(writer.publish)
-
-
-def _keep(result: Result, before: FetchedStore, writer: KnownWriter, max_bytes: int) -> None:
-    """Write a result, unless it is a temporary failure and a permanent result is known."""
-    if result.retryable and before.verdict(result.url) not in (Reason.fetch_failed, Reason.fetch_pending):
-        return
-    if result.reason is None and result.body is None:  # not modified
-        writer.add_unchanged(result, before.entry(result.url))
-    else:
-        writer.add(result, max_bytes=max_bytes)

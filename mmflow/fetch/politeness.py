@@ -39,9 +39,6 @@ MAX_MISSES = 10
 MAX_HOSTS = 4_096  # remembered at once; those idle for longest are forgotten
 
 
-# --- robots.txt and opt-outs ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """An allow or disallow line: its path in one normal spelling, split at its stars; `end` if it ends with `$`."""

@@ -144,8 +144,12 @@ class Client:
         """The body, decompressed. Raises Failure past the limit on bytes, whether announced, sent or decompressed."""
         status, announced = response.status, response.content_length
         limit = MAX_ROBOTS_BYTES if is_robots else self._max_bytes
+
+        def too_large(seen: str) -> Failure:
+            return Failure(Reason.fetch_too_large, f"{seen}, at most {limit} bytes are kept", status=status)
+
         if announced is not None and announced > limit and not is_robots:
-            raise _too_large(f"{announced} bytes announced", limit, status)
+            raise too_large(f"{announced} bytes announced")
         decoder = _decoder_of(response.headers.get("Content-Encoding", ""), status)
         expected = limit if announced is None or decoder is not None else min(announced, limit)
         clock = asyncio.get_running_loop()
@@ -161,7 +165,7 @@ class Client:
                 body += chunk if decoder is None else decoder.decompress(chunk, limit + 1 - len(body))
                 if max(received, len(body)) > limit:
                     if not is_robots:
-                        raise _too_large("more was sent", limit, status)
+                        raise too_large("more was sent")
                     break
             else:
                 if decoder is not None and not decoder.eof:
@@ -199,10 +203,6 @@ def _decoder_of(encoding: str, status: int) -> Any:
     if encoding in ("gzip", "x-gzip", "deflate"):
         return zlib.decompressobj(wbits=47)  # 32 + 15: detects gzip or zlib
     raise Failure(Reason.fetch_gone, f"Content-Encoding {encoding[:40]!r} was not asked for", status=status)
-
-
-def _too_large(seen: str, limit: int, status: int) -> Failure:
-    return Failure(Reason.fetch_too_large, f"{seen}, at most {limit} bytes are kept", status=status)
 
 
 def _explain(error: Exception, *, answered: bool, timeout: float) -> Failure:

@@ -77,13 +77,10 @@ class Entry:
     xxh3: bytes
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 class FetchedStore:
     """What the store held when it was opened, in about 80 bytes of memory per URL. Picklable: it opens again."""
 
-    def __init__(self, uri: str, *, validators: bool = False) -> None:
+    def __init__(self, uri: str, validators: bool = False) -> None:
         self.uri = uri
         self._with_validators = validators
         self._packs: OrderedDict[str, Any] = OrderedDict()
@@ -103,10 +100,7 @@ class FetchedStore:
         self._last_modified = table["last_modified"] if validators else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.uri, self._with_validators)
-
-    def __len__(self) -> int:
-        return len(self._high)
+        return FetchedStore, (self.uri, self._with_validators)
 
     def load(self, url: str) -> bytes:
         """The bytes of a URL. Raises Rejected with the reason why there are none; fetch_pending for an unknown URL.
@@ -156,9 +150,10 @@ class FetchedStore:
     def pending(self, urls: Sequence[str], *, max_bytes: int) -> list[str]:
         """URLs that a fetch may change: unknown, failed for now, or too large for a limit below `max_bytes`."""
         rows = self._find(url_hashes(urls))
-        verdicts = self._verdict[rows]
-        wanted = np.isin(verdicts, self._codes(Reason.fetch_pending, Reason.fetch_failed))
-        wanted |= np.isin(verdicts, self._codes(Reason.fetch_too_large)) & (np.append(self._bytes, 0)[rows] < max_bytes)
+        codes = self._verdict[rows]
+        wanted = np.isin(self._verdicts, [Reason.fetch_pending, Reason.fetch_failed])[codes]
+        was_large = np.isin(self._verdicts, [Reason.fetch_too_large])[codes]
+        wanted |= was_large & (np.append(self._bytes, 0)[rows] < max_bytes)
         return [urls[index] for index in np.flatnonzero(wanted).tolist()]
 
     def fingerprint(self, urls: Iterable[str]) -> str:
@@ -170,9 +165,6 @@ class FetchedStore:
         digest.update(verdicts[self._verdict[rows]].tobytes())
         digest.update(np.append(self._xxh3, np.zeros((1, 2), np.uint64), axis=0)[rows].tobytes())
         return digest.hexdigest()
-
-    def _codes(self, *verdicts: str) -> list[int]:
-        return [code for code, verdict in enumerate(self._verdicts) if verdict in verdicts]
 
     def _row(self, url: str) -> int:
         return int(self._find(url_hashes([url]))[0])
@@ -200,10 +192,6 @@ class FetchedStore:
                 self._packs.popitem(last=False)
         self._packs.move_to_end(name)
         return handle
-
-
-def _reopen(uri: str, validators: bool) -> FetchedStore:
-    return FetchedStore(uri, validators=validators)
 
 
 def _read_tables(uri: str, validators: bool) -> pa.Table:

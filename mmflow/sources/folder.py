@@ -24,9 +24,6 @@ CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.c
 NUMBER = re.compile(r"(\d+)")
 
 
-# --- units ------------------------------------------------------------------------------------------------------------
-
-
 def list_folder(unit: Unit, source: SourceConfig) -> Iterator[Unit]:
     """The units of the folder at `unit.uri`. Raises MisuseError for two captions files in one folder.
 

@@ -174,7 +174,7 @@ def row_of(record: Record, source: SourceConfig, root: str) -> dict[str, Any]:
         row["key"] = key
         if source.weight < 1 and xxhash.xxh3_64_intdigest(f"weight/{key}".encode()) / 2**64 >= source.weight:
             raise Rejected(Reason.not_sampled, f"the source's weight is {source.weight}")
-        row |= _checked(fields, metadata, source.language)
+        row |= _columns(fields, metadata, source.language)
         if not row["images"] and not row["bodies"]:
             raise Rejected(Reason.image_missing, fields.no_image)
     except Rejected as rejected:
@@ -220,8 +220,8 @@ def attempt(make: Callable[..., Fields], *arguments: Any, **options: Any) -> Fie
         return rejected
 
 
-def _checked(fields: Fields, metadata: Mapping[str, Any], language: str) -> dict[str, Any]:
-    """Most columns of a row. Raises Rejected with record_malformed."""
+def _columns(fields: Fields, metadata: Mapping[str, Any], language: str) -> dict[str, Any]:
+    """The columns of a record's content. Raises Rejected with record_malformed."""
     captions = [{"language": tag or language, "text": text} for tag, text in fields.captions]
     if fields.split is not None and not SPLIT.fullmatch(fields.split):
         raise malformed(f"split {fields.split[:80]!r}: lower-case letters, digits, - and _ are needed, at most 40")

@@ -30,9 +30,6 @@ UNDECIDED_SAMPLES = 4  # damaged samples kept at the start of a tar until a whol
 FRAME = re.compile(r"(?:.*\.)?(\d+)\.\w+")  # 001.jpg, frame.001.jpg
 
 
-# --- members ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Member:
     """A file of the tar. `body` is None if it was not wanted or is larger than `MAX_MEMBER_BYTES`.
@@ -55,8 +52,8 @@ class Damage:
     name: str | None = None
 
 
-class _CutShort(Exception):  # noqa: N818 - caught where the member is known
-    """The stream ended within a body."""
+class _CutShort(Exception):  # noqa: N818 - the stream ended within a body; caught where the member is known
+    pass
 
 
 def read_members(stream: IO[bytes], wanted: Callable[[str], bool]) -> Iterator[Member | Damage]:
