@@ -30,6 +30,7 @@ from mmflow.sources.records import Unit, rows_of_chunks
 from mmflow.sources.sources import KINDS, PREPARE_CPUS, read_chunks, read_unit
 
 SCHEMES = "^https?://"
+UNSETTLED = (Reason.fetch_pending, Reason.fetch_failed)
 RECORDS_AT_ONCE = 2_000_000  # URLs in this process's memory: 200 MB
 RECORDS_READ_HERE = 20_000  # read in 3 s, which is what a Ray Data job costs before it has read one
 TASK_CPUS = 0.25  # a task waits for the network; at 500 images/s it takes about half a core
@@ -57,7 +58,7 @@ def fetch_images(
         if urls := urls_of([unit for _, unit in group], sources):
             counts = fetch_urls(urls, store, settings, progress=report, refresh=settings.refresh)
             num_urls += sum(counts.values())
-            unsettled += sum(counts.get(str(reason), 0) for reason in (Reason.fetch_pending, Reason.fetch_failed))
+            unsettled += sum(counts.get(str(reason), 0) for reason in UNSETTLED)
             too_large += counts.get(str(Reason.fetch_too_large), 0)
             fingerprints.append(FetchedStore(store).fingerprint(urls))
     note = {"urls": num_urls, "unsettled": unsettled, "too_large": too_large, "max_bytes": settings.max_bytes}
@@ -230,15 +231,10 @@ async def fetch_into(
                     result = coming.result()
                     if result is None:
                         break
-                    # A temporary failure replaces nothing permanent.
-                    if not result.retryable or before.verdict(result.url) in (
-                        Reason.fetch_failed,
-                        Reason.fetch_pending,
-                    ):
-                        if result.reason is None and result.body is None:  # not modified
-                            writer.add_unchanged(result, before.entry(result.url))
-                        else:
-                            writer.add(result, max_bytes=settings.max_bytes)
+                    if result.reason is None and result.body is None:  # not modified
+                        writer.add_unchanged(result, before.entry(result.url))
+                    elif not result.retryable or before.verdict(result.url) in UNSETTLED:  # else it replaces nothing
+                        writer.add(result, max_bytes=settings.max_bytes)
                     coming = asyncio.ensure_future(anext(results, None))
                 if writer.is_due():
                     yield await asyncio.to_thread(writer.publish)
