@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from mmflow.loading.permutation import key_of, mix, permute, shuffled
+from mmflow.loading.permutation import Ints, Words, key_of, mix, permute, shuffled
 
 Run = tuple[int, int, int]
 """(shard, first row, last row): rows that are neighbours in a shard and are needed at about the same time."""
@@ -28,11 +28,11 @@ WINDOW_STEP = np.uint64(0xAEF17502108EF2D9)
 class Windows:
     """The window of each of n positions; all (n,)."""
 
-    lane: NDArray[np.int64]
-    number: NDArray[np.int64]  # of the window in its lane
-    within: NDArray[np.int64]  # place of the position in its window
-    start: NDArray[np.int64]  # first place of the window on the line
-    size: NDArray[np.int64]
+    lane: Ints
+    number: Ints  # of the window in its lane
+    within: Ints  # place of the position in its window
+    start: Ints  # first place of the window on the line
+    size: Ints
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class EpochPlan:
         return sum(self.shard_samples)
 
     @cached_property
-    def _key(self) -> NDArray[np.uint64]:
+    def _key(self) -> Words:
         return key_of(self.seed, self.epoch)
 
     @cached_property
-    def _shard_order(self) -> NDArray[np.int64]:
+    def _shard_order(self) -> Ints:
         # (num_shards,)
         return shuffled(len(self.shard_samples), self._key)
 
     @cached_property
-    def _shard_starts(self) -> NDArray[np.int64]:
+    def _shard_starts(self) -> Ints:
         # (num_shards + 1,): where each permuted shard begins on the line, and where the last one ends
         sizes = np.asarray(self.shard_samples, dtype=np.int64)[self._shard_order]
         return np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
@@ -70,7 +70,7 @@ class EpochPlan:
         # Where the line begins. Without it, the windows of a one-shard split would hold the same rows in every epoch.
         return int(mix(~self._key)[0]) % max(1, self.num_samples)
 
-    def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
         """(shard, row) of each position of the epoch; all three arrays are (n,) int64."""
         windows = self._windows(positions)
         keys = self._key + windows.lane.astype(np.uint64) * LANE_STEP + windows.number.astype(np.uint64) * WINDOW_STEP
@@ -80,18 +80,18 @@ class EpochPlan:
         ordinals = np.searchsorted(self._shard_starts, places, side="right") - 1
         return self._shard_order[ordinals], places - self._shard_starts[ordinals]
 
-    def windows_of(self, positions: NDArray[np.int64]) -> list[Run]:
+    def windows_of(self, positions: Ints) -> list[Run]:
         """All rows of the windows that hold these positions (n,), as disjoint runs, window by window."""
         windows = self._windows(positions)
         _, first = np.unique(windows.start, return_index=True)
         return [run for index in np.sort(first) for run in self._runs(windows.start[index], windows.size[index])]
 
-    def next_windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def next_windows(self, positions: Ints) -> Ints:
         """The first position of the next window in each position's lane, past the epoch's end if there is none."""
         windows = self._windows(positions)
         return (windows.number + 1) * self.window * self.lanes + windows.lane
 
-    def _windows(self, positions: NDArray[np.int64]) -> Windows:
+    def _windows(self, positions: Ints) -> Windows:
         offsets = positions // self.lanes
         lanes = positions - offsets * self.lanes
         numbers = offsets // self.window
@@ -121,21 +121,42 @@ class EpochPlan:
 
 
 class Epochs:
-    """The plans of a split's epochs. The last two are kept: a plan costs a sort of the shards."""
+    """All epochs of a split on one line: cursor c is position c mod `num_samples` of epoch c // `num_samples`."""
 
     plan: Callable[[int], EpochPlan]
 
     def __init__(self, shard_samples: tuple[int, ...], seed: int, window: int, lanes: int) -> None:
-        self.lanes = lanes
+        self.num_samples, self.lanes = sum(shard_samples), lanes
+        # The last two plans are kept: a plan costs a sort of the shards, and epochs overlap at their ends.
         self.plan = lru_cache(maxsize=2)(lambda epoch: EpochPlan(shard_samples, seed, epoch, window, lanes))
 
-    def read_ahead(self, epoch: int, positions: NDArray[np.int64]) -> list[Run]:
-        """The windows of these positions (n,), then the next windows of their lanes, even into the next epoch."""
-        plan = self.plan(epoch)
-        following = plan.next_windows(positions)
-        inside = following < plan.num_samples
-        runs = plan.windows_of(positions) + plan.windows_of(following[inside])
-        if not inside.all():
-            # The first position of a lane is the lane's number.
-            runs += self.plan(epoch + 1).windows_of(following[~inside] % self.lanes)
+    def locate(self, cursors: Ints) -> tuple[Ints, Ints]:
+        """(shard, row) of each cursor; all (n,)."""
+        shards, rows = np.empty_like(cursors), np.empty_like(cursors)
+        for epoch, chosen, positions in self._by_epoch(cursors):
+            shards[chosen], rows[chosen] = self.plan(epoch).locate(positions)
+        return shards, rows
+
+    def read_ahead(self, cursors: Ints) -> list[Run]:
+        """The windows of these cursors (n,), then the next windows of their lanes, even into the next epoch.
+
+        Most of them are those of the batch before, so little is new in each call.
+        """
+        runs = []
+        for epoch, _, positions in self._by_epoch(cursors):
+            plan = self.plan(epoch)
+            following = plan.next_windows(positions)
+            inside = following < self.num_samples
+            runs += plan.windows_of(positions) + plan.windows_of(following[inside])
+            if not inside.all():
+                # The first position of a lane is the lane's number.
+                runs += self.plan(epoch + 1).windows_of(following[~inside] % self.lanes)
         return runs
+
+    def _by_epoch(self, cursors: Ints) -> Iterator[tuple[int, NDArray[np.bool_], Ints]]:
+        """Each epoch of the cursors (n,), which of them are in it (n,), and their positions in it."""
+        if len(cursors):
+            epochs, positions = np.divmod(cursors, self.num_samples)
+            for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
+                chosen = epochs == epoch
+                yield epoch, chosen, positions[chosen]

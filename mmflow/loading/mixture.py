@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmflow.core.errors import RecipeError
 from mmflow.loading.config import MixtureConfig
 from mmflow.loading.epoch import Epochs
-from mmflow.loading.permutation import key_of, shuffled
+from mmflow.loading.permutation import Ints, key_of, shuffled
 from mmflow.loading.plan import (
     Buckets,
     LoaderState,
@@ -154,7 +153,7 @@ class Group:
     """Consecutive batches that share out their samples by length; one batch without buckets."""
 
     drawn: tuple[int, ...]  # samples of each dataset dealt before the next group
-    cursors: list[list[NDArray[np.int64]]]  # by batch, then dataset: (n,), positions in the line of its epochs
+    cursors: list[list[Ints]]  # by batch, then dataset: (n,), positions in the line of its epochs
 
 
 @dataclass(frozen=True)
@@ -206,25 +205,22 @@ class MixtureOrder:
         datasets, cursors = self._dealt(state)
         epochs = cursors // np.array(self.num_samples)[datasets]
         shards, rows = np.empty_like(cursors), np.empty_like(cursors)
-        for dataset in np.unique(datasets).tolist():
+        for dataset, epochs_of in enumerate(self._epochs):
             chosen = datasets == dataset
-            shards[chosen], rows[chosen] = self._locate(dataset, cursors[chosen])
+            shards[chosen], rows[chosen] = epochs_of.locate(cursors[chosen])
         return Slots(datasets, shards, rows, epochs, np.ones(len(cursors), np.bool_))
 
     def read_ahead(self, state: LoaderState, rank: int = 0, world_size: int = 1) -> list[Read]:
-        """As `Order.read_ahead`, dataset by dataset."""
+        """What a rank reads at `state` and soon after."""
         datasets, cursors = self._dealt(state)
         taken, _ = rank_indices(len(cursors), rank, world_size)
-        datasets, cursors = datasets[taken], cursors[taken]
-        reads: list[Read] = []
-        for dataset in np.unique(datasets).tolist():
-            epochs, positions = np.divmod(cursors[datasets == dataset], self.num_samples[dataset])
-            for epoch in np.unique(epochs).tolist():
-                runs = self._epochs[dataset].read_ahead(epoch, positions[epochs == epoch])
-                reads += [(dataset, *run) for run in runs]
-        return reads
+        return [
+            (dataset, *run)
+            for dataset, epochs in enumerate(self._epochs)
+            for run in epochs.read_ahead(cursors[taken][datasets[taken] == dataset])
+        ]
 
-    def _dealt(self, state: LoaderState) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _dealt(self, state: LoaderState) -> tuple[Ints, Ints]:
         """The dataset and the cursor of each slot; both (global_batch_size,)."""
         group, number = self._group(state)
         by_dataset = group.cursors[number]
@@ -271,19 +267,9 @@ class MixtureOrder:
         for dataset, (start, stop) in enumerate(zip(ends[0], ends[-1], strict=True)):
             cursors = np.arange(start, stop)
             if self.buckets:
-                lengths = self.buckets.measure(dataset, *self._locate(dataset, cursors))
+                lengths = self.buckets.measure(dataset, *self._epochs[dataset].locate(cursors))
                 dealt = deal_by_length(lengths, sizes[:, dataset].tolist(), ranks)
                 columns.append([cursors[indices] for indices in dealt])
             else:
                 columns.append([cursors])
         return Group(ends[-1], [list(batch) for batch in zip(*columns, strict=True)])
-
-    def _locate(self, dataset: int, cursors: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(shard, row) of a dataset's cursors, in any of its epochs; all (n,)."""
-        shards, rows = np.empty_like(cursors), np.empty_like(cursors)
-        if len(cursors):
-            epochs, positions = np.divmod(cursors, self.num_samples[dataset])
-            for epoch in np.unique(epochs).tolist():
-                chosen = epochs == epoch
-                shards[chosen], rows[chosen] = self._epochs[dataset].plan(epoch).locate(positions[chosen])
-        return shards, rows

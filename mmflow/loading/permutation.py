@@ -9,6 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the step from one
 # state to the next, and the multipliers of its finaliser.
 STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -21,14 +24,14 @@ ROUNDS = 12
 more elements, 8 rounds are enough."""
 
 
-def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(words: Words) -> Words:
     """SplitMix64's finaliser, a bijection of 64-bit words in which every bit depends on every other; (n,) to (n,)."""
     words = (words ^ (words >> np.uint64(30))) * MULTIPLIER_1
     words = (words ^ (words >> np.uint64(27))) * MULTIPLIER_2
     return words ^ (words >> np.uint64(31))
 
 
-def key_of(*numbers: int) -> NDArray[np.uint64]:
+def key_of(*numbers: int) -> Words:
     """A hash of these integers in this order, (1,)."""
     key = np.zeros(1, np.uint64)
     for number in numbers:
@@ -39,13 +42,13 @@ def key_of(*numbers: int) -> NDArray[np.uint64]:
 ROUND_KEYS = tuple(key_of(number) for number in range(ROUNDS))
 
 
-def shuffled(num: int, key: NDArray[np.uint64]) -> NDArray[np.int64]:
+def shuffled(num: int, key: Words) -> Ints:
     """A whole permutation of [0, num) as an array (num,); `key` is (1,)."""
     # `mix` is a bijection, so no two words are equal and sorting has no ties.
     return np.argsort(mix(np.arange(num, dtype=np.uint64) * STEP + key))
 
 
-def permute(elements: NDArray[np.int64], sizes: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+def permute(elements: Ints, sizes: Ints, keys: Words) -> Ints:
     """The place of each element of [0, size) under its key's permutation of [0, size); all (n,).
 
     A Feistel network over a grid of at least `size` cells, applied again to cells that land at `size` or beyond (Black
@@ -61,9 +64,7 @@ def permute(elements: NDArray[np.int64], sizes: NDArray[np.int64], keys: NDArray
     return cells.astype(np.int64)
 
 
-def _encipher(
-    cells: NDArray[np.uint64], width: NDArray[np.uint64], height: NDArray[np.uint64], keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def _encipher(cells: Words, width: Words, height: Words, keys: Words) -> Words:
     """One pass of the network over cells of [0, width · height); all (n,)."""
     rows = cells // width
     columns = cells - rows * width
@@ -77,9 +78,7 @@ def _encipher(
     return rows * width + columns
 
 
-def _moved(
-    coordinates: NDArray[np.uint64], others: NDArray[np.uint64], side: NDArray[np.uint64], words: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def _moved(coordinates: Words, others: Words, side: Words, words: Words) -> Words:
     """The coordinates moved by a hash of the others and the words; (n,). `words` is overwritten.
 
     Half as many operations as `mix` and in place, because a seek spends its time here. Only the upper half of a word is
@@ -95,5 +94,5 @@ def _moved(
     words >>= HALF
     words += coordinates
     # Where words < side, the unsigned subtraction wraps around to a huge number.
-    moved: NDArray[np.uint64] = np.minimum(words, words - side)
+    moved: Words = np.minimum(words, words - side)
     return moved

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmflow.core.errors import RecipeError
 from mmflow.loading.epoch import Epochs
-from mmflow.loading.permutation import key_of, shuffled
+from mmflow.loading.permutation import Ints, key_of, shuffled
 
 Read = tuple[int, int, int, int]
 """(dataset, shard, first row, last row): rows that are neighbours in a shard and are needed at about the same time."""
@@ -26,16 +26,16 @@ Read = tuple[int, int, int, int]
 class Slots:
     """Where the samples of a global batch, or of a rank's slice of it, are stored. All (n,)."""
 
-    dataset: NDArray[np.int64]
-    shard: NDArray[np.int64]
-    row: NDArray[np.int64]
-    epoch: NDArray[np.int64]  # of the slot's dataset
+    dataset: Ints
+    shard: Ints
+    row: Ints
+    epoch: Ints  # of the slot's dataset
     real: NDArray[np.bool_]  # False: padding, a sample that counts in another slot
 
     def __len__(self) -> int:
         return len(self.real)
 
-    def __getitem__(self, index: slice | NDArray[np.int64]) -> Slots:
+    def __getitem__(self, index: slice | Ints) -> Slots:
         return Slots(self.dataset[index], self.shard[index], self.row[index], self.epoch[index], self.real[index])
 
 
@@ -60,9 +60,9 @@ class Buckets:
     """Groups of batches that share out their samples by length, so that less of each batch is padding."""
 
     batches: int  # consecutive batches in a group
-    lengths: Callable[[int, int, NDArray[np.int64]], NDArray[np.int64]]  # (dataset, shard, rows (n,)) → (n,), any unit
+    lengths: Callable[[int, int, Ints], Ints]  # (dataset, shard, rows (n,)) → (n,), any unit
 
-    def measure(self, dataset: int, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def measure(self, dataset: int, shards: Ints, rows: Ints) -> Ints:
         """The lengths of a dataset's samples; all (n,)."""
         lengths = np.empty(len(shards), np.int64)
         for shard in np.unique(shards).tolist():
@@ -71,9 +71,7 @@ class Buckets:
         return lengths
 
 
-def deal_by_length(
-    lengths: NDArray[np.int64], sizes: Sequence[int], ranks: NDArray[np.int64]
-) -> list[NDArray[np.int64]]:
+def deal_by_length(lengths: Ints, sizes: Sequence[int], ranks: Ints) -> list[Ints]:
     """The samples of each batch of a group, as indices into `lengths` (n,).
 
     Batch t takes sizes[t] consecutive samples of the sorted lengths; ranks[t] batches take shorter ones. Both have one
@@ -129,22 +127,19 @@ class Order:
 
     def batch(self, state: LoaderState) -> Slots:
         """The global batch at `state`, in slot order. Raises RecipeError for a state of other data."""
-        positions, real = self._positions(state)
-        shards, rows = self._epochs.plan(state.epoch).locate(positions)
-        zeros = np.zeros_like(positions)
+        cursors, real = self._cursors(state)
+        shards, rows = self._epochs.locate(cursors)
+        zeros = np.zeros_like(cursors)
         return Slots(zeros, shards, rows, zeros + state.epoch, real)
 
     def read_ahead(self, state: LoaderState, rank: int = 0, world_size: int = 1) -> list[Read]:
-        """The rows of the windows that a rank reads at `state`, then those of the next windows in the same lanes.
+        """What a rank reads at `state` and soon after."""
+        cursors, _ = self._cursors(state)
+        taken, _ = rank_indices(len(cursors), rank, world_size)
+        return [(0, *run) for run in self._epochs.read_ahead(cursors[taken])]
 
-        Most of them are those of the batch before, so little is new in each call.
-        """
-        positions, _ = self._positions(state)
-        taken, _ = rank_indices(len(positions), rank, world_size)
-        return [(0, *run) for run in self._epochs.read_ahead(state.epoch, positions[taken])]
-
-    def _positions(self, state: LoaderState) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Positions of the epoch in slot order, and which of them are real; both (global_batch_size,)."""
+    def _cursors(self, state: LoaderState) -> tuple[Ints, NDArray[np.bool_]]:
+        """The cursors of the batch in slot order, and which of them are real; both (global_batch_size,)."""
         if state.position >= self.num_samples or state.drawn:
             raise RecipeError(
                 f"loader: the checkpoint is at {state}, but an epoch here has {self.num_samples} samples of one "
@@ -160,21 +155,21 @@ class Order:
             dealt = by_lane(state.position, min(stop, self.num_samples), self.lanes)
         padding = np.arange(self.num_samples, max(stop, self.num_samples)) % self.num_samples
         real = np.arange(self.global_batch_size) < len(dealt)
-        return np.concatenate((dealt, padding)), real
+        return np.concatenate((dealt, padding)) + state.epoch * self.num_samples, real
 
     @cached_property
-    def _groups(self) -> Callable[[int, int], list[NDArray[np.int64]]]:
+    def _groups(self) -> Callable[[int, int], list[Ints]]:
         # Two of them: one group is still being loaded when the next one begins.
         return lru_cache(maxsize=2)(self._deal)
 
-    def _deal(self, epoch: int, group: int) -> list[NDArray[np.int64]]:
+    def _deal(self, epoch: int, group: int) -> list[Ints]:
         """The positions of each batch of a group of buckets."""
         assert self.buckets is not None
         size = self.global_batch_size
         first = group * self.buckets.batches * size
         positions = np.arange(first, min(first + self.buckets.batches * size, self.num_samples))
         sizes = [min(size, len(positions) - done) for done in range(0, len(positions), size)]
-        lengths = self.buckets.measure(0, *self._epochs.plan(epoch).locate(positions))
+        lengths = self.buckets.measure(0, *self._epochs.locate(positions + epoch * self.num_samples))
         ranks = shuffled(len(sizes), key_of(self.seed, epoch, group))
         return [positions[indices] for indices in deal_by_length(lengths, sizes, ranks)]
 
@@ -184,7 +179,7 @@ def num_steps(num_samples: int, global_batch_size: int) -> int:
     return -(-num_samples // global_batch_size)
 
 
-def by_lane(first: int, stop: int, lanes: int) -> NDArray[np.int64]:
+def by_lane(first: int, stop: int, lanes: int) -> Ints:
     """The positions from `first` to before `stop`, lane by lane; (stop - first,). Sorting would slow every seek."""
     # (rows, lanes): whole turns through the lanes
     turns = np.arange(first // lanes * lanes, -(-stop // lanes) * lanes).reshape(-1, lanes)
@@ -208,7 +203,7 @@ def rank_slice(slots: Slots, rank: int, world_size: int) -> Slots:
     return replace(own, real=own.real & inside)
 
 
-def rank_indices(num_slots: int, rank: int, world_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def rank_indices(num_slots: int, rank: int, world_size: int) -> tuple[Ints, NDArray[np.bool_]]:
     """The slots of a rank, and which of them lie inside the batch; those beyond repeat it from its start."""
     per_rank = -(-num_slots // world_size)
     taken = np.arange(rank * per_rank, (rank + 1) * per_rank)
