@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from mmflow.core.errors import TrainingError
 from mmflow.dataset.reader import Reader
 from mmflow.loading.batches import Batch, ViewSettings, assemble, load_slots
-from mmflow.loading.mixture import MixtureOrder, Period, apportion, timeline, to_shares
+from mmflow.loading.mixture import MixtureOrder, apportion, timeline, to_shares
 from mmflow.loading.plan import LoaderState, Order, Slots, rank_slice
 from mmflow.loading.tokens import special_tokens
 from mmflow.loading.workers import Task, on_device, start
@@ -31,6 +31,7 @@ MAX_TASK_ROWS = 32  # more would save nothing: a task costs less than a row
 START = LoaderState()
 
 
+@dataclass
 class Loader:
     """The batches of one rank. Iterating prepares them ahead and advances `state`; close the iterator to end it.
 
@@ -39,82 +40,59 @@ class Loader:
     samples were skipped.
     """
 
-    def __init__(
-        self,
-        order: Order | MixtureOrder,
-        readers: Sequence[Reader],
-        tokenizer: Tokenizer,
-        settings: ViewSettings,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        kind: Literal["threads", "processes"] = "threads",
-        count: int = 1,
-        prefetch_batches: int = 3,
-        max_skipped: int = 100,
-        device: torch.device | None = None,
-        state: LoaderState = START,
-    ) -> None:
-        self.order, self.readers = order, tuple(readers)
-        self.state = state
-        self._settings = settings
-        self._load = partial(load_slots, self.readers, tokenizer, settings)
-        self._pad_id = special_tokens(tokenizer).pad
-        self._rank, self._world_size = rank, world_size
-        self._kind, self._count = kind, count
-        self._prefetch_batches = prefetch_batches
-        self._max_skipped = max_skipped
-        self._device = device or torch.device("cpu")
-
-    def batch(self, state: LoaderState) -> Batch:
-        """The batch that begins at `state`, made here and now, on the CPU."""
-        slots = self._slots(state)
-        pixels = np.empty(self._shape(len(slots)), np.uint8)
-        return assemble(self._load(slots, pixels), pixels, self.order.after(state), self._settings, self._pad_id)
+    order: Order | MixtureOrder
+    readers: Sequence[Reader]
+    tokenizer: Tokenizer
+    settings: ViewSettings
+    _: KW_ONLY
+    rank: int = 0
+    world_size: int = 1
+    kind: Literal["threads", "processes"] = "threads"
+    count: int = 1
+    prefetch_batches: int = 3
+    max_skipped: int = 100
+    device: torch.device | None = None
+    state: LoaderState = START
 
     def __iter__(self) -> Generator[Batch, None, None]:
         skipped: set[str] = set()  # by sample: one that comes again counts once
-        with closing(on_device(self._batches(), self._device)) as ready:
+        with closing(on_device(self._batches(), self.device or torch.device("cpu"))) as ready:
             for batch in ready:
                 skipped.update(batch.skipped)
-                if len(skipped) > self._max_skipped:
+                if len(skipped) > self.max_skipped:
                     raise TrainingError(
                         f"loader.max_skipped: {len(skipped)} samples were skipped since the start, at most "
-                        f"{self._max_skipped} may be; repair the dataset, or raise it; the last: {batch.skipped[-1]}"
+                        f"{self.max_skipped} may be; repair the dataset, or raise it; the last: {batch.skipped[-1]}"
                     )
                 self.state = batch.state
                 yield batch
 
     def _batches(self) -> Generator[Batch, None, None]:
         """The batches from `state` on, with `prefetch_batches` of them under way at once."""
+        side, frames = self.settings.image_pixels, max(1, self.settings.frames)
         state, num_rows = self.state, len(self._slots(self.state))
-        task_rows = max(1, min(MAX_TASK_ROWS, num_rows // (TASKS_PER_WORKER * self._count)))
-        num_buffers = self._prefetch_batches
+        shape = (self.prefetch_batches, num_rows, frames, side, side, 3)
+        load = partial(load_slots, self.readers, self.tokenizer, self.settings)
+        pad_id = special_tokens(self.tokenizer).pad
+        task_rows = max(1, min(MAX_TASK_ROWS, num_rows // (TASKS_PER_WORKER * self.count)))
         under_way: deque[LoaderState] = deque()  # where the batch after each begins
-        number = 0
-        with closing(start(self._kind, self._count, self._load, (num_buffers, *self._shape(num_rows)))) as workers:
-            while True:
-                while len(under_way) < num_buffers:
-                    for dataset, shard, first, last in self.order.read_ahead(state, self._rank, self._world_size):
-                        self.readers[dataset].read_ahead(shard, first, last)
-                    slots = self._slots(state)
-                    place = f"epoch {state.epoch}, position {state.position}"
-                    buffer = (number + len(under_way)) % num_buffers
-                    for first in range(0, num_rows, task_rows):
-                        workers.submit(Task(place, buffer, first, slots[first : first + task_rows]))
-                    state = self.order.after(state)
-                    under_way.append(state)
-                rows = [row for _ in range(0, num_rows, task_rows) for row in workers.result()]
-                pixels = workers.ring[number % num_buffers]
-                yield assemble(rows, pixels, under_way.popleft(), self._settings, self._pad_id)
-                number += 1
+        with closing(start(self.kind, self.count, load, shape)) as workers:
+            for number in count():
+                for dataset, shard, first, last in self.order.read_ahead(state, self.rank, self.world_size):
+                    self.readers[dataset].read_ahead(shard, first, last)
+                slots = self._slots(state)
+                place = f"epoch {state.epoch}, position {state.position}"
+                for first in range(0, num_rows, task_rows):
+                    workers.submit(Task(place, number % len(workers.ring), first, slots[first : first + task_rows]))
+                state = self.order.after(state)
+                under_way.append(state)
+                if len(under_way) == len(workers.ring):
+                    rows = [row for _ in range(0, num_rows, task_rows) for row in workers.result()]
+                    pixels = workers.ring[(number + 1) % len(workers.ring)]  # the oldest
+                    yield assemble(rows, pixels, under_way.popleft(), self.settings, pad_id)
 
     def _slots(self, state: LoaderState) -> Slots:
-        return rank_slice(self.order.batch(state), self._rank, self._world_size)
-
-    def _shape(self, num_rows: int) -> tuple[int, ...]:
-        side = self._settings.image_pixels
-        return num_rows, max(1, self._settings.frames), side, side, 3
+        return rank_slice(self.order.batch(state), self.rank, self.world_size)
 
 
 class TaskLoader:
@@ -128,7 +106,7 @@ class TaskLoader:
     def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], state: LoaderState = START) -> None:
         """`state` is START or of as many tasks. Raises RecipeError if it does not come from these weights."""
         self.state = state if state.tasks else LoaderState(drawn=(0,) * len(loaders), tasks=(START,) * len(loaders))
-        self._segments = timeline([Period(0, to_shares(weights))], 1)
+        self._segments = timeline({0: to_shares(weights)}, 1)
         self._loaders = tuple(loaders)
         self.turn(self.state)
         for loader, task_state in zip(loaders, self.state.tasks, strict=True):

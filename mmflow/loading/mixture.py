@@ -1,19 +1,16 @@
 """Global batches of several datasets. Each gives its share, in the order of its own epochs, from its own cursor.
 
-Apportioning decides how many samples of a batch each dataset gives: whole numbers that stay within one of the shares.
-Rounding each batch by itself drifts, and giving to the dataset that lags most lets one lag by more than a sample when
-there are many datasets or the weights change. This is the chairman assignment problem: R. Tijdeman (Discrete
-Mathematics 32, 1980) proves that k datasets stay within 1 - 1/(2k-2) at any weights when the dataset with the earliest
-deadline gives next (so a dataset may still give one sample after its weight falls to 0). All arithmetic is in whole
-numbers, so that every rank and machine deals the same.
-
-A mixture has no end and no padding: a dataset that is drawn more often than its size begins its next epoch earlier.
+A dataset's samples stay within one of its share at every step. Rounding each batch by itself would drift, and giving to
+the dataset that lags most would let one lag further when there are many or the weights change. This is the chairman
+assignment problem: R. Tijdeman (Discrete Mathematics 32, 1980) proves that k datasets stay within 1 - 1/(2k-2) at any
+weights when the one with the earliest deadline gives next (so a dataset may still give one sample after its weight
+falls to 0). All arithmetic is in whole numbers, so that every rank and machine deals the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -41,16 +38,8 @@ WHOLE = 2**40
 
 
 @dataclass(frozen=True)
-class Period:
-    """Shares from a step on, until the next period."""
-
-    step: int
-    shares: tuple[int, ...]  # one per dataset, of WHOLE
-
-
-@dataclass(frozen=True)
 class Segment:
-    """A period in samples."""
+    """Samples that are dealt by the same shares."""
 
     first: int  # samples dealt before it
     owed: tuple[int, ...]  # what each dataset should have given by then, in samples times WHOLE
@@ -63,8 +52,8 @@ class Segment:
         )
 
 
-def periods(config: MixtureConfig, samples: Sequence[int]) -> tuple[Period, ...]:
-    """The periods of a mixture; `samples` has one number per dataset, the stage's own first.
+def shares_of(config: MixtureConfig, samples: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The shares of a mixture, by the step from which they hold; `samples` and shares are by dataset, own first.
 
     Raises RecipeError when a dataset without samples has a weight.
     """
@@ -85,7 +74,7 @@ def periods(config: MixtureConfig, samples: Sequence[int]) -> tuple[Period, ...]
                 )
         if not any(weights):
             raise RecipeError("loader.mixture: no dataset has samples in its split; name splits that have some")
-    return tuple(Period(step, to_shares(weights)) for step, weights in changes.items())
+    return {step: to_shares(weights) for step, weights in changes.items()}
 
 
 def to_shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -99,13 +88,13 @@ def to_shares(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def timeline(periods: Sequence[Period], global_batch_size: int) -> tuple[Segment, ...]:
-    """The periods in samples, with what each dataset owes at the start of each."""
-    segments = [Segment(0, (0,) * len(periods[0].shares), periods[0].shares)]
-    for period in periods[1:]:
-        first = period.step * global_batch_size
-        segments.append(Segment(first, segments[-1].owed_at(first), period.shares))
-    return tuple(segments)
+def timeline(shares_by_step: Mapping[int, tuple[int, ...]], global_batch_size: int) -> list[Segment]:
+    """The segments of a training whose shares change at these ascending steps, the first of them 0."""
+    segments: list[Segment] = []
+    for step, shares in shares_by_step.items():
+        first = step * global_batch_size
+        segments.append(Segment(first, segments[-1].owed_at(first) if segments else (0,) * len(shares), shares))
+    return segments
 
 
 def apportion(
@@ -148,20 +137,18 @@ def apportion(
 # --- which samples they are -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    """Consecutive batches that share out their samples by length; one batch without buckets."""
-
-    drawn: tuple[int, ...]  # samples of each dataset dealt before the next group
-    cursors: list[list[Ints]]  # by batch, then dataset: (n,), positions in the line of its epochs
+Group = tuple[tuple[int, ...], list[list[Ints]]]
+"""Consecutive batches that share out their samples by length, or one batch without buckets: samples of each dataset
+dealt before the next group, and by batch, then dataset, its cursors (n,)."""
 
 
 @dataclass(frozen=True)
 class MixtureOrder:
-    """The global batches of a mixture. `LoaderState.epoch` stays 0 and its position counts the whole training."""
+    """The global batches of a mixture, without an end and without padding: a dataset that is drawn more often than its
+    size begins its next epoch earlier. `LoaderState.epoch` stays 0, and its position counts the whole training."""
 
     shard_samples: tuple[tuple[int, ...], ...]  # one per dataset, the stage's own first
-    periods: tuple[Period, ...]
+    shares: Mapping[int, tuple[int, ...]]  # as `shares_of`
     global_batch_size: int
     seed: int
     window: int = 4_096
@@ -179,8 +166,8 @@ class MixtureOrder:
         return num_steps(sum(self.num_samples), self.global_batch_size)
 
     @cached_property
-    def _segments(self) -> tuple[Segment, ...]:
-        return timeline(self.periods, self.global_batch_size)
+    def _segments(self) -> list[Segment]:
+        return timeline(self.shares, self.global_batch_size)
 
     @cached_property
     def _epochs(self) -> tuple[Epochs, ...]:
@@ -196,8 +183,9 @@ class MixtureOrder:
 
     def after(self, state: LoaderState) -> LoaderState:
         """Where the batch after the one at `state` begins."""
-        group, number = self._group(state)
-        drawn = group.drawn if number + 1 == len(group.cursors) else self._drawn(state)
+        (drawn, batches), number = self._group(state)
+        if number + 1 < len(batches):
+            drawn = self._drawn(state)
         return LoaderState(0, state.position + self.global_batch_size, drawn)
 
     def batch(self, state: LoaderState) -> Slots:
@@ -222,8 +210,8 @@ class MixtureOrder:
 
     def _dealt(self, state: LoaderState) -> tuple[Ints, Ints]:
         """The dataset and the cursor of each slot; both (global_batch_size,)."""
-        group, number = self._group(state)
-        by_dataset = group.cursors[number]
+        (_, batches), number = self._group(state)
+        by_dataset = batches[number]
         datasets = np.repeat(np.arange(len(by_dataset)), [len(cursors) for cursors in by_dataset])
         cursors = np.concatenate(by_dataset)
         # By lane first: a rank then has the same lanes of every dataset, and keeps them when the weights change.
@@ -272,4 +260,4 @@ class MixtureOrder:
                 columns.append([cursors[indices] for indices in dealt])
             else:
                 columns.append([cursors])
-        return Group(ends[-1], [list(batch) for batch in zip(*columns, strict=True)])
+        return ends[-1], [list(batch) for batch in zip(*columns, strict=True)]

@@ -17,7 +17,7 @@ from mmflow.dataset.reader import OPEN_SHARDS, Reader
 from mmflow.loading.batches import ViewSettings
 from mmflow.loading.config import AugmentConfig, LoaderConfig, WorkersConfig
 from mmflow.loading.loader import START, Loader
-from mmflow.loading.mixture import MixtureOrder, periods
+from mmflow.loading.mixture import MixtureOrder, shares_of
 from mmflow.loading.plan import Buckets, LoaderState, Order
 
 # Loading a sample of 1 to 2 megapixels spends three quarters of its time without the interpreter's lock (decoding,
@@ -77,7 +77,7 @@ def order_of(
     common = (global_batch_size, seed, config.window, config.lanes, buckets)
     if config.mixture is None:
         return Order(samples[0], *common)
-    return MixtureOrder(samples, periods(config.mixture, [sum(sizes) for sizes in samples]), *common)
+    return MixtureOrder(samples, shares_of(config.mixture, [sum(sizes) for sizes in samples]), *common)
 
 
 def steps_per_epoch(config: LoaderConfig, dataset: Dataset, global_batch_size: int) -> int:

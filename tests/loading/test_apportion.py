@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from mmflow.core.errors import RecipeError
 from mmflow.loading.config import CurriculumConfig, MixedDatasetConfig, MixtureConfig
-from mmflow.loading.mixture import WHOLE, Period, apportion, periods, timeline, to_shares
+from mmflow.loading.mixture import WHOLE, apportion, shares_of, timeline, to_shares
 
 
 @st.composite
@@ -28,7 +28,7 @@ def weights_by_step(draw: st.DrawFn) -> list[tuple[int, list[float]]]:
 
 def given_until(changes: Sequence[tuple[int, Sequence[float]]], batch: int, steps: int) -> list[tuple[int, ...]]:
     """What each dataset has given before each step."""
-    segments = timeline([Period(step, to_shares(weights)) for step, weights in changes], batch)
+    segments = timeline({step: to_shares(weights) for step, weights in changes}, batch)
     found = [(0,) * len(changes[0][1])]
     for step in range(1, steps + 1):
         found.append(apportion(segments, found[-1], step * batch))
@@ -63,7 +63,7 @@ def test_one_sample_a_batch_goes_round_the_datasets() -> None:
 
 
 def test_the_same_is_given_a_trillion_samples_on() -> None:
-    segments = timeline([Period(0, to_shares([1.0, 2.0, 5.0]))], 8)
+    segments = timeline({0: to_shares([1.0, 2.0, 5.0])}, 8)
     far = 10**12
     drawn = (far // 8, 2 * far // 8, 5 * far // 8)
     after = apportion(segments, drawn, far + 8)
@@ -71,7 +71,7 @@ def test_the_same_is_given_a_trillion_samples_on() -> None:
 
 
 def test_weights_change_at_once_at_the_step_that_the_curriculum_names() -> None:
-    changes = periods(
+    changes = shares_of(
         mixture(curriculum=[{"step": 3, "weights": [0, 1, 3]}, {"step": 5, "weights": [1, 0, 0]}]), [5, 5, 10]
     )
     segments = timeline(changes, 8)
@@ -95,14 +95,14 @@ def test_weights_change_at_once_at_the_step_that_the_curriculum_names() -> None:
 def test_weights_follow_the_samples_their_temperature_or_the_recipe(
     settings: dict[str, object], expected: list[float]
 ) -> None:
-    (period,) = periods(mixture(**settings), [100, 900, 9_000])
-    assert sum(period.shares) == WHOLE
-    assert [share / WHOLE for share in period.shares] == pytest.approx(expected, abs=1e-5)
+    shares = shares_of(mixture(**settings), [100, 900, 9_000])[0]
+    assert sum(shares) == WHOLE
+    assert [share / WHOLE for share in shares] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_curriculum_from_the_first_step_on_replaces_the_weights() -> None:
-    changes = periods(mixture(curriculum=[{"step": 0, "weights": [1, 1, 2]}]), [5, 5, 5])
-    assert changes == (Period(0, (WHOLE // 4, WHOLE // 4, WHOLE // 2)),)
+    changes = shares_of(mixture(curriculum=[{"step": 0, "weights": [1, 1, 2]}]), [5, 5, 5])
+    assert changes == {0: (WHOLE // 4, WHOLE // 4, WHOLE // 2)}
 
 
 @given(weights=st.lists(st.floats(0, 1e9), min_size=1, max_size=9).filter(lambda each: sum(each) > 1e-3))
@@ -115,13 +115,13 @@ def test_shares_are_whole_sum_to_all_and_lose_less_than_one(weights: list[float]
 
 def test_weight_on_a_dataset_without_samples_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^loader\.mixture: dataset 1 .* has weight 2 from step 7 on, .* no samples"):
-        periods(mixture(curriculum=[{"step": 7, "weights": [1, 2, 1]}]), [5, 0, 5])
+        shares_of(mixture(curriculum=[{"step": 7, "weights": [1, 2, 1]}]), [5, 0, 5])
     with pytest.raises(RecipeError, match=r"^loader\.mixture: no dataset has samples"):
-        periods(mixture(), [0, 0, 0])
+        shares_of(mixture(), [0, 0, 0])
 
 
 def test_what_another_mixture_drew_is_refused() -> None:
-    segments = timeline([Period(0, to_shares([1.0, 1.0]))], 8)
+    segments = timeline({0: to_shares([1.0, 1.0])}, 8)
     with pytest.raises(RecipeError, match=r"drew \[30, 10\], but these weights give \[24, 24\]"):
         apportion(segments, (30, 10), 48)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.core.errors import RecipeError
-from mmflow.loading.mixture import MixtureOrder, Period, to_shares
+from mmflow.loading.mixture import MixtureOrder, to_shares
 from mmflow.loading.plan import Buckets, LoaderState, Slots, rank_slice
 from tests.loading.test_bucketing import lengths
 
@@ -28,7 +28,7 @@ def mixtures(draw: st.DrawFn) -> MixtureOrder:
     steps = [0, *sorted(draw(st.sets(st.integers(1, 8), max_size=2)))]
     return MixtureOrder(
         shard_samples=shard_samples,
-        periods=tuple(Period(step, to_shares(draw(weights))) for step in steps),
+        shares={step: to_shares(draw(weights)) for step in steps},
         global_batch_size=draw(st.integers(1, 30)),  # a small dataset may be dealt several times in a batch
         seed=draw(st.integers(0, 2**32)),
         window=draw(st.integers(1, 30)),
@@ -95,16 +95,14 @@ def test_stopping_and_resuming_on_other_world_sizes_gives_the_batches_of_a_strai
 def test_batches_hold_the_weights_to_within_a_sample_at_every_step(order: MixtureOrder, steps: int) -> None:
     asked, given = np.zeros(len(order.shard_samples)), np.zeros(len(order.shard_samples))
     for step, batch in enumerate(batches(order, steps)):
-        period = next(period for period in reversed(order.periods) if period.step <= step)
-        asked += order.global_batch_size * np.array(period.shares) / sum(period.shares)
+        shares = order.shares[max(first for first in order.shares if first <= step)]
+        asked += order.global_batch_size * np.array(shares) / sum(shares)
         given += np.bincount(batch.dataset, minlength=len(given))
         assert (np.abs(given - asked) < 1).all()
 
 
 def test_a_state_holds_one_number_a_dataset_however_long_the_training() -> None:
-    order = MixtureOrder(
-        shard_samples=((40,), (10, 10)), periods=(Period(0, to_shares([3, 1])),), global_batch_size=8, seed=1
-    )
+    order = MixtureOrder(shard_samples=((40,), (10, 10)), shares={0: to_shares([3, 1])}, global_batch_size=8, seed=1)
     *_, state = states(order, LoaderState(), 1_001)
     assert state == LoaderState(0, 8_000, (6_000, 2_000))
     assert order.step_of(state) == 1_000
@@ -112,9 +110,7 @@ def test_a_state_holds_one_number_a_dataset_however_long_the_training() -> None:
 
 
 def test_steps_of_an_epoch_count_the_samples_of_all_datasets() -> None:
-    order = MixtureOrder(
-        shard_samples=((40,), (10, 11)), periods=(Period(0, to_shares([1, 1])),), global_batch_size=8, seed=1
-    )
+    order = MixtureOrder(shard_samples=((40,), (10, 11)), shares={0: to_shares([1, 1])}, global_batch_size=8, seed=1)
     assert order.steps_per_epoch == 8
 
 
@@ -122,7 +118,7 @@ def test_ranks_keep_their_lanes_of_every_dataset_when_the_weights_change() -> No
     """Each node reads its share of the shards of each dataset, before and after."""
     order = MixtureOrder(
         shard_samples=((50,) * 32, (50,) * 32),
-        periods=(Period(0, to_shares([1, 1])), Period(60, to_shares([1, 3]))),
+        shares={0: to_shares([1, 1]), 60: to_shares([1, 3])},
         global_batch_size=32,
         seed=1,
         window=20,
@@ -153,18 +149,14 @@ def test_what_is_read_ahead_covers_the_batch_and_lies_within_the_shards(
 
 
 def test_datasets_of_one_shape_are_not_dealt_in_step() -> None:
-    order = MixtureOrder(
-        shard_samples=((60,), (60,)), periods=(Period(0, to_shares([1, 1])),), global_batch_size=10, seed=1
-    )
+    order = MixtureOrder(shard_samples=((60,), (60,)), shares={0: to_shares([1, 1])}, global_batch_size=10, seed=1)
     rows = [[row for batch in batches(order, 12) for of, _, _, row in real(batch) if of == each] for each in (0, 1)]
     assert sorted(rows[0]) == sorted(rows[1])
     assert rows[0] != rows[1]
 
 
 def test_buckets_give_every_dataset_its_shortest_samples_in_the_same_batch() -> None:
-    plain = MixtureOrder(
-        shard_samples=((400,), (400,)), periods=(Period(0, to_shares([1, 1])),), global_batch_size=16, seed=1
-    )
+    plain = MixtureOrder(shard_samples=((400,), (400,)), shares={0: to_shares([1, 1])}, global_batch_size=16, seed=1)
 
     def waste(order: MixtureOrder) -> float:
         kept = padded = 0
@@ -187,15 +179,11 @@ def test_buckets_give_every_dataset_its_shortest_samples_in_the_same_batch() -> 
     ],
 )
 def test_a_state_of_another_mixture_is_refused(state: LoaderState) -> None:
-    order = MixtureOrder(
-        shard_samples=((40,), (10, 11)), periods=(Period(0, to_shares([1, 1])),), global_batch_size=8, seed=1
-    )
+    order = MixtureOrder(shard_samples=((40,), (10, 11)), shares={0: to_shares([1, 1])}, global_batch_size=8, seed=1)
     with pytest.raises(RecipeError, match="not a state of a mixture of 2 datasets"):
         order.batch(state)
 
 
 def test_a_dataset_that_weighs_nothing_is_never_read() -> None:
-    order = MixtureOrder(
-        shard_samples=((40,), (0,)), periods=(Period(0, to_shares([1, 0])),), global_batch_size=8, seed=1
-    )
+    order = MixtureOrder(shard_samples=((40,), (0,)), shares={0: to_shares([1, 0])}, global_batch_size=8, seed=1)
     assert all(not batch.dataset.any() for batch in batches(order, 12))

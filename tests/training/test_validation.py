@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import masking_tokens
 from mmflow.learning.retrieval import find_one, retrieval_metrics
 from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
-from mmflow.loading.loader import START, Loader
+from mmflow.loading.loader import Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
 from mmflow.stages.training import check_held_out, identity
@@ -152,8 +153,7 @@ def test_values_are_those_of_the_package(validated: Trainings, name: str) -> Non
     augmented = LoaderConfig(augment=AugmentConfig(crop=CropConfig(), token_dropout=0.5), bucket_batches=2)
     learner, loader = packaged(validated, name, held_out_loader(augmented, "held_out"))
     learner.eval()
-    first = loader.batch(START)
-    second = loader.batch(first.state)
+    first, second = islice(loader, 2)
     second.real[LOOKED_AT - BATCH :] = False
     losses, images, texts = [], [], []
     with torch.no_grad():
@@ -232,8 +232,9 @@ def test_hardware_is_told(validated: Trainings) -> None:
 
 def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> None:
     learner, loader = packaged(validated, "values-1", LoaderConfig())
+    batch = next(iter(loader))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # in operations that it knows
-        learner(loader.batch(START), 1)[0].backward()
+        learner(batch, 1)[0].backward()
     # Nobody needs the gradient of the pictures, a large part of so small a model's.
     of_pictures = 2 * 3 * MODEL.image_pixels**2 * OPTIONS["hidden_size"]
     counted = counter.get_total_flops() / BATCH + of_pictures
