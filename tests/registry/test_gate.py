@@ -8,17 +8,10 @@ from pydantic import ValidationError
 from mmflow.registry.gate import Decision, PromoteConfig, decide
 
 RECALL = "unseen_variants/text_to_image/R@1"
-LESS_IS_BETTER = (
-    "s/text_to_image/mean_rank",
-    "s/text_to_image/median_rank",
-    "s/captions/perplexity",
-    "s/captions/loss",
-)
 
 
-def gate(challenger, champion, metric=RECALL, min_gain=0.0, floors=None, max_drop=None) -> Decision:
-    fields = {"metric": metric, "min_gain": min_gain, "floors": floors or {}, "max_drop": max_drop or {}}
-    return decide(PromoteConfig(model="clip", **fields), challenger, champion)
+def gate(challenger, champion=None, metric=RECALL, **bounds) -> Decision:
+    return decide(PromoteConfig(model="clip", metric=metric, **bounds), challenger, champion)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +22,6 @@ def gate(challenger, champion, metric=RECALL, min_gain=0.0, floors=None, max_dro
         (0.50, 0.50, 0.01, False),  # … and not when a gain is asked for
         (0.57, 0.55, 0.02, True),  # exactly the gain, though 0.55 + 0.02 > 0.57 in binary
         (0.5699, 0.55, 0.02, False),
-        (0.49, 0.50, 0.00, False),
         (0.49, 0.50, -0.02, True),
         (0.47, 0.50, -0.02, False),
     ],
@@ -42,31 +34,25 @@ def test_challenger_needs_its_gain(challenger, champion, min_gain, promoted):
         assert f"{challenger:.6g} against the champion's {champion:.6g}" in decision.reasons[0]
 
 
-@pytest.mark.parametrize("metric", LESS_IS_BETTER)
+@pytest.mark.parametrize("name", ["mean_rank", "median_rank", "perplexity", "token_loss"])
 @pytest.mark.parametrize(("challenger", "promoted"), [(4.0, True), (5.0, True), (5.1, False)])
-def test_less_is_better_for_ranks_losses_and_perplexities(metric, challenger, promoted):
-    assert gate({metric: challenger}, {metric: 5.0}, metric=metric).promoted is promoted
-    assert gate({metric: challenger}, None, metric=metric, floors={metric: 5.0}).promoted is promoted
+def test_lower_is_better_for_ranks_losses_and_perplexities(name, challenger, promoted):
+    metric = f"s/text_to_image/{name}"
+    assert gate({metric: challenger}, {metric: 5.0}, metric).promoted is promoted
+    assert gate({metric: challenger}, None, metric, floors={metric: 5.0}).promoted is promoted
     drop = gate({RECALL: 1.0, metric: challenger + 1}, {RECALL: 0.0, metric: 5.0}, max_drop={metric: 1.0})
     assert drop.promoted is promoted
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, "0.9"])
-def test_a_value_that_is_no_finite_number_refuses(value):
-    for metrics in ({RECALL: value}, {}):
-        for champion in (None, {RECALL: 0.1}):
-            decision = gate(metrics, champion)
-            assert not decision.promoted
-            assert RECALL in decision.reasons[0]
-    assert "missing" in gate({}, None).reasons[0]
-
-
-def test_a_champion_without_the_metric_refuses_and_says_what_to_do():
-    for champion in ({}, {RECALL: math.nan}):
-        decision = gate({RECALL: 0.9}, champion)
+@pytest.mark.parametrize("metrics", [{}, *({RECALL: value} for value in (math.nan, math.inf, -math.inf, None, "0.9"))])
+def test_a_value_that_is_no_finite_number_refuses(metrics):
+    for champion in (None, {RECALL: 0.1}):
+        decision = gate(metrics, champion)
         assert not decision.promoted
-        assert "evaluate the champion again" in decision.reasons[0]
-    assert not gate({RECALL: 0.9, "b": 1.0}, {RECALL: 0.1}, max_drop={"b": 1.0}).promoted
+        assert RECALL in decision.reasons[0]
+    decision = gate({RECALL: 0.9}, metrics)
+    assert not decision.promoted
+    assert "evaluate the champion again" in decision.reasons[0]
 
 
 def test_floors_bind_with_and_without_a_champion():
@@ -75,19 +61,19 @@ def test_floors_bind_with_and_without_a_champion():
         decision = gate({RECALL: 0.3, "b": 0.19}, champion, floors={RECALL: 0.31, "b": 0.2})
         assert not decision.promoted
         assert len(decision.reasons) == 2
-    assert not gate({RECALL: 0.3}, None, floors={"b": 0.0}).promoted  # a floor under a metric that nobody measured
+    assert not gate({RECALL: 0.3}, floors={"b": 0.0}).promoted  # a floor under a metric that nobody measured
 
 
 def test_max_drop_protects_the_other_metrics():
-    champion = {RECALL: 0.5, "zero_shot/accuracy": 0.8}
-    kept = gate({RECALL: 0.6, "zero_shot/accuracy": 0.79}, champion, max_drop={"zero_shot/accuracy": 0.01})
-    lost = gate({RECALL: 0.6, "zero_shot/accuracy": 0.78}, champion, max_drop={"zero_shot/accuracy": 0.01})
-    assert kept.promoted
+    champion, bound = {RECALL: 0.5, "accuracy": 0.8}, {"accuracy": 0.01}
+    assert gate({RECALL: 0.6, "accuracy": 0.79}, champion, max_drop=bound).promoted
+    lost = gate({RECALL: 0.6, "accuracy": 0.78}, champion, max_drop=bound)
     assert not lost.promoted
-    failed = [check for check in lost.checks if not check.passed]
-    assert [(check.name, check.challenger) for check in failed] == [("zero_shot/accuracy max_drop", 0.78)]
-    assert failed[0].threshold == pytest.approx(0.79)
-    assert not gate({RECALL: 0.6}, None, max_drop={"zero_shot/accuracy": 0.01}).promoted
+    (failed,) = (check for check in lost.checks if not check.passed)
+    assert (failed.name, failed.challenger) == ("accuracy max_drop", 0.78)
+    assert failed.threshold == pytest.approx(0.79)
+    assert not gate({RECALL: 0.6}, max_drop=bound).promoted
+    assert not gate({RECALL: 0.6, "accuracy": 0.8}, {RECALL: 0.5}, max_drop=bound).promoted
 
 
 @pytest.mark.parametrize(
@@ -105,7 +91,5 @@ def test_max_drop_protects_the_other_metrics():
     ],
 )
 def test_settings_that_cannot_refuse_or_mean_nothing_are_errors(settings):
-    good = {"model": "clip", "metric": RECALL}
-    assert PromoteConfig(**good).candidate == "student"
     with pytest.raises(ValidationError):
-        PromoteConfig(**{**good, **settings})
+        PromoteConfig(**{"model": "clip", "metric": RECALL, **settings})
