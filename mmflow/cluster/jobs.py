@@ -61,7 +61,7 @@ def submit_stage(
         on_line: receives each line of the job's log, without its line end.
         outage_seconds: how long a silent dashboard is waited for.
     """
-    package_uri, package = pack(code, stage, recipe_text)
+    package_uri, package = pack(code, recipe_text)
     runtime_env = {"working_dir": package_uri, "env_vars": _driver_environment()}
     if committed():
         return
@@ -94,13 +94,11 @@ def submit_stage(
         raise ClusterError(f"{stage}: job {job_id} {status}: {error}; whole log: {ray_job.format('logs')}")
 
 
-def pack(code: Path, stage: str, recipe_text: str) -> tuple[str, bytes]:
+def pack(code: Path, recipe_text: str) -> tuple[str, bytes]:
     """The job's working directory, as Ray's URI and a zip: our source without caches, and recipe.yaml.
 
     The same input gives the same bytes and URI, so the cluster keeps one copy.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", stage) or not (code / "jobs" / f"{stage}.py").is_file():
-        raise MisuseError(f"{code}: no jobs/{stage}.py to submit; run from a checkout of mmflow or name another stage")
     files = {"recipe.yaml": recipe_text.encode()}
     for folder in ("mmflow", "jobs", "pipelines"):
         for path in (code / folder).rglob("*"):

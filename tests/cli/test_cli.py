@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from mmflow.cli.main import app
 from mmflow.core.errors import MisuseError
-from mmflow.recipe import load_recipe
 from mmflow.stages.loop import STAGES
 from tests.dataset.handmade import handmade, write_dataset
 from tests.tiny import tiny_fields, write_recipe, write_shapes
@@ -21,11 +21,9 @@ from tests.tiny import tiny_fields, write_recipe, write_shapes
 HEAVY = ("ray", "torch", "mlflow", "dagster", "transformers", "deepspeed", "pandas")
 
 
-def mmflow(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
+def mmflow(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mmflow.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -35,85 +33,79 @@ def recipe(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("pretrain.training.epoch=3", "did you mean 'epochs'?"),
-        ("pretrian={}", "did you mean 'pretrain'?"),
-        ("pretrain.training.epochs=many", "pretrain.training.epochs"),
-        ("pretrain.training.zero_stage=4", "pretrain.training.zero_stage"),
         ("pretrain.model.image.type=resnot", "did you mean 'resnet'?"),
         ("pretrain.model.text.options.hiden_size=8", "did you mean 'hidden_size'?"),
-        ("pretrain.training.epochs", "an override is key=value"),
-        ("pretrain.model.text={checkpoint: there}", "vocabulary_size: 200, and text.checkpoint brings its own"),
         ("pretrain.model.bias=-10", "pretrain.model.bias: no objective trains it; name sigmoid"),
         ("evaluate.captions={}", "evaluate.captions: pretrain.model and distill.model cannot be examined in it"),
+        ("shard.sources.0.uri=nowhere.jsonl", "shard.sources.0.uri: "),
     ],
 )
 def test_a_wrong_setting_is_one_line_with_the_key_and_the_workspace_is_untouched(
-    recipe: str, tmp_path: Path, override: str, told: str
+    recipe: str, tmp_path: Path, override: str, message: str
 ) -> None:
     done = mmflow("run", recipe, override)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "workspace").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (("run", "nowhere.yaml"), 2, "nowhere.yaml: cannot be read"),
         (("verify", "nowhere"), 1, "no manifest.json"),
-        (("verify", "nowhere", "--decode", "some"), 2, "--decode some: `all` or a number"),
+        (("verify", "nowhere", "--decode", "some"), 2, "--decode some: give `all` or a number"),
         (("describe", "nowhere"), 1, "nothing was committed"),
         (("adopt", "nowhere", "nowhere.tar"), 2, "nowhere.tar"),
         (("adopt", "nowhere"), 2, "TARS"),
         (("frobnicate",), 2, "No such command"),
+        (("run", "--frob", "nowhere.yaml"), 2, "No such option"),
         (("cluster", "check", "nowhere.yaml"), 2, "nowhere.yaml"),
     ],
 )
-def test_what_is_missing_is_named(arguments: tuple[str, ...], code: int, told: str) -> None:
+def test_what_is_missing_is_named(arguments: tuple[str, ...], code: int, message: str) -> None:
     done = mmflow(*arguments)
     assert done.returncode == code
-    assert told in done.stderr + done.stdout
+    assert message in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+    if arguments[0] == "run":
+        assert "Traceback" in mmflow("--debug", *arguments).stderr
 
 
-def test_missing_records_are_named_before_anything_is_made(recipe: str, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "corpus")
-    done = mmflow("run", recipe)
-    assert done.returncode in (1, 2)
-    assert "records.jsonl" in done.stderr.strip().splitlines()[-1]
-    assert not list(tmp_path.glob("workspace/*/*/manifest.json"))
-
-
-def test_a_stage_whose_input_is_not_committed_says_what_to_run(recipe: str, tmp_path: Path) -> None:
+def test_a_stage_that_cannot_begin_says_what_to_do(recipe: str, tmp_path: Path) -> None:
     done = mmflow("pretrain", recipe)
     assert done.returncode == 1
     assert "`mmflow shard" in done.stderr
-    assert not (tmp_path / "workspace").exists()
-
-
-def test_an_unreachable_cluster_is_named(recipe: str, tmp_path: Path) -> None:
     done = mmflow("shard", recipe, "--submit", "http://127.0.0.1:9")
-    assert done.returncode in (1, 2)
+    assert done.returncode == 1
     assert "127.0.0.1:9" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "workspace").exists()
 
 
-def test_debug_shows_the_traceback_that_is_hidden_otherwise() -> None:
-    assert "Traceback" in mmflow("--debug", "run", "nowhere.yaml").stderr
-    assert "Traceback" not in mmflow("run", "nowhere.yaml").stderr
+COMMANDS = [
+    *((stage,) for stage in STAGES),
+    *((command,) for command in ("run", "schedule", "verify", "adopt", "describe")),
+    *(("models", command) for command in ("list", "show", "rollback", "import", "export")),
+    *(("cluster", "check"), ("selfcheck", "gradients")),
+]
 
 
-@pytest.mark.parametrize("stage", [name for name in STAGES if name != "corpus"])
-def test_every_stage_has_a_help_with_an_example_that_parses(stage: str) -> None:
-    told = mmflow(stage, "--help")
-    assert told.returncode == 0
-    example = next(line for line in told.stdout.splitlines() if line.strip().startswith("Example:"))
-    recipe = example.split()[-1]
-    assert example.split()[1:3] == ["mmflow", stage]
-    assert load_recipe(str(Path(__file__).parents[2] / recipe)).name == "quickstart"
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_a_help_with_an_example_that_parses(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app([*command, "--help"], standalone_mode=False)
+    example = " ".join(capsys.readouterr().out.partition("Example: ")[2].split())
+    words = shlex.split(example)
+    assert tuple(words[: 1 + len(command)]) == ("mmflow", *command)
+    parsed: Any = typer.main.get_command(app)
+    for name in command:
+        parsed = parsed.commands[name]
+    parsed.make_context("mmflow", words[1 + len(command) :])
 
 
 def test_tars_of_others_are_adopted_verified_and_described(tmp_path: Path) -> None:
@@ -127,11 +119,11 @@ def test_tars_of_others_are_adopted_verified_and_described(tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     assert not Path(dataset, "manifest.json").exists()
     options = ("--skip-damaged", "--split", "dev", "--license", "CC0-1.0")
-    for said in ("built", "already committed"):
+    for outcome in ("built", "already committed"):
         done = mmflow("adopt", dataset, theirs, str(cut), *options)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [
-            f"adopt: {said}: {dataset}",
+            f"adopt: {outcome}: {dataset}",
             "  4 samples in 1 shards",
             "  1 records quarantined: source_damaged",
         ]
@@ -141,18 +133,6 @@ def test_tars_of_others_are_adopted_verified_and_described(tmp_path: Path) -> No
     done = mmflow("verify", dataset)
     assert done.returncode == 1
     assert "00000.tar: 0 bytes" in done.stdout
-
-
-@pytest.mark.parametrize("command", ["verify", "adopt", "describe"])
-def test_a_command_on_datasets_has_a_help_with_an_example_that_parses(command: str) -> None:
-    told = mmflow(command, "--help")
-    assert told.returncode == 0
-    example = " ".join(told.stdout.partition("Example: ")[2].split())
-    words = shlex.split(example)
-    assert words[:2] == ["mmflow", command]
-    done = mmflow(*words[1:])
-    assert done.returncode in (1, 2)  # what it names is not here
-    assert "Usage" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +165,17 @@ def test_a_clip_becomes_a_package_and_a_package_a_clip(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package, exported = str(tmp_path / "package"), str(tmp_path / "exported")
-    said = models(capsys, "import", str(checkpoint), package)
+    printed = models(capsys, "import", str(checkpoint), package)
     card = json.loads(Path(package, "mmflow.json").read_text())
-    assert said == f"{package}: clip, {card['parameters']:,} parameters, digest {card['digest']}\n"
-    with pytest.raises(MisuseError, match="package: a model package is there already; name another directory"):
+    assert printed == f"{package}: clip, {card['parameters']:,} parameters, digest {card['digest']}\n"
+    with pytest.raises(MisuseError, match="name another directory"):
         models(capsys, "import", str(checkpoint), package)
-    said, _, difference = models(capsys, "export", package, exported).removesuffix(" at most\n").rpartition(" ")
-    assert said == f"{exported}: clip, logits differ by"
+    printed = models(capsys, "export", package, exported).removesuffix(" at most\n")
+    printed, _, difference = printed.rpartition(" ")
+    assert printed == f"{exported}: clip, logits differ by"
     assert 0 <= float(difference) <= 1e-4
     assert json.loads(Path(exported, "config.json").read_text())["model_type"] == "clip"
-    with pytest.raises(MisuseError, match="exported: exists; name a new directory"):
+    with pytest.raises(MisuseError, match="exported: .*name a new directory"):
         models(capsys, "export", package, exported)
 
 
@@ -209,17 +190,6 @@ def test_two_towers_are_exported_as_graphs(
     found = [line.removesuffix(" at most").partition(": embeddings differ by ") for line in lines]
     assert [name for name, _, _ in found] == [f"{exported}/image.onnx", f"{exported}/text.onnx"]
     assert all(0 <= float(difference) <= 1e-4 for _, _, difference in found)
-
-
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_a_command_on_packages_has_a_help_with_an_example_that_parses(command: str) -> None:
-    told = mmflow("models", command, "--help")
-    assert told.returncode == 0
-    words = shlex.split(" ".join(told.stdout.partition("Example: ")[2].split()))
-    assert words[:3] == ["mmflow", "models", command]
-    done = mmflow(*words[1:])
-    assert done.returncode in (1, 2)  # what it names is not here
-    assert "Usage" not in done.stderr
 
 
 def test_help_and_import_load_nothing_heavy() -> None:
