@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from mmflow.dataset.reader import Sample
 from mmflow.inference.predict import Predictor
-from mmflow.models.encoders import WindowEncoder
+from mmflow.models.encoders import Encoded, WindowEncoder
+from mmflow.models.model import Model
 from mmflow.models.package import LoadedModel
 
 # Shapes: B batch, H heads, T tokens or regions that read, R regions of a picture, S tokens or regions that are read, or
 # twice the side of a picture in pixels.
 
 Maps = Sequence[Tensor]  # one per layer, from the first to the last
-_QUERY = {"image": "image query", "text": "text query"}
 SALIENCY_CELLS = 8  # along each side, for encoders without attention: single pixels are noise
 
 
@@ -86,29 +86,14 @@ def look(predictor: Predictor, sample: Sample, text: str) -> Looked:
     An encoder without attention (a convolutional one) shows its gradients with respect to pixels (saliency, arXiv
     1312.6034), and so does a fusion without attention. The model must give embeddings, pair scores or matching logits.
     """
-    model, loaded = predictor.model, predictor.loaded
+    model = predictor.model
     pixels, frame_mask = predictor.image_inputs([sample])
     ids, mask = _whole_length(model.text, *predictor.text_inputs([text]))
     pixels.requires_grad_()
     with _differentiable(model):
         image = model.encode_image(pixels, frame_mask, attentions=_attends(model.image))
         read = model.encode_text(ids, mask, attentions=_attends(model.text))
-        encoded = {"image": image, "text": read}
-        maps = {side: side_encoded.attentions or () for side, side_encoded in encoded.items()}
-        for side, side_encoded in encoded.items():
-            if side_encoded.pooling_BH1T is not None:
-                maps[_QUERY[side]] = (side_encoded.pooling_BH1T,)
-        if "embeddings" in model.gives:
-            score = (model.embed_image(image) * model.embed_text(read)).sum()
-        elif "pair_scores" in model.gives:
-            score = model.score_pairs(read.pooled_BW, image).sum()
-        else:
-            fused = model.fuse(image, read, attentions=True)
-            odds_12 = model.matching_logits(fused)
-            score = (odds_12[:, 1] - odds_12[:, 0]).sum()
-            between = fused.attentions or {}
-            # A single stream's two directions are slices of one map, and a slice has no gradient of its own.
-            maps |= {"joint": between["joint"]} if "joint" in between else between
+        score, maps = _score(model, image, read)
         layers = [layer for stack in maps.values() for layer in stack]
         *gradients, of_pixels = torch.autograd.grad(score, [*layers, pixels], allow_unused=True)
     in_order = iter(
@@ -117,29 +102,47 @@ def look(predictor: Predictor, sample: Sample, text: str) -> Looked:
     )
     counts = {name: [next(in_order) for _ in stack] for name, stack in maps.items()}
     if model.gives & {"embeddings", "pair_scores"}:
-        encoders: dict[str, Any] = {"image": model.image, "text": model.text}
+        encoders: dict[str, tuple[Any, Encoded]] = {"image": (model.image, image), "text": (model.text, read)}
         weights = {
             side: _read_by_pooled(
                 self_relevance(counts[side]) if counts[side] else None,
-                counts[_QUERY[side]][0] if _QUERY[side] in counts else None,
+                next(iter(counts[f"{side} query"]), None),
                 _pooling(encoder),
-                encoded[side].mask_BT,
+                encoded.mask_BT,
             )
-            for side, encoder in encoders.items()
+            for side, (encoder, encoded) in encoders.items()
         }
     else:
         weights = _read_by_each_other(counts, read.sequence_BTW.shape[1])
     picture, flow = None, None
     if pixels.dim() == 4:  # a clip's regions are frames
         by_pixels = None if of_pixels is None else _saliency(of_pixels)
-        picture = by_pixels if weights["image"] is None else _grid(weights["image"], loaded)
+        picture = by_pixels if weights["image"] is None else _grid(weights["image"], predictor.loaded)
         if maps["image"]:
             flows = rollout([layer.detach() for layer in maps["image"]])
             query = None if image.pooling_BH1T is None else image.pooling_BH1T.detach().mean(1)
             read_1R = _read_by_pooled(flows, query, _pooling(model.image), None)
-            flow = None if read_1R is None else _grid(read_1R, loaded)
+            flow = None if read_1R is None else _grid(read_1R, predictor.loaded)
     by_token = _of_tokens(model.text, weights["text"], ids.shape[1])
-    return Looked(float(score.detach()), picture, flow, _pieces(loaded, text, by_token))
+    return Looked(float(score.detach()), picture, flow, _pieces(predictor.loaded, text, by_token))
+
+
+def _score(model: Model, image: Encoded, text: Encoded) -> tuple[Tensor, dict[str, Maps]]:
+    """How well the two fit, (), and the attention maps that it came through, by part of the model."""
+    maps: dict[str, Maps] = {}
+    for side, encoded in (("image", image), ("text", text)):
+        maps[side] = encoded.attentions or ()
+        maps[f"{side} query"] = () if encoded.pooling_BH1T is None else (encoded.pooling_BH1T,)
+    if "embeddings" in model.gives:
+        return (model.embed_image(image) * model.embed_text(text)).sum(), maps
+    if "pair_scores" in model.gives:
+        return model.score_pairs(text.pooled_BW, image).sum(), maps
+    fused = model.fuse(image, text, attentions=True)
+    odds_12 = model.matching_logits(fused)
+    between = fused.attentions or {}
+    # A single stream's two directions are slices of one map, and a slice has no gradient of its own.
+    maps |= {"joint": between["joint"]} if "joint" in between else between
+    return (odds_12[:, 1] - odds_12[:, 0]).sum(), maps
 
 
 @contextmanager

@@ -7,7 +7,6 @@ with 8 bytes a sample, at most 1 GiB.
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections import Counter
@@ -21,18 +20,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from mmflow.core.errors import CorruptArtifactError
 from mmflow.core.storage import filesystem, join, write_bytes
 from mmflow.dataset.index import read_column
 from mmflow.dataset.keys import KEYS_PER_PASS, count_repeats, hash_texts
 from mmflow.dataset.manifest import ShardInfo, index_uri, quarantine_files
-from mmflow.dataset.opened import Dataset, open_dataset, read_sample
-from mmflow.dataset.samples import read_texts
-from mmflow.imaging.header import probe
+from mmflow.dataset.opened import Dataset, open_dataset
+from mmflow.dataset.reader import Reader
 from mmflow.report import charts, page
-from mmflow.sources.reasons import Rejected
 
 PAGE = "describe.html"
 THUMBNAIL_PIXELS = 160
@@ -78,7 +74,8 @@ def describe(dataset: Dataset) -> tuple[dict[str, Any], dict[str, bytes]]:
     examples: dict[str, list[dict[str, Any]]] = {}
     pictures: dict[str, bytes] = {}
     for split in sorted(dataset.splits, key=lambda split: (-counted.samples[split], split)):
-        shown = [show(dataset, shard, row) for _, shard, row in counted.shown[split]]
+        reader = Reader(dataset, split, frames=False)
+        shown = [show(reader, shard, row) for _, shard, row in counted.shown[split]]
         examples[split] = [example for example, _ in shown]
         pictures |= {example["key"]: picture for example, picture in shown if picture is not None}
     rejected = rejected_examples(dataset)
@@ -277,37 +274,20 @@ def shares(counts: Mapping[str, int], order: Sequence[str] | None = None) -> lis
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def show(dataset: Dataset, shard: ShardInfo, row: int) -> tuple[dict[str, Any], bytes | None]:
+def show(reader: Reader, shard: ShardInfo, row: int) -> tuple[dict[str, Any], bytes | None]:
     """A sample's key and first captions, and its thumbnail; None where its bytes are damaged."""
     try:
-        sample = read_sample(dataset, shard, row)
+        sample = reader.read(reader.shards.index(shard), row)
     except CorruptArtifactError:
         return {"key": f"{shard.name}, row {row}", "captions": [{"language": "en", "text": "damaged"}]}, None
-    captions, _ = read_texts(sample["txt"].encode(), json.dumps(sample["json"]).encode())
-    shown = [{**caption, "text": shorten(caption["text"])} for caption in captions[:2]]
-    return {"key": sample["key"], "captions": shown, "more": len(captions) - len(shown)}, thumbnail(sample["image"])
+    shown = [{"language": text.language, "text": shorten(text.text)} for text in sample.captions[:2]]
+    more = len(sample.captions) - len(shown)
+    return {"key": sample.key, "captions": shown, "more": more}, page.thumbnail(sample.image, THUMBNAIL_PIXELS)
 
 
 def shorten(text: str) -> str:
     """The beginning of a long caption."""
     return text if len(text) <= LONGEST_CAPTION else text[: LONGEST_CAPTION - 1].rstrip() + "…"
-
-
-def thumbnail(body: bytes) -> bytes | None:
-    """A small JPEG of a stored image, upright and on white; None for bytes that cannot be decoded."""
-    try:
-        image = probe(body).image
-        image.draft("RGB", (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
-        small = ImageOps.exif_transpose(image)
-        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        if small.has_transparency_data:
-            layer = small.convert("RGBA")
-            small = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        target = io.BytesIO()
-        small.convert("RGB").save(target, "JPEG", quality=82)
-    except (Rejected, OSError, ValueError, SyntaxError):
-        return None
-    return target.getvalue()
 
 
 def readable(source: Mapping[str, Any]) -> dict[str, str]:

@@ -8,11 +8,15 @@ import re
 from base64 import b64encode
 from datetime import UTC, datetime
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from PIL import Image, ImageOps
 
+from mmflow.imaging.header import probe
 from mmflow.report.charts import is_finite
+from mmflow.sources.reasons import Rejected
 
 MISSING = "—"
 DIRECTIONS = {"text_to_image": "text → image", "image_to_text": "image → text"}
@@ -143,3 +147,21 @@ def data_uri(image: bytes) -> str:
     kinds = ((b"\xff\xd8\xff", 0, "jpeg"), (b"\x89PNG", 0, "png"), (b"GIF8", 0, "gif"), (b"WEBP", 8, "webp"))
     kind = next((kind for magic, at, kind in kinds if image[at : at + len(magic)] == magic), None)
     return f"data:image/{kind};base64,{b64encode(image).decode()}" if kind else ""
+
+
+def thumbnail(body: bytes, pixels: int) -> bytes | None:
+    """A JPEG of a stored image within a square of so many pixels, upright and on white; None for bytes that cannot be
+    decoded."""
+    try:
+        image = probe(body).image
+        image.draft("RGB", (2 * pixels, 2 * pixels))
+        small = ImageOps.exif_transpose(image)
+        small.thumbnail((pixels, pixels))
+        if small.has_transparency_data:
+            layer = small.convert("RGBA")
+            small = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        target = BytesIO()
+        small.convert("RGB").save(target, "JPEG", quality=82)
+    except (Rejected, OSError, ValueError, SyntaxError):
+        return None
+    return target.getvalue()

@@ -13,21 +13,17 @@ from math import isfinite, nan
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow.parquet as pq
-import simplejpeg
-from PIL import Image
 
 from mmflow.core.artifacts import Artifact
-from mmflow.core.storage import exists, join, read_bytes, read_json, write_bytes, write_json
-from mmflow.dataset.manifest import quarantine_uri
+from mmflow.core.storage import join, read_bytes, read_json, write_bytes, write_json
+from mmflow.dataset.manifest import quarantine_files
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.evaluation.examination import DETAILS, METRICS, SPEED, flatten, spread
-from mmflow.imaging.decode import decode
 from mmflow.recipe import dump_recipe
-from mmflow.report.page import is_share
+from mmflow.report.page import is_share, thumbnail
 from mmflow.report.run_page import render_report
 from mmflow.stages.evaluate import MODELS
 from mmflow.stages.loop import STAGES, Loop
@@ -118,9 +114,8 @@ def _stage(name: str, artifact: Artifact) -> dict[str, Any]:
 def _dataset(artifact: Artifact, dataset: Dataset) -> dict[str, Any]:
     totals = artifact.manifest["totals"]
     rejected: list[dict[str, Any]] = []
-    for entry in artifact.manifest["shards"]:
-        file = quarantine_uri(artifact.uri, entry["name"])
-        if len(rejected) < QUARANTINE_ROWS and exists(file):
+    for file in quarantine_files(artifact.uri):
+        if len(rejected) < QUARANTINE_ROWS:
             rejected += pq.read_table(io.BytesIO(read_bytes(file))).to_pylist()
     examples = []
     reader = Reader(dataset, dataset.splits[0] if "train" not in dataset.splits else "train")
@@ -234,13 +229,11 @@ def _thumbnails(dataset: Dataset, references: Iterable[tuple[str, int]]) -> dict
     """JPEG thumbnails of the samples, by key."""
     places: dict[str, tuple[Reader, int]] = {}
     for split in dataset.splits:
-        reader = Reader(dataset, split)
+        reader = Reader(dataset, split, frames=False)
         places |= {shard.name: (reader, ordinal) for ordinal, shard in enumerate(reader.shards)}
     thumbnails = {}
     for shard, row in references:
         reader, ordinal = places[shard]
         sample = reader.read(ordinal, row)
-        picture = Image.fromarray(decode(sample.image, sample.extension, THUMBNAIL_PIXELS))
-        picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-        thumbnails[sample.key] = simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality=85)
-    return thumbnails
+        thumbnails[sample.key] = thumbnail(sample.image, THUMBNAIL_PIXELS)
+    return {key: picture for key, picture in thumbnails.items() if picture is not None}

@@ -24,9 +24,9 @@ from mmflow.report.dataset_page import (
     histogram_of,
     render,
     shares,
-    thumbnail,
     write_description,
 )
+from mmflow.report.page import thumbnail
 from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
 from tests.report.test_report import HOSTILE, Page
 
@@ -167,12 +167,12 @@ def test_a_histogram_of_nothing_is_none_and_long_tables_are_cut() -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_thumbnails_are_small_and_none_where_nothing_can_be_decoded(format: str) -> None:
-    small = thumbnail(picture(1, (1000, 400), format))
+    small = thumbnail(picture(1, (1000, 400), format), 160)
     assert small is not None
     assert small.startswith(b"\xff\xd8\xff")
     assert len(small) < 20_000
-    assert thumbnail(b"no picture") is None
-    assert thumbnail(picture(1, (1000, 400), format)[:200]) is None
+    assert thumbnail(b"no picture", 160) is None
+    assert thumbnail(picture(1, (1000, 400), format)[:200], 160) is None
 
 
 def test_settings_and_sources_are_on_the_page(dataset: Dataset) -> None:
