@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from mmflow.core.errors import RecipeError
 
-# Shapes: B batch, Q queries, K keys, W width, M the memory's width, H heads, D width of a head.
+# Shapes: B batch, Q places that read, K places that are read, W width, H heads, D width of a head.
+
+Read = tuple[Tensor, Tensor | None]
+"""What each place read (B, Q, W), and its attention weights (B, H, Q, K) if `maps` is set, else None."""
 
 
 class Attention(nn.Module):
@@ -26,14 +29,9 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(
-        self, queries_BQW: Tensor, memory_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """What each query reads (B, Q, W), and its weights (B, H, Q, K) if `maps` is set, else None.
-
-        `mask_BK` is True where the memory is real; every row needs at least one such place.
-        """
-        query_BHQD = self._split(self.query(queries_BQW))
+    def forward(self, x_BQW: Tensor, memory_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False) -> Read:
+        """`mask_BK` is True where the memory is real; every row needs at least one such place."""
+        query_BHQD = self._split(self.query(x_BQW))
         key_BHKD = self._split(self.key(memory_BKW))
         value_BHKD = self._split(self.value(memory_BKW))
         mask_B11K = None if mask_BK is None else mask_BK[:, None, None, :]
@@ -65,10 +63,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(
-        self, sequence_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The sequence after it read itself, (B, K, W), and its weights (B, H, K, K) if `maps` is set."""
+    def forward(self, sequence_BKW: Tensor, mask_BK: Tensor | None = None, *, maps: bool = False) -> Read:
+        """The sequence after it read itself."""
         normed_BKW = self.attention_norm(sequence_BKW)
         read_BKW, weights_BHKK = self.attention(normed_BKW, normed_BKW, mask_BK, maps=maps)
         sequence_BKW = sequence_BKW + read_BKW

@@ -46,9 +46,9 @@ def encoder_config(key: str, config: SideConfig, *, image_pixels: int = 0, vocab
     if model_type not in CONFIG_MAPPING:
         raise RecipeError(f"{key}.type: transformers has no {model_type!r}{nearest(model_type, CONFIG_MAPPING.keys())}")
     settings = CONFIG_MAPPING[model_type]()
-    derived = {"image_size": image_pixels, "vocab_size": vocabulary_size, **OWN_IDS}
+    derived = {"image_size": image_pixels or None, "vocab_size": vocabulary_size or None, **OWN_IDS}
     known = settings.to_dict()
-    fields = {name: value for name, value in derived.items() if name in known and (value or name in OWN_IDS)}
+    fields = {name: value for name, value in derived.items() if name in known and value is not None}
     return _with_options(key, settings, fields, config.options)
 
 
@@ -101,7 +101,7 @@ def _check_kind(key: str, config: SideConfig, settings: Any) -> None:
     side, reads = ("pictures", "pixel_values") if _side(config) == "vision" else ("text", "input_ids")
     if model_class is None or model_class.main_input_name != reads or getattr(settings, "is_encoder_decoder", False):
         raise RecipeError(f"{place}: {settings.model_type} is not an encoder of {side}; use another")
-    if not getattr(settings, "hidden_size", None) and not getattr(settings, "hidden_sizes", None):
+    if not any(getattr(settings, name, None) for name in ("hidden_size", "hidden_sizes")):
         raise RecipeError(f"{place}: {settings.model_type} has neither hidden_size nor hidden_sizes; use another")
 
 
@@ -192,9 +192,5 @@ def freeze(key: str, backbone: Any, frozen: int | Literal["all"]) -> list[nn.Mod
         if depth_of[name] <= frozen:
             parameter.requires_grad_(False)
     # Modules with only frozen parameters. A dropout has none; it follows the module that contains it.
-    return [module for module in backbone.modules() if _is_frozen(module)]
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+    trained = {module: [weight.requires_grad for weight in module.parameters()] for module in backbone.modules()}
+    return [module for module, weights in trained.items() if weights and not any(weights)]

@@ -20,6 +20,10 @@ from mmflow.models.pooling import AttentionPooling, pool_by_probe, pool_eos, poo
 # patches, K kept patches. In windows: N windows, C tokens of a window, D documents that have a given window.
 
 
+# Where `transformers` applies the last norm after pooling, and returns the sequence as the last layer left it.
+_NORM_OF_SEQUENCE = {"clip_vision_model": "post_layernorm", "convnext": "layernorm", "convnextv2": "layernorm"}
+
+
 class Encoded(NamedTuple):
     """What an encoder gives: a vector for every token or region, and one for the whole."""
 
@@ -117,7 +121,7 @@ class ImageEncoder(Encoder):
             patch_size = getattr(backbone.config, "patch_size", None)
             num_patches = (image_pixels // patch_size) ** 2 if isinstance(patch_size, int) else 0
             self.patch_dropout = PatchDropout(config.patch_dropout, num_regions - num_patches)
-            _drop_patches(key, backbone, self.patch_dropout, image_pixels, num_regions)
+            self.patch_dropout.attach(key, backbone, image_pixels, num_regions)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, *, attentions: bool = False) -> Encoded:
         """Encode normalised pictures (B, 3, H, S) of float. `mask` is for clips, which `VideoEncoder` reads: None here.
@@ -126,7 +130,9 @@ class ImageEncoder(Encoder):
         """
         with self._maps(attentions) as options:
             output = self.backbone(inputs, **options)
-        sequence_BTW = _normed_sequence(self.backbone, output.last_hidden_state)
+        sequence_BTW = _as_sequence(output.last_hidden_state)
+        if norm := _NORM_OF_SEQUENCE.get(self.backbone.config.model_type):
+            sequence_BTW = getattr(self.backbone, norm)(sequence_BTW)
         weights_BH1T = None
         if self.attention_pooling is not None:
             pooled_BW, weights_BH1T = self.attention_pooling(sequence_BTW, None, maps=attentions)
@@ -150,6 +156,22 @@ class PatchDropout(nn.Module):
         super().__init__()
         self.share = share
         self.prefix_tokens = prefix_tokens
+
+    def attach(self, key: str, backbone: Any, image_pixels: int, num_regions: int) -> None:
+        """Follow the backbone's embeddings. Raises RecipeError naming `key` for one without patches to leave out."""
+        refusal = RecipeError(
+            f"{key}.patch_dropout: {backbone.config.model_type} has no patches that can be left out; set it to 0"
+        )
+        embeddings = getattr(backbone, "embeddings", None)
+        if not isinstance(embeddings, nn.Module) or not 0 <= self.prefix_tokens < num_regions:
+            raise refusal
+        embeddings.register_forward_hook(self.after)
+        try:
+            num_left, _, _ = _probe(key, backbone, image_pixels)
+        except (RecipeError, IndexError) as error:  # its positions are relative to the whole grid
+            raise refusal from error
+        if num_left >= num_regions:
+            raise refusal
 
     def after(self, embeddings: nn.Module, inputs: Any, tokens_BTW: Tensor) -> Tensor | None:
         """Forward hook of the embeddings; a bound method, so that a copied model's hook follows the copy's mode."""
@@ -309,22 +331,6 @@ def _probe(key: str, backbone: Any, image_pixels: int) -> tuple[int, int, bool]:
     return num_regions, width, output.get("pooler_output") is not None
 
 
-def _drop_patches(key: str, backbone: Any, dropout: PatchDropout, image_pixels: int, num_regions: int) -> None:
-    refusal = RecipeError(
-        f"{key}.patch_dropout: {backbone.config.model_type} has no patches that can be left out; set it to 0"
-    )
-    embeddings = getattr(backbone, "embeddings", None)
-    if not isinstance(embeddings, nn.Module) or dropout.prefix_tokens < 0 or dropout.prefix_tokens >= num_regions:
-        raise refusal
-    embeddings.register_forward_hook(dropout.after)
-    try:
-        num_left, _, _ = _probe(key, backbone, image_pixels)
-    except (RecipeError, IndexError) as error:  # its positions are relative to the whole grid
-        raise refusal from error
-    if num_left >= num_regions:
-        raise refusal
-
-
 def _no_pooler(key: str, backbone: Any) -> RecipeError:
     return RecipeError(f"{key}.pooling: {backbone.config.model_type} has no pooler of its own; use mean or first")
 
@@ -332,13 +338,3 @@ def _no_pooler(key: str, backbone: Any) -> RecipeError:
 def _as_sequence(hidden: Tensor) -> Tensor:
     # Convolutional backbones give a map (B, W, h, w).
     return hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden
-
-
-# Where `transformers` applies the last norm after pooling, and returns the sequence as the last layer left it.
-_NORM_OF_SEQUENCE = {"clip_vision_model": "post_layernorm", "convnext": "layernorm", "convnextv2": "layernorm"}
-
-
-def _normed_sequence(backbone: Any, hidden: Tensor) -> Tensor:
-    norm = _NORM_OF_SEQUENCE.get(backbone.config.model_type)
-    sequence_BTW = _as_sequence(hidden)
-    return getattr(backbone, norm)(sequence_BTW) if norm else sequence_BTW

@@ -69,9 +69,9 @@ def export_onnx(loaded: LoadedModel, directory: str | Path) -> Mapping[str, floa
         scale = {name: value.item() for name, value in loaded.model.scale()._asdict().items() if value is not None}
         (staging / SCALE).write_text(json.dumps(scale) + "\n")
         pixels, token_ids, token_mask = random_inputs(loaded, rows=3)
-        _trace(_ImageTower(loaded.model), {"pixels": pixels}, "image_embedding", staging / IMAGE)
+        _trace(loaded.model, {"pixels": pixels}, "image_embedding", staging / IMAGE)
         texts = {"token_ids": token_ids, "token_mask": token_mask}
-        _trace(_TextTower(loaded.model), texts, "text_embedding", staging / TEXT)
+        _trace(loaded.model, texts, "text_embedding", staging / TEXT)
         differences = _onnx_differences(loaded, staging)
         for name, difference in differences.items():
             _check(f"{Path(directory) / name}: embeddings", difference)
@@ -201,17 +201,10 @@ def _copy(theirs: Any, ours: Any) -> None:
 
 def _write_tokenizer_config(loaded: LoadedModel, directory: Path) -> None:
     special = special_tokens(loaded.tokenizer)
-    ids = {
-        "pad_token": special.pad,
-        "unk_token": special.unknown,
-        "cls_token": special.first,
-        "sep_token": special.last,
-    }
-    settings: dict[str, Any] = {
-        **{name: loaded.tokenizer.id_to_token(token) for name, token in ids.items() if token is not None},
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": loaded.config.max_tokens,
-    }
+    names = ("pad_token", "unk_token", "cls_token", "sep_token")
+    ids = dict(zip(names, (special.pad, special.unknown, special.first, special.last), strict=True))
+    tokens = {name: loaded.tokenizer.id_to_token(token) for name, token in ids.items() if token is not None}
+    settings = {**tokens, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": loaded.config.max_tokens}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
@@ -235,40 +228,35 @@ def _difference(loaded: LoadedModel, theirs: Any) -> float:
 # --- as ONNX ---------------------------------------------------------------------------------------------------------
 
 
-class _ImageTower(nn.Module):
+class _Tower(nn.Module):
+    """One side of a model, by the number of its inputs: pixels, or token ids and their mask."""
+
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.embed_image(self.model.encode_image(pixels))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if len(inputs) == 1:
+            return self.model.embed_image(self.model.encode_image(*inputs))
+        return self.model.embed_text(self.model.encode_text(*inputs))
 
 
-class _TextTower(nn.Module):
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
-        return self.model.embed_text(self.model.encode_text(token_ids, token_mask))
-
-
-def _trace(tower: nn.Module, inputs: Mapping[str, Tensor], output: str, path: Path) -> None:
+def _trace(model: Model, inputs: Mapping[str, Tensor], output: str, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401 — torch's exporter needs it
     except ImportError as error:
         raise MisuseError("export to ONNX needs more packages: pip install 'mmflow[onnx]'") from error
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
-    shapes = {name: {0: batch} if name == "pixels" else {0: batch, 1: tokens} for name in inputs}
+    shapes = tuple({0: batch} if name == "pixels" else {0: batch, 1: tokens} for name in inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            tower.eval(),
+            _Tower(model).eval(),
             tuple(inputs.values()),
             path,
             input_names=list(inputs),
             output_names=[output],
-            dynamic_shapes=shapes,
+            dynamic_shapes={"inputs": shapes},
             dynamo=True,
             external_data=False,
             verbose=False,

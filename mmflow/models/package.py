@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -34,7 +34,10 @@ TOKENIZER = "tokenizer.json"
 PREPROCESSOR = "preprocessor_config.json"
 CLASSES = "heads.classes."  # the weights of the head that depends on the labels
 
-Settings = TypeVar("Settings", bound=EncoderConfig)
+# Fields of a configuration about a checkpoint (`_name_or_path` is a directory on the machine that had it) or its task,
+# or derived from the recipe.
+_NOT_OPTIONS = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version"}
+_NOT_OPTIONS |= {"image_size", "model_type", "vocab_size"}
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,11 @@ def preprocessor(config: ModelConfig) -> dict[str, Any]:
 
 def portable(config: ModelConfig, model: Model) -> ModelConfig:
     """The settings that build `model` on a machine without the checkpoints it started from, for its package."""
-    towers: dict[str, EncoderConfig] = {"image": without_checkpoint(config.image, model.image)}
-    if config.text is not None and model.text is not None:
-        towers["text"] = without_checkpoint(config.text, model.text)
+    towers = {side: without_checkpoint(encoder, getattr(model, side)) for side, encoder in config.encoders.items()}
     return config.model_copy(update=towers)
 
 
-def without_checkpoint(config: Settings, tower: nn.Module) -> Settings:
+def without_checkpoint(config: EncoderConfig, tower: nn.Module) -> EncoderConfig:
     """The settings that build `tower` with fresh weights; stretched positions are included."""
     from transformers import CONFIG_MAPPING
 
@@ -144,22 +145,6 @@ def without_checkpoint(config: Settings, tower: nn.Module) -> Settings:
     if isinstance(config, TextEncoderConfig):
         update["positions"] = None
     return type(config).model_validate(config.model_dump() | update)
-
-
-# About a checkpoint or its task, or derived from the recipe.
-_NOT_OPTIONS = frozenset(
-    (
-        "_name_or_path",  # a directory on the machine that had the checkpoint
-        "architectures",
-        "dtype",
-        "id2label",
-        "image_size",
-        "label2id",
-        "model_type",
-        "transformers_version",
-        "vocab_size",
-    )
-)
 
 
 def read_package(uri: str) -> Package:
@@ -205,14 +190,12 @@ def weight_shapes(package: Package) -> dict[str, tuple[int, ...]]:
 
 def read_vocabulary(package: Package) -> tuple[str, tuple[str, ...]]:
     """The package's tokenizer.json as text, and its classes, without its weights. Raises as `load_package`."""
-    _, classes = _parse(package)
-    return _read_file(package, TOKENIZER).decode(), classes
+    return _read_file(package, TOKENIZER).decode(), _parse(package)[1]
 
 
 def read_config(package: Package) -> ModelConfig:
     """The settings of the package's model, without its weights. Raises as `load_package`."""
-    config, _ = _parse(package)
-    return config
+    return _parse(package)[0]
 
 
 def _parse(package: Package) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -261,12 +244,8 @@ def start_from(key: str, model: Model, package: Package, classes: Sequence[str])
 
     weights, own = load(_read_file(package, WEIGHTS)), model.state_dict()
     _check_fit(key, own, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    same_classes = read_vocabulary(package)[1] == tuple(classes)
-    shared = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name in own and (same_classes or not name.startswith(CLASSES))
-    }
+    left_out = () if read_vocabulary(package)[1] == tuple(classes) else CLASSES
+    shared = {name: tensor for name, tensor in weights.items() if name in own and not name.startswith(left_out)}
     model.load_state_dict(shared, strict=False)
     return Start(_modules(own, shared), _modules(weights, shared))
 
@@ -284,9 +263,8 @@ def check_start(key: str, model: Model, package: Package) -> tuple[str, ...]:
 
 def fresh_parts(model: Model, config: ModelConfig) -> tuple[str, ...]:
     """The fresh parts of a model that does not start from a package: all but its encoders' checkpoints."""
-    towers = {"image": config.image, "text": config.text}
-    trained = tuple(f"{side}." for side, tower in towers.items() if tower is not None and tower.checkpoint is not None)
     own = model.state_dict()
+    trained = tuple(f"{side}." for side, encoder in config.encoders.items() if encoder.checkpoint is not None)
     return _modules(own, {name for name in own if name.startswith(trained) and "backbone." in name})
 
 
@@ -310,14 +288,11 @@ def _check_fit(key: str, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[i
 
 def _modules(names: Collection[str], shared: Collection[str]) -> tuple[str, ...]:
     """The names that are not shared; a module's name in place of its tensors' where none of them is shared."""
-    holds_shared = {prefix for name in shared for prefix in _prefixes(name)}
-    shortest = (
-        next(prefix for prefix in _prefixes(name) if prefix not in holds_shared) for name in names if name not in shared
-    )
-    return tuple(dict.fromkeys(shortest))
 
+    def modules_of(name: str) -> list[str]:  # outermost first, and the tensor itself
+        parts = name.split(".")
+        return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
-def _prefixes(name: str) -> list[str]:
-    """The modules that contain a tensor, outermost first, and the tensor itself."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    holds_shared = {module for name in shared for module in modules_of(name)}
+    unshared = (set(modules_of(name)) - holds_shared for name in names if name not in shared)
+    return tuple(dict.fromkeys(min(modules, key=len) for modules in unshared))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmflow.models.attention import Attention
+from mmflow.models.attention import Attention, Read
 
 # Shapes: B batch, T tokens or regions, K the same or 1, W width, H heads, D width of a head. Masks are True where a
 # token is real; None if all are.
@@ -48,9 +48,7 @@ class AttentionPooling(nn.Module):
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
 
-    def forward(
-        self, sequence_BTW: Tensor, mask_BT: Tensor | None, *, maps: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, sequence_BTW: Tensor, mask_BT: Tensor | None, *, maps: bool = False) -> Read:
         """(B, W), and the query's weights (B, H, 1, T) if `maps` is set, else None."""
         query_B1W = self.query.expand(sequence_BTW.shape[0], -1, -1)
         read_B1W, weights_BH1T = self.attention(query_B1W, sequence_BTW, mask_BT, maps=maps)

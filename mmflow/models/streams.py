@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmflow.models.attention import Attention
+from mmflow.models.attention import Attention, Read
 from mmflow.models.config import FusionConfig
 from mmflow.models.encoders import Encoded, Fused
 
@@ -33,16 +33,12 @@ class AttentionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
-    def forward(
-        self, x_BQW: Tensor, context_BKW: Tensor, mask_BK: Tensor, attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The places after they read the context where `mask_BK` (bool) is True, and on request the map (B, H, Q, K).
-
-        A row with nothing to read keeps what it has, and its map is zeros.
-        """
+    def forward(self, x_BQW: Tensor, context_BKW: Tensor, mask_BK: Tensor, maps: bool = False) -> Read:
+        """The places after they read the context where `mask_BK` (bool) is True. A row with nothing to read keeps what
+        it has, and its map is zeros."""
         readable_B1 = mask_BK.any(1, keepdim=True)
         # A softmax over nothing is NaN, and so is its gradient: such a row reads everything, and the result is dropped.
-        read_BQW, map_BHQK = self.attention(x_BQW, context_BKW, mask_BK | ~readable_B1, maps=attentions)
+        read_BQW, map_BHQK = self.attention(x_BQW, context_BKW, mask_BK | ~readable_B1, maps=maps)
         x_BQW = self.norm(x_BQW + self.dropout(read_BQW.masked_fill(~readable_B1[..., None], 0.0)))
         if map_BHQK is not None and not bool(readable_B1.all()):
             # Only where needed: the filled copy is not on the way to the output and gets no gradient.
@@ -103,10 +99,8 @@ class CrossLayer(nn.Module):
         super().__init__()
         self.streams = streams
 
-    def step(
-        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The stream after this layer, and on request its map (B, H, Q, K) of the other."""
+    def step(self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, maps: bool) -> Read:
+        """The stream after this layer, and on request its map of the other."""
         raise NotImplementedError
 
     def forward(
@@ -132,11 +126,9 @@ class TextReadsImage(CrossLayer):
         self.cross_attention = AttentionLayer(width, heads, dropout)
         self.feed_forward = FeedForward(width, dropout)
 
-    def step(
-        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def step(self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, maps: bool) -> Read:
         x_BQW, _ = self.self_attention(x_BQW, x_BQW, mask_BQ)
-        x_BQW, map_BHQK = self.cross_attention(x_BQW, other_BKW, mask_BK, attentions)
+        x_BQW, map_BHQK = self.cross_attention(x_BQW, other_BKW, mask_BK, maps)
         return self.feed_forward(x_BQW), map_BHQK
 
 
@@ -149,10 +141,8 @@ class EachReadsOther(CrossLayer):
         self.attention = nn.ModuleDict({stream: AttentionLayer(width, heads, dropout) for stream in sorted(streams)})
         self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in sorted(streams)})
 
-    def step(
-        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        x_BQW, map_BHQK = self.attention[stream](x_BQW, other_BKW, mask_BK, attentions)
+    def step(self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, maps: bool) -> Read:
+        x_BQW, map_BHQK = self.attention[stream](x_BQW, other_BKW, mask_BK, maps)
         return self.feed_forward[stream](x_BQW), map_BHQK
 
 
@@ -167,10 +157,8 @@ class EachReadsBoth(CrossLayer):
         self.self_attention = nn.ModuleDict({stream: AttentionLayer(width, heads, dropout) for stream in names})
         self.feed_forward = nn.ModuleDict({stream: FeedForward(width, dropout) for stream in names})
 
-    def step(
-        self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        x_BQW, map_BHQK = self.cross_attention(x_BQW, other_BKW, mask_BK, attentions)
+    def step(self, stream: str, x_BQW: Tensor, mask_BQ: Tensor, other_BKW: Tensor, mask_BK: Tensor, maps: bool) -> Read:
+        x_BQW, map_BHQK = self.cross_attention(x_BQW, other_BKW, mask_BK, maps)
         x_BQW, _ = self.self_attention[stream](x_BQW, x_BQW, mask_BQ)
         return self.feed_forward[stream](x_BQW), map_BHQK
 
