@@ -48,7 +48,7 @@ def write_texts(
     """
     import torch
 
-    from mmflow.models.generate import beam, decoder_tokens, greedy, nucleus
+    from mmflow.models.decoder import beam, decoder_tokens, greedy, nucleus
 
     loaded, decoder = predictor.loaded, predictor.model.decoder
     assert decoder is not None, "the caller asks only models that decode"

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmflow.core.errors import RecipeError
-from mmflow.models.attention import Blocks
+from mmflow.models.attention import AttentionPooling, Blocks, pool_by_probe, pool_eos, pool_last, pool_mean
 from mmflow.models.backbones import freeze
 from mmflow.models.config import EncoderConfig, ImageEncoderConfig, TextEncoderConfig, WindowsConfig
-from mmflow.models.pooling import AttentionPooling, pool_by_probe, pool_eos, pool_last, pool_mean
 
 # Shapes: B batch, T tokens or regions, R regions, W width, H and S height and width in pixels. In patch dropout: N
 # patches, K kept patches. In windows: N windows, C tokens of a window, D documents that have a given window.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import ImageEncoder, TextEncoder, TextTower
-from mmflow.models.streams import LAYER_NORM_EPS
+from mmflow.models.fusion import LAYER_NORM_EPS
 from mmflow.models.video import ImageTower
 
 # Shapes: B batch, R regions, P patches, S side of a picture, W width, V vocabulary.

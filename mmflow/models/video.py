@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.core.errors import RecipeError
-from mmflow.models.attention import Blocks
+from mmflow.models.attention import Blocks, pool_mean
 from mmflow.models.config import VideoConfig
 from mmflow.models.encoders import Encoded, ImageEncoder
-from mmflow.models.pooling import pool_mean
 
 # Shapes: B clips, F frames, W width, H and S height and width in pixels, R real frames of the batch, A captions. In
 # the tight similarity: K = 1 + F vectors of a pair, P = A · B pairs, E width, I and T widths of the encoders' vectors.

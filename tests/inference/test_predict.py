@@ -16,7 +16,7 @@ from mmflow.inference import predict
 from mmflow.inference.predict import Predictor
 from mmflow.inference.writing import WritingConfig, text_of, write_texts
 from mmflow.loading.tokens import train_tokenizer
-from mmflow.models.generate import decoder_tokens
+from mmflow.models.decoder import decoder_tokens
 from mmflow.models.model import Model
 from tests.evaluation.models import (
     COLOURS,

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from mmflow.core.errors import MisuseError
 from mmflow.models.config import DecoderConfig
-from mmflow.models.decoder import Cache, Decoder
+from mmflow.models.decoder import Cache, Decoder, DecoderTokens, beam, greedy, nucleus
 from mmflow.models.encoders import Encoded
-from mmflow.models.generate import DecoderTokens, beam, greedy, nucleus
 
 VOCABULARY, MEMORY_WIDTH, MAX_TOKENS = 17, 6, 12
 

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from mmflow.models.config import FusionConfig
 from mmflow.models.encoders import Encoded
-from mmflow.models.fusion import build_fusion
-from mmflow.models.streams import AttentionLayer, EachReadsBoth, EachReadsOther, FeedForward, TextReadsImage
+from mmflow.models.fusion import (
+    AttentionLayer,
+    EachReadsBoth,
+    EachReadsOther,
+    FeedForward,
+    TextReadsImage,
+    build_fusion,
+)
 
 WIDTH, HEADS = 16, 2
 STREAMS = frozenset({"text", "image"})

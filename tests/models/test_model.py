@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.models.config import ModelConfig
-from mmflow.models.generate import decoder_tokens
+from mmflow.models.decoder import decoder_tokens
 from mmflow.models.heads import patches
 from mmflow.models.model import LogitScale, Model, build, with_special_tokens
 from tests.models.backbones import TEXT

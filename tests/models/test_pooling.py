@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmflow.models.pooling import AttentionPooling, pool_eos, pool_last, pool_mean
+from mmflow.models.attention import AttentionPooling, pool_eos, pool_last, pool_mean
 
 EOS = 3
 
