@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mmflow.core.config import Config
+from mmflow.core.config import OPERATIONAL, Config
 
 
 class ImageConfig(Config):
@@ -35,10 +35,10 @@ class ImageConfig(Config):
 
 
 class CaptionConfig(Config):
-    """The bounds that a caption must meet once cleaned."""
+    """The bounds of a cleaned caption."""
 
     required: bool = True
-    """A record without any caption left is rejected; false where a class or questions can stand in for captions."""
+    """Reject records that have no caption left; false if a class or questions replace captions."""
     min_characters: int = Field(2, ge=1)
     """Shorter captions are dropped."""
     max_characters: int = Field(20_000, ge=1)
@@ -54,19 +54,19 @@ class CaptionConfig(Config):
     detect_language: bool = False
     """Tag captions of unknown language by py3langid."""
     languages: list[str] = Field(default_factory=list)
-    """Languages kept, "und" for what nobody knows among them or not; others are dropped. Empty: all."""
+    """Languages to keep, including "und" to keep unknown ones; others are dropped. Empty: all."""
     max_images: int | None = Field(None, ge=1)
-    """A caption of more images than this says nothing of any; it is dropped from all of them."""
+    """A caption of more images than this is dropped from all of them."""
 
 
 class DuplicatesConfig(Config):
-    """Which records are too alike; of each group one stays, held-out splits before train, then the first."""
+    """Which records are too alike. One of each group stays: held-out splits before train, then the first."""
 
     exact: bool = True
-    """Images of the same pixels, once resized."""
+    """Images with the same pixels once resized."""
     radius: int | None = Field(None, ge=0, le=12)
-    """Images whose 64-bit perceptual hashes differ in at most so many bits. 3 is careful, 8 is bold."""
+    """Images with 64-bit perceptual hashes that differ in at most this many bits. 3 is careful, 8 is bold."""
     caption_similarity: float | None = Field(None, gt=0, le=1)
-    """Records whose first captions have at least this Jaccard similarity of words' 3-grams, by MinHash."""
-    against: list[str] = Field(default_factory=list)
-    """Datasets that are evaluated on: what is like a sample of theirs is not trained on."""
+    """Records with first captions of at least this Jaccard similarity, on 3-grams of words, by MinHash."""
+    against: Annotated[list[str], OPERATIONAL] = Field(default_factory=list)  # their fingerprints are inputs
+    """Evaluation datasets: records that are like one of their samples are not trained on."""

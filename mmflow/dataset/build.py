@@ -3,17 +3,16 @@
     sources ─▶ records ─▶ pieces ─▶ verdicts ─▶ shards, index, quarantine
 
 Reading and preparing is one streaming Ray Data job. Rows are exchanged by plain Ray tasks and not by
-`groupby().map_groups()`: on two CPUs that took 9 to 20 s for 4,500 rows where this takes under one; it reports nothing
-until a block of several shards is through; and a task retried here is exactly one bucket of shards, of which those that
-were finished are recognised by their plan.
+`groupby().map_groups()`, which took 9 to 20 s on two CPUs for 4,500 rows where this takes under one, and which reports
+no progress until a block of several shards is done. Here a retried task is exactly one bucket of shards, and finished
+shards are recognised by their plan.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -24,26 +23,40 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.exceptions
-from pyarrow import fs
 
 from mmflow.cleaning.prepare import TRAIN, Preparation, pack_uri, prepare_block, read_piece
 from mmflow.cleaning.select import select_records
 from mmflow.core.artifacts import canonical_json
 from mmflow.core.errors import MmflowError
-from mmflow.core.storage import filesystem, join
 from mmflow.dataset.config import ShardConfig
-from mmflow.dataset.exchange import Extent, bucket_of, deal, extents_of_splits, shards_of_splits, span, with_verdicts
+from mmflow.dataset.format import (
+    ShardCommit,
+    ShardInfo,
+    fingerprint_of,
+    index_uri,
+    read_index,
+    remove_strays,
+    shard_name,
+    totals_of,
+)
 from mmflow.dataset.grow import bring_over, read_common, settings_of_build, write_common
-from mmflow.dataset.index import ShardCommit, read_commit
-from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, shard_name
 from mmflow.dataset.opened import Dataset, open_dataset
-from mmflow.dataset.write import write_shards
+from mmflow.dataset.write import (
+    Extent,
+    bucket_of,
+    deal,
+    extents_of_splits,
+    shards_of_splits,
+    span,
+    with_verdicts,
+    write_shards,
+)
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.records import Unit
 from mmflow.sources.sources import PREPARE_CPUS, read_chunks
 
 # A bucket is one task. The exchange makes an object for each group of pieces in each bucket, so their number is
-# bounded; it is also the bound on how much of the metadata one worker holds: a 512th.
+# bounded. It also bounds how much of the metadata one worker holds: a 512th.
 MAX_BUCKETS = 512
 RECORDS_PER_GROUP = 100_000  # rows of pieces that one task of the exchange reads
 
@@ -51,7 +64,7 @@ ERROR_LINE = re.compile(r"^(?:[a-z_]+\.)*([A-Z]\w*(?:Error|Exception): .+)$", re
 WRAPPERS = ("UserCodeException", "RayTaskError")
 
 Progress = Callable[[int, int, str], None]
-"""(done, total, what of)."""
+"""(done, total, unit)."""
 
 
 def build_dataset(
@@ -66,9 +79,9 @@ def build_dataset(
 ) -> dict[str, Any]:
     """Build the shards, indexes and quarantine of the dataset at `uri`; return the manifest's fields, uncommitted.
 
-    `units` are those of the sources that `base`, the dataset to grow, has not seen. The same records, settings and base
-    give the same bytes, however many workers, and however often a killed build is rerun in the same place. Raises
-    MmflowError where a shard cannot be written, where no sample is left, or where the totals do not balance.
+    `units` are the units of the sources that `base`, the dataset to grow, does not have yet. The same records, settings
+    and base give the same bytes, however many workers there are, and however often a killed build is rerun in the same
+    place. Raises MmflowError if a shard cannot be written, if no sample is left, or if the totals do not balance.
     """
     preparation = Preparation(
         dataset=uri,
@@ -91,10 +104,10 @@ def build_dataset(
         known=[index_uri(base.uri, shard.name) for shard in kept] if base else [],
         known_common=read_common(base.uri) if base else None,
         evaluation=[
-            index_uri(each.uri, shard.name)
-            for each in map(open_dataset, settings.duplicates.against)
-            for split in each.splits
-            for shard in each.shards(split)
+            index_uri(dataset.uri, shard.name)
+            for dataset in map(open_dataset, settings.duplicates.against)
+            for split in dataset.splits
+            for shard in dataset.shards(split)
         ],
         progress=lambda done, total: progress(done, total, "comparisons"),
     )
@@ -102,26 +115,21 @@ def build_dataset(
     rejected = ray.put(selection.rejected)
     first = max((int(shard.name) + 1 for shard in kept), default=0)
     shards = plan_shards(groups, rejected, settings, first) if num_records else {}
-    commits: dict[int, ShardCommit] = {}
+    commits = {shard.name: read_index(index_uri(uri, shard.name))[1] for shard in kept}
     if shards:
-        num_shards = len(span(shards))
         made_with = canonical_json(preparation.settings)
-        for number, commit in write_all(
-            uri, groups, rejected, shards, settings.seed, made_with, selection.common_captions
-        ):
-            commits[number] = commit
-            progress(len(commits), num_shards, "shards")
+        written = write_all(uri, groups, rejected, shards, settings.seed, made_with, selection.common_captions)
+        for done, (number, commit) in enumerate(written, 1):
+            commits[shard_name(number)] = commit
+            progress(done, len(span(shards)), "shards")
     infos = kept + [
-        shard_info(number, split, commits[number]) for split, numbers in shards.items() for number in numbers
+        commits[shard_name(number)].info(shard_name(number), split)
+        for split, numbers in shards.items()
+        for number in numbers
     ]
-    old = {int(shard.name): read_commit(index_uri(uri, shard.name)) for shard in kept}
-    remove_strays(uri, {**old, **commits})
+    remove_strays(uri, commits, [name for name, commit in commits.items() if commit.quarantined])
     write_common(uri, selection.common_captions)
-    totals = total(infos, [*old.values(), *commits.values()], num_records + _num_records(base))
-    if not totals["samples"]:
-        raise MmflowError(
-            f"{uri}: none of {totals['records']} records gave a sample: {totals['reasons']}; see quarantine/"
-        )
+    totals = check_totals(uri, infos, commits, num_records + (base.manifest["totals"]["records"] if base else 0))
     return {
         "fingerprint": fingerprint_of(infos),
         "shards": [asdict(info) for info in infos],
@@ -131,8 +139,22 @@ def build_dataset(
     }
 
 
-def _num_records(base: Dataset | None) -> int:
-    return int(base.manifest["totals"]["records"]) if base else 0
+def check_totals(
+    uri: str, infos: Sequence[ShardInfo], commits: Mapping[str, ShardCommit], num_records: int
+) -> dict[str, Any]:
+    """The manifest's totals. Raises MmflowError if there is no sample, or if a record is lost or counted twice."""
+    reasons: Counter[str] = Counter()
+    for commit in commits.values():
+        reasons.update(commit.reasons)
+    totals = totals_of(infos, reasons)
+    if totals["records"] != num_records:
+        raise MmflowError(
+            f"{num_records} records were read, but there are {totals['samples']} samples and {totals['quarantined']} "
+            "in quarantine: this is a bug in mmflow, please report it"
+        )
+    if not totals["samples"]:
+        raise MmflowError(f"{uri}: none of {num_records} records gave a sample: {totals['reasons']}; see quarantine/")
+    return totals
 
 
 def prepare_all(
@@ -157,17 +179,16 @@ def prepare_all(
             done = sum(pieces.values())
             progress(done, max(expected, done), "records")
     except (ray.exceptions.RayTaskError, ray.exceptions.RayError) as error:
-        raise failure(error, f"{preparation.dataset}: preparing records", "what is prepared is kept") from error
+        raise failure(error, f"{preparation.dataset}: preparing records", "finished pieces are kept") from error
     return pieces
 
 
 def group_pieces(pieces: Mapping[str, int]) -> list[list[str]]:
-    """The pieces, sorted, in groups of about equal numbers of records: a group is read by one task."""
+    """The pieces, sorted, in groups with about equal numbers of records: one task reads a group."""
     cpus = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
     num_groups = min(len(pieces), max(cpus, -(-sum(pieces.values()) // RECORDS_PER_GROUP)))
-    return (
-        [part.tolist() for part in np.array_split(np.array(sorted(pieces), dtype=object), num_groups)] if pieces else []
-    )
+    groups = np.array_split(np.array(sorted(pieces), dtype=object), num_groups) if pieces else []
+    return [group.tolist() for group in groups]
 
 
 def read_group(pieces: Sequence[str], rejected: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
@@ -181,7 +202,7 @@ def read_group(pieces: Sequence[str], rejected: pa.Table, columns: Sequence[str]
 
 
 def measure_group(pieces: Sequence[str], rejected: pa.Table) -> dict[str, Extent]:
-    """What the rows that stay come to, by split."""
+    """The extent of the rows that stay, by split."""
     columns = ("place", "split", "image_bytes", "frames", "reason", "detail")
     return extents_of_splits(read_group(pieces, rejected, columns))
 
@@ -189,21 +210,21 @@ def measure_group(pieces: Sequence[str], rejected: pa.Table) -> dict[str, Extent
 def deal_group(
     pieces: Sequence[str], rejected: pa.Table, shards: Mapping[str, range], seed: int, num_buckets: int
 ) -> pa.Table | tuple[pa.Table, ...]:
-    """The rows of a group, by bucket; a single one comes bare, as Ray wants it of a task of one result."""
+    """The rows of a group, by bucket; a single bucket is returned bare, as Ray expects of a task with one result."""
     dealt = deal(read_group(pieces, rejected), shards, seed, num_buckets)
     return dealt[0] if num_buckets == 1 else dealt
 
 
 def plan_shards(groups: Sequence[Sequence[str]], rejected: Any, settings: ShardConfig, first: int) -> dict[str, range]:
-    """Each split's shards; where every record is rejected, one empty shard that their quarantine goes with."""
+    """Each split's shards. If every record is rejected, there is one empty shard that has their quarantine."""
     measure = ray.remote(measure_group).options(retry_exceptions=[OSError])
     extents: dict[str, Extent] = {}
     try:
         measured = ray.get([measure.remote(group, rejected) for group in groups])
     except ray.exceptions.RayError as error:
-        raise failure(error, "measuring the pieces", "what is prepared is kept") from error
-    for found in measured:
-        for split, extent in found.items():
+        raise failure(error, "measuring the pieces", "finished pieces are kept") from error
+    for extents_of_group in measured:
+        for split, extent in extents_of_group.items():
             so_far = extents.get(split, Extent(0, 0))
             extents[split] = Extent(so_far.samples + extent.samples, so_far.bytes + extent.bytes)
     shards = shards_of_splits(extents, settings.samples_per_shard, settings.bytes_per_shard, first)
@@ -229,12 +250,12 @@ def write_all(
     numbers_of_bucket = [
         [first + shard for shard, _ in run] for _, run in groupby(enumerate(bucket_of_shard), itemgetter(1))
     ]
-    # A worker that dies is retried by itself; an OSError may be a passing one of the storage.
+    # Ray itself retries a task after its worker died; an OSError of the storage may be temporary.
     write = ray.remote(write_shards).options(retry_exceptions=[OSError], scheduling_strategy="SPREAD")
-    waiting = {}
-    for numbers, parts in zip(numbers_of_bucket, buckets, strict=True):
-        names = [shard_name(number) for number in numbers]
-        waiting[write.remote(uri, names, numbers, settings, common_captions, *parts)] = numbers
+    waiting = {
+        write.remote(uri, numbers, settings, common_captions, *parts): numbers
+        for numbers, parts in zip(numbers_of_bucket, buckets, strict=True)
+    }
     while waiting:
         done, _ = ray.wait(list(waiting))
         for reference in done:
@@ -242,8 +263,8 @@ def write_all(
             try:
                 commits = ray.get(reference)
             except ray.exceptions.RayError as error:
-                which = ", ".join(shard_name(number) for number in numbers)
-                raise failure(error, f"{uri}: shard {which}", "finished shards are kept") from error
+                names = ", ".join(shard_name(number) for number in numbers)
+                raise failure(error, f"{uri}: shard {names}", "finished shards are kept") from error
             yield from zip(numbers, commits, strict=True)
 
 
@@ -253,53 +274,8 @@ def failure(error: Exception, where: str, kept: str) -> MmflowError:
     if isinstance(cause, MmflowError):
         return cause
     what = f"{type(cause).__name__}: {cause}" if cause is not None else " ".join(str(error).split())[:300]
-    # Of what went wrong within Ray Data only the traceback's text is left, behind an exception of Ray Data's own.
-    told = [line for line in ERROR_LINE.findall(str(error)) if not line.startswith(WRAPPERS)]
-    if told and type(cause).__name__ in WRAPPERS:
-        what = told[-1]
-    return MmflowError(f"{where}: {what}; mend it and rerun: {kept}")
-
-
-def shard_info(number: int, split: str, commit: ShardCommit) -> ShardInfo:
-    """The manifest's line of a shard."""
-    return ShardInfo(
-        name=shard_name(number), split=split, samples=commit.samples, bytes=commit.bytes, checksum=commit.checksum
-    )
-
-
-def total(infos: Sequence[ShardInfo], commits: Iterable[ShardCommit], records: int) -> dict[str, Any]:
-    """The manifest's totals. Raises MmflowError unless every record is a sample or in quarantine, once."""
-    samples_of_split: Counter[str] = Counter()
-    for info in infos:
-        samples_of_split[info.split] += info.samples
-    reasons: Counter[str] = Counter()
-    for commit in commits:
-        reasons.update(commit.reasons)
-    samples, quarantined = samples_of_split.total(), reasons.total()
-    if records != samples + quarantined:
-        raise MmflowError(
-            f"{records} records were read, but there are {samples} samples and {quarantined} in quarantine: "
-            "this is a defect of mmflow, please report it"
-        )
-    return {
-        "records": records,
-        "samples": samples,
-        "quarantined": quarantined,
-        "bytes": sum(info.bytes for info in infos),
-        "splits": dict(samples_of_split),
-        "reasons": dict(sorted(reasons.items())),
-    }
-
-
-def remove_strays(uri: str, commits: Mapping[int, ShardCommit]) -> None:
-    """Delete what this build did not make: staging files of a killed run, shards of an abandoned one."""
-    names = {shard_name(number) for number in commits}
-    quarantined = {shard_name(number) for number, commit in commits.items() if commit.quarantined}
-    expected = {"shards": (names, ".tar"), "index": (names, ".parquet"), "quarantine": (quarantined, ".parquet")}
-    for folder, (stems, extension) in expected.items():
-        system, path = filesystem(join(uri, folder))
-        files = {stem + extension for stem in stems}
-        for found in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-            if found.is_file and found.base_name not in files:
-                with contextlib.suppress(FileNotFoundError):  # a killed run's last worker may still be renaming it
-                    system.delete_file(found.path)
+    # Ray Data wraps an error within it in an exception of its own, which only has the text of the traceback.
+    lines = [line for line in ERROR_LINE.findall(str(error)) if not line.startswith(WRAPPERS)]
+    if lines and type(cause).__name__ in WRAPPERS:
+        what = lines[-1]
+    return MmflowError(f"{where}: {what}; fix the cause and rerun: {kept}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from mmflow.cleaning.config import CaptionConfig, DuplicatesConfig, ImageConfig
-from mmflow.core.config import Config, Uri
+from mmflow.core.config import OPERATIONAL, Config, Uri
 from mmflow.fetch.config import FetchConfig
 from mmflow.sources.config import SourceConfig
 
@@ -17,9 +18,9 @@ SPLIT = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 class ShardConfig(Config):
     """Records to a dataset."""
 
-    sources: list[SourceConfig] = Field(default_factory=list)
-    """Where records come from; the first of two records with one key is the one kept."""
-    fetch: FetchConfig = FetchConfig()
+    sources: Annotated[list[SourceConfig], OPERATIONAL] = Field(default_factory=list)  # their content is an input
+    """Where records come from. Of two records with one key, the first is kept."""
+    fetch: Annotated[FetchConfig, OPERATIONAL] = FetchConfig()
     """How images that are URLs are fetched."""
     image: ImageConfig = ImageConfig()
     """Bounds and storage of images."""
@@ -28,7 +29,7 @@ class ShardConfig(Config):
     duplicates: DuplicatesConfig = DuplicatesConfig()
     """Which records are too alike."""
     splits: dict[str, float] = Field(default_factory=dict)
-    """Split → share of the records that name none, chosen by a hash: {validation: 0.01}. The rest is `train`."""
+    """Split → share of the records that name no split, chosen by a hash: {validation: 0.01}. The rest is `train`."""
 
     @field_validator("splits")
     @classmethod
@@ -43,13 +44,13 @@ class ShardConfig(Config):
         return splits
 
     group_by: str | None = None
-    """Key of the metadata whose equals stay in one split, such as a page or a product. None: each record by itself."""
+    """Records with an equal value of this metadata key, such as a page or a product, stay in one split."""
     samples_per_shard: int = Field(10_000, ge=1)
-    """Samples a shard on average: a shard is an equal range of the keys' hashes, so its size varies by its root."""
+    """Average samples per shard. A shard is an equal range of key hashes, so its size varies by its square root."""
     bytes_per_shard: int = Field(1 << 30, ge=1)
-    """Bytes a shard on average, where that is less than its samples would have."""
+    """Average bytes per shard, if that is less than the samples would need."""
     grow: bool = True
-    """Keep the shards of a dataset of these settings whose sources are all still there, and add those of new ones."""
+    """Keep the shards of an earlier dataset with these settings, if all its sources still exist, and add new ones."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Seed of the global shuffle."""
 

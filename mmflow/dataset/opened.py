@@ -6,7 +6,6 @@ damaged header; here a missing, short or altered shard is an error, and a sample
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,14 +14,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import xxhash
 
 from mmflow.core.artifacts import canonical_json, read_artifact
-from mmflow.core.errors import CorruptArtifactError, MisuseError
-from mmflow.core.storage import positioned_reader
 from mmflow.dataset.cache import ShardCache
-from mmflow.dataset.index import MEMBERS
-from mmflow.dataset.manifest import KIND, CommittedShards, ShardInfo
+from mmflow.dataset.format import KIND, CommittedShards
 from mmflow.dataset.reader import Reader, Sample
 
 if TYPE_CHECKING:
@@ -117,37 +112,6 @@ class Dataset(CommittedShards):
 def open_dataset(uri: str) -> Dataset:
     """The dataset at `uri`. Raises MissingArtifactError if none was committed there, MisuseError for another kind."""
     return Dataset(uri, read_artifact(uri, KIND).manifest)
-
-
-def read_sample(dataset: Dataset, shard: ShardInfo, row: int) -> dict[str, Any]:
-    """{"key", "image": bytes, "image_extension", "txt": str, "json": dict} of one sample.
-
-    An adopted sample may lack its text or its JSON: "" and {}.
-
-    Reads the index anew for each sample: for looking at samples, not for training. Raises CorruptArtifactError where a
-    body no longer has the hash that the index remembers.
-    """
-    index = dataset.index(shard)
-    if not 0 <= row < index.num_rows:
-        raise MisuseError(f"{dataset.tar_uri(shard)}: no row {row}; it has {index.num_rows}")
-    entry = index.slice(row, 1).to_pylist()[0]
-    bodies = {}
-    read = positioned_reader(dataset.tar_uri(shard))
-    for member in MEMBERS:
-        body = read(entry[f"{member}_bytes"], entry[f"{member}_offset"])
-        if xxhash.xxh3_64_intdigest(body) != entry[f"{member}_xxh3"]:
-            raise CorruptArtifactError(
-                f"{dataset.tar_uri(shard)}: {member} of row {row} ({entry['key']}) is not what was written; "
-                f"run `mmflow verify {dataset.uri}`"
-            )
-        bodies[member] = body
-    return {
-        "key": entry["key"],
-        "image": bodies["image"],
-        "image_extension": entry["image_extension"],
-        "txt": bodies["txt"].decode(),
-        "json": json.loads(bodies["json"] or b"{}"),
-    }
 
 
 def cut(shard_samples: Sequence[int], count: int) -> list[list[Run]]:

@@ -1,41 +1,39 @@
-"""(shard, row) to a sample by one positioned read, checked against the index; tar headers are never parsed here."""
+"""The samples of a split by (shard, row), with shards opened and read ahead as they are needed."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
-from pyarrow import fs
 
-from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
-from mmflow.core.storage import filesystem, join, local_path
-from mmflow.dataset.ahead import ReadAhead
-from mmflow.dataset.cache import CachedShard, ShardCache
-from mmflow.dataset.manifest import CommittedShards, ShardInfo, index_uri
-from mmflow.dataset.records import FRAME, RECORD, UNPACK_FRAME, UNPACK_RECORD, Records, read_records
-from mmflow.dataset.samples import read_texts
+from mmflow.cleaning.captions import Caption as StoredCaption
+from mmflow.cleaning.captions import clean_text
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.dataset.cache import ShardCache
+from mmflow.dataset.format import CommittedShards, ShardInfo, index_uri, list_folder
+from mmflow.dataset.shard import Members, OpenShard, Records, check_size, open_shard, read_records
 
 OPEN_SHARDS = 64  # file descriptors and indexes that one reader keeps
-SCAN_BYTES = 16 << 20  # of a remote shard read at once by a pass through it: a request costs what a megabyte does
-RECORD_BYTES, FRAME_BYTES = RECORD.itemsize, FRAME.itemsize
-Read = Callable[[int, int], bytes]  # (size, offset) → bytes
-hash_of = xxhash.xxh3_64_intdigest
-parse_json = json.JSONDecoder().raw_decode  # `json.loads` takes twice the time, on finding out encodings and ends
+NUM_THREADS = 4  # one remote connection is slower than a node's network
+FORGET_SECONDS = 60.0  # a loader asks for the same rows with every batch; within this time they are read ahead once
+TEXT_KEYS = ("captions", "caption", "text", "TEXT")  # of captions in others' JSON
+parse_json = json.JSONDecoder().raw_decode  # `json.loads` takes twice as long: it detects encodings and checks ends
+
+Range = tuple[int, int, int]  # shard, first row, last row
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption and its language (BCP 47; "und" where nobody said)."""
+    """A caption and its language (BCP 47; "und" if unknown)."""
 
     text: str
     language: str
@@ -53,22 +51,11 @@ class Sample:
     frames: tuple[bytes, ...] = ()  # a clip's frames after the first, which is its image
 
 
-class Members(NamedTuple):
-    """A sample's files as they lie in the tar, each checked against its hash. An adopted one may lack a text: b""."""
-
-    key: str
-    image: bytes
-    extension: str
-    txt: bytes
-    json: bytes
-    frames: tuple[bytes, ...]
-
-
 class Reader:
-    """Access to the samples of one split, by shard and row. Safe between threads; another process gets its own.
+    """Access to the samples of one split. Threads may share a reader; another process gets its own by pickling.
 
-    A local dataset is read where it lies, and a remote one through `cache`, or without one by two requests a sample.
-    Without `frames`, a clip is its first frame alone, and the others are not read.
+    A local dataset is read where it is. A remote one is read through `cache`, or without one by two requests a sample.
+    Without `frames`, a clip is only its first frame, and the others are not read.
     """
 
     def __init__(
@@ -87,7 +74,7 @@ class Reader:
         self.open_shards = open_shards
         self.shards = tuple(shard for shard in dataset.shards(split) if shard.samples)
         self._adopted = dataset.adopted
-        # Functions that do not hold this reader: a circle would keep its files open until the next garbage collection.
+        # Functions that do not refer to this reader: a cycle would keep its files open until a garbage collection.
         self._records = lru_cache(open_shards)(partial(_records_of, dataset, self.shards, frames))
         self._open = lru_cache(open_shards)(partial(_open_shard, dataset, self.shards, cache, self._records))
         self._ahead = ReadAhead(partial(_prepare, self._open))
@@ -106,39 +93,37 @@ class Reader:
             yield from self.samples(shard, 0, info.samples)
 
     def read(self, shard: int, row: int) -> Sample:
-        """The sample of a shard (its ordinal in `shards`) and row.
+        """The sample of a shard (its position in `shards`) and row.
 
-        Raises MissingArtifactError for a shard that is not there, CorruptArtifactError, naming shard, row and key, for
-        one that is not what was committed.
+        Raises MissingArtifactError for a shard that is gone, CorruptArtifactError, naming shard, row and key, for a
+        sample that is not what was committed.
         """
         return self._parse(self.read_members(shard, row))
 
     def read_members(self, shard: int, row: int) -> Members:
         """The files of the sample, not parsed. Raises as `read`."""
-        if self._ahead.failed:
-            self._ahead.raise_failure(shard)
-        opened = self._open(shard)
+        opened = self._opened(shard)
         return opened.members(row, opened.read)
 
     def samples(self, shard: int, first: int, stop: int) -> Iterator[Sample]:
-        """The samples of rows first…stop-1 in their order, by long reads where each is a request. Raises as `read`."""
+        """The samples of rows first…stop-1, with long reads if each would be a request. Raises as `read`."""
         return map(self._parse, self.scan(shard, first, stop))
 
     def scan(self, shard: int, first: int, stop: int) -> Iterator[Members]:
         """The files of `samples`, not parsed. Raises as `read`."""
-        if self._ahead.failed:
-            self._ahead.raise_failure(shard)
-        opened = self._open(shard)
-        read = opened.read if opened.is_here else _read_through(opened.read)
+        opened = self._opened(shard)
+        read = opened.scanning_read()
         for row in range(first, stop):
             yield opened.members(row, read)
 
     def texts(self, *, skip_corrupt: bool = False) -> Iterator[Sample]:
-        """Every sample without its picture, which is not read: `image` is empty. Raises as `read`, or with
-        `skip_corrupt` passes over a sample whose texts are not what was committed."""
+        """Every sample without its picture, which is not read: `image` is empty.
+
+        Raises as `read`, or with `skip_corrupt` leaves out samples with texts that are not what was committed.
+        """
         for shard, info in enumerate(self.shards):
             opened = self._open(shard)
-            read = opened.read if opened.is_here else _read_through(opened.read)
+            read = opened.scanning_read()
             for row in range(info.samples):
                 try:
                     yield self._parse(opened.members(row, read, image=False))
@@ -147,96 +132,44 @@ class Reader:
                         raise
 
     def lengths(self, shard: int) -> NDArray[np.int32]:
-        """(rows,): an estimate of the tokens of each sample's longest caption. The tar is not touched."""
+        """(rows,): an estimate of the tokens of each sample's longest caption, from the index alone."""
         return self._records(shard).caption_tokens
 
     def read_ahead(self, shard: int, first_row: int, last_row: int) -> None:
         """Have a shard opened, and its rows from the first to the last brought into memory or its tar into the cache.
 
-        Returns at once. What goes wrong is raised by the next read of that shard.
+        Returns at once. Errors are raised by the next read of that shard.
         """
         self._ahead.ask(shard, first_row, last_row)
 
     def check(self) -> None:
-        """Look, by two listings, whether every tar and index of the split is there and as long as it was.
+        """Check, by two listings, that every tar and index of the split is there and that every tar has its size.
 
-        Raises MissingArtifactError or CorruptArtifactError, naming the first that is not.
+        Raises MissingArtifactError or CorruptArtifactError, naming the first that is wrong.
         """
-        tars, indexes = _list(self.dataset.uri, "shards"), _list(self.dataset.uri, "index")
+        tars, indexes = (list_folder(self.dataset.uri, folder) for folder in ("shards", "index"))
         for shard in self.shards:
-            found = tars.get(f"{shard.name}.tar")
-            if found is None:
+            size = tars.get(f"{shard.name}.tar")
+            if size is None:
                 raise MissingArtifactError(f"{self.dataset.tar_uri(shard)}: no such file")
-            _check_size(self.dataset, shard, found)
+            check_size(self.dataset, shard, size)
             if f"{shard.name}.parquet" not in indexes:
                 raise MissingArtifactError(f"{index_uri(self.dataset.uri, shard.name)}: no such file")
+
+    def _opened(self, shard: int) -> OpenShard:
+        if self._ahead.failed:
+            self._ahead.raise_failure(shard)
+        return self._open(shard)
 
     def _parse(self, members: Members) -> Sample:
         key, image, extension, txt, body, frames = members
         if self._adopted:
-            found, metadata = read_texts(txt, body)
+            stored, metadata = read_texts(txt, body)
         else:
             fields = parse_json(body.decode())[0]
-            found, metadata = fields["captions"], fields["metadata"]
-        captions = tuple([Caption(each["text"], each["language"]) for each in found])
+            stored, metadata = fields["captions"], fields["metadata"]
+        captions = tuple([Caption(caption["text"], caption["language"]) for caption in stored])
         return Sample(key, image, extension, captions, metadata, frames)
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    uri: str
-    dataset: str  # its URI
-    num_rows: int
-    records: Records
-    read: Read
-    prepare: Callable[[int, int], None]  # (offset, size): have them in memory, or the tar in the cache, before long
-    is_here: bool  # on this machine
-    cached: CachedShard | None = None
-
-    def members(self, row: int, read: Read, *, image: bool = True) -> Members:
-        """A row's files. The image is read on its own: cut out of a longer read, its bytes would be copied twice."""
-        if not 0 <= row < self.num_rows:
-            raise MisuseError(f"{self.uri}: no row {row}; it has {self.num_rows}")
-        record = UNPACK_RECORD(self.records.packed, row * RECORD_BYTES)
-        try:
-            return self._members(row, record, read, image)
-        except CorruptArtifactError:
-            if self.cached is None or not self.cached.mend():
-                raise
-        return self._members(row, record, read, image)
-
-    def _members(self, row: int, record: tuple[int, ...], read: Read, with_image: bool) -> Members:
-        (
-            base, rest_bytes,
-            image_at, image_bytes, image_xxh3, txt_at, txt_bytes, txt_xxh3, json_at, json_bytes, json_xxh3,
-            key_at, key_bytes, extension, first_frame, num_frames,
-        ) = record  # fmt: skip
-        records = self.records
-        key = records.keys[key_at : key_at + key_bytes].decode()
-        image = read(image_bytes, image_at) if with_image else b""
-        rest = read(rest_bytes, base) if rest_bytes else b""
-        txt = rest[txt_at - base : txt_at - base + txt_bytes] if txt_bytes else b""
-        body = rest[json_at - base : json_at - base + json_bytes] if json_bytes else b""
-        if with_image and hash_of(image) != image_xxh3:
-            raise self.corrupt("image", row, key)
-        if hash_of(txt) != txt_xxh3:
-            raise self.corrupt("txt", row, key)
-        if hash_of(body) != json_xxh3:
-            raise self.corrupt("json", row, key)
-        if not num_frames:
-            return Members(key, image, records.extensions[extension], txt, body, ())
-        frames = []
-        for number in range(num_frames):
-            at, size, xxh3 = UNPACK_FRAME(records.frames, (first_frame + number) * FRAME_BYTES)
-            frames.append(rest[at - base : at - base + size])
-            if hash_of(frames[-1]) != xxh3:
-                raise self.corrupt(f"frame {number + 1}", row, key)
-        return Members(key, image, records.extensions[extension], txt, body, tuple(frames))
-
-    def corrupt(self, member: str, row: int, key: str) -> CorruptArtifactError:
-        return CorruptArtifactError(
-            f"{self.uri}: {member} of row {row} ({key}) is not what was written; run `mmflow verify {self.dataset}`"
-        )
 
 
 def _records_of(dataset: CommittedShards, shards: tuple[ShardInfo, ...], frames: bool, shard: int) -> Records:
@@ -249,79 +182,114 @@ def _open_shard(
     cache: ShardCache | None,
     records_of: Callable[[int], Records],
     shard: int,
-) -> _OpenShard:
-    info, records = shards[shard], records_of(shard)
-    uri = dataset.tar_uri(info)
-    path = local_path(uri)
-    opened = partial(_OpenShard, uri, dataset.uri, info.samples, records)
-    if path is None and cache is not None:
-        copy = cache.shard(uri, info.checksum, info.bytes)
-        return opened(copy.read, copy.prepare, True, copy)
-    try:
-        if path is None:
-            system, remote = filesystem(uri)
-            stream = system.open_input_file(remote)
-            _check_size(dataset, info, stream.size())
-            # pyarrow's own streams may be read by several threads at once, those of fsspec may not.
-            guard = threading.Lock() if isinstance(system, fs.PyFileSystem) else contextlib.nullcontext()
-            return opened(partial(_read_remote, stream, guard), _nothing, False)
-        file = path.open("rb", buffering=0)
-    except FileNotFoundError as error:
-        raise MissingArtifactError(f"{uri}: no such file") from error
-    _check_size(dataset, info, os.fstat(file.fileno()).st_size)
-    return opened(partial(_read_local, file), partial(_advise, file), True)
+) -> OpenShard:
+    return open_shard(dataset, shards[shard], records_of(shard), cache)
 
 
-def _read_local(file: IO[bytes], size: int, offset: int) -> bytes:
-    try:
-        return os.pread(file.fileno(), size, offset)
-    except OSError as error:
-        raise CorruptArtifactError(f"{file.name}: byte {offset} cannot be read ({error.strerror})") from error
+def _prepare(open_shard: Callable[[int], OpenShard], shard: int, first_row: int, last_row: int) -> None:
+    open_shard(shard).prepare_rows(first_row, last_row)
 
 
-def _read_remote(stream: Any, guard: AbstractContextManager[Any], size: int, offset: int) -> bytes:
-    with guard:
-        return bytes(stream.read_at(size, offset))
+# --- others' samples --------------------------------------------------------------------------------------------------
 
 
-def _read_through(read: Read) -> Read:
-    """A `read` for places that ascend: many of them are answered from one long request."""
-    start, data = 0, b""
+def read_texts(txt: bytes, body: bytes) -> tuple[tuple[StoredCaption, ...], dict[str, Any]]:
+    """(captions, metadata) of a sample that others may have written, from its .txt and .json; either may be empty.
 
-    def found(size: int, offset: int) -> bytes:
-        nonlocal start, data
-        if not start <= offset <= start + len(data) - size:
-            start, data = offset, read(max(size, SCAN_BYTES), offset)
-        return data[offset - start : offset - start + size]
-
-    return found
-
-
-def _advise(file: IO[bytes], offset: int, size: int) -> None:
-    os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
-
-
-def _check_size(dataset: CommittedShards, info: ShardInfo, found: int) -> None:
-    if found != info.bytes:
-        raise CorruptArtifactError(
-            f"{dataset.tar_uri(info)}: {found} bytes, the manifest says {info.bytes}: it was altered after its commit; "
-            f"run `mmflow verify {dataset.uri}`"
-        )
+    A JSON of ours has both, even if there is no caption. In others' samples, the .txt is the caption if it has text,
+    else the JSON's captions, caption, text or TEXT; all of the JSON is metadata. Raises ValueError for what is not text
+    or not JSON.
+    """
+    value = json.loads(body) if body else {}
+    metadata = value if isinstance(value, dict) else {"json": value}
+    ours = _our_captions(metadata.get("captions")) if isinstance(metadata.get("metadata"), dict) else None
+    if ours:
+        return ours, metadata["metadata"]
+    if text := clean_text(txt.decode()):
+        return (StoredCaption(language="und", text=text),), metadata
+    # In a JSON with other keys too, an empty list may not be ours, and the captions may be under another key.
+    if ours is not None and set(metadata) == {"captions", "metadata"}:
+        return (), metadata["metadata"]
+    for key in TEXT_KEYS:
+        if captions := _their_captions(metadata.get(key)):
+            return captions, metadata
+    return (), metadata
 
 
-def _prepare(open_shard: Callable[[int], _OpenShard], shard: int, first_row: int, last_row: int) -> None:
-    opened = open_shard(shard)
-    rows = opened.records.table[[first_row, last_row]]
-    start = int(min(rows["image_offset"].min(), rows["rest_offset"].min()))
-    stop = int(max((rows[f"{part}_offset"] + rows[f"{part}_bytes"]).max() for part in ("image", "rest")))
-    opened.prepare(start, stop - start)
+def _our_captions(value: Any) -> tuple[StoredCaption, ...] | None:
+    if not isinstance(value, list):
+        return None
+    if not all(isinstance(item, dict) and item.keys() == {"language", "text"} for item in value):
+        return None
+    return tuple(StoredCaption(language=item["language"], text=item["text"]) for item in value)
 
 
-def _list(uri: str, folder: str) -> dict[str, int]:
-    """The files of a folder of the dataset, and their bytes."""
-    system, path = filesystem(join(uri, folder))
-    return {info.base_name: info.size for info in system.get_file_info(fs.FileSelector(path, allow_not_found=True))}
+def _their_captions(value: Any) -> tuple[StoredCaption, ...]:
+    """The captions of others' JSON: a string, an object with a text, or a list of these."""
+    captions = []
+    for item in value if isinstance(value, list) else [value]:
+        fields = item if isinstance(item, dict) else {"text": item}
+        text, language = fields.get("text", fields.get("caption")), fields.get("language")
+        if isinstance(text, str) and (text := clean_text(text)):
+            tag = language if isinstance(language, str) and language else "und"
+            captions.append(StoredCaption(language=tag, text=text))
+    return tuple(captions)
 
 
-def _nothing(*_: int) -> None:
-    pass
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+class ReadAhead:
+    """Runs `work(shard, first, last)` in a few threads, in the order asked. Errors reach the reader of that shard.
+
+    The threads start with the first request and end with this object.
+    """
+
+    def __init__(self, work: Callable[[int, int, int], None]) -> None:
+        self.failed: dict[int, BaseException] = {}  # shard → its error
+        self._asked: dict[Range, float] = {}  # time of the last request, oldest first
+        self._guard = threading.Lock()
+        self._queue: queue.Queue[Range | None] = queue.Queue()
+        self._started = False
+        # Not a bound method: a thread that refers to this object would keep it, and all its open files, for ever.
+        self._loop = (_run, (self._queue, self.failed, work))
+
+    def ask(self, shard: int, first: int, last: int) -> None:
+        """Have a range worked on, unless it was asked for recently. Returns at once."""
+        wanted, now = (shard, first, last), time.monotonic()
+        with self._guard:
+            is_new = self._asked.pop(wanted, None) is None
+            self._asked[wanted] = now
+            while self._asked[oldest := next(iter(self._asked))] < now - FORGET_SECONDS:
+                del self._asked[oldest]
+            if is_new and not self._started:
+                self._started = True
+                target, arguments = self._loop
+                for _ in range(NUM_THREADS):
+                    threading.Thread(target=target, args=arguments, name="mmflow-read-ahead", daemon=True).start()
+                weakref.finalize(self, _end, self._queue)
+        if is_new:
+            self._queue.put(wanted)
+
+    def raise_failure(self, shard: int) -> None:
+        """Raise the shard's error, once: a second attempt is the reader's own."""
+        error = self.failed.pop(shard, None)
+        if error is not None:
+            with self._guard:
+                self._asked = {wanted: when for wanted, when in self._asked.items() if wanted[0] != shard}
+            raise error
+
+
+def _run(
+    ranges: queue.Queue[Range | None], failed: dict[int, BaseException], work: Callable[[int, int, int], None]
+) -> None:
+    while (wanted := ranges.get()) is not None:
+        try:
+            work(*wanted)
+        except BaseException as error:  # whatever it is, the shard's reader must see it
+            failed[wanted[0]] = error
+
+
+def _end(ranges: queue.Queue[Range | None]) -> None:
+    for _ in range(NUM_THREADS):
+        ranges.put(None)

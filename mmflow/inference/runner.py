@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from mmflow.core.progress import Report
 from mmflow.core.storage import exists, publish
 from mmflow.dataset.cache import ShardCache
-from mmflow.dataset.manifest import ShardInfo
+from mmflow.dataset.format import ShardInfo
 from mmflow.dataset.opened import open_dataset
 from mmflow.dataset.reader import Reader
 

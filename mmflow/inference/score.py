@@ -20,7 +20,7 @@ from mmflow.core.config import OPERATIONAL, Config
 from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
 from mmflow.core.storage import join, read_bytes
-from mmflow.dataset.manifest import ShardInfo
+from mmflow.dataset.format import ShardInfo
 from mmflow.dataset.reader import Reader, Sample
 from mmflow.inference.runner import Task, Write, run, shards_of
 from mmflow.models.package import LoadedModel, read_package

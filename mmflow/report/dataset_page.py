@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from mmflow.core.errors import CorruptArtifactError
 from mmflow.core.storage import filesystem, join, write_bytes
-from mmflow.dataset.index import read_column
-from mmflow.dataset.keys import KEYS_PER_PASS, count_repeats, hash_texts
-from mmflow.dataset.manifest import ShardInfo, index_uri, quarantine_files
+from mmflow.dataset.format import ShardInfo, index_uri, quarantine_files, read_column
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
+from mmflow.dataset.verify import KEYS_PER_PASS, count_repeats, hash_texts
 from mmflow.report import charts, page
 
 PAGE = "describe.html"

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from mmflow.core.artifacts import Artifact
 from mmflow.core.storage import join, read_bytes, read_json, write_bytes, write_json
-from mmflow.dataset.manifest import quarantine_files
+from mmflow.dataset.format import quarantine_files
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.evaluation.examination import DETAILS, METRICS, SPEED, flatten, spread

@@ -106,12 +106,11 @@ def write_ours(uri: str) -> float:
         shards = pc.cast(pc.divide(table["place"], SAMPLES_PER_SHARD), pa.int64())
         table = table.append_column("shard", shards).append_column("hash", places)
         numbers = range(max(shards.to_pylist()) + 1)
-        names = [f"{number:05d}" for number in numbers]
 
         def work() -> int:
             # Anew each time: shards that are there already would be left alone.
             shutil.rmtree(directory / "out", ignore_errors=True)
-            commits = write_shards(str(directory / "out"), names, numbers, "settings", np.array([], np.uint64), table)
+            commits = write_shards(str(directory / "out"), numbers, "settings", np.array([], np.uint64), table)
             return sum(commit.samples for commit in commits)
 
         return seconds_of(work, len(samples))

@@ -19,7 +19,7 @@ from mmflow.cleaning.duplicates import shingles, similarity
 from mmflow.cleaning.prepare import PIECE
 from mmflow.cleaning.select import select_records
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
-from mmflow.dataset.index import SCHEMA
+from mmflow.dataset.format import SCHEMA
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 NOTHING = DuplicatesConfig(exact=False)

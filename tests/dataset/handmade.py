@@ -17,11 +17,21 @@ from PIL import Image
 
 from mmflow.cleaning.captions import estimate_tokens
 from mmflow.core.artifacts import canonical_json, commit
-from mmflow.dataset.index import SCHEMA, ShardCommit, write_index, write_parquet
-from mmflow.dataset.manifest import ShardInfo, fingerprint_of, index_uri, quarantine_uri, shard_name, tar_uri
+from mmflow.dataset.format import (
+    QUARANTINE,
+    SCHEMA,
+    ShardCommit,
+    ShardInfo,
+    fingerprint_of,
+    index_uri,
+    quarantine_uri,
+    shard_name,
+    tar_uri,
+    write_index,
+    write_parquet,
+)
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.tar import TarWriter
-from mmflow.dataset.write import QUARANTINE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError
 from mmflow.dataset.adopt import adopt
-from mmflow.dataset.manifest import quarantine_files
+from mmflow.dataset.format import quarantine_files
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Caption, Reader
 from mmflow.dataset.verify import verify_dataset
@@ -310,7 +310,7 @@ def test_remote_tars_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def remote(uri: str) -> Path | None:
         return None if uri == str(tar) else Path(uri)
 
-    monkeypatch.setattr("mmflow.dataset.bring.local_path", remote)  # so the object stores' way is taken
+    monkeypatch.setattr("mmflow.dataset.grow.local_path", remote)  # so the object stores' way is taken
     dataset = adopted(tmp_path / "dataset", tar)
     (copy,) = Path(dataset.uri, "shards").iterdir()
     assert copy.read_bytes() == tar.read_bytes()

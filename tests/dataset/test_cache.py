@@ -472,10 +472,10 @@ def test_a_byte_that_flips_in_the_cache_is_fetched_anew(
 def test_what_does_not_match_a_sound_index_row_is_not_fetched_for_ever(
     remote: Dataset, store: Store, fetched: list[str]
 ) -> None:
-    from mmflow.dataset.index import read_index_and_commit, write_index
+    from mmflow.dataset.format import read_index, write_index
 
     path = f"{remote.uri.removeprefix('fsspec+file://')}/index/00000.parquet"
-    table, commit = read_index_and_commit(path)
+    table, commit = read_index(path)
     field = table.schema.get_field_index("txt_xxh3")
     write_index(path, table.set_column(field, table.schema.field(field), table["image_xxh3"].combine_chunks()), commit)
     reader = Reader(remote, "train", store.cache)

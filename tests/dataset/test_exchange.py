@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.cleaning.prepare import PIECE
-from mmflow.dataset.exchange import (
+from mmflow.dataset.write import (
     OTHER_BYTES,
     Extent,
     assign,

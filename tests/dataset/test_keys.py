@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.dataset import keys as module
-from mmflow.dataset.keys import Repeat, repeated_keys
+from mmflow.dataset import verify as module
+from mmflow.dataset.verify import Repeat, repeated_keys
 
 SHARDS = st.lists(st.lists(st.sampled_from([f"key-{number}" for number in range(30)]), max_size=12), max_size=6)
 

@@ -9,7 +9,8 @@ import pytest
 
 from mmflow.core.errors import MisuseError
 from mmflow.core.storage import join, read_json
-from mmflow.dataset.opened import Dataset, read_sample
+from mmflow.dataset.opened import Dataset
+from mmflow.dataset.reader import Reader
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.evaluation.evaluate import evaluate_models, metrics_of, metrics_of_package
 from mmflow.evaluation.examination import DETAILS, METRICS, SPEED
@@ -92,12 +93,13 @@ def test_every_caption_is_a_query_that_names_its_picture(evaluation: str, datase
     queries = read_json(join(evaluation, DETAILS))["student"]["held_out"]["retrieval"]
     expected = [colour for place, colour in enumerate(COLOURS) for _ in range(1 + place % 2)]
     assert [query["key"] for query in queries] == expected
-    shards = {shard.name: shard for shard in dataset.shards("held_out")}
+    reader = Reader(dataset, "held_out")
+    ordinals = {shard.name: ordinal for ordinal, shard in enumerate(reader.shards)}
     for query in queries:
         assert [result["correct"] for result in query["results"]].count(True) == (query["rank"] <= 5)
         assert sum(result["correct"] and result["key"] == query["key"] for result in query["results"]) <= 1
         for named in (query, *query["results"]):
-            assert read_sample(dataset, shards[named["shard"]], named["row"])["key"] == named["key"]
+            assert reader.read(ordinals[named["shard"]], named["row"]).key == named["key"]
 
 
 def test_a_gate_reads_the_same_metrics_of_a_package_as_of_the_evaluation(

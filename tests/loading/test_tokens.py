@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mmflow.core.errors import CorruptArtifactError, RecipeError
-from mmflow.dataset.index import read_index
-from mmflow.dataset.manifest import index_uri, tar_uri
+from mmflow.dataset.format import index_uri, read_index, tar_uri
 from mmflow.dataset.opened import Dataset
 from mmflow.dataset.reader import Reader
 from mmflow.loading.config import LoaderConfig
@@ -266,7 +265,7 @@ def questions(*pairs: tuple[str, list[str]]) -> dict[str, Any]:
 
 
 def flip(dataset: Dataset, member: str, row: int) -> None:
-    entry = read_index(index_uri(dataset.uri, "00000")).to_pylist()[row]
+    entry = read_index(index_uri(dataset.uri, "00000"))[0].to_pylist()[row]
     path = Path(tar_uri(dataset.uri, "00000"))
     data = bytearray(path.read_bytes())
     data[entry[f"{member}_offset"]] ^= 1
