@@ -10,7 +10,14 @@ from pydantic import Field
 
 from mmflow.core.config import Config
 from mmflow.evaluation.examination import Captions, Examination, Gives, Metrics, Outcome, Rows, Subject
-from mmflow.learning.retrieval import chance_metrics, find_any, find_one, nearest, reordered, retrieval_metrics
+from mmflow.learning.retrieval import (
+    chance_metrics,
+    nearest,
+    rank_one,
+    rank_several,
+    reordered,
+    retrieval_metrics,
+)
 
 RESULTS = 5  # pictures that are kept for each caption
 
@@ -18,8 +25,8 @@ RESULTS = 5  # pictures that are kept for each caption
 def both_ways(similarity: NDArray[np.floating], captions: Captions) -> Metrics:
     """Metrics of captions that look for their picture, and of pictures that look for one of their captions."""
     return {
-        "text_to_image": retrieval_metrics(find_one(similarity, captions.picture_of_text)),
-        "image_to_text": retrieval_metrics(find_any(similarity.T, captions.picture_of_text)),
+        "text_to_image": retrieval_metrics(rank_one(similarity, captions.picture_of_text)),
+        "image_to_text": retrieval_metrics(rank_several(similarity.T, captions.picture_of_text)),
     }
 
 
@@ -41,7 +48,7 @@ def _retrieve(subject: Subject, section: None) -> Outcome:
     captions, others = subject.rows.main_captions, list(subject.rows.captions.items())[1:]
     metrics = both_ways(subject.similarity, captions)
     metrics["languages"] = {
-        language: {"text_to_image": retrieval_metrics(find_one(subject.similarity_to(other), other.picture_of_text))}
+        language: {"text_to_image": retrieval_metrics(rank_one(subject.similarity_to(other), other.picture_of_text))}
         for language, other in others
     }
     return Outcome(metrics, {"retrieval": _queries(subject)})
@@ -50,7 +57,7 @@ def _retrieve(subject: Subject, section: None) -> Outcome:
 def _queries(subject: Subject) -> list[dict[str, Any]]:
     rows, captions, similarity = subject.rows, subject.rows.main_captions, subject.similarity
     best = np.argsort(-similarity, axis=1, kind="stable")[:, :RESULTS]
-    ranks = find_one(similarity, captions.picture_of_text).ranks
+    ranks = rank_one(similarity, captions.picture_of_text).ranks
     queries = []
     for query, (caption, right) in enumerate(zip(captions.texts, captions.picture_of_text, strict=True)):
         results = [
@@ -96,7 +103,7 @@ class LongTextConfig(Config):
 def _truncate(subject: Subject, section: LongTextConfig) -> Outcome:
     captions = subject.rows.main_captions
     cut = both_ways(subject.similarity_to(captions, section.truncated_tokens), captions)
-    whole = retrieval_metrics(find_one(subject.similarity, captions.picture_of_text))["R@10"]
+    whole = retrieval_metrics(rank_one(subject.similarity, captions.picture_of_text))["R@10"]
     before = cut["text_to_image"]["R@10"]
     lengths = subject.model.lengths(captions.texts)
     metrics = {f"{direction}_truncated": values for direction, values in cut.items()}
@@ -141,8 +148,8 @@ def _match(subject: Subject, section: MatchingConfig) -> Outcome:
     to_text = odds if similarity is None else reordered(similarity, odds, by_picture)
     return Outcome(
         {
-            "matched_text_to_image": retrieval_metrics(find_one(to_image, captions.picture_of_text)),
-            "matched_image_to_text": retrieval_metrics(find_any(to_text.T, captions.picture_of_text)),
+            "matched_text_to_image": retrieval_metrics(rank_one(to_image, captions.picture_of_text)),
+            "matched_image_to_text": retrieval_metrics(rank_several(to_text.T, captions.picture_of_text)),
         }
     )
 

@@ -1,9 +1,9 @@
-"""A teacher's stored embeddings, as the student reads them: by memory map, a row of a shard at a time.
+"""A teacher's stored embeddings, which the student reads row by row through memory maps.
 
     <cache>/rows/00000.npy …   (samples, augmentations, 2, width): row i belongs to sample i of that shard, image first
     <cache>/manifest.json      dataset fingerprint, teacher digest, precision, logit scale, checksum of each file
 
-bf16, which numpy does not know, is stored as the uint16 of its bits.
+numpy has no bf16: it is stored as the uint16 of its bits.
 """
 
 from __future__ import annotations
@@ -30,48 +30,54 @@ DTYPES: Mapping[str, tuple[torch.dtype, type[np.generic]]] = {
     "fp16": (torch.float16, np.float16),
     "bf16": (torch.bfloat16, np.uint16),
 }
-"""By precision: what it is, and what it is stored as."""
+"""By precision the type of the numbers, and the type that they are stored as."""
 
-OPEN_FILES = 256  # a map holds a descriptor
+OPEN_FILES = 256  # each map holds a file descriptor
 
 
 class CachedTeacher:
-    """The caches of one teacher, one for each dataset of a stage, the stage's own first."""
+    """The caches of one teacher: one for each dataset of a stage, the stage's own first."""
 
     def __init__(self, uris: Sequence[str], datasets: Sequence[str], digest: str) -> None:
-        """`datasets` are their fingerprints, `digest` the teacher's. Raises CorruptArtifactError where a cache is of
-        another dataset or teacher, MissingArtifactError where there is none."""
+        """`datasets` are fingerprints, `digest` is the teacher's. Raises CorruptArtifactError for a cache of another
+        dataset or teacher, MissingArtifactError if there is none."""
         self._uris = tuple(uris)
-        self._manifests = [_manifest(uri, fingerprint, digest) for uri, fingerprint in zip(uris, datasets, strict=True)]
-        first = self._manifests[0]
-        self.width = int(first["width"])
-        self._logit_scale = torch.tensor([first["logit_scale"]])
+        self._manifests = [read_artifact(uri, KIND).manifest for uri in uris]
+        for uri, manifest, fingerprint in zip(uris, self._manifests, datasets, strict=True):
+            for name, expected in (("dataset", fingerprint), ("teacher", digest)):
+                if manifest[name] != expected:
+                    raise CorruptArtifactError(
+                        f"{uri}: made of {name} {manifest[name][:12]}, but this stage has {expected[:12]}; delete it "
+                        "and rerun"
+                    )
+        self.width = int(self._manifests[0]["width"])
+        self._logit_scale = torch.tensor([self._manifests[0]["logit_scale"]])
         self._checked: set[tuple[int, int]] = set()
         self._rows = lru_cache(OPEN_FILES)(self._open)
 
     def read(self, places_B4: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Image and text embeddings (B, E) fp32 and the logit scale (1,) of rows by (dataset, shard, row, view).
+        """Image and text embeddings (B, E) fp32 and the logit scale (1,) of rows at (dataset, shard, row, view).
 
-        Raises CorruptArtifactError for a file that is not what was written.
+        Raises CorruptArtifactError for a damaged file.
         """
-        found_B2E = torch.empty(len(places_B4), 2, self.width)
-        shards, members = np.unique(places_B4[:, :2], axis=0, return_inverse=True)
+        embeddings_B2E = torch.empty(len(places_B4), 2, self.width)
+        shards, shard_of_B = np.unique(places_B4[:, :2], axis=0, return_inverse=True)
         for number, (dataset, shard) in enumerate(shards.tolist()):
-            chosen = np.flatnonzero(members.reshape(-1) == number)
+            chosen = np.flatnonzero(shard_of_B.reshape(-1) == number)
             rows = np.ascontiguousarray(self._rows(dataset, shard)[places_B4[chosen, 2], places_B4[chosen, 3]])
-            real, _ = DTYPES[self._manifests[dataset]["precision"]]
-            found_B2E[torch.from_numpy(chosen)] = torch.from_numpy(rows).view(real).float()
-        return found_B2E[:, 0], found_B2E[:, 1], self._logit_scale
+            dtype, _ = DTYPES[self._manifests[dataset]["precision"]]
+            embeddings_B2E[torch.from_numpy(chosen)] = torch.from_numpy(rows).view(dtype).float()
+        return embeddings_B2E[:, 0], embeddings_B2E[:, 1], self._logit_scale
 
     def _open(self, dataset: int, shard: int) -> NDArray[Any]:
         entry = self._manifests[dataset]["files"][shard]
         uri = file_uri(self._uris[dataset], entry["name"])
-        mapped = open_rows(uri)
+        rows = open_rows(uri)
         if (dataset, shard) not in self._checked:
-            if checksum(mapped) != entry["checksum"]:
-                raise CorruptArtifactError(f"{uri}: not what was written; delete {self._uris[dataset]} and rerun")
+            if checksum(rows) != entry["checksum"]:
+                raise CorruptArtifactError(f"{uri}: damaged; delete {self._uris[dataset]} and rerun")
             self._checked.add((dataset, shard))
-        return mapped
+        return rows
 
 
 def file_uri(uri: str, shard: str) -> str:
@@ -80,8 +86,8 @@ def file_uri(uri: str, shard: str) -> str:
 
 
 def open_rows(uri: str) -> NDArray[Any]:
-    """The rows of a shard: mapped from a local disk, whole in memory from an object store. Raises CorruptArtifactError
-    for a file that is cut short or of another kind."""
+    """The rows of a shard: mapped from a local disk, or read into memory from an object store. Raises
+    CorruptArtifactError for a truncated file or one of another kind."""
     path = local_path(uri)
     source = io.BytesIO(read_bytes(uri)) if path is None else path
     try:
@@ -89,20 +95,10 @@ def open_rows(uri: str) -> NDArray[Any]:
     except FileNotFoundError as error:
         raise MissingArtifactError(f"{uri}: no such file; delete the cache and rerun") from error
     except (ValueError, OSError) as error:
-        raise CorruptArtifactError(f"{uri}: not what was written ({error}); delete the cache and rerun") from error
+        raise CorruptArtifactError(f"{uri}: damaged ({error}); delete the cache and rerun") from error
     return rows
 
 
 def checksum(rows: NDArray[Any]) -> str:
     """xxh3_128 (hex) of the stored numbers."""
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(rows).data.cast("B"))
-
-
-def _manifest(uri: str, fingerprint: str, digest: str) -> Mapping[str, Any]:
-    manifest = read_artifact(uri, KIND).manifest
-    for what, expected in (("dataset", fingerprint), ("teacher", digest)):
-        if manifest[what] != expected:
-            raise CorruptArtifactError(
-                f"{uri}: made of {what} {manifest[what][:12]}, and this stage has {expected[:12]}; delete it and rerun"
-            )
-    return manifest

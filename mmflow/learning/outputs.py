@@ -7,7 +7,7 @@ too: ZeRO-3 gathers parameters by it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -66,6 +66,9 @@ class Outputs:
     special: MaskingTokens
     generator: torch.Generator  # in the same state on every rank, and in another at every step
     attention_sides: frozenset[str] = frozenset()  # encoders (image, text) that must give their attention maps
+    layers: dict[str, dict[int, Tensor]] = field(
+        default_factory=dict
+    )  # captured outputs, (B, T, W), by side and number
     places: Mapping[str, Tensor] | None = None  # see MicroBatch
 
     @cached_property

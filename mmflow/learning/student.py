@@ -6,18 +6,26 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mmflow.core.errors import RecipeError
 from mmflow.learning.cached import CachedTeacher
-from mmflow.learning.distillation import DistillationLossesConfig, distillation_total, teachers_by_loss
+from mmflow.learning.distillation import (
+    DistillationLossesConfig,
+    InitialiseConfig,
+    distillation_total,
+    teachers_by_loss,
+)
 from mmflow.learning.distillation.loss import (
     SIDES,
     DistillationBatch,
+    DistillationLoss,
     ModelTraits,
     Side,
     TeacherOutputs,
@@ -32,11 +40,6 @@ from mmflow.loading.batches import Batch, Reading
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model
 from mmflow.models.package import LoadedModel
-
-# Shapes: B rows of this rank, T places of a sequence, W width of a layer.
-
-Captured = Mapping[Side, Mapping[int, Tensor]]
-"""By side and number the outputs of layers, (B, T, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,41 +124,34 @@ class Student(nn.Module):
         learner, rows = self.learner, self.learner.rows(batch)
         with torch.no_grad():
             teachers = [self._teacher_outputs(number, batch, step, rows) for number in range(len(self._teachers))]
-        layers: dict[Side, set[int]] = {}
-        for pairs_by_side in self._layer_pairs:
-            for side, pairs in pairs_by_side.items():
-                layers.setdefault(side, set()).update(here for here, _ in pairs)
-        sides = {side for loss in self._losses.values() for side in loss.attention_sides()}
-        outputs, captured = self._outputs(learner.model, learner.config, batch, step, rows, sides, layers)
+        pairs = [(side, here) for teacher in self._layer_pairs for side in teacher for here, _ in teacher[side]]
+        outputs = self._outputs(learner.model, learner.config, batch, step, rows, self._losses.values(), pairs)
         loss, parts = total(outputs, learner.tasks[batch.task], step)
-        batches = {
-            name: DistillationBatch(outputs, self._shares(numbers, teachers, captured))
-            for name, numbers in self._numbers.items()
-        }
+        batches = {}
+        for name, numbers in self._numbers.items():
+            whole = sum(self._teachers[number].weight for number in numbers)
+            shares = [replace(teachers[number], share=self._teachers[number].weight / whole) for number in numbers]
+            batches[name] = DistillationBatch(outputs, shares)
         distillation, values = distillation_total(self._losses, batches, step)
         return loss + distillation, parts | values | scale_parts(outputs)
 
-    def _teacher_outputs(
-        self, number: int, batch: Batch, step: int, rows: GlobalRows
-    ) -> tuple[Outputs | None, Embeddings | None, Captured]:
-        """A teacher's outputs for a batch, its cached embeddings, and the outputs of its layers."""
+    def _teacher_outputs(self, number: int, batch: Batch, step: int, rows: GlobalRows) -> TeacherOutputs:
         teacher, device = self._teachers[number], batch.pixels.device
-        cached = None
+        cached = outputs = None
         if teacher.cached is not None:
             assert batch.places is not None, "a loader of stored augmentations gives the places of its rows"
             cached = Embeddings(*(tensor.to(device) for tensor in teacher.cached.read(batch.places)))
-        if teacher.loaded is None:
-            return None, cached, {}
-        if teacher.reading is not None:
-            ids, mask = batch.readings[sum(before.reading is not None for before in self._teachers[:number])]
-            batch = replace(batch, token_ids=ids, token_mask=mask)
-        model, config = teacher.loaded.model, teacher.loaded.config
-        model.to(device)
-        losses = [loss for name, loss in self._losses.items() if number in self._numbers[name]]
-        sides = {side for loss in losses for side in loss.attention_sides()}
-        layers = {side: {there for _, there in pairs} for side, pairs in self._layer_pairs[number].items()}
-        outputs, captured = self._outputs(model, config, batch, step, rows, sides, layers)
-        return outputs, cached, captured
+        if teacher.loaded is not None:
+            if teacher.reading is not None:
+                ids, mask = batch.readings[sum(before.reading is not None for before in self._teachers[:number])]
+                batch = replace(batch, token_ids=ids, token_mask=mask)
+            model = teacher.loaded.model.to(device)
+            losses = [loss for name, loss in self._losses.items() if number in self._numbers[name]]
+            pairs = [(side, there) for side, pairs in self._layer_pairs[number].items() for _, there in pairs]
+            outputs = self._outputs(model, teacher.loaded.config, batch, step, rows, losses, pairs)
+        projections = self.projections[number]
+        assert isinstance(projections, nn.ModuleDict)
+        return TeacherOutputs(outputs, cached, projections, self._layer_pairs[number])
 
     def _outputs(
         self,
@@ -164,37 +160,103 @@ class Student(nn.Module):
         batch: Batch,
         step: int,
         rows: GlobalRows,
-        attention_sides: Collection[str],
-        layers: Mapping[Side, Collection[int]],
-    ) -> tuple[Outputs, Captured]:
-        """What a model gives for a batch, and the outputs of some of its layers."""
-        outputs = self.learner.outputs(model, config, batch, step, rows, attention_sides=frozenset(attention_sides))
-        captured: dict[Side, Mapping[int, Tensor]] = {}
+        losses: Collection[DistillationLoss],
+        layers: Collection[tuple[Side, int]],
+    ) -> Outputs:
+        """What a model gives for a batch, with the attention maps that losses read and the outputs of some layers."""
+        sides = frozenset(side for loss in losses for side in loss.attention_sides())
+        outputs = self.learner.outputs(model, config, batch, step, rows, attention_sides=sides)
         with ExitStack() as stack:
-            for side, numbers in layers.items():
+            for side in dict.fromkeys(side for side, _ in layers):
                 encoder = encoder_of(model, side)
                 assert encoder is not None
-                captured[side] = stack.enter_context(capture_layers(encoder.backbone, numbers))
-            for side in layers:
-                getattr(outputs, side)  # encodes now, while the layers are captured
-        return outputs, captured
+                numbers = {number for of_side, number in layers if of_side == side}
+                outputs.layers[side] = stack.enter_context(capture_layers(encoder.backbone, numbers))
+            for name in outputs.layers:
+                getattr(outputs, name)  # encodes now, while the layers are captured
+        return outputs
 
-    def _shares(
-        self,
-        numbers: Sequence[int],
-        teachers: Sequence[tuple[Outputs | None, Embeddings | None, Captured]],
-        captured: Captured,
-    ) -> list[TeacherOutputs]:
-        """The outputs of the teachers that a loss uses, with their shares of it."""
-        whole = sum(self._teachers[number].weight for number in numbers)
-        shares = []
-        for number in numbers:
-            outputs, cached, theirs = teachers[number]
-            layers = {
-                side: [(captured[side][here], theirs[side][there]) for here, there in pairs]
-                for side, pairs in self._layer_pairs[number].items()
-            }
-            projections = self.projections[number]
-            assert isinstance(projections, nn.ModuleDict)
-            shares.append(TeacherOutputs(outputs, cached, projections, layers, self._teachers[number].weight / whole))
-        return shares
+
+# --- the weights that a student begins with ---------------------------------------------------------------------------
+
+
+def initialise(key: str, student: Model, teacher: Model, config: InitialiseConfig) -> list[str]:
+    """Copy weights of the teacher into the student (Weight Selection, arXiv 2311.18823); the names of the tensors that
+    keep their random values.
+
+    A tensor is copied if the teacher has one of its name, in the chosen layer, with the same or greater widths. Which
+    units are taken follows from the two widths alone, so all modules that share a vector take the same units of it.
+    `key` is the recipe's. Raises RecipeError if an encoder has nothing in common with the teacher's.
+    """
+    layers = _chosen_layers(student, teacher, config.layers)
+    rows_first = {f"{name}.weight" for name, module in student.named_modules() if isinstance(module, nn.Embedding)}
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    kept = []
+    for name, tensor in ours.items():
+        source = theirs.get(_teacher_name(name, layers))
+        part = None if source is None else _fitting_part(tensor, source, config.width, name in rows_first)
+        if part is None:
+            kept.append(name)
+        else:
+            tensor.copy_(part)  # a state's tensors share the student's storage
+    for side in SIDES:
+        names = {name for name in ours if name.startswith(f"{side}.")}
+        if names and names <= set(kept):
+            raise RecipeError(
+                f"{key}: no weight of the teacher's {side} encoder fits the student's; give both the same type, or "
+                "leave initialise out"
+            )
+    return kept
+
+
+def positions(num_student: int, num_teacher: int, which: Literal["first", "last", "even"]) -> list[int]:
+    """The numbers of the teacher's layers or units that the student takes, which has no more of them."""
+    if which == "first" or num_student == num_teacher:
+        return list(range(num_student))
+    if which == "last":
+        return list(range(num_teacher - num_student, num_teacher))
+    if num_student == 1:
+        return [0]
+    return [round(number * (num_teacher - 1) / (num_student - 1)) for number in range(num_student)]
+
+
+def _chosen_layers(student: Model, teacher: Model, which: Literal["first", "last", "even"]) -> dict[str, list[int]]:
+    """For each of the student's lists of layers, the numbers of the teacher's layers that it takes. Lists that are
+    longer than the teacher's are left out, and their layers keep their own numbers."""
+    modules = dict(teacher.named_modules())
+    chosen: dict[str, list[int]] = {}
+    for name, module in student.named_modules():  # an outer list before those within it
+        theirs = modules.get(_teacher_name(name, chosen))
+        if isinstance(module, nn.ModuleList) and isinstance(theirs, nn.ModuleList) and len(theirs) >= len(module):
+            chosen[name] = positions(len(module), len(theirs), which)
+    return chosen
+
+
+def _teacher_name(name: str, layers: dict[str, list[int]]) -> str:
+    """The teacher's name of a student's module or tensor."""
+    parts = name.split(".")
+    renamed = list(parts)
+    for place, part in enumerate(parts):
+        chosen = layers.get(".".join(parts[:place]))
+        if chosen is not None and part.isdigit():
+            renamed[place] = str(chosen[int(part)])
+    return ".".join(renamed)
+
+
+def _fitting_part(tensor: Tensor, source: Tensor, width: Literal["first", "even"], rows_first: bool) -> Tensor | None:
+    """The part of the teacher's tensor with the shape of the student's; None if there is none.
+
+    Widths may be smaller: both of a matrix or kernel, that of a vector, the last of learned tokens. The sides of a
+    kernel and the numbers of tokens or positions must be equal, but an embedding may have fewer rows: the first.
+    """
+    if tensor.dim() != source.dim():
+        return None
+    shrinking = {0: (), 3: (2,)}.get(tensor.dim(), (0, 1))
+    for dimension, (ours, theirs) in enumerate(zip(tensor.shape, source.shape, strict=True)):
+        if ours == theirs:
+            continue
+        if ours > theirs or dimension not in shrinking:
+            return None
+        which = "first" if rows_first and dimension == 0 else width
+        source = source.index_select(dimension, torch.tensor(positions(ours, theirs, which)))
+    return source

@@ -15,12 +15,11 @@ from mmflow.core.errors import RecipeError
 from mmflow.dataset.opened import open_dataset
 from mmflow.learning.cached import CachedTeacher
 from mmflow.learning.distillation import DistillationLossesConfig, InitialiseConfig
-from mmflow.learning.initialise import initialise
 from mmflow.learning.learner import Learner
 from mmflow.learning.objectives import check_objectives
 from mmflow.learning.outputs import masking_tokens
 from mmflow.learning.rows import all_ranks
-from mmflow.learning.student import Student, Teacher
+from mmflow.learning.student import Student, Teacher, initialise
 from mmflow.loading.batches import Reading, ViewSettings
 from mmflow.loading.config import LoaderConfig
 from mmflow.loading.loader import Loader, TaskLoader

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmflow.learning.objectives import ObjectivesConfig
-from mmflow.learning.retrieval import BLOCK, Found, ranks_of_right, retrieval_metrics
+from mmflow.learning.retrieval import BLOCK, QueryRanks, ranks_of_right, retrieval_metrics
 from mmflow.learning.rows import gather_rows
 from mmflow.loading.batches import Batch
 from mmflow.loading.loader import START, Loader
@@ -212,6 +212,6 @@ def _recalls(image_BE: Tensor, text_BE: Tensor, real_B: Tensor) -> dict[str, flo
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, np.concatenate(own_ranks))
         ranks = np.concatenate(gathered)
-        recalls = retrieval_metrics(Found(ranks, 1 / ranks), RECALL_AT)
+        recalls = retrieval_metrics(QueryRanks(ranks, 1 / ranks), RECALL_AT)
         metrics |= {f"{direction}/R@{k}": recalls[f"R@{k}"] for k in RECALL_AT}
     return metrics

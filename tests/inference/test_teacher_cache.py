@@ -229,7 +229,7 @@ def test_a_cache_is_built_once_and_again_for_what_would_be_other_views(
 def test_a_stale_cache_is_refused_by_digest(workspace: Path, dataset: Dataset, package: Package, what: str) -> None:
     of = cached(workspace, dataset, package)
     digests = {"dataset": dataset.fingerprint, "teacher": package.digest} | {what: "0" * 64}
-    with pytest.raises(CorruptArtifactError, match=f"made of {what} .*, and this stage has 000000000000; delete it"):
+    with pytest.raises(CorruptArtifactError, match=f"made of {what} .*, but this stage has 000000000000; delete it"):
         CachedTeacher(of.caches, [digests["dataset"]], digests["teacher"])
 
 
@@ -247,10 +247,10 @@ def test_a_damaged_file_is_refused_and_one_that_is_gone_is_named(
 
     read()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CorruptArtifactError, match="not what was written; delete"):
+    with pytest.raises(CorruptArtifactError, match="damaged; delete"):
         read()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptArtifactError, match="not what was written"):
+    with pytest.raises(CorruptArtifactError, match="damaged"):
         read()
     path.unlink()
     with pytest.raises(MissingArtifactError, match="no such file; delete the cache and rerun"):

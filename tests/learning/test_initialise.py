@@ -9,7 +9,7 @@ import torch
 
 from mmflow.core.errors import RecipeError
 from mmflow.learning.distillation import InitialiseConfig
-from mmflow.learning.initialise import initialise, positions
+from mmflow.learning.student import initialise, positions
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import Model, build
 from tests.learning.teaching import FUSED, VOCABULARY, attending

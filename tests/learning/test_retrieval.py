@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.learning.retrieval import (
-    Found,
+    QueryRanks,
     chance_metrics,
-    find_any,
-    find_one,
     nearest,
+    rank_one,
+    rank_several,
     ranks_of_right,
     reordered,
     retrieval_metrics,
@@ -76,11 +76,11 @@ def test_a_collapsed_model_recalls_nothing() -> None:
     """All embeddings equal: an optimistic rank would report a perfect model."""
     embeddings = np.tile(np.array([[0.6, 0.8]], np.float32), (20, 1))
     expected = {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0, "mAP": 0.05, "mean_rank": 20.0, "median_rank": 20.0}
-    assert retrieval_metrics(find_one(embeddings @ embeddings.T)) == pytest.approx(expected)
+    assert retrieval_metrics(rank_one(embeddings @ embeddings.T)) == pytest.approx(expected)
 
 
-def found(*ranks: int) -> Found:
-    return Found(np.array(ranks), 1 / np.array(ranks))
+def found(*ranks: int) -> QueryRanks:
+    return QueryRanks(np.array(ranks), 1 / np.array(ranks))
 
 
 def test_metrics_by_hand() -> None:
@@ -102,7 +102,7 @@ def test_metrics_by_hand() -> None:
 
 def test_a_picture_has_found_its_captions_as_soon_as_one_of_them_comes_up() -> None:
     pictures = np.array([[0.9, 0.1, 0.8, 0.5, 0.7], [0.9, 0.1, 0.2, 0.3, 0.8]])
-    result = find_any(pictures, np.array([0, 0, 1, 1, 1]))
+    result = rank_several(pictures, np.array([0, 0, 1, 1, 1]))
     # The first picture's captions are first and last of five; of the second's, places two, three and four.
     assert result.ranks.tolist() == [1, 2]
     assert result.precision.tolist() == pytest.approx([(1 / 1 + 2 / 5) / 2, (1 / 2 + 2 / 3 + 3 / 4) / 3])
@@ -110,20 +110,20 @@ def test_a_picture_has_found_its_captions_as_soon_as_one_of_them_comes_up() -> N
 
 def test_a_caption_finds_its_picture_wherever_that_stands() -> None:
     captions = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
-    assert find_one(captions, np.array([0, 0, 1])).ranks.tolist() == [1, 2, 1]
+    assert rank_one(captions, np.array([0, 0, 1])).ranks.tolist() == [1, 2, 1]
 
 
 def test_right_captions_do_not_stand_in_each_others_way_and_wrong_ones_that_tie_do() -> None:
     owner = np.array([0, 0, 1])
-    assert find_any(np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5]]), owner).ranks.tolist() == [1, 3]
-    assert find_any(np.array([[NAN, 0.5, 0.4], [0.1, NAN, 0.9]]), owner).ranks.tolist() == [1, 2]
-    worst = find_any(np.full((2, 3), NAN), owner)
+    assert rank_several(np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5]]), owner).ranks.tolist() == [1, 3]
+    assert rank_several(np.array([[NAN, 0.5, 0.4], [0.1, NAN, 0.9]]), owner).ranks.tolist() == [1, 2]
+    worst = rank_several(np.full((2, 3), NAN), owner)
     assert worst.ranks.tolist() == [2, 3]
     assert worst.precision.tolist() == pytest.approx([(1 / 2 + 2 / 3) / 2, 1 / 3])
 
 
 def test_a_collapsed_model_finds_none_of_several_captions() -> None:
-    metrics = retrieval_metrics(find_any(np.zeros((10, 50)), np.repeat(np.arange(10), 5)))
+    metrics = retrieval_metrics(rank_several(np.zeros((10, 50)), np.repeat(np.arange(10), 5)))
     assert (metrics["R@1"], metrics["R@10"], metrics["mean_rank"]) == (0.0, 0.0, 46.0)
 
 
@@ -138,18 +138,18 @@ def test_chance_by_hand_and_by_guessing() -> None:
     }
     three = {"R@1": pytest.approx(1 / 3), "R@5": 1.0, "R@10": 1.0, "mAP": pytest.approx(11 / 18), "mean_rank": 2}
     assert chance_metrics(3) == {**three, "median_rank": 2}
-    guessed = [find_one(np.random.default_rng(seed).random((20, 20))) for seed in range(500)]
+    guessed = [rank_one(np.random.default_rng(seed).random((20, 20))) for seed in range(500)]
     assert_near(guessed, chance_metrics(20))
 
 
 def test_chance_with_several_right_captions_by_guessing() -> None:
     owner = np.array([0] * 7 + [1] * 6 + [2] * 1 + [3] * 1 + [4] * 5)
-    guessed = [find_any(np.random.default_rng(seed).random((5, 20)), owner) for seed in range(1500)]
+    guessed = [rank_several(np.random.default_rng(seed).random((5, 20)), owner) for seed in range(1500)]
     assert_near(guessed, chance_metrics(20, np.bincount(owner)))
 
 
-def assert_near(guessed: list[Found], expected: dict[str, float]) -> None:
-    together = Found(
+def assert_near(guessed: list[QueryRanks], expected: dict[str, float]) -> None:
+    together = QueryRanks(
         np.concatenate([each.ranks for each in guessed]), np.concatenate([each.precision for each in guessed])
     )
     for name, value in retrieval_metrics(together).items():
@@ -179,7 +179,7 @@ def test_several_right_answers_equal_a_walk_down_the_list(
     random.shuffle(owner)
     scores = random.integers(0, levels, (pictures, len(owner))).astype(np.float32)
     scores[scores == levels - 1] = random.choice([NAN, 9.0])
-    result = find_any(scores, owner)
+    result = rank_several(scores, owner)
     for picture in range(pictures):
         rank, precision = plain_search(scores[picture].tolist(), set(np.flatnonzero(owner == picture).tolist()))
         assert result.ranks[picture] == rank

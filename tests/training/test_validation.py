@@ -18,7 +18,7 @@ from mmflow.dataset.opened import Dataset
 from mmflow.learning.learner import Learner
 from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import masking_tokens
-from mmflow.learning.retrieval import find_one, retrieval_metrics
+from mmflow.learning.retrieval import rank_one, retrieval_metrics
 from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
 from mmflow.loading.loader import Loader
 from mmflow.loading.opening import held_out_loader, open_loader
@@ -166,7 +166,7 @@ def test_values_are_those_of_the_package(validated: Trainings, name: str) -> Non
     assert found[LOSS][-1] == (STEPS, pytest.approx(sum(losses) / LOOKED_AT, rel=1e-5))
     similarity = (torch.cat(texts) @ torch.cat(images).T).numpy()
     for direction, matrix in (("text_to_image", similarity), ("image_to_text", similarity.T)):
-        recalls = retrieval_metrics(find_one(np.ascontiguousarray(matrix)))
+        recalls = retrieval_metrics(rank_one(np.ascontiguousarray(matrix)))
         for k in (1, 5):
             assert found[f"validation/{direction}/R@{k}"][-1][1] == pytest.approx(recalls[f"R@{k}"])
 

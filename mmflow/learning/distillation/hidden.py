@@ -59,9 +59,10 @@ class Hidden(DistillationLoss):
         losses = []
         for teacher in batch.teachers:
             for side in self.sides:
+                ours, theirs = batch.student.layers[side], teacher.live.layers[side]
                 pairs = [
-                    (teacher.project_layer(side, number, student_BTW), teacher_BTW)
-                    for number, (student_BTW, teacher_BTW) in enumerate(teacher.layers[side])
+                    (teacher.project_layer(side, number, ours[here]), theirs[there])
+                    for number, (here, there) in enumerate(teacher.layer_pairs[side])
                 ]
                 real_BT = batch.real_places(side, pairs[0][0].shape[1])
                 losses.append(teacher.share * hidden_loss(pairs, real_BT, batch.student.ranks.gather))

@@ -92,7 +92,7 @@ class TeacherOutputs:
     outputs: Outputs | None  # None: only its cached embeddings are read
     cached: Embeddings | None
     projections: nn.ModuleDict  # from the student's widths to this teacher's, where they differ
-    layers: Mapping[Side, Sequence[tuple[Tensor, Tensor]]]  # by side: outputs of the compared layers, student's first
+    layer_pairs: Mapping[Side, Sequence[tuple[int, int]]]  # the compared layers: (student's, teacher's)
     share: float = 1.0
 
     @property
