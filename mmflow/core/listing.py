@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import xxhash
+from braceexpand import UnbalancedBracesError, braceexpand
 from pyarrow import fs
 
 from mmflow.core.errors import MisuseError
@@ -22,7 +23,6 @@ from mmflow.core.storage import filesystem, join, local_path, split_query
 MAGIC = re.compile(r"[*?[]")
 REMOTE_MAGIC = re.compile(r"[*[]")  # in a remote URI a question mark begins the query
 BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
 READ_BYTES = 1 << 20
 
 
@@ -66,25 +66,11 @@ def find(uri: str) -> list[Place]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """The alternatives of {a,b} and {000..127}, in the order written; other braces stay as they are.
-
-    Raises MisuseError for a range that runs backwards.
-    """
-    for match in BRACES.finditer(text):
-        inner = match[1]
-        if bounds := RANGE.fullmatch(inner):
-            first, last = int(bounds[1]), int(bounds[2])
-            if last < first:
-                raise MisuseError(f"{text}: the range {{{inner}}} runs backwards")
-            width = len(bounds[1]) if bounds[1].startswith("0") else 0
-            values = [f"{number:0{width}d}" for number in range(first, last + 1)]
-        elif "," in inner:
-            values = inner.split(",")
-        else:
-            continue
-        head, tail = text[: match.start()], text[match.end() :]
-        return list(dict.fromkeys(text for value in values for text in expand_braces(f"{head}{value}{tail}")))
-    return [text]
+    """The alternatives of {a,b} and {000..127}, in the order written; other braces stay as they are."""
+    try:
+        return list(dict.fromkeys(braceexpand(text, escape=False)))
+    except UnbalancedBracesError:
+        return [text]
 
 
 def parent(uri: str) -> str:
