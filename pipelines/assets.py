@@ -1,10 +1,9 @@
-"""A recipe's loop as Dagster assets, one a stage, and a report at the end. Dagster orders, retries and shows them;
-whether a stage has anything to do is for its manifest to say."""
+"""A recipe's loop as Dagster assets: one a stage, and the report. Dagster orders, retries and shows them; a stage's
+manifest decides whether there is work to do."""
 
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 from dagster import (
@@ -27,24 +26,29 @@ JOB = "loop"
 EXECUTOR = in_process_executor
 
 
-def build_definitions(recipe: Recipe, cron: str | None = None, timezone: str = "UTC") -> Definitions:
-    """The recipe's assets, the job `loop` of all of them, and a nightly schedule where there is a cron line."""
+def build_definitions(recipe: Recipe) -> Definitions:
+    """The recipe's assets, the job `loop` that runs all of them, and a schedule if the recipe has one."""
     loop = Loop(recipe)
-    assets = [_stage_asset(loop, name) for name in loop.stages] + [_report_asset(loop)]
+
+    @asset(name="report", deps=list(loop.stages), description="One page about the whole loop.", group_name=JOB)
+    def report() -> MaterializeResult[Any]:
+        return MaterializeResult(metadata={"uri": write_report(loop)})
+
     job = define_asset_job(JOB, executor_def=EXECUTOR)
     schedules = []
-    if cron:
+    if recipe.schedule is not None:
+        cron, timezone = recipe.schedule.cron, recipe.schedule.timezone
         schedules.append(ScheduleDefinition("nightly", job=job, cron_schedule=cron, execution_timezone=timezone))
+    assets = [*(_stage_asset(loop, name) for name in loop.stages), report]
     return Definitions(assets=assets, jobs=[job], schedules=schedules, executor=EXECUTOR)
 
 
 def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:
     @asset(name=name, deps=list(loop.inputs_of(name)), description=STAGES[name].purpose, group_name=JOB)
     def run_stage() -> MaterializeResult[Any]:
-        began = time.monotonic()
         artifact = loop.run(name)
         summary = STAGES[name].summary(artifact.manifest)
-        seconds = f"{time.monotonic() - began:6.1f} s" if artifact.built else "  reused"
+        seconds = f"{artifact.build['seconds']:6.1f} s" if artifact.built else "  reused"
         print(f"{name:<9} {seconds}  {summary}", file=sys.stderr, flush=True)
         metadata: dict[str, Any] = {"uri": artifact.uri, "built": artifact.built, "summary": summary}
         return MaterializeResult(metadata=metadata, data_version=None)
@@ -52,23 +56,15 @@ def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:
     return run_stage
 
 
-def _report_asset(loop: Loop) -> AssetsDefinition:
-    @asset(name="report", deps=list(loop.stages), description="One page of the whole loop.", group_name=JOB)
-    def run_report() -> MaterializeResult[Any]:
-        return MaterializeResult(metadata={"uri": write_report(loop)})
-
-    return run_report
-
-
 def cause_of(error: BaseException) -> MmflowError | None:
-    """The typed error that a stage raised, out of Dagster's wrapping."""
-    to_see: list[BaseException | None] = [error]
-    seen: set[int] = set()  # causes can go in a ring
-    while to_see:
-        each = to_see.pop()
-        if isinstance(each, MmflowError):
-            return each
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            to_see += [each.__context__, each.__cause__]
+    """The stage's own error, out of Dagster's wrapping."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()  # causes can form a ring
+    while waiting:
+        cause = waiting.pop()
+        if isinstance(cause, MmflowError):
+            return cause
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            waiting += [cause.__context__, cause.__cause__]
     return None

@@ -1,4 +1,4 @@
-"""What Dagster's daemon and pages load: the recipe named by MMFLOW_RECIPE."""
+"""What Dagster's daemon and pages load: the recipe that MMFLOW_RECIPE names."""
 
 from __future__ import annotations
 
@@ -7,5 +7,4 @@ import os
 from mmflow.recipe import load_recipe
 from pipelines.assets import build_definitions
 
-_recipe = load_recipe(os.environ.get("MMFLOW_RECIPE", "pipelines/quickstart.yaml"))
-defs = build_definitions(_recipe, *((_recipe.schedule.cron, _recipe.schedule.timezone) if _recipe.schedule else ()))
+defs = build_definitions(load_recipe(os.environ.get("MMFLOW_RECIPE", "pipelines/quickstart.yaml")))

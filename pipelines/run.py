@@ -1,4 +1,4 @@
-"""Run a recipe's loop here and now, in this process, as a Dagster run that its pages can show afterwards."""
+"""Run a recipe's loop now, in this process, as a Dagster run that its pages can show afterwards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ telemetry:
 
 
 def dagster_home(recipe: Recipe) -> str:
-    """DAGSTER_HOME, or a folder of the workspace; made where it is not there."""
-    named = os.environ.get("DAGSTER_HOME")
-    home = local_path(named or join(recipe.workspace, "dagster"))
+    """DAGSTER_HOME, or a folder of the workspace; created if it is not there."""
+    home = local_path(os.environ.get("DAGSTER_HOME") or join(recipe.workspace, "dagster"))
     if home is None:
         raise MmflowError(f"{recipe.workspace}: Dagster's records need a local disk; set DAGSTER_HOME")
     home.mkdir(parents=True, exist_ok=True)
@@ -32,7 +31,7 @@ def dagster_home(recipe: Recipe) -> str:
 def run_pipeline(recipe: Recipe) -> None:
     """Run every stage that is not committed yet, write the report, and print its path last.
 
-    Raises the stage's own MmflowError where one fails; what was committed before stays, and a rerun goes on from there.
+    Raises the MmflowError of a stage that fails. What was committed before stays, and a rerun continues from there.
     """
     from dagster import DagsterInstance
 
@@ -52,4 +51,5 @@ def run_pipeline(recipe: Recipe) -> None:
             if cause is None:
                 raise
             raise cause from error
-    print(local_path(join(recipe.workspace, "report.html")) or join(recipe.workspace, "report.html"))
+    page = join(recipe.workspace, "report.html")
+    print(local_path(page) or page)

@@ -1,4 +1,4 @@
-"""Nightly retraining: Dagster's daemon fires the recipe's cron line; its pages come up where they are installed."""
+"""Nightly retraining: Dagster's daemon runs the loop by the recipe's cron line, beside Dagster's pages if installed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PAGES = ("127.0.0.1", 3070)
 
 
 def run_scheduler(recipe: Recipe, path: str) -> None:
-    """Run the daemon, and the pages on loopback, until stopped or one of them ends.
+    """Run the daemon, and the pages on loopback, until stopped.
 
-    Raises RecipeError where the recipe has no `schedule`, MmflowError where the daemon ends by itself.
+    Raises RecipeError if the recipe has no `schedule`, MmflowError if the daemon ends by itself.
     """
     if recipe.schedule is None:
         raise RecipeError(f"{path}: no schedule section; add `schedule: {{cron: '0 2 * * *'}}`")
