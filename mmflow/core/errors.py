@@ -1,11 +1,11 @@
-"""The typed errors: each message is one line that says what, where and what to do; the command line adds nothing."""
+"""The typed errors. Each message is one line that says what is wrong, where, and what to do."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class MmflowError(Exception):
-    """A failure that one line explains. The command line prints it and exits with `exit_code`."""
+    """A failure that one line explains. The command line prints the line and exits with `exit_code`."""
 
     exit_code = 1
 
@@ -29,7 +29,7 @@ class CorruptArtifactError(MmflowError):
 
 
 class CorruptShardError(CorruptArtifactError):
-    """A whole shard that is not what was committed: no single sample of it can be left out."""
+    """A shard that is not what was committed; leaving out single samples does not help."""
 
 
 class BusyArtifactError(MmflowError):
@@ -41,17 +41,16 @@ class TrainingError(MmflowError):
 
 
 class ClusterError(MmflowError):
-    """A Ray cluster that cannot be reached, refuses a job, or lost one."""
+    """A Ray cluster that cannot be reached, refuses a job, or lost a job."""
 
 
 class TrackingError(MmflowError):
-    """The MLflow server or database refuses or cannot be reached where its answer is needed."""
+    """The MLflow server or database refuses or cannot be reached, and its answer is needed."""
 
 
 @contextlib.contextmanager
 def named(key: str) -> Iterator[None]:
-    """Have an error begin with the key of the recipe that names what it is about; its type, by which a
-    scheduler knows whether to try again, stays."""
+    """Prefix errors with a key of the recipe. The error keeps its type, which tells a scheduler whether to retry."""
     try:
         yield
     except MmflowError as error:

@@ -1,4 +1,4 @@
-"""How far long work is and when it will end: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 LINE_SECONDS = 5.0
 
 Report = Callable[[int, int, str], None]
-"""(done, total, note): called as often as one likes."""
+"""(done, total, note); may be called as often as convenient."""
 
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A reporter for one piece of long work; what it shows goes to standard error."""
+    """A reporter for one piece of work. It writes to standard error."""
     if not sys.stderr.isatty():
         yield _plain(title)
         return
@@ -40,13 +40,13 @@ def progress(title: str) -> Iterator[Report]:
 
 def _plain(title: str) -> Report:
     began = last = time.monotonic()
-    first: int | None = None  # where a resumed piece of work began: its rate counts from there
+    first: int | None = None  # where resumed work began, from which its rate counts
     latest = shown = -1
 
     def report(done: int, total: int, note: str = "") -> None:
         nonlocal began, last, first, latest, shown
         now = time.monotonic()
-        if first is None or done < latest:  # it counts anew: the next of several pieces
+        if first is None or done < latest:  # the next of several pieces
             first, began = done, now
         latest = done
         if now - last < LINE_SECONDS or done == shown:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Artifact]  # stage → what it committed
 Manifest = Mapping[str, Any]
+NO_SECTION = "this recipe has no such section"
 
 
 @dataclass(frozen=True, kw_only=True)

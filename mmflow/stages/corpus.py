@@ -9,14 +9,10 @@ from mmflow.core.artifacts import Stage
 from mmflow.core.errors import RecipeError
 from mmflow.core.progress import progress
 from mmflow.core.storage import local_path
-from mmflow.stages import Inputs, LoopStage, Manifest
+from mmflow.stages import NO_SECTION, Inputs, LoopStage, Manifest
 
 if TYPE_CHECKING:
     from mmflow.recipe import Recipe
-
-
-def _absent(recipe: Recipe) -> str:
-    return "this recipe has no such section" if recipe.corpus is None else ""
 
 
 def _check(recipe: Recipe) -> None:
@@ -37,14 +33,10 @@ def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
     return Stage(name="corpus", kind="corpus", version=1, settings=identity(corpora), build=build)
 
 
-def _summary(manifest: Manifest) -> str:
-    return f"{manifest['records']:,} records"
-
-
 CORPUS = LoopStage(
     purpose="Draw the demonstration corpora that the recipe names.",
-    absent=_absent,
+    absent=lambda recipe: "" if recipe.corpus else NO_SECTION,
     check=_check,
     plan=_plan,
-    summary=_summary,
+    summary=lambda manifest: f"{manifest['records']:,} records",
 )

@@ -6,17 +6,13 @@ from typing import TYPE_CHECKING
 
 from mmflow.core.artifacts import Stage
 from mmflow.core.errors import named
-from mmflow.stages import Inputs, LoopStage
+from mmflow.stages import NO_SECTION, Inputs, LoopStage
 from mmflow.stages.training import PACKAGE, pretrain_section, summary, training_stage
 
 if TYPE_CHECKING:
     from mmflow.loading.tokens import Vocabulary
     from mmflow.recipe import Recipe
     from mmflow.stages.training import Section
-
-
-def _absent(recipe: Recipe) -> str:
-    return "this recipe has no such section" if recipe.distill is None else ""
 
 
 def _check(recipe: Recipe) -> None:
@@ -61,7 +57,7 @@ def _vocabulary(section: Section, inputs: Inputs) -> Vocabulary:
 DISTILL = LoopStage(
     purpose="Train the smaller student, with the teacher's help.",
     inputs=("shard", "pretrain"),
-    absent=_absent,
+    absent=lambda recipe: "" if recipe.distill else NO_SECTION,
     check=_check,
     plan=_plan,
     summary=summary,

@@ -45,14 +45,10 @@ def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
     )
 
 
-def _summary(manifest: Manifest) -> str:
-    return f"{', '.join(manifest['models'])} on {', '.join(manifest['splits'])}"
-
-
 EVALUATE = LoopStage(
     purpose="Examine teacher, student and an untrained model on held-out rows.",
     inputs=("shard", "pretrain", "distill"),
     check=_check,
     plan=_plan,
-    summary=_summary,
+    summary=lambda manifest: f"{', '.join(manifest['models'])} on {', '.join(manifest['splits'])}",
 )

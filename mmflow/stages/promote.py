@@ -106,13 +106,9 @@ def _decide(
     }
 
 
-def _summary(manifest: Manifest) -> str:
-    return f"version {manifest['version']} of {manifest['model']} {manifest['decision']}"
-
-
 PROMOTE = LoopStage(
     purpose="Register the candidate in MLflow, and make it champion if the gate holds.",
     inputs=("shard", "pretrain", "distill", "evaluate"),
     plan=_plan,
-    summary=_summary,
+    summary=lambda manifest: f"version {manifest['version']} of {manifest['model']} {manifest['decision']}",
 )

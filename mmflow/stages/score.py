@@ -61,14 +61,10 @@ def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
     )
 
 
-def _summary(manifest: Manifest) -> str:
-    return f"{manifest['totals']['rows']:,} rows by version {manifest['version']}"
-
-
 SCORE = LoopStage(
     purpose="Score the whole dataset with the champion: embeddings, best class, similarity.",
     inputs=("shard", "promote"),
     absent=_absent,
     plan=_plan,
-    summary=_summary,
+    summary=lambda manifest: f"{manifest['totals']['rows']:,} rows by version {manifest['version']}",
 )
