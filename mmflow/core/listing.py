@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import xxhash
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from pyarrow import fs
 
 from mmflow.core.errors import MisuseError
@@ -69,7 +69,7 @@ def expand_braces(text: str) -> list[str]:
     """The alternatives of {a,b} and {000..127}, in the order written; other braces stay as they are."""
     try:
         return list(dict.fromkeys(braceexpand(text, escape=False)))
-    except UnbalancedBracesError:
+    except ValueError:  # braces that are not balanced
         return [text]
 
 
