@@ -21,5 +21,5 @@ def trainings(place: Trainings) -> Trainings:
     plans = [{"name": f"straight-{stage}", "training": {"zero_stage": stage, **keep}} for stage in STAGES]
     killed = {"name": "killed", "training": {"zero_stage": 2, **keep}, "die": [1, KILLED_AT]}
     place.run(2, *plans, killed, dies=True)
-    assert [place.said(f"straight-{stage}") for stage in STAGES] == ["", "", ""]
+    assert [place.error(f"straight-{stage}") for stage in STAGES] == ["", "", ""]
     return place

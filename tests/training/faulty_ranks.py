@@ -1,12 +1,8 @@
-"""A rank that goes through whole trainings, and meets what it is told to: `python -m tests.training.faulty_ranks RANK
-RANKS DIRECTORY PLAN`, the plan as JSON: a list of `Training`s' fields.
-
-Importing DeepSpeed costs seconds, so one process goes through several.
-"""
+"""A rank that goes through whole trainings with faults: `python -m tests.training.faulty_ranks RANK RANKS DIRECTORY
+PLAN`, with the plan as JSON: a list of `Training`s' fields."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import signal
@@ -17,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,46 +31,18 @@ from mmflow.training.loop import Loop
 from mmflow.training.rank import run_rank
 from mmflow.training.store import saved_checkpoints
 from tests.tiny import SMALLEST_MODEL
+from tests.training.ranks import begin_rank, dual_encoder, transformer
 
 BATCH, EPOCHS, EVERY = 5, 2, 4  # a batch that neither two nor three ranks divide
 VICTIM = "key-11"  # of shard 00001
 
-# No dropout and no batch norm: what other ranks draw, and statistics of other slices, are other numbers.
-OPTIONS = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-MODEL = ModelConfig.model_validate(
-    {
-        "image": {"type": "vit", "options": {**OPTIONS, "patch_size": 8}},
-        "text": {"type": "bert", "options": {**OPTIONS, "max_position_embeddings": 16}},
-        "embedding_width": 6,
-        "image_pixels": 16,
-        "max_tokens": 8,
-        "vocabulary_size": 64,
-    }
-)
+# No dropout and no batch norm: other ranks would draw other numbers, and see statistics of other slices.
+OPTIONS = transformer()
+MODEL = dual_encoder(OPTIONS, vocabulary_size=64)
 
-# With both, and a matrix of which ZeRO-3 leaves a rank its part.
-UNSTEADY = ModelConfig.model_validate(
-    {
-        **SMALLEST_MODEL,
-        "text": {
-            "type": "bert",
-            "options": {
-                **OPTIONS,
-                "hidden_size": 320,
-                "intermediate_size": 320,
-                "hidden_dropout_prob": 0.3,
-                "max_position_embeddings": 16,
-            },
-        },
-    }
-)
+# With both, and a matrix that ZeRO-3 partitions.
+WIDE = transformer(320, intermediate=320) | {"hidden_dropout_prob": 0.3, "max_position_embeddings": 16}
+UNSTEADY = ModelConfig.model_validate(SMALLEST_MODEL | {"text": {"type": "bert", "options": WIDE}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +64,7 @@ class Training:
 
 
 class Poisoned(Learner):
-    """A learner to whom one sample gives no number, or far too large a one."""
+    """A learner with one sample that makes the loss or gradient not finite, or the loss far too large."""
 
     poison: str | None = None
 
@@ -145,7 +112,7 @@ def job_of(plan: Training, directory: Path) -> TrainingJob:
 
 
 def run(plan: Training, directory: Path, preempted: Callable[[], bool] = lambda: False) -> None:
-    """The training, whose rank meets what it is told to. Raises what the training does."""
+    """Run the training with its fault. Raises what the training raises."""
     here = directory / plan.name
     Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
@@ -162,7 +129,7 @@ RUN, REPLACE = Loop.run, os.replace
 
 
 def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str], Any]) -> Callable[..., int]:
-    """The loop over batches that are written down, and in which this rank meets its fate."""
+    """`Loop.run` with batches that are written down, and with this rank's fault."""
     halts = [step for step in plan.halts if not any(here.glob(halted(step, "*")))]
 
     def run(loop: Loop, source: Iterator[Batch], *, first_step: int, state: LoaderState) -> int:
@@ -186,24 +153,24 @@ def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str],
 
 
 def halted(step: int, rank: int | str) -> str:
-    """The file in which a rank says that it has come to a step."""
+    """The file in which a rank says that it has reached a step."""
     return f"halted-{step}-{rank}.json"
 
 
 def let_go(step: int) -> str:
-    """The file that lets all ranks go on."""
+    """The file that lets all ranks continue."""
     return f"let-go-{step}"
 
 
 def halt(here: Path, step: int) -> None:
-    """Say which process has come to a step, and wait."""
+    """Say which process has reached a step, and wait."""
     write_json(str(here / halted(step, dist.get_rank())), {"process": os.getpid(), "raylet": os.getppid()})
     while not (here / let_go(step)).exists():
         time.sleep(0.02)
 
 
 def wait_for_checkpoint(job: TrainingJob, step: int) -> None:
-    """The last one before a step is brought to its place while the training goes on."""
+    """Wait for the last checkpoint before a step, which is published while the training continues."""
     every = job.training.checkpoint_every_steps
     last = (step - 1) // every * every
     for _ in range(1000):
@@ -229,24 +196,17 @@ def dying_replace(plan: Training) -> Callable[..., None]:
 def main() -> None:
     rank, num_ranks, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     plans: list[Mapping[str, Any]] = json.loads(sys.argv[4])
-    os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
     training_job.Learner = Poisoned
-    from mmflow.training.engine import prepare_deepspeed
-
-    prepare_deepspeed()
-    timeout = datetime.timedelta(seconds=float(os.environ["EXCHANGE_SECONDS"]))
-    store = dist.FileStore(str(directory / os.environ["RENDEZVOUS"]), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    begin_rank(rank, num_ranks, directory / os.environ["RENDEZVOUS"], float(os.environ["EXCHANGE_SECONDS"]))
     for fields in plans:
         pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         (directory / fields["name"]).mkdir(exist_ok=True)
-        said = directory / fields["name"] / f"said-{rank}.txt"
+        message = directory / fields["name"] / f"error-{rank}.txt"
         try:
             run(Training(**pairs), directory)
-            said.write_text("")
+            message.write_text("")
         except MmflowError as error:
-            said.write_text(str(error))
+            message.write_text(str(error))
     dist.destroy_process_group()
 
 

@@ -101,7 +101,9 @@ def dual_encoder(options: dict[str, Any], **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate(fields | changes)
 
 
-def learner(config: ModelConfig, *objectives: dict[str, Any], special: MaskingTokens, classes: int = 0) -> Learner:
+def fresh_learner(
+    config: ModelConfig, *objectives: dict[str, Any], special: MaskingTokens, classes: int = 0
+) -> Learner:
     """A fresh model and the objectives of each of its tasks."""
     model = build("pretrain.model", config, special.vocabulary_size, seed=1, num_classes=classes)
     sections = [ObjectivesConfig.model_validate(section) for section in objectives]
@@ -129,13 +131,13 @@ def mean_over_ranks(*values: Tensor) -> list[float]:
     return list((stacked / dist.get_world_size()).tolist())
 
 
-def furthest(one: dict[str, Tensor], other: dict[str, Tensor], *, without: tuple[str, ...] = ()) -> float:
-    """The largest difference of any weight, without those with these endings.
+def furthest(one: dict[str, Tensor], other: dict[str, Tensor], *, without: str | tuple[str, ...] = "-") -> float:
+    """The largest difference of any weight without those with names that end in `without`.
 
     A key's bias has no gradient by its mathematics, and Adam steps along the sign of its rounding error.
     """
     assert one.keys() == other.keys()
-    names = [name for name in one if not name.endswith(without)] if without else list(one)
+    names = [name for name in one if not name.endswith(without)]
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in names)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmflow.training.journal import read_journal
-from mmflow.training.store import saved_checkpoints
+from mmflow.training.store import directory_of, saved_checkpoints
 from tests.training.faulty_ranks import EPOCHS, VICTIM
 from tests.training.trainings import (
     LAST_SAVED,
@@ -46,16 +46,21 @@ def others(trainings: Trainings) -> Trainings:
     return trainings
 
 
+def newest(directory: Path) -> Path:
+    """The checkpoint of the last step before the death."""
+    return Path(directory_of(str(directory / "checkpoints"), 8))
+
+
 @pytest.fixture(scope="module")
 def same(trainings: Trainings) -> Trainings:
     """Gone on with by as many ranks: after the death, and from checkpoints of which the newest is damaged."""
     trainings.copy("killed", "again-2")
     damaged = trainings.copy("killed", "damaged")
-    cut(next((damaged / "checkpoints" / "step-00000008").rglob("zero_pp_rank_1*optim_states.pt")))
+    cut(next(newest(damaged).rglob("zero_pp_rank_1*optim_states.pt")))
     turned = trainings.copy("killed", "turned")
-    turn(next((turned / "checkpoints" / "step-00000008").rglob("zero_pp_rank_0*optim_states.pt")))
+    turn(next(newest(turned).rglob("zero_pp_rank_0*optim_states.pt")))
     half = trainings.copy("killed", "half")
-    (half / "checkpoints" / "step-00000008" / "part-1.json").unlink()
+    (newest(half) / "part-1.json").unlink()
     trainings.run(2, *({"name": name, "training": {"zero_stage": 2}} for name in AGAIN))
     return trainings
 
@@ -74,16 +79,18 @@ def test_a_restart_on_as_many_ranks_is_bit_equal_to_no_restart(same: Trainings, 
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("damaged", r"zero_pp_rank_1_mp_rank_00_optim_states\.pt: \d+ bytes, \d+ were written"),
         ("turned", r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: not the bytes that were written"),
     ],
 )
-def test_a_checkpoint_that_is_damaged_is_refused_on_every_rank_and_named(same: Trainings, name: str, said: str) -> None:
+def test_a_checkpoint_that_is_damaged_is_refused_on_every_rank_and_named(
+    same: Trainings, name: str, message: str
+) -> None:
     (refused,) = same.events(name, "refused")
     assert refused["step"] == 8
-    assert re.search(said, refused["reason"])
+    assert re.search(message, refused["reason"])
     assert same.events("half", "refused") == []  # what its ranks did not all finish was never there
 
 
@@ -125,7 +132,7 @@ def poisoned(place: Trainings) -> Trainings:
         for policy, kind in (("skip", "loss"), ("skip", "gradient"), ("rewind", "loss"), ("rewind", "gradient"))
     ]
     plans += [
-        guarded("stop", 2, "loss"),
+        *(guarded(f"stop-{kind}-{stage}", stage, kind) for stage in POISONED_STAGES for kind in ("loss", "gradient")),
         guarded("spike-rewind", 2, "spike", on_spike="rewind", **SPIKE),
         guarded("spike-record", 2, "spike", on_spike="record", **SPIKE),
         guarded("spike-enough", 2, "spike", on_spike="rewind", max_rewinds=0, **SPIKE),
@@ -138,7 +145,7 @@ def poisoned(place: Trainings) -> Trainings:
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_sample_that_gives_no_number_is_left_out_and_named(poisoned: Trainings, kind: str, stage: int) -> None:
     name = f"skip-{kind}-{stage}"
-    assert poisoned.said(name) == ""
+    assert poisoned.error(name) == ""
     left_out = poisoned.events(name, "left_out")
     victims = [step for step, keys in poisoned.seen(name).items() if VICTIM in keys]
     assert [line["step"] for line in left_out] == sorted(victims)
@@ -164,30 +171,45 @@ def _learning_rate(place: Trainings) -> float:
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_going_back_ends_at_what_leaving_out_does(poisoned: Trainings, kind: str, stage: int) -> None:
     name = f"rewind-{kind}-{stage}"
-    assert poisoned.said(name) == ""
+    assert poisoned.error(name) == ""
     assert len(poisoned.events(name, "rewound")) == EPOCHS
     expected, found = poisoned.weights(f"skip-{kind}-{stage}"), poisoned.weights(name)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_without_a_policy_the_run_stops_and_names_the_step(poisoned: Trainings) -> None:
-    victim = min(step for step, keys in poisoned.seen("stop").items() if VICTIM in keys)
-    assert poisoned.said("stop").startswith(f"step {victim}: the loss is nan; ")
-    (event,) = poisoned.events("stop", "nonfinite")
-    assert event["steps"][0] == victim
-    assert VICTIM in event["samples"]["00001"]
+@pytest.mark.parametrize("stage", POISONED_STAGES)
+@pytest.mark.parametrize(
+    ("kind", "event", "message"),
+    [
+        ("loss", "nonfinite", "the loss is nan; "),
+        ("gradient", "spoilt", "a weight is not finite, so nothing is saved; "),
+    ],
+)
+def test_without_a_policy_the_run_stops_before_it_saves_and_names_the_step(
+    poisoned: Trainings, kind: str, event: str, message: str, stage: int
+) -> None:
+    name = f"stop-{kind}-{stage}"
+    victim = min(step for step, keys in poisoned.seen(name).items() if VICTIM in keys)
+    (line,) = poisoned.events(name, event)
+    assert line["steps"][0] >= victim
+    if kind == "loss":
+        assert line["steps"][0] == victim
+        assert VICTIM in line["samples"]["00001"]
+    assert poisoned.error(name).startswith(f"step {line['steps'][0]}: {message}")
+    # A restart from a checkpoint with NaN would fail forever.
+    assert all(saved.step < victim for saved in saved_checkpoints(str(poisoned.directory / name / "checkpoints")))
 
 
 def test_a_spike_is_gone_past_or_recorded_or_enough(poisoned: Trainings) -> None:
     (spike,) = poisoned.events("spike-record", "spike")
     step = max(step for step, keys in poisoned.seen("spike-record").items() if VICTIM in keys)
     assert spike["steps"] == [step]
-    assert poisoned.said("spike-record") == ""
-    assert poisoned.said("spike-rewind") == ""
+    assert poisoned.error("spike-record") == ""
+    assert poisoned.error("spike-rewind") == ""
     assert [line["steps"] for line in poisoned.events("spike-rewind", "rewound")] == [[step]]
     lines = [line for line in read_journal(poisoned.directory / "spike-rewind" / "journal.jsonl") if "metrics" in line]
     assert lines[-1]["metrics"]["skipped_steps"] == 2  # the batch that spiked, and the one before it
-    assert poisoned.said("spike-enough").startswith(f"step {step}: the loss is ")
+    assert poisoned.error("spike-enough").startswith(f"step {step}: the loss is ")
 
 
 def test_a_restart_knows_what_the_training_went_back_for(poisoned: Trainings) -> None:
@@ -216,14 +238,14 @@ def test_a_full_disk_costs_the_checkpoint_or_the_run_as_the_recipe_says(
         {"name": "no-room", "training": {"zero_stage": 2}, "checkpoints": str(disk / "one")},
         {"name": "no-room-stop", "training": stop, "checkpoints": str(disk / "two")},
     )
-    assert place.said("no-room") == ""
+    assert place.error("no-room") == ""
     assert (place.directory / "no-room" / "package").exists()
     events = place.events("no-room", "no_checkpoint")
     assert [line["step"] for line in events] == [4, 8, 12]
     assert place.events("no-room", "checkpoint") == []
     assert "MB are free; make room" in events[0]["reason"]
     assert not list(disk.rglob("*.pt"))
-    assert place.said("no-room-stop").startswith("step 4: no checkpoint: rank 0: ")
+    assert place.error("no-room-stop").startswith("step 4: no checkpoint: rank 0: ")
 
 
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written_costs_that_checkpoint(
@@ -231,7 +253,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written_costs_that_checkpoin
 ) -> None:
     disk = small_disk("80k")  # a first checkpoint of so small a model needs more than is thought
     place.run(1, {"name": "fills", "training": {"zero_stage": 2}, "checkpoints": str(disk / "one")})
-    assert place.said("fills") == ""
+    assert place.error("fills") == ""
     assert len(place.events("fills", "no_checkpoint")) == 3
     assert saved_checkpoints(str(disk / "one")) == []
 
@@ -242,7 +264,7 @@ def test_a_rank_that_does_not_come_is_named(place: Trainings) -> None:
     place.run(2, plan, dies=True, exchange_seconds=6)
     (hung,) = place.events("hung", "hung")
     assert hung["reason"].startswith("rank 1 is at step 3, loading, for ")
-    assert "rank 1 is at step 3, loading" in place.said("hung")
+    assert "rank 1 is at step 3, loading" in place.error("hung")
 
 
 @pytest.mark.slow

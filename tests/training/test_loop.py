@@ -25,7 +25,7 @@ from mmflow.training.guards import Guards
 from mmflow.training.journal import Journal, curves, read_journal
 from mmflow.training.loop import Due, Loop
 from tests.tiny import SMALLEST_MODEL
-from tests.training.ranks import assert_bit_equal, learner, main, perform, random_batch
+from tests.training.ranks import assert_bit_equal, fresh_learner, main, perform, random_batch
 
 STAGES = (0, 1, 2, 3)
 DROPPING_STAGES = (1, 2)  # ZeRO 3 checks only in fp16
@@ -40,7 +40,7 @@ MODEL = ModelConfig.model_validate(
 
 
 def dropping_learner() -> Learner:
-    return learner(MODEL, {}, special=MaskingTokens(None, (), VOCABULARY))
+    return fresh_learner(MODEL, {}, special=MaskingTokens(None, (), VOCABULARY))
 
 
 def engine_of(zero_stage: int, module: Learner | None = None, precision: str = "fp32") -> Any:

@@ -105,7 +105,7 @@ def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: T
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (
             {"embedding_width": 8},
@@ -123,9 +123,9 @@ def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: T
     ],
 )
 def test_a_model_that_the_package_does_not_fit_is_refused(
-    package: Package, tmp_path: Path, model: dict[str, Any], said: str
+    package: Package, tmp_path: Path, model: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError, match=rf"pretrain\.{said}"):
+    with pytest.raises(RecipeError, match=rf"pretrain\.{message}"):
         check_training("pretrain", section_of(tmp_path, package, model=model))
 
 

@@ -47,13 +47,13 @@ def test_what_a_checkpoint_s_model_or_tokenizer_does_not_give_is_named(tmp_path:
     hides_none = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"))
     text = {"checkpoint": bert(tmp_path / "bert", hides_none)}
     fields: dict[str, Any] = {"model": SMALLEST_MODEL | {"vocabulary_size": None, "text": text}}
-    for objectives, said in (
+    for objectives, message in (
         ({"matching": {}}, r"matching: needs fused; give the model a fusion"),
         ({"masked_language": {}}, r"masked_language: needs a mask token; use a tokenizer with"),
     ):
         fields["model"]["heads"] = ["masked_language"]
         fields["objectives"] = {"contrastive": {}} | objectives
-        with pytest.raises(RecipeError, match=rf"^pretrain\.objectives\.{said}"):
+        with pytest.raises(RecipeError, match=rf"^pretrain\.objectives\.{message}"):
             check_training("pretrain", PretrainConfig.model_validate(fields))
 
 
@@ -63,7 +63,7 @@ def test_a_part_that_nothing_trains_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"training": {"micro_batch_size": 4}}, r"training\.micro_batch_size: video of kind tight scores every"),
@@ -71,10 +71,10 @@ def test_a_part_that_nothing_trains_is_named() -> None:
         ({"loader": {"frames": 3}}, r"loader\.frames: 3, and pretrain\.model\.video\.max_frames is 2; make them equal"),
     ],
 )
-def test_what_reads_no_scores_of_pairs_is_named(changes: dict[str, Any], said: str | None) -> None:
+def test_what_reads_no_scores_of_pairs_is_named(changes: dict[str, Any], message: str | None) -> None:
     video = {"kind": "tight", "max_frames": 2, "layers": 1, "heads": 2}
     fields = {"model": SMALLEST_MODEL | {"video": video}, "loader": {"frames": 2}} | changes
-    refused = pytest.raises(RecipeError, match=f"^pretrain\\.{said}") if said else contextlib.nullcontext()
+    refused = pytest.raises(RecipeError, match=f"^pretrain\\.{message}") if message else contextlib.nullcontext()
     with refused:
         check_training("pretrain", PretrainConfig.model_validate(fields))
 

@@ -38,7 +38,7 @@ def test_each_part_may_be_trained_by_one_of_the_tasks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tasks", "said"),
+    ("tasks", "message"),
     [
         (
             (PAIRS, VQA | {"loader": {}}),
@@ -52,8 +52,8 @@ def test_each_part_may_be_trained_by_one_of_the_tasks() -> None:
         ((PAIRS, VQA, LABELS), r"2\.loader: its targets are classes of kind, those of pretrain\.tasks\.1 are answers"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_named_by_its_key(tasks: tuple[dict[str, Any], ...], said: str) -> None:
-    with pytest.raises(RecipeError, match=rf"^pretrain\.tasks\.{said}"):
+def test_what_is_wrong_with_a_task_is_named_by_its_key(tasks: tuple[dict[str, Any], ...], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^pretrain\.tasks\.{message}"):
         check_training("pretrain", section(*tasks))
 
 
@@ -68,7 +68,7 @@ def test_a_task_s_dataset_and_split_must_be_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"tasks": [PAIRS]}, "pairs is the only one; name another, or give loader and objectives instead"),
         ({"tasks": [PAIRS, PAIRS]}, "pairs, pairs has a name twice"),
@@ -76,8 +76,8 @@ def test_a_task_s_dataset_and_split_must_be_there(tmp_path: Path) -> None:
         ({"tasks": [PAIRS, VQA], "objectives": {"matching": {}}}, "objectives: each task has its own"),
     ],
 )
-def test_tasks_take_the_place_of_a_loader_and_objectives(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_tasks_take_the_place_of_a_loader_and_objectives(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         section(**fields)
 
 
@@ -117,7 +117,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("lora", "said"),
+    ("lora", "message"),
     [
         ({}, None),
         ({"targets": ["query", "intermediate.dense"], "trained": ["scale"]}, None),
@@ -135,12 +135,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> str:
         ),
     ],
 )
-def test_adapters_that_go_nowhere_are_named(package: str, lora: dict[str, Any], said: str | None) -> None:
+def test_adapters_that_go_nowhere_are_named(package: str, lora: dict[str, Any], message: str | None) -> None:
     tuned = section(PAIRS, VQA, start={"package": package}, lora=lora)
-    if said is None:
+    if message is None:
         check_training("pretrain", tuned)
     else:
-        with pytest.raises(RecipeError, match=rf"^pretrain\.lora\.{said}"):
+        with pytest.raises(RecipeError, match=rf"^pretrain\.lora\.{message}"):
             check_training("pretrain", tuned)
 
 

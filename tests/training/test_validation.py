@@ -28,7 +28,7 @@ from mmflow.training.check import check_training
 from mmflow.training.config import CheckpointsConfig, PretrainConfig, TrainingConfig, ValidationConfig
 from mmflow.training.journal import curves, read_journal
 from mmflow.training.metrics import known_peak
-from mmflow.training.store import saved_checkpoints
+from mmflow.training.store import directory_of, saved_checkpoints
 from mmflow.training.validation import Best
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
@@ -86,7 +86,7 @@ def validated(place: Trainings) -> Trainings:
         {"name": "ends", "training": {"zero_stage": 2, **ENDS}},
     )
     again = place.copy("ends", "again")
-    shutil.rmtree(again / "checkpoints" / "step-00000008")
+    shutil.rmtree(directory_of(str(again / "checkpoints"), 8))
     place.copy("ends", "over")
     pairs = [
         {"name": f"{name}-{stage}", "unsteady": True, "training": {"zero_stage": stage, "ema_decay": 0.7, **more}}
@@ -210,7 +210,7 @@ def test_the_best_weights_are_those_of_their_step(validated: Trainings) -> None:
 
 
 def test_one_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings) -> None:
-    assert validated.said("cut") == ""
+    assert validated.error("cut") == ""
     events = validated.events("cut", "validation_cut")
     assert [line["step"] for line in events] == [4, 8, 12, STEPS]
     assert "max_seconds" in events[0]["reason"]
@@ -298,7 +298,7 @@ def section(best_metric: str = "loss", **validation: Any) -> PretrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("said", "given"),
+    ("message", "given"),
     [
         ("checkpoints.best_metric: this training writes no perplexity; take one of loss, ", section("perplexity")),
         ("checkpoints.best_metric: .* writes no validation/R@1; ", section("validation/R@1")),
@@ -306,8 +306,8 @@ def section(best_metric: str = "loss", **validation: Any) -> PretrainConfig:
         ("validation.patience: it waits .*, and loss is of what is trained on", section(patience=2)),
     ],
 )
-def test_a_metric_that_nothing_writes_is_refused_by_its_key(said: str, given: PretrainConfig) -> None:
-    with pytest.raises(RecipeError, match=rf"^pretrain\.training\.{said}"):
+def test_a_metric_that_nothing_writes_is_refused_by_its_key(message: str, given: PretrainConfig) -> None:
+    with pytest.raises(RecipeError, match=rf"^pretrain\.training\.{message}"):
         check_training("pretrain", given)
 
 

@@ -1,4 +1,4 @@
-"""Whole trainings of a small dataset by real ranks, and what they leave."""
+"""Whole trainings of a small dataset by real ranks, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmflow.dataset.opened import Dataset
 from mmflow.training.journal import read_journal
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY
+from tests.training.ranks import ROOT, furthest
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = (9, 14, 8)  # of each shard
 STEPS_PER_EPOCH = -(-sum(SAMPLES) // BATCH)
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -81,8 +81,9 @@ class Trainings:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.directory / name / "package" / "model.safetensors")
 
-    def said(self, name: str, rank: int = 0) -> str:
-        return (self.directory / name / f"said-{rank}.txt").read_text()
+    def error(self, name: str) -> str:
+        """Rank 0's; empty where the training succeeded."""
+        return (self.directory / name / "error-0.txt").read_text()
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
         return [line for line in read_journal(self.directory / name / "journal.jsonl") if line.get("event") == kind]
@@ -109,11 +110,7 @@ def dataset_in(directory: Path) -> Dataset:
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """A key's bias has no gradient by its mathematics, and Adam steps along the sign of its rounding error."""
-    assert one.keys() == other.keys()
-    return max(
-        float((one[name] - other[name]).abs().max()) for name in one if not name.endswith(("key.bias", "k_proj.bias"))
-    )
+    return furthest(one, other, without=("key.bias", "k_proj.bias"))
 
 
 def assert_each_sample_once_an_epoch(seen: dict[int, list[str]]) -> None:

@@ -1,17 +1,26 @@
-"""Which checkpoints exist, which are what was written, and which are kept."""
+"""Which checkpoints exist, which are damaged, which are kept, and the hash that compares a loaded state with the saved
+one. Loading itself is tested by `test_loop` and `test_faults`."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError
+from mmflow.training import zero
+from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.config import CheckpointsConfig
+from mmflow.training.journal import Journal, read_journal
 from mmflow.training.store import (
     Saved,
     copy,
@@ -24,6 +33,7 @@ from mmflow.training.store import (
     superfluous,
     verify,
 )
+from mmflow.training.zero import element_hash
 
 RANKS = 3
 
@@ -42,6 +52,10 @@ def write_part(store: Path, step: int, rank: int, num_ranks: int = RANKS, state_
 def write(store: Path, step: int, num_ranks: int = RANKS, **facts: Any) -> None:
     for rank in range(num_ranks):
         write_part(store, step, rank, num_ranks, **facts)
+
+
+def at(store: Path, step: int) -> Path:
+    return Path(directory_of(str(store), step))
 
 
 def steps_in(store: Path) -> list[int]:
@@ -117,33 +131,54 @@ def dying(name: str, last: int, calls: list[str]) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda path: path.unlink(), "gone"),
-        (lambda path: path.write_bytes(b"short"), "5 bytes, 1000 were written"),
-        (lambda path: path.write_bytes(b"x" * 1000), "not the bytes that were written"),
-    ],
-)
-def test_a_file_that_is_not_what_was_written_is_named(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "gone": lambda path: path.unlink(),
+    "5 bytes, 1000 were written": lambda path: path.write_bytes(b"short"),
+    "not the bytes that were written": lambda path: path.write_bytes(b"x" * 1000),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_file_is_named_by_the_rank_that_reads_it(tmp_path: Path, message: str) -> None:
     write(tmp_path, 4)
-    path = tmp_path / "step-00000004" / "state" / "optimizer-1"
-    damage(path)
+    path = at(tmp_path, 4) / "state" / "optimizer-1"
+    DAMAGES[message](path)
     (saved,) = saved_checkpoints(str(tmp_path))
-    found = []
+    errors = []
     for share in range(2):
         try:
             verify(saved, share, 2)
         except CorruptArtifactError as error:
-            found.append(str(error))
-    (message,) = found
-    assert message.startswith(f"{path}: {said}")
+            errors.append(str(error))
+    (error,) = errors
+    assert error.startswith(f"{path}: {message}")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_store_with_only_a_damaged_checkpoint_is_left_to_the_user(
+    one_rank: None, tmp_path: Path, message: str
+) -> None:
+    write(tmp_path, 4, num_ranks=1)
+    DAMAGES[message](at(tmp_path, 4) / "state" / "optimizer-0")
+    journal = Journal(tmp_path / "journal.jsonl")
+    with pytest.raises(CorruptArtifactError, match=r"none of its 1 checkpoints can be used.*delete the directory"):
+        list(Checkpoints(str(tmp_path), CheckpointsConfig(), journal).newest())
+    (line,) = read_journal(tmp_path / "journal.jsonl")
+    assert (line["event"], line["step"]) == ("refused", 4)
+    assert line["reason"].startswith(f"rank 0: {at(tmp_path, 4)}/state/optimizer-0: {message}")
 
 
 def test_a_checkpoint_half_removed_does_not_exist(tmp_path: Path) -> None:
     write(tmp_path, 4)
     write(tmp_path, 8)
-    path = tmp_path / "step-00000004"
+    path = at(tmp_path, 4)
     for part in sorted(path.glob("part-*")):
         part.unlink()
         assert steps_in(tmp_path) == [8]
@@ -174,7 +209,7 @@ def test_what_was_refused_or_left_half_written_makes_room(tmp_path: Path) -> Non
     (tmp_path / ".staging-7" / "state").mkdir(parents=True)
     remove_from(str(tmp_path), 8)
     remove_staging(str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert [path.name for path in tmp_path.iterdir()] == [at(tmp_path, 4).name]
 
 
 def test_a_store_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
@@ -187,3 +222,30 @@ def test_files_are_brought_to_another_machine(tmp_path: Path) -> None:
     (saved,) = saved_checkpoints(str(tmp_path / "store"))
     copy(saved, tmp_path / "here")
     verify(Saved(str(tmp_path / "here"), saved.parts))
+
+
+# --- the hash of a state --------------------------------------------------------------------------------------------
+
+
+@given(cuts=st.lists(st.integers(0, 100), max_size=6), seed=st.integers(0, 1000))
+def test_hashes_of_a_tensor_s_parts_add_up_to_the_whole_s(cuts: list[int], seed: int) -> None:
+    values = torch.randn(100, generator=torch.Generator().manual_seed(seed))
+    edges = [0, *sorted(cuts), 100]
+    parts = [element_hash("a", values[start:stop], start) for start, stop in pairwise(edges)]
+    assert torch.stack(parts).sum() == element_hash("a", values, 0)
+
+
+def test_a_large_tensor_is_hashed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(1000)
+    whole = element_hash("a", values, 3)
+    monkeypatch.setattr(zero, "CHUNK", 64)
+    assert element_hash("a", values, 3) == whole
+
+
+def test_values_places_and_names_change_the_hash() -> None:
+    values = torch.randn(100)
+    swapped, nudged = values.clone(), values.clone()
+    swapped[[3, 4]] = values[[4, 3]]
+    nudged[7] = torch.nextafter(values[7], torch.tensor(9.0))
+    cases = (("a", values, 0), ("a", swapped, 0), ("a", nudged, 0), ("a", values, 1), ("b", values, 0))
+    assert len({int(element_hash(*case)) for case in cases}) == len(cases)
