@@ -20,9 +20,9 @@ from mmflow.stages import Inputs, Manifest
 if TYPE_CHECKING:
     from mmflow.loading.tokens import Vocabulary
     from mmflow.recipe import Recipe
+    from mmflow.training.check import Compared
     from mmflow.training.config import DistillConfig, PretrainConfig
     from mmflow.training.job import TrainingJob
-    from mmflow.training.selfcheck import Compared
 
     Section = PretrainConfig | DistillConfig
 
@@ -67,9 +67,8 @@ def compare_gradients(trained: Mapping[str, Section], workspace: str) -> Iterato
     """For each task and objective of the sections, the gradient of their workers beside that of one process, on a small
     model; with the task's key. Raises RecipeError as `check_training`."""
     from mmflow.cluster.local import ensure_ray
-    from mmflow.training.check import check_training
+    from mmflow.training.check import check_training, small_check
     from mmflow.training.config import tasks_of
-    from mmflow.training.selfcheck import small_check
     from mmflow.training.workers import compare_gradients_on_ray
 
     for name, section in trained.items():

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mmflow.core.errors import TrainingError
+from mmflow.training.check import Compared, GradientCheck, compare_gradients
 from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import check_fp16
 from mmflow.training.job import TrainingJob
 from mmflow.training.rank import run_rank
-from mmflow.training.selfcheck import Compared, GradientCheck, compare_gradients
 
 RUN = "ray"  # Ray Train's own directory
 COLLECTIVE_TIMEOUT = "RAY_TRAIN_COLLECTIVE_TIMEOUT_S"  # which workers inherit

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from mmflow.core.errors import RecipeError
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
-from mmflow.stages.training import identity
-from mmflow.training.config import PretrainConfig, TrainingConfig
+from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import check_fp16, compile_parts, engine_settings, parameter_groups
 from tests.tiny import SMALLEST_MODEL
 
@@ -70,19 +66,6 @@ def test_a_batch_comes_in_as_few_even_parts_as_fit(
     assert rows * (parts - 1) < rows_per_rank <= rows * parts
 
 
-@pytest.mark.parametrize(
-    ("fields", "told"),
-    [
-        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer: not at zero_stage 0"),
-        ({"zero_stage": 0, "precision": "fp16"}, "precision: fp16: not at zero_stage 0"),
-        ({"zero_stage": 3, "compile": True}, "compile: zero_stage 3"),
-    ],
-)
-def test_what_a_zero_stage_cannot_is_refused(fields: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValidationError, match=told):
-        TrainingConfig.model_validate(fields)
-
-
 def test_fp16_without_gpus_is_refused() -> None:
     check_fp16("pretrain.training", accelerated=True)
     with pytest.raises(RecipeError, match=r"^pretrain\.training\.precision: fp16 needs GPUs"):
@@ -110,16 +93,3 @@ def test_compiled_parts_learn_the_same() -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
-
-
-def settings_of(**training: Any) -> dict[str, Any]:
-    section = PretrainConfig.model_validate({"model": SMALLEST_MODEL, "training": training})
-    return identity(section)["training"]  # type: ignore[no-any-return]
-
-
-def test_settings_that_decide_only_how_are_no_part_of_a_training() -> None:
-    plain = settings_of()
-    assert settings_of(micro_batch_size=4, offload_optimizer=True, compile=True) == plain
-    assert settings_of(ema_decay=0.99)["ema_decay"] == 0.99
-    changed = settings_of(optimizer={"name": "lamb", "schedule": "wsd", "decay_share": 0.1})["optimizer"]
-    assert (changed["name"], changed["schedule"], changed["decay_share"]) == ("lamb", "wsd", 0.1)

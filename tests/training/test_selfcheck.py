@@ -8,24 +8,10 @@ import pytest
 
 from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.models.config import ModelConfig
+from mmflow.training.check import small_check
 from mmflow.training.config import TrainingConfig
-from mmflow.training.selfcheck import Compared, small_check
 from mmflow.training.workers import compare_gradients_on_ray
 from tests.tiny import SMALLEST_MODEL
-
-
-@pytest.mark.parametrize(
-    ("error", "largest", "equal"),
-    [
-        (1e-9, 1e-2, True),
-        (1e-5, 1e-2, False),
-        (0.0, 0.0, False),
-        (float("nan"), 1.0, False),
-        (0.0, float("nan"), False),
-    ],
-)
-def test_equal_is_equal_but_for_rounding(error: float, largest: float, equal: bool) -> None:
-    assert Compared("contrastive", error, largest).equal == equal
 
 
 @pytest.mark.slow  # a test of README's commands has workers compared too

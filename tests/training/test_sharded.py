@@ -20,10 +20,10 @@ from mmflow.learning.outputs import MaskingTokens
 from mmflow.learning.rows import all_ranks, gather_rows
 from mmflow.loading.batches import Batch
 from mmflow.models.config import ModelConfig
-from mmflow.training import selfcheck
+from mmflow.training import check
+from mmflow.training.check import compare_gradients, small_check
 from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import build_engine, descend, engine_settings, rows_of, whole_state
-from mmflow.training.selfcheck import compare_gradients, small_check
 from tests.tiny import SMALLEST_MODEL
 from tests.training.ranks import (
     dual_encoder,
@@ -188,7 +188,7 @@ def compared(objectives: dict[str, Any], stage: int, micro_batch_size: int | Non
 
 def broken(directory: Path) -> dict[Any, Any]:
     """At once, by ranks that exchange rows without gradients."""
-    selfcheck.all_ranks = lambda: replace(all_ranks(), gather=lambda rows: gather_rows(rows.detach()))
+    check.all_ranks = lambda: replace(all_ranks(), gather=lambda rows: gather_rows(rows.detach()))
     return compared({"contrastive": {}, "classification": {}}, 2, micro_batch_size=None)
 
 

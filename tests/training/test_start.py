@@ -109,16 +109,16 @@ def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: T
     [
         (
             {"embedding_width": 8},
-            r"start: image_projection\.weight is \[6, 8\] in the package and \[8, 8\] by pretrain\.model; make them",
+            r"start: image_projection\.weight is \[6, 8\] in the package and \[8, 8\]",
         ),
         (
             {"fusion": FUSION | {"width": 16}},
-            r"start: heads\.classes\.weight is \[3, 8\] in the package and \[2, 16\] by pretrain\.model",
+            r"start: heads\.classes\.weight is \[3, 8\] in the package and \[2, 16\]",
         ),
-        ({"vocabulary_size": 70}, r"model\.vocabulary_size: 70, and the package of pretrain\.start brings its own"),
+        ({"vocabulary_size": 70}, r"model\.vocabulary_size: 70"),
         (
             {"image": {"type": None, "checkpoint": "/nowhere"}},
-            r"model\.image\.checkpoint: its weights are those of pretrain\.start; leave one of the two out",
+            r"model\.image\.checkpoint: pretrain\.start",
         ),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
     fields = SMALLEST_MODEL | {"vocabulary_size": 64}
     section = section_of(tmp_path, other, model=fields, loader={}, objectives={})
     changed = section.model_copy(update={"model": ModelConfig.model_validate(fields)})
-    with pytest.raises(RecipeError, match=r"^pretrain\.start: no weight of the package's image encoder is one of pret"):
+    with pytest.raises(RecipeError, match=r"^pretrain\.start: the package's image encoder"):
         check_training("pretrain", changed)
 
 
@@ -187,3 +187,31 @@ def test_the_whole_recipe_is_checked_by_the_package(package: Package, tmp_path: 
     recipe = recipe_of(tmp_path, package)
     source = recipe.shard.model_copy(update={"sources": []})
     Loop(recipe.model_copy(update={"shard": source})).check(["pretrain"])
+
+
+# --- adapters on a package ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lora", "key"),
+    [
+        ({"targets": ["query", "intermediate.dense"], "trained": ["scale"]}, None),
+        ({"targets": ["query", "quary"]}, r"lora\.targets\.1: .*'quary'"),
+        ({"targets": ["fusion.mix.text"]}, r"lora\.targets\.0: .*'fusion\.mix\.text'"),
+        ({"trained": ["head"]}, r"lora\.trained\.0: .*'head'.*fusion"),
+    ],
+)
+def test_adapters_that_go_nowhere_are_named(package: Package, tmp_path: Path, lora: dict[str, Any], key: str) -> None:
+    model = {"fusion": {"kind": "concatenation", "width": 8}}
+    section = section_of(tmp_path, package, model=model, lora=lora)
+    if key is None:
+        check_training("pretrain", section)
+        return
+    with pytest.raises(RecipeError, match=rf"^pretrain\.{key}"):
+        check_training("pretrain", section)
+
+
+def test_adapters_without_trained_weights_are_refused(package: Package, tmp_path: Path) -> None:
+    section = section_of(tmp_path, package, start=None, model=SMALLEST_MODEL | {"heads": ["classes"]}, lora={})
+    with pytest.raises(RecipeError, match=r"^pretrain\.lora: "):
+        check_training("pretrain", section)

@@ -13,7 +13,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.dataset.opened import Dataset
 from mmflow.learning.learner import Learner
 from mmflow.learning.objectives import ObjectivesConfig
@@ -23,15 +22,12 @@ from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
 from mmflow.loading.loader import Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
-from mmflow.stages.training import check_held_out, identity
-from mmflow.training.check import check_training
-from mmflow.training.config import CheckpointsConfig, PretrainConfig, TrainingConfig, ValidationConfig
+from mmflow.training.config import CheckpointsConfig, ValidationConfig
 from mmflow.training.journal import curves, read_journal
 from mmflow.training.metrics import known_peak
 from mmflow.training.store import directory_of, saved_checkpoints
 from mmflow.training.validation import Best
 from tests.dataset.handmade import Handmade, write_dataset
-from tests.tiny import SMALLEST_MODEL
 from tests.training.faulty_ranks import BATCH, MODEL, OPTIONS
 from tests.training.trainings import SAMPLES, STEPS, Trainings, largest_difference
 
@@ -287,49 +283,3 @@ def test_a_restart_knows_the_best_value_unless_the_metric_has_changed() -> None:
     assert not again.update(3, {LOSS: 1.5})
     assert again.ended
     assert other.state()["value"] is None
-
-
-# --- recipes --------------------------------------------------------------------------------------------------------
-
-
-def section(best_metric: str = "loss", **validation: Any) -> PretrainConfig:
-    training = {"checkpoints": {"best_metric": best_metric}, "validation": {**LOOKS, **validation}}
-    return PretrainConfig.model_validate({"model": SMALLEST_MODEL, "training": training})
-
-
-@pytest.mark.parametrize(
-    ("message", "given"),
-    [
-        ("checkpoints.best_metric: this training writes no perplexity; take one of loss, ", section("perplexity")),
-        ("checkpoints.best_metric: .* writes no validation/R@1; ", section("validation/R@1")),
-        ("validation.split: train is what pretrain.loader trains on", section(split="train")),
-        ("validation.patience: it waits .*, and loss is of what is trained on", section(patience=2)),
-    ],
-)
-def test_a_metric_that_nothing_writes_is_refused_by_its_key(message: str, given: PretrainConfig) -> None:
-    with pytest.raises(RecipeError, match=rf"^pretrain\.training\.{message}"):
-        check_training("pretrain", given)
-
-
-def test_a_metric_of_validation_wants_validation() -> None:
-    check_training("pretrain", section(LOSS, patience=2))
-    check_training("pretrain", section("validation/image_to_text/R@5"))
-    without = PretrainConfig.model_validate(
-        {"model": SMALLEST_MODEL, "training": {"checkpoints": {"best_metric": LOSS}}}
-    )
-    with pytest.raises(RecipeError, match=r"best_metric: this training writes no validation/loss"):
-        check_training("pretrain", without)
-
-
-def test_a_split_that_is_not_there_is_named(validated: Trainings) -> None:
-    given = section(split="elsewhere")
-    with pytest.raises(MisuseError, match=r"^pretrain\.training\.validation\.split: .* there are .*held_out"):
-        check_held_out("pretrain", given, validated.dataset.uri)
-
-
-def test_a_look_makes_no_other_training_and_an_end_does() -> None:
-    plain = PretrainConfig.model_validate({"model": SMALLEST_MODEL})
-    assert identity(section()) == identity(plain)
-    ends, more = (identity(section(LOSS, patience=patience)) for patience in (2, 3))
-    assert identity(plain) != ends != more
-    assert TrainingConfig().validation is None
