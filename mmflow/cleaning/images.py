@@ -10,8 +10,17 @@ import simplejpeg
 from PIL import Image
 
 from mmflow.cleaning.config import ImageConfig
-from mmflow.imaging.colour import WHITE, Pixels, flatten, is_supported
-from mmflow.imaging.decode import REDUCING_GAP, decode_frames, decode_source, decode_source_jpeg, evenly_spaced
+from mmflow.imaging.decode import (
+    REDUCING_GAP,
+    WHITE,
+    Pixels,
+    decode_frames,
+    decode_source,
+    decode_source_jpeg,
+    evenly_spaced,
+    flatten,
+    is_supported,
+)
 from mmflow.imaging.hashes import clip_pixel_hash, pixel_hash, thumbnail, thumbnail_hash
 from mmflow.imaging.header import Header, Size, probe
 from mmflow.sources.reasons import Reason, Rejected

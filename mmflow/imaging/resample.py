@@ -1,12 +1,12 @@
-"""Pixels to a square view by one filter, whether the view is straight or bent: what is learnt is what is evaluated.
+"""Pixels to a square view, by one filter for straight and warped views, so that evaluation sees what training saw.
 
-Another filter in evaluation than in training is a shift of distribution: it cost 1–4 points of the quickstart's recall.
+Different filters in training and evaluation shift the distribution: that cost 1–4 points of the quickstart's recall.
 
-Bilinear interpolation reads four pixels of the picture for each of the view's, which is right while the view's box has
-at most `LEVEL` times its side. Beyond, pixels between would be passed over and a fine checkerboard would show as moiré,
-so the kernel is widened. A straight view is read by a triangle as wide as the view's pixel each way (antialiased
-bilinear, as Pillow's and torchvision's). A bent one is read bilinearly off a level, which is the picture shrunk by such
-triangles to `LEVEL` times the side: two kernels whose variances add up to that of the one.
+Bilinear interpolation reads four pixels of the picture for each pixel of the view. That is right while the view's box
+has at most `LEVEL` times its side. In a larger box pixels would be skipped, and a fine checkerboard would show as
+moiré, so the kernel is widened. A straight view uses a triangle as wide as the view's pixel each way (antialiased
+bilinear, as in Pillow and torchvision). A warped view is read bilinearly from a level: the picture shrunk by such
+triangles to `LEVEL` times the side. The variances of these two kernels add up to that of the single one.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from mmflow.imaging.colour import WHITE, Pixels
+from mmflow.imaging.decode import WHITE, Pixels
 
 LEVEL = math.sqrt(2)  # a triangle of half-width w has a variance of w²/6: 1/6 of the level's pixels twice is 2/6
 MARGIN = 2  # pixels of a level beyond what a view covers: bilinear interpolation reads one
 
 
-class Affine(NamedTuple):  # four are made for each view: a frozen dataclass takes three times as long
-    """Where a view looks: its place (x, y), from -½ to ½ each way, shows (a·x + b·y + c, d·x + e·y + f) of the box."""
+class Affine(NamedTuple):  # four are made per view: a frozen dataclass takes three times as long
+    """What a view shows: at (x, y), from -½ to ½ each way, the box's point (a·x + b·y + c, d·x + e·y + f)."""
 
     a: float = 1.0
     b: float = 0.0
@@ -36,7 +36,7 @@ class Affine(NamedTuple):  # four are made for each view: a frozen dataclass tak
     f: float = 0.0
 
     def of(self, inner: Affine) -> Affine:
-        """Look through `inner` first: what it shows at a place is what this one shows where it points."""
+        """The map that applies `inner` first, then this one."""
         return Affine(
             self.a * inner.a + self.b * inner.d,
             self.a * inner.b + self.b * inner.e,
@@ -53,7 +53,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 def resample(pixels: Pixels, side: int, box: Box, warp: Affine = PLAIN) -> Pixels:
-    """(side, side, 3): the box of the pixels as the warp shows it; what lies outside the picture is white."""
+    """(side, side, 3): the box of the pixels as the warp shows it; white outside of the picture."""
     if warp in (PLAIN, MIRRORED):
         left, top, right, bottom = box
         antialias = max(right - left, bottom - top) > LEVEL * side
@@ -65,9 +65,9 @@ def resample(pixels: Pixels, side: int, box: Box, warp: Affine = PLAIN) -> Pixel
 def _warped(pixels: Pixels, side: int, box: Box, warp: Affine) -> Pixels:
     height, width, _ = pixels.shape
     left, top, right, bottom = box
-    # Pixels of the level for one of the picture, each way.
+    # Pixels of the level per pixel of the picture, each way.
     across, down = (min(1.0, LEVEL * side / length) for length in (right - left, bottom - top))
-    # The view's place (x, y) lies at picture pixel (a·x + b·y + c, d·x + e·y + f).
+    # The view's point (x, y) is at picture pixel (a·x + b·y + c, d·x + e·y + f).
     on_picture = Affine(right - left, 0, (left + right) / 2, 0, bottom - top, (top + bottom) / 2).of(warp)
     on_level = on_picture
     if min(across, down) < 1:
@@ -88,13 +88,13 @@ def _warped(pixels: Pixels, side: int, box: Box, warp: Affine) -> Pixels:
 
 
 def _within(centre: float, reach: float, length: int) -> tuple[int, int]:
-    """First and last pixel of a side that a view reaches: at least one, even where it looks past the picture."""
+    """First and last pixel of a side that a view reaches: at least one, even if it shows nothing of the picture."""
     first = min(max(0, math.floor(centre - reach)), length - 1)
     return first, max(first + 1, min(length, math.ceil(centre + reach)))
 
 
 def _mirrored(pixels: Pixels) -> Pixels:
-    # By torch: numpy copies a reversed side of three-byte pixels a byte at a time, which takes 15 times as long.
+    # With torch: numpy copies a reversed axis of three-byte pixels byte by byte, which takes 15 times as long.
     return torch.from_numpy(np.require(pixels, requirements=["W"])).flip(1).numpy()
 
 
@@ -105,12 +105,10 @@ def picture_of(pixels: Pixels) -> Image.Image:
 
 
 def _interpolate(pixels: Pixels, width: int, height: int, *, antialias: bool) -> Pixels:
-    """Bilinear, by torch's vectorised kernel for bytes: several times as fast as Pillow's, and equal to it within one
-    level."""
+    """Bilinear, by torch's vectorised kernel for bytes: several times as fast as Pillow's, equal within one level."""
     if pixels.shape[:2] == (height, width):
         return pixels
-    # (1, 3, height, width) whose memory is channels last
-    # Pillow's arrays are read-only, which torch would warn of.
+    # (1, 3, height, width), with channels last in memory. Pillow's arrays are read-only, which torch warns about.
     planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     resized = interpolate(planes, size=(height, width), mode="bilinear", antialias=antialias)
     return resized.permute(0, 2, 3, 1)[0].numpy()

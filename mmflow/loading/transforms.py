@@ -16,8 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from mmflow.imaging.colour import Pixels
-from mmflow.imaging.decode import open_picture, read_pixels
+from mmflow.imaging.decode import Pixels, open_picture, read_pixels
 from mmflow.imaging.resample import PLAIN, Affine, Box, picture_of, resample
 from mmflow.loading.config import AugmentConfig, CropConfig, PoliciesConfig
 

@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 
 from mmflow.cleaning.config import ImageConfig
 from mmflow.cleaning.images import PreparedImage, encode, fit, prepare_images, stored_size
-from mmflow.imaging.colour import flatten
-from mmflow.imaging.decode import decode_source
+from mmflow.imaging.decode import decode_source, flatten
 from mmflow.imaging.hashes import perceptual_hash, pixel_hash
 from mmflow.imaging.header import TURNS, probe
 from mmflow.sources.reasons import Reason, Rejected

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmflow.imaging import colour
-from mmflow.imaging.colour import flatten, solid
-from mmflow.imaging.decode import decode_source
+from mmflow.imaging import decode as colour
+from mmflow.imaging.decode import decode_source, flatten, solid
 from mmflow.imaging.header import probe
 from tests.imaging.picture_files import chunk, file_of, gradient, png, tiff, ycck
 

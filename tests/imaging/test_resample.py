@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmflow.imaging.colour import Pixels
+from mmflow.imaging.decode import Pixels
 from mmflow.imaging.resample import LEVEL, MIRRORED, Affine, Box, resample
 from tests.loading.pictures import checkerboard, noise, smooth
 

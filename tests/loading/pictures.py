@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mmflow.imaging.colour import Pixels
+from mmflow.imaging.decode import Pixels
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:

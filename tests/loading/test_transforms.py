@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError
-from mmflow.imaging.colour import Pixels
-from mmflow.imaging.decode import decode
+from mmflow.imaging.decode import Pixels, decode
 from mmflow.loading.config import AugmentConfig, CropConfig, PoliciesConfig
 from mmflow.loading.transforms import (
     DRAWS,
