@@ -116,8 +116,5 @@ def test_whole_concepts_are_held_out_while_they_fit() -> None:
 def test_corpora_of_one_recipe_hold_out_the_same(corpora: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(str(QUICKSTART), [f"corpus={json.dumps(corpora)}"])
-
-
-def test_fluent_stills_go_with_clips_of_which_none_is_held_out_alone() -> None:
-    corpora = [{"name": "emoji_styles"}, {"name": "fluent_emoji_anim", "unseen_clip_share": 0}]
-    assert len(load_recipe(str(QUICKSTART), [f"corpus={json.dumps(corpora)}"]).corpus) == 2  # type: ignore[arg-type]
+    allowed = [{"name": "emoji_styles"}, {"name": "fluent_emoji_anim", "unseen_clip_share": 0}]
+    load_recipe(str(QUICKSTART), [f"corpus={json.dumps(allowed)}"])

@@ -188,11 +188,6 @@ def test_a_damaged_package_is_named(tmp_path: Path, damage: Any, told: str) -> N
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
-def test_an_empty_package_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match=r"neither png and svg nor openclipart-png_\*\.deb"):
-        write(tmp_path / "corpus", tmp_path)
-
-
 def test_a_member_that_leads_out_is_refused(tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages")
     stream = io.BytesIO()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,9 @@ from mmflow.fetch.job import fetch_images, is_settled, known_images, may_have_ur
 from mmflow.fetch.store import FetchedStore
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units
-from tests.fetch.webserver import Server, in_turn, respond, running
+from tests.fetch.webserver import Server, in_turn, no_progress, respond
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
-
-
-def no_progress(done: int, total: int, note: str) -> None:
-    pass
 
 
 class Recipe:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,9 @@ from mmflow.fetch.config import FetchConfig
 from mmflow.fetch.job import deal_hosts, fetch_into, fetch_urls
 from mmflow.fetch.store import FetchedStore, KnownWriter, next_run, remove_strays, xxh3
 from mmflow.sources.reasons import Reason, Rejected
-from tests.fetch.webserver import Handler, Server, head, in_turn, respond, running
+from tests.fetch.webserver import Handler, Server, head, in_turn, no_progress, respond
 
 SETTINGS = FetchConfig(loopback=True, retries=0)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
 
 
 def ok(url: str, body: bytes, **fields: Any) -> Result:
@@ -61,10 +55,6 @@ def fetch(urls: Sequence[str], store: str, settings: FetchConfig = SETTINGS, *, 
         return sum([number async for number in steps])
 
     return asyncio.run(run())
-
-
-def no_progress(done: int, total: int, note: str) -> None:
-    pass
 
 
 # --- the store ------------------------------------------------------------------------------------------------------

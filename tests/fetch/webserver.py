@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
+import pytest
+
 
 @dataclass(frozen=True)
 class Request:
@@ -117,8 +119,8 @@ async def silence(request: Request, writer: asyncio.StreamWriter) -> None:
     await asyncio.sleep(30)
 
 
-@contextlib.contextmanager
-def running() -> Iterator[Server]:
+@pytest.fixture
+def server() -> Iterator[Server]:
     """The server in a thread of its own, so that other processes can be its clients too."""
     server = Server()
     loop = asyncio.new_event_loop()
@@ -141,3 +143,7 @@ def running() -> Iterator[Server]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+def no_progress(done: int, total: int, note: str) -> None:
+    """A report that nobody reads."""

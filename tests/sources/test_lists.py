@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -117,10 +116,3 @@ def test_csv_as_written_by_the_standard_library_is_read_back(
     assert [(row["images"], texts(row)) for row in rows] == [
         ([image], [caption] if caption else []) for image, caption in cells
     ]
-
-
-def test_captions_of_a_json_list_keep_their_order(tmp_path: Path) -> None:
-    record = {"image": "a.png", "captions": ["one", {"text": "zwei", "language": "de"}, None]}
-    (tmp_path / "a.ndjson").write_text(json.dumps(record))
-    (row,) = read(tmp_path / "a.ndjson")
-    assert row["captions"] == [{"language": "und", "text": "one"}, {"language": "de", "text": "zwei"}]

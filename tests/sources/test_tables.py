@@ -97,7 +97,7 @@ def test_a_cut_parquet_file_is_one_row(tmp_path: Path, cut: int) -> None:
     assert reasons(read(tmp_path / "a.parquet")) == {"a.parquet": "source_damaged"}
 
 
-def saved(path: Path, number: int, **features: Any) -> datasets.Dataset:
+def dataset_of(number: int) -> datasets.Dataset:
     rows = {
         "image": [{"bytes": f"body {n}".encode(), "path": None} for n in range(number)],
         "text": [f"text {n}" for n in range(number)],
@@ -112,7 +112,7 @@ def saved(path: Path, number: int, **features: Any) -> datasets.Dataset:
 
 
 def test_huggingface_datasets_saved_on_disk(tmp_path: Path) -> None:
-    saved(tmp_path, 5).save_to_disk(tmp_path / "pets", num_shards=2)
+    dataset_of(5).save_to_disk(tmp_path / "pets", num_shards=2)
     rows = read(tmp_path / "pets", language="en")
     assert [row["bodies"] for row in rows] == [[f"body {n}".encode()] for n in range(5)]
     assert [texts(row) for row in rows] == [[f"text {n}"] for n in range(5)]
@@ -122,7 +122,7 @@ def test_huggingface_datasets_saved_on_disk(tmp_path: Path) -> None:
 
 
 def test_a_dictionary_of_datasets_gives_splits(tmp_path: Path) -> None:
-    datasets.DatasetDict({"train": saved(tmp_path, 3), "Test.A": saved(tmp_path, 2)}).save_to_disk(tmp_path / "pets")
+    datasets.DatasetDict({"train": dataset_of(3), "Test.A": dataset_of(2)}).save_to_disk(tmp_path / "pets")
     rows = read(tmp_path / "pets")
     assert sorted((row["split"], row["source"]) for row in rows) == [
         ("test-a", "pets/Test.A/data-00000-of-00001.arrow:1"),
@@ -134,7 +134,7 @@ def test_a_dictionary_of_datasets_gives_splits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [0.3, 0.8, -8])
 def test_a_cut_arrow_file_keeps_what_is_whole(tmp_path: Path, left: float) -> None:
-    saved(tmp_path, 3000).save_to_disk(tmp_path / "pets")
+    dataset_of(3000).save_to_disk(tmp_path / "pets")
     file = tmp_path / "pets" / "data-00000-of-00001.arrow"
     data = file.read_bytes()
     file.write_bytes(data[: int(left * len(data)) if left > 0 else int(left)])
@@ -146,14 +146,9 @@ def test_a_cut_arrow_file_keeps_what_is_whole(tmp_path: Path, left: float) -> No
 
 
 def test_a_lost_arrow_file_is_a_row(tmp_path: Path) -> None:
-    saved(tmp_path, 4).save_to_disk(tmp_path / "pets", num_shards=2)
+    dataset_of(4).save_to_disk(tmp_path / "pets", num_shards=2)
     (tmp_path / "pets" / "data-00000-of-00002.arrow").unlink()
     assert [row["reason"] for row in read(tmp_path / "pets")] == ["source_damaged", None, None]
-
-
-def test_a_folder_that_is_no_saved_dataset_is_misuse(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match="save_to_disk"):
-        read(tmp_path, kind="huggingface")
 
 
 INPUTS = [
@@ -278,6 +273,8 @@ def test_a_message_that_is_no_text_costs_img2datasets_list_one_row(tmp_path: Pat
 
 
 def test_json_in_a_state_file_that_is_none_is_misuse(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match="save_to_disk"):
+        read(tmp_path, kind="huggingface")
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(MisuseError, match="not JSON"):
         read(tmp_path)

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.sources import webdataset as webdataset_source
-from mmflow.sources.records import BYTES_PER_CHUNK
 from mmflow.sources.webdataset import Damage, Member, read_members, split_name
 from tests.sources.reading import read, reasons, texts
 
@@ -78,20 +77,6 @@ def test_headers_of_every_writer(tmp_path: Path, format: int) -> None:
     assert [row["metadata"].get("source_key") for row in rows] == ["x/a", f"{folder}/b", f"{folder}/ü"]
     assert [texts(row) for row in rows] == [["grün"]] * 3
     assert {row["reason"] for row in rows} == {None}
-
-
-def test_names_are_split_as_webdataset_does(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("v1.2/Cat.jpg", "v1.2/Cat.txt", "a.b.jpg", "a.txt", "../x.jpg", "._y.jpg", "README"):
-            add(tar, name, b"x")
-    rows = read(tmp_path / "a.tar")
-    assert [(row["source"], row["metadata"].get("source_key")) for row in rows] == [
-        ("a.tar:v1.2/Cat", "v1.2/Cat"),
-        ("a.tar:a", None),
-        ("a.tar:../x", "../x"),
-    ]
-    assert rows[1]["bodies"] == [b"x"]
-    assert [row["reason"] for row in read(tmp_path / "a.tar", keys="strict")] == ["key_invalid", None, "key_invalid"]
 
 
 @pytest.mark.parametrize(
@@ -211,18 +196,6 @@ def test_tars_that_were_joined_are_read_to_the_end(tmp_path: Path) -> None:
     one, two = (write(tmp_path / "x", [sample(number)]) for number in (1, 2))
     (tmp_path / "a.tar").write_bytes(one + two)
     assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k1": None, "a.tar:k2": None}
-
-
-def test_chunks_of_a_tar_are_bounded(tmp_path: Path) -> None:
-    from mmflow.sources.config import SourceConfig
-    from mmflow.sources.sources import list_units, read_unit
-
-    write(tmp_path / "a.tar", [sample(number, jpg=bytes(5 << 20)) for number in range(8)])
-    source = SourceConfig(uri=str(tmp_path / "a.tar"))
-    (unit,) = list_units([source])
-    tables = list(read_unit(unit, source))
-    assert [table.num_rows for table in tables] == [3, 3, 2]
-    assert all(table.nbytes < BYTES_PER_CHUNK + 10_000 for table in tables)
 
 
 @given(st.integers(0, 6), st.data())
