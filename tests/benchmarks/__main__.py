@@ -12,23 +12,12 @@ from types import ModuleType
 
 from tests.benchmarks import peers
 from tests.benchmarks.measure import RUNS, SHARE, machine
-from tests.benchmarks.table import merge, section
+from tests.benchmarks.table import publish
 
 SUBJECTS = (
-    "build",
-    "cached_teacher",
-    "distillation",
-    "duplicates",
-    "memory",
-    "plan",
-    "reading",
-    "resume",
-    "samples",
-    "step",
-    "tars",
-    "tiled",
-    "workers",
-)
+    "build", "cached_teacher", "distillation", "duplicates", "memory", "plan", "reading", "resume", "samples", "step",
+    "tars", "tiled", "workers",
+)  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -54,11 +43,7 @@ def main() -> None:
         subject = importlib.import_module(f"tests.benchmarks.{name}")
         began = time.monotonic()
         rows = subject.run()
-        part = section(name, rows, foot(name, subject, time.monotonic() - began))
-        # After each subject: a later one that fails must not lose what was measured.
-        page = options.results.read_text(encoding="utf-8") if options.results.exists() else ""
-        options.results.write_text(merge(page, {name: part}), encoding="utf-8")
-        print(part)
+        publish(options.results, name, rows, foot(name, subject, time.monotonic() - began))
 
 
 if __name__ == "__main__":

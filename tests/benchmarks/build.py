@@ -18,6 +18,7 @@ from tests.benchmarks import data, peers
 from tests.benchmarks.measure import CORES, SCRATCH, SHARE, Finished, call, mmflow, rounds, warm
 from tests.benchmarks.table import Row, faster
 
+KEEP_ALL = ["shard.captions={}", "shard.duplicates={exact: false}"]
 SIDE, QUALITY, MAX_PIXELS = 256, 90, 80_000_000
 START_RECORDS = 16
 RAY_DATA_SHARE = 0.2  # of the set: at its speed the whole would take most of the time that all benchmarks have
@@ -28,10 +29,9 @@ VERSIONS = ("ray", "pyarrow", "pillow", "simplejpeg", "numpy")
 def run() -> list[Row]:
     """Both sets, each by every contestant in turn."""
     # Nothing is left out of the JPEGs, so that all contestants write 5,000. openclipart is cleaned as its recipe says.
-    keep_all = ["shard.captions={}", "shard.duplicates={exact: false}"]
     return [
         *_compare("openclipart", data.openclipart(), []),
-        *_compare("JPEGs of 1–2 megapixels", data.jpegs(), keep_all),
+        *_compare("JPEGs of 1–2 megapixels", data.jpegs(), KEEP_ALL),
     ]
 
 

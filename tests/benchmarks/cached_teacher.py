@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import data
 from tests.benchmarks.measure import CORES, SCRATCH, SHARE, call, rounds
 from tests.benchmarks.table import Row, faster
 
@@ -67,14 +67,14 @@ def prepare(samples: int) -> dict[str, Any]:
         write_dataset(
             directory / "dataset", [("train", handmade[start : start + SAMPLES_PER_SHARD]) for start in starts]
         )
-        tokenizer = _tokenizer(directory / "dataset")
+        tokenizer = data.tokenizer_of(str(directory / "dataset"), 500)
         config = _config(TEACHER)
         model = build("model", config, tokenizer.get_vocab_size(), seed=0)
         write_package(
             str(directory / "package"), state=model.state_dict(), config=config, tokenizer_json=tokenizer.to_str(),
             parameters=parameter_count(model), lineage={},
         )  # fmt: skip
-    tokenizer = _tokenizer(directory / "dataset")
+    tokenizer = data.tokenizer_of(str(directory / "dataset"), 500)
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
     (cached,) = with_caches(
         [TeacherPackage(package=str(directory / "package"))], cache=CacheConfig(augmentations=VIEWS),
@@ -114,22 +114,18 @@ def measure(dataset: str, package: str, caches: list[str]) -> float:
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)
-    data, tokenizer, config, losses = (
-        open_dataset(dataset),
-        _tokenizer(Path(dataset)),
-        _config(STUDENT),
-        DistillationLossesConfig(),
-    )
+    opened, tokenizer = open_dataset(dataset), data.tokenizer_of(dataset, 500)
+    config, losses = _config(STUDENT), DistillationLossesConfig()
     teachers = open_teachers(
         "distill", [TeacherPackage(package=package, caches=tuple(caches))], losses, tokenizer=tokenizer,
-        max_tokens=MAX_TOKENS, frames=0, datasets=[data.fingerprint],
+        max_tokens=MAX_TOKENS, frames=0, datasets=[opened.fingerprint],
     )  # fmt: skip
     model = build("model", config, tokenizer.get_vocab_size(), seed=0)
     learner = Learner(model, config, [ObjectivesConfig()], masking_tokens(tokenizer), seed=SEED)
     student = Student(learner, teachers, losses).train()
     descent = build_optimizer([{"params": list(student.parameters())}], OptimizerConfig())
     loader = open_loader(
-        _loader_config(), data, tokenizer, global_batch_size=BATCH, image_pixels=student.image_pixels,
+        _loader_config(), opened, tokenizer, global_batch_size=BATCH, image_pixels=student.image_pixels,
         max_tokens=MAX_TOKENS, seed=SEED, stored_views=VIEWS, readings=student.readings,
     )  # fmt: skip
     with closing(iter(loader)) as batches:
@@ -149,15 +145,6 @@ def _loader_config() -> Any:
     from mmflow.loading.config import LoaderConfig
 
     return LoaderConfig.model_validate({"augment": {"max_zoom": 1.2, "max_shift": 0.05, "flip": 0.5}})
-
-
-def _tokenizer(dataset: Path) -> Any:
-    from mmflow.dataset.opened import open_dataset
-    from mmflow.dataset.reader import Reader
-    from mmflow.loading.tokens import train_tokenizer
-
-    reader = Reader(open_dataset(str(dataset)), "train")
-    return train_tokenizer((caption.text for sample in reader for caption in sample.captions), 500)
 
 
 def _config(width: int) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -60,6 +61,27 @@ def share_of(records: Path, count: int) -> Path:
     step = len(everything) / count
     write(directory / "records.jsonl", [everything[int(number * step)] for number in range(count)])
     return directory / "records.jsonl"
+
+
+def dataset(name: str, count: int, *overrides: str) -> Path:
+    """A dataset of about `count` of the JPEGs, all of them in one split, made once by `mmflow shard`."""
+    from tests.benchmarks.build import KEEP_ALL, shard
+
+    made = SCRATCH / f"{name}-{count}"
+    if not made.exists():
+        shutil.move(shard(share_of(jpegs(), count), [*KEEP_ALL, "shard.splits={}", *overrides])[1], made)
+    return made
+
+
+def tokenizer_of(uri: str, vocabulary_size: int) -> Any:
+    """A tokenizer of a dataset's own captions."""
+    from mmflow.dataset.opened import open_dataset
+    from mmflow.dataset.reader import Reader
+    from mmflow.loading.tokens import train_tokenizer
+
+    opened = open_dataset(uri)
+    samples = (sample for split in opened.splits for sample in Reader(opened, split))
+    return train_tokenizer((caption.text for sample in samples for caption in sample.captions), vocabulary_size)
 
 
 def read(records: Path) -> Iterator[dict[str, Any]]:

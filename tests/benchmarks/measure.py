@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -32,7 +33,7 @@ class Finished:
 
     seconds: float
     stdout: str
-    peak_bytes: Mapping[str, int] = field(default_factory=dict)  # process → the most that it was resident, if watched
+    peaks: Mapping[int, tuple[bool, int]] = field(default_factory=dict)  # process → is it Ray's worker, its peak bytes
 
 
 def rounds(contestants: Mapping[str, Callable[[], float]], runs: int = RUNS) -> dict[str, list[float]]:
@@ -51,7 +52,7 @@ def run_command(
     """Run to the end. Raises RuntimeError with the last lines of its output where it fails."""
     log = log or SCRATCH / "last.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    peaks: dict[str, int] = {}
+    peaks: dict[int, tuple[bool, int]] = {}
     with log.open("w+", encoding="utf-8", errors="replace") as output:
         began = time.perf_counter()
         process = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=output, stderr=subprocess.STDOUT)
@@ -68,7 +69,7 @@ def run_command(
         text = output.read()
     if code:
         raise RuntimeError(f"{' '.join(command)[:300]}: exit code {code}\n{text[-2000:]}")
-    return Finished(seconds=seconds, stdout=text, peak_bytes=peaks)
+    return Finished(seconds=seconds, stdout=text, peaks=peaks)
 
 
 def call(function: str, **arguments: Any) -> Any:
@@ -104,27 +105,24 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {' '.join(model.split())}, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
-def _watch(pid: int, peaks: dict[str, int], ended: threading.Event) -> None:
-    """Note the high-water mark of every process that descends from `pid`, until told that it has ended."""
+def high_water_mark(pid: int | str = "self") -> int:
+    """The most bytes that a process was resident. Not getrusage's, which begins with the parent's.
+
+    Raises OSError for a process that is gone and KeyError for a zombie.
+    """
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines if ":" in line)["VmHWM"].split()[0]) * 1024
+
+
+def _watch(pid: int, peaks: dict[int, tuple[bool, int]], ended: threading.Event) -> None:
+    """Note the high-water mark of every process that descends from `pid`, and which of them are Ray's workers."""
     while not ended.wait(POLL_SECONDS):
-        try:
-            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        for process in family:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                command = process.cmdline()
-            except (OSError, psutil.Error):
-                continue
-            marks = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-            if "VmHWM" in marks:  # a zombie has none
-                # Ray renames a worker after its task: the process is told by its number.
-                ray_worker = bool(command) and command[0].startswith("ray::")
-                known = next((name for name in peaks if name.endswith(f" {process.pid}")), None)
-                name = f"{'worker' if ray_worker else marks['Name'].strip()} {process.pid}"
-                peak = max(peaks.pop(known, 0) if known else 0, int(marks["VmHWM"].split()[0]) * 1024)
-                peaks[known if known and known.startswith("worker ") else name] = peak
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+                with contextlib.suppress(OSError, KeyError, psutil.Error):
+                    worker, peak = peaks.get(process.pid, (False, 0))
+                    worker |= "".join(process.cmdline()[:1]).startswith("ray::")  # renamed after its task
+                    peaks[process.pid] = (worker, max(peak, high_water_mark(process.pid)))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ def run() -> list[Row]:
     corpus = data.openclipart()
     records = data.share_of(corpus, round(SHARE * sum(1 for _ in data.read(corpus))))
     finished, _ = shard(records, [], watch=True)
-    peaks = {name: peak / 2**30 for name, peak in finished.peak_bytes.items()}
-    workers = [peak for name, peak in peaks.items() if name.startswith("worker ")]
-    others = [peak for name, peak in peaks.items() if not name.startswith("worker ")]
+    workers = [peak / 2**30 for worker, peak in finished.peaks.values() if worker]
+    others = [peak / 2**30 for worker, peak in finished.peaks.values() if not worker]
     count = sum(1 for _ in data.read(records))
     note = f"of {len(workers)} workers over {count:,} records; pages of the object store that it touched are counted"
     return [

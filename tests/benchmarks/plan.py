@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.benchmarks.measure import SHARE, call, rounds
+from tests.benchmarks.measure import SHARE, call, high_water_mark, rounds
 from tests.benchmarks.table import Row, bounded
 
 NUM_SHARDS = 100_000
@@ -44,8 +44,6 @@ def run() -> list[Row]:
 def plan(num_shards: int) -> dict[str, float]:
     """Seconds to the first batch, milliseconds of seeks, and MiB of the process at its peak."""
     import random
-    import re
-    from pathlib import Path
 
     from mmflow.loading.plan import LoaderState, Order
 
@@ -68,7 +66,4 @@ def plan(num_shards: int) -> dict[str, float]:
             seeks[len(seeks) // 2],
             seeks[-len(seeks) // 100],
         )
-    # Not getrusage: its mark is that of the process which started this one, where that held more.
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak
-    return {**found, "mib": int(peak[1]) / 1_024}
+    return {**found, "mib": high_water_mark() / 2**20}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,9 @@ import numpy as np
 
 from mmflow.loading.config import AugmentConfig, CropConfig
 from tests.benchmarks import data
-from tests.benchmarks.build import shard
-from tests.benchmarks.measure import SCRATCH, SHARE, call, rounds
+from tests.benchmarks.measure import SHARE, call, rounds
 from tests.benchmarks.table import Row, faster
+from tests.benchmarks.tars import count_of
 
 NUM_SAMPLES = 600  # of each size
 SETS = {"1–2 megapixels": "{resize: none}", "0.3–0.8 megapixels": "{resize: longest, side: 900, quality: 90}"}
@@ -32,15 +31,13 @@ VERSIONS = ("webdataset", "pillow", "simplejpeg", "torch", "tokenizers", "numpy"
 
 def run() -> list[Row]:
     """Both sets by every contestant in turn: the same shards, the same crops, one tokenizer."""
-    records = data.share_of(data.jpegs(), max(BATCH, round(SHARE * NUM_SAMPLES)))
     rows = []
     for number, (name, image) in enumerate(SETS.items()):
-        keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
-        _, built = shard(records, [*keep_all, f"shard.image={image}"])
-        dataset = SCRATCH / f"samples-{number}"
-        shutil.rmtree(dataset, ignore_errors=True)
-        built.rename(dataset)
-        arguments = {"uri": str(dataset), "tokenizer": str(_tokenizer(dataset))}
+        count = max(BATCH, round(SHARE * NUM_SAMPLES))
+        dataset = data.dataset(f"samples-{number}", count, f"shard.image={image}")
+        tokenizer = str(dataset.with_suffix(".tokenizer.json"))
+        data.tokenizer_of(str(dataset), 4000).save(tokenizer)
+        arguments = {"uri": str(dataset), "tokenizer": tokenizer}
         found = rounds({each: partial(_rate, each, arguments) for each in ("ours", "webdataset_pillow", "bare_loop")})
         rows += [
             faster(f"{name}: read, crop, tokenise", found["ours"], "webdataset, Pillow", found["webdataset_pillow"],
@@ -53,21 +50,6 @@ def run() -> list[Row]:
 
 def _rate(name: str, arguments: dict[str, str]) -> float:
     return float(call(f"tests.benchmarks.samples:{name}", **arguments))
-
-
-def _tokenizer(dataset: Path) -> Path:
-    """A tokenizer of the dataset's captions, beside it."""
-    from mmflow.dataset.opened import open_dataset
-    from mmflow.dataset.reader import Reader
-    from mmflow.loading.tokens import train_tokenizer
-
-    opened = open_dataset(str(dataset))
-    captions = (
-        caption.text for split in opened.splits for sample in Reader(opened, split) for caption in sample.captions
-    )
-    path = dataset.with_suffix(".tokenizer.json")
-    train_tokenizer(captions, 4000).save(str(path))
-    return path
 
 
 # --- contestants, each called in a process of its own: samples per CPU-second, on one core ----------------------------
@@ -162,7 +144,7 @@ def webdataset_pillow(uri: str, tokenizer: str) -> float:
         pipeline = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil")
         yield from pipeline.to_tuple("__key__", "jpg", "txt").map(crop).batched(BATCH, collation_fn=collate)
 
-    return _per_cpu_second(batches, _count(uri))
+    return _per_cpu_second(batches, count_of(uri))
 
 
 def bare_loop(uri: str, tokenizer: str) -> float:
@@ -211,10 +193,3 @@ def _crop(width: int, height: int, draws: Any, draw_view: Any) -> tuple[float, f
     """Left, top, width and height in pixels."""
     left, top, across, down = draw_view(width, height, AUGMENT, draws).part
     return left * width, top * height, across * width, down * height
-
-
-def _count(uri: str) -> int:
-    from mmflow.dataset.opened import open_dataset
-
-    opened = open_dataset(uri)
-    return sum(opened.samples(split) for split in opened.splits)

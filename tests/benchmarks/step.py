@@ -18,6 +18,7 @@ import yaml
 
 from tests.benchmarks.measure import CORES, ROOT, SHARE, call, rounds
 from tests.benchmarks.table import Row, faster
+from tests.benchmarks.training import engine_of, learner_of, random_batch
 
 QUICKSTART = ROOT / "pipelines" / "quickstart.yaml"
 WARM_STEPS, STEPS = 4, max(2, round(SHARE * 24))
@@ -50,22 +51,16 @@ def _rate(program: Callable[[], float]) -> float:
 
 def ours() -> float:
     """`training.loop.Loop` with a DeepSpeed engine, of one rank."""
-    import os
-
     import torch.distributed as dist
 
     from mmflow.loading.plan import LoaderState
     from mmflow.training.config import GuardsConfig, TrainingConfig
-    from mmflow.training.engine import build_engine, prepare_deepspeed
     from mmflow.training.guards import Guards
     from mmflow.training.journal import Journal
     from mmflow.training.loop import Due, Loop
 
-    prepare_deepspeed()
-    os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     training = TrainingConfig.model_validate(_section()["training"])
-    engine = build_engine(_learner(), training.model_copy(update={"precision": "fp32"}), 10_000)
+    engine = engine_of(_learner(), training.model_copy(update={"precision": "fp32"}))
     clock = Clock(_batches())
     with tempfile.TemporaryDirectory() as directory:
         journal = Journal(Path(directory) / "journal.jsonl")
@@ -204,17 +199,8 @@ def _section() -> dict[str, Any]:
 def _learner() -> Any:
     import torch
 
-    from mmflow.learning.learner import Learner
-    from mmflow.learning.objectives import ObjectivesConfig
-    from mmflow.learning.outputs import MaskingTokens
-    from mmflow.models.config import ModelConfig
-    from mmflow.models.model import build
-
     torch.set_num_threads(CORES)
-    config = ModelConfig.model_validate(_section()["model"])
-    vocabulary_size = config.vocabulary_size
-    model = build("pretrain.model", config, vocabulary_size, seed=1)
-    return Learner(model, config, [ObjectivesConfig()], MaskingTokens(None, (), vocabulary_size), seed=1).train()
+    return learner_of(_section()["model"])
 
 
 def _adamw(learner: Any, training: Any) -> Any:
@@ -228,23 +214,8 @@ def _adamw(learner: Any, training: Any) -> Any:
 
 
 def _batches() -> list[Any]:
-    import torch
-
-    from mmflow.loading.batches import Batch
-    from mmflow.loading.plan import LoaderState
-
-    section = _section()
-    size, side = section["training"]["global_batch_size"], section["model"]["image_pixels"]
-    random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (NUM_BATCHES, size, side, side, 3), generator=random, dtype=torch.uint8)
+    size, model = _section()["training"]["global_batch_size"], _section()["model"]
     return [
-        Batch(
-            keys=tuple(map(str, range(size))),
-            pixels=each.permute(0, 3, 1, 2),
-            token_ids=torch.randint(5, section["model"]["vocabulary_size"], (size, TOKENS), generator=random),
-            token_mask=torch.ones(size, TOKENS, dtype=torch.int64),
-            real=torch.ones(size, dtype=torch.bool),
-            state=LoaderState(),
-        )
-        for each in pixels
+        random_batch(size, model["image_pixels"], TOKENS, model["vocabulary_size"], seed=seed)
+        for seed in range(NUM_BATCHES)
     ]

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 HEAD = """# Beside peers
 
@@ -68,6 +69,14 @@ def bounded(name: str, values: Sequence[float], *, unit: str, most: float, note:
     """The row of a figure that has a bound instead of a peer."""
     ours = statistics.median(values)
     return Row(name=name, ours=ours, unit=unit, goal=f"< {most:g}", met=ours < most, note=note)
+
+
+def publish(results: Path, name: str, rows: Sequence[Row], foot: str) -> None:
+    """Replace a subject's section on the page, at once: a later subject that fails must not lose what was measured."""
+    part = section(name, rows, foot)
+    page = results.read_text(encoding="utf-8") if results.exists() else ""
+    results.write_text(merge(page, {name: part}), encoding="utf-8")
+    print(part)
 
 
 def number(value: float) -> str:

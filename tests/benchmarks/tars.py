@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import data
-from tests.benchmarks.build import shard
-from tests.benchmarks.measure import SCRATCH, SHARE, call, rounds
+from tests.benchmarks.measure import SHARE, call, rounds
 from tests.benchmarks.table import Row, faster
 
 SAMPLES_PER_SHARD = 2_500
@@ -39,13 +38,8 @@ def run() -> list[Row]:
 
 def sharded_jpegs() -> tuple[Path, int]:
     """The JPEGs as a dataset, which webdataset and Ray Data read too, and its samples."""
-    records = data.share_of(data.jpegs(), round(SHARE * data.NUM_JPEGS))
-    keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
-    _, built = shard(records, [*keep_all, f"shard.samples_per_shard={SAMPLES_PER_SHARD}"])
-    dataset = SCRATCH / "tars"
-    shutil.rmtree(dataset, ignore_errors=True)
-    built.rename(dataset)
-    return dataset, sum(1 for _ in data.read(records))
+    count = round(SHARE * data.NUM_JPEGS)
+    return data.dataset("tars", count, f"shard.samples_per_shard={SAMPLES_PER_SHARD}"), count
 
 
 def rates(functions: Mapping[str, str], dataset: Path, count: int) -> dict[str, list[float]]:

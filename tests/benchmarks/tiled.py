@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.benchmarks.measure import SHARE, call, rounds
+from tests.benchmarks.measure import SHARE, call, high_water_mark, rounds
 from tests.benchmarks.table import Row, bounded, faster
 
 BATCHES, WIDTH = (32_768, 16_384, 8_192), 512
@@ -56,17 +55,19 @@ def run() -> list[Row]:
 # --- contestants, each called in a process of its own ---------------------------------------------------------------
 
 
-def in_strips(batch: int) -> dict[str, float]:
+def in_strips(batch: int, device: str = "cpu") -> dict[str, float]:
     """`contrastive_loss`, of one rank."""
-    return _measured(batch, loss_in_strips(batch))
+    return _measured(batch, loss_in_strips(batch, device), device)
 
 
-def dense(batch: int) -> dict[str, float]:
-    """transformers' loss on one matrix."""
-    return _measured(batch, dense_loss())
+def dense(batch: int, device: str = "cpu") -> dict[str, float]:
+    """transformers' loss on one matrix, both directions of it."""
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    return _measured(batch, lambda image, text, scale: image_text_contrastive_loss((scale * text) @ image.T), device)
 
 
-def loss_in_strips(batch: int, device: str = "cpu") -> Callable[..., Any]:
+def loss_in_strips(batch: int, device: str) -> Callable[..., Any]:
     """mmflow's loss of pictures, texts (B, E) and the logit scale (1,)."""
     import torch
 
@@ -77,41 +78,30 @@ def loss_in_strips(batch: int, device: str = "cpu") -> Callable[..., Any]:
     return lambda image, text, scale: contrastive_loss(image, text, scale, rows, lambda each: each)
 
 
-def dense_loss() -> Callable[..., Any]:
-    """transformers', of one matrix that it takes both directions of."""
-    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
-
-    return lambda image, text, scale: image_text_contrastive_loss((scale * text) @ image.T)
-
-
-def _measured(batch: int, loss_of: Callable[..., Any]) -> dict[str, float]:
+def _measured(batch: int, loss_of: Callable[..., Any], device: str) -> dict[str, float]:
     """Seconds of a forward and a backward pass, the mean of a second's worth; the memory that they reach above what
-    was there before, from the first; the loss and the gradient's norm."""
+    was there before; the loss and the gradient's norm."""
     import torch
 
     torch.manual_seed(0)
-    leaves = [torch.nn.functional.normalize(torch.randn(batch, WIDTH), dim=1).requires_grad_() for _ in range(2)]
-    scale = torch.tensor([14.3], requires_grad=True)
+    leaves = [
+        torch.nn.functional.normalize(torch.randn(batch, WIDTH, device=device), dim=1).requires_grad_()
+        for _ in range(2)
+    ]
+    scale = torch.tensor([14.3], requires_grad=True, device=device)
     (leaves[0][:64] @ leaves[1][:64].T).sum().backward()  # what kernels and autograd set up once is not the loss's
     leaves[0].grad = leaves[1].grad = None
-    before = psutil.Process().memory_info().rss
-    began = time.perf_counter()
-    loss = loss_of(*leaves, scale)
-    loss.backward()
-    seconds, passes = time.perf_counter() - began, 1
-    gradient = leaves[0].grad.norm().item()
-    reached = _high_water_mark()
-    value = loss.item()
-    if seconds < 1:
-        passes = 0
+    before = torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    seconds, passes, measured = 0.0, 0, {}
+    while seconds < 1:
         began = time.perf_counter()
-        while time.perf_counter() - began < 1:
-            loss_of(*leaves, scale).backward()
-            passes += 1
-        seconds = time.perf_counter() - began
-    return {"seconds": seconds / passes, "bytes": reached - before, "loss": value, "gradient": gradient}
-
-
-def _high_water_mark() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+        loss = loss_of(*leaves, scale)
+        loss.backward()
+        value = loss.item()  # waits for the device
+        seconds, passes = seconds + time.perf_counter() - began, passes + 1
+        if not measured:
+            reached = torch.cuda.max_memory_allocated() if device == "cuda" else high_water_mark()
+            gradient = leaves[0].grad
+            assert gradient is not None
+            measured = {"bytes": reached - before, "loss": value, "gradient": gradient.norm().item()}
+    return {"seconds": seconds / passes, **measured}

@@ -5,17 +5,15 @@ What `loader.workers.kind` is by default rests on this.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import data, resume
-from tests.benchmarks.build import shard
-from tests.benchmarks.measure import CORES, SCRATCH, SHARE, call, rounds
+from tests.benchmarks.measure import CORES, SHARE, call, rounds
 from tests.benchmarks.table import Row, faster
 
 SMALL_SIDE = 96  # stored pixels: the quickstart's
@@ -56,15 +54,9 @@ def _figure(kind: str, figure: str, arguments: dict[str, Any]) -> float:
 
 
 def _small_shards() -> Path:
-    count = round(SHARE * data.NUM_JPEGS)
-    dataset = SCRATCH / f"small-{count}"
-    if not dataset.exists():
-        records = data.share_of(data.jpegs(), count)
-        keep_all = ["shard.captions={}", "shard.duplicates={exact: false}", "shard.splits={}"]
-        image = f"shard.image={{side: {SMALL_SIDE}, quality: 92}}"
-        _, built = shard(records, [*keep_all, image, f"shard.samples_per_shard={resume.SAMPLES_PER_SHARD}"])
-        shutil.move(built, dataset)
-    return dataset
+    image = f"shard.image={{side: {SMALL_SIDE}, quality: 92}}"
+    split = f"shard.samples_per_shard={resume.SAMPLES_PER_SHARD}"
+    return data.dataset("small", round(SHARE * data.NUM_JPEGS), image, split)
 
 
 # --- called in a process of its own -----------------------------------------------------------------------------------
@@ -75,9 +67,10 @@ def measure(kind: str, uri: str, image_pixels: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    tokenizer = resume.tokenizer_of(uri)
+    tokenizer = data.tokenizer_of(uri, resume.VOCABULARY)
     began = time.perf_counter()
-    with _batches(kind, uri, image_pixels, tokenizer) as batches:
+    loader = _loader("threads" if kind == "torch_dataloader" else kind, uri, image_pixels, tokenizer)
+    with closing(_dataloader(loader) if kind == "torch_dataloader" else iter(loader)) as batches:
         next(batches)
         first = time.perf_counter() - began
         for _ in range(WARM_BATCHES):
@@ -87,16 +80,6 @@ def measure(kind: str, uri: str, image_pixels: int) -> dict[str, float]:
             samples += len(next(batches).keys)
         seconds = time.perf_counter() - began
     return {"first_batch_seconds": first, "samples_per_second": samples / seconds}
-
-
-@contextmanager
-def _batches(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Iterator[Generator[Any, None, None]]:
-    from contextlib import closing
-
-    loader = _loader("threads" if kind == "torch_dataloader" else kind, uri, image_pixels, tokenizer)
-    source = _dataloader(loader, uri, image_pixels, tokenizer) if kind == "torch_dataloader" else iter(loader)
-    with closing(source) as batches:
-        yield batches
 
 
 def _loader(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Any:
@@ -112,7 +95,7 @@ def _loader(kind: str, uri: str, image_pixels: int, tokenizer: Any) -> Any:
     )  # fmt: skip
 
 
-def _dataloader(loader: Any, uri: str, image_pixels: int, tokenizer: Any) -> Generator[Any, None, None]:
+def _dataloader(loader: Any) -> Generator[Any, None, None]:
     """The same batches by torch's own workers: a map-style dataset whose index is a state."""
     from torch.utils.data import DataLoader
 
@@ -123,19 +106,23 @@ def _dataloader(loader: Any, uri: str, image_pixels: int, tokenizer: Any) -> Gen
             state = loader.order.after(state)
 
     yield from DataLoader(
-        Batches(uri, image_pixels, tokenizer),  # type: ignore[arg-type]
+        Batches(loader),  # type: ignore[arg-type]
         batch_size=None, sampler=states(), num_workers=CORES, multiprocessing_context="forkserver",
     )  # fmt: skip
 
 
 class Batches:
-    """Each worker opens a loader of its own when it is first asked."""
+    """The batch of a state, as the loader's workers make it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-        self.loader: Any = None
+    def __init__(self, loader: Any) -> None:
+        self.parts = (loader.readers, loader.tokenizer, loader.settings)
+        self.order = loader.order
 
     def __getitem__(self, state: Any) -> Any:
-        if self.loader is None:
-            self.loader = _loader("threads", *self.arguments)
-        return self.loader.batch(state)
+        import numpy as np
+
+        from mmflow.loading.batches import assemble, load_slots
+
+        slots, settings = self.order.batch(state), self.parts[2]
+        pixels = np.empty((len(slots), 1, settings.image_pixels, settings.image_pixels, 3), np.uint8)
+        return assemble(load_slots(*self.parts, slots, pixels), pixels, self.order.after(state), settings, 0)

@@ -17,12 +17,12 @@ import torch
 
 from tests.benchmarks.gpu.train import LONGEST_SEARCH, SIZES
 from tests.benchmarks.measure import RUNS, call, rounds
-from tests.benchmarks.table import Row, bounded, faster, merge, section
-from tests.benchmarks.tiled import MOST_MEMORY_PERCENT, MOST_TIME
+from tests.benchmarks.table import Row, bounded, faster, publish
+from tests.benchmarks.tiled import MOST_MEMORY_PERCENT, MOST_TIME, WIDTH
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 MFU_GOAL_PERCENT = 50.0
-INFO_NCE_ROWS, INFO_NCE_WIDTH = 32_768, 512
+INFO_NCE_ROWS = 32_768
 VERSIONS = ("torch", "deepspeed", "transformers")
 
 
@@ -41,10 +41,7 @@ def main() -> None:
     for name, measure in measures.items():
         print(f"{name}:", flush=True)
         began = time.monotonic()
-        part = section(name, measure(), foot(time.monotonic() - began))
-        page = options.results.read_text(encoding="utf-8") if options.results.exists() else ""
-        options.results.write_text(merge(page, {name: part}), encoding="utf-8")
-        print(part)
+        publish(options.results, name, measure(), foot(time.monotonic() - began))
 
 
 def foot(seconds: float) -> str:
@@ -93,8 +90,9 @@ def largest_batch(size: str, batch: int) -> list[Row]:
 
 def contrastive(rows: int) -> list[Row]:
     """The loss alone, forward and backward."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     programs = {
-        name: partial(call, f"tests.benchmarks.gpu.train:{name}", rows=rows, width=INFO_NCE_WIDTH)
+        name: partial(call, f"tests.benchmarks.tiled:{name}", batch=rows, device=device)
         for name in ("in_strips", "dense")
     }
     peaks: dict[str, list[float]] = {name: [] for name in programs}
@@ -105,7 +103,7 @@ def contrastive(rows: int) -> list[Row]:
         return rows / float(found["seconds"])
 
     rates = rounds({name: partial(rate, name) for name in programs})
-    note = f"{rows:,} × {INFO_NCE_WIDTH}, fp32"
+    note = f"{rows:,} × {WIDTH}, fp32"
     shares = [100 * ours / max(theirs, 1) for ours, theirs in zip(peaks["in_strips"], peaks["dense"], strict=True)]
     peer = "transformers' CLIP loss"
     return [

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.benchmarks.tiled import dense_loss, loss_in_strips
+from tests.benchmarks.training import engine_of, learner_of, random_batch
 
 WARM_STEPS, STEPS = 5, 20
 LONGEST_SEARCH = 8  # doublings
@@ -84,82 +82,20 @@ def fits(size: str, batch: int, checkpointed: bool) -> bool:
     return True
 
 
-def in_strips(rows: int, width: int) -> dict[str, float]:
-    """mmflow's InfoNCE, of one rank."""
-    return _loss_alone(rows, width, loss_in_strips(rows, _device().type))
-
-
-def dense(rows: int, width: int) -> dict[str, float]:
-    """transformers' loss on one matrix."""
-    return _loss_alone(rows, width, dense_loss())
-
-
-def _loss_alone(rows: int, width: int, loss_of: Callable[..., Any]) -> dict[str, float]:
-    """Seconds of a forward and a backward pass, and the memory that they reach above what was there before."""
-    device = _device()
-    torch.manual_seed(0)
-    leaves = [
-        torch.nn.functional.normalize(torch.randn(rows, width, device=device), dim=1).requires_grad_() for _ in range(2)
-    ]
-    scale = torch.tensor([14.3], requires_grad=True, device=device)
-    (leaves[0][:64] @ leaves[1][:64].T).sum().backward()  # what kernels and autograd set up once is not the loss's
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    passes = 0
-    _wait(device)
-    began = time.perf_counter()
-    while not passes or time.perf_counter() - began < 1:
-        loss_of(*leaves, scale).backward()
-        _wait(device)
-        passes += 1
-    seconds = (time.perf_counter() - began) / passes
-    reached = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    return {"seconds": seconds, "bytes": reached - before}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _learner(size: str, **changes: Any) -> Any:
-    from mmflow.learning.learner import Learner
-    from mmflow.learning.objectives import ObjectivesConfig
-    from mmflow.learning.outputs import MaskingTokens
-    from mmflow.models.config import ModelConfig
-    from mmflow.models.model import build
-
     fields = SIZES[size]
-    sides = {side: {**fields[side], **changes} for side in ("image", "text")}
-    config = ModelConfig.model_validate({**fields, **sides})
-    model = build("model", config, config.vocabulary_size, seed=1)
-    return Learner(model, config, [ObjectivesConfig()], MaskingTokens(None, (), config.vocabulary_size), seed=1).train()
+    return learner_of({**fields, **{side: {**fields[side], **changes} for side in ("image", "text")}})
 
 
 def _engine(learner: Any, batch: int) -> Any:
     from mmflow.training.config import TrainingConfig
-    from mmflow.training.engine import build_engine, prepare_deepspeed
 
-    prepare_deepspeed()
-    os.environ["LOCAL_RANK"] = "0"  # as every launcher sets it; DeepSpeed insists
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return build_engine(learner, TrainingConfig(zero_stage=1, precision="bf16", global_batch_size=batch), 1000)
+    return engine_of(learner, TrainingConfig(zero_stage=1, precision="bf16", global_batch_size=batch))
 
 
 def _batch(size: str, rows: int, device: torch.device) -> Any:
-    from mmflow.loading.batches import Batch
-    from mmflow.loading.plan import LoaderState
-
     fields = SIZES[size]
-    side, tokens = fields["image_pixels"], fields["max_tokens"]
-    pixels = torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8, device=device)
-    return Batch(
-        keys=tuple(map(str, range(rows))),
-        pixels=pixels.permute(0, 3, 1, 2),
-        token_ids=torch.randint(5, fields["vocabulary_size"], (rows, tokens), device=device),
-        token_mask=torch.ones(rows, tokens, dtype=torch.int64, device=device),
-        real=torch.ones(rows, dtype=torch.bool, device=device),
-        state=LoaderState(),
-    )
+    return random_batch(rows, fields["image_pixels"], fields["max_tokens"], fields["vocabulary_size"], device)
 
 
 def _wait(device: torch.device) -> None:
