@@ -164,25 +164,6 @@ def test_a_state_goes_through_json_and_resumes_at_any_step(small_dataset: Datase
             assert_same(found, batch)
 
 
-def test_stopped_on_3_ranks_an_epoch_goes_on_with_2_and_then_5(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
-    """Each global batch is the uninterrupted one, and the epoch's keys come out exact."""
-    expected = straight(loader_of(small_dataset, tokenizer), STEPS)
-    state, seen = START, []
-    for world_size, steps in ((3, 2), (2, 1), (5, 2)):
-        ranks = [
-            take(loader_of(small_dataset, tokenizer, rank=rank, world_size=world_size, state=state), steps)
-            for rank in range(world_size)
-        ]
-        for global_batch in zip(*ranks, strict=True):
-            assert whole(global_batch) == whole([expected[len(seen)]])
-            seen.append(real_keys(global_batch))
-            state = global_batch[0].state
-    assert Counter(key for keys in seen for key in keys) == Counter(
-        sample.key for sample in Reader(small_dataset, "train")
-    )
-    assert state == LoaderState(1, 0)
-
-
 @settings(max_examples=25)
 @given(
     batch=st.integers(1, 40),

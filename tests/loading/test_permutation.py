@@ -96,16 +96,6 @@ def test_keys_follow_the_numbers_and_their_order() -> None:
 def test_the_shuffle_is_a_fixed_function_that_no_release_may_change() -> None:
     """A checkpoint holds a position only: another shuffle after an upgrade would repeat and lose samples."""
     assert int(key_of(7, 1)[0]) == 889264979836180879
-    assert permute(np.arange(10), np.full(10, 10), np.repeat(key_of(7, 1), 10)).tolist() == [
-        6,
-        2,
-        1,
-        7,
-        0,
-        8,
-        3,
-        5,
-        4,
-        9,
-    ]
+    ten = permute(np.arange(10), np.full(10, 10), np.repeat(key_of(7, 1), 10))
+    assert " ".join(map(str, ten)) == "6 2 1 7 0 8 3 5 4 9"
     assert shuffled(6, key_of(7, 1)).tolist() == [0, 4, 1, 2, 3, 5]
