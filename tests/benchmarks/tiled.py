@@ -57,7 +57,13 @@ def run() -> list[Row]:
 
 def in_strips(batch: int, device: str = "cpu") -> dict[str, float]:
     """`contrastive_loss`, of one rank."""
-    return _measured(batch, loss_in_strips(batch, device), device)
+    import torch
+
+    from mmflow.learning.objectives.contrastive import contrastive_loss
+    from mmflow.learning.rows import ALONE, global_rows
+
+    rows = global_rows(torch.ones(batch, dtype=torch.bool, device=device))
+    return _measured(batch, lambda image, text, scale: contrastive_loss(image, text, scale, rows, ALONE.gather), device)
 
 
 def dense(batch: int, device: str = "cpu") -> dict[str, float]:
@@ -65,17 +71,6 @@ def dense(batch: int, device: str = "cpu") -> dict[str, float]:
     from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
     return _measured(batch, lambda image, text, scale: image_text_contrastive_loss((scale * text) @ image.T), device)
-
-
-def loss_in_strips(batch: int, device: str) -> Callable[..., Any]:
-    """mmflow's loss of pictures, texts (B, E) and the logit scale (1,)."""
-    import torch
-
-    from mmflow.learning.objectives.contrastive import contrastive_loss
-    from mmflow.learning.rows import global_rows
-
-    rows = global_rows(torch.ones(batch, dtype=torch.bool, device=device), lambda each: each, rank=0)
-    return lambda image, text, scale: contrastive_loss(image, text, scale, rows, lambda each: each)
 
 
 def _measured(batch: int, loss_of: Callable[..., Any], device: str) -> dict[str, float]:
