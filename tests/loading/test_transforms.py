@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from mmflow.core.errors import CorruptArtifactError
-from mmflow.imaging.decode import Pixels, decode
+from mmflow.imaging.decode import Pixels
 from mmflow.imaging.resample import PLAIN, resample
 from mmflow.loading.config import AugmentConfig, CropConfig, Operation, PoliciesConfig
 from mmflow.loading.transforms import (
