@@ -59,7 +59,7 @@ def test_case_and_spaces_never_tell_answers_apart(answer: str) -> None:
 
 
 @pytest.mark.parametrize(("agree", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
-def test_of_ten_people_four_make_an_answer_wholly_right(agree: int, expected: float) -> None:
+def test_four_of_ten_people_make_an_answer_wholly_right(agree: int, expected: float) -> None:
     people = ["red"] * agree + [f"other {number}" for number in range(10 - agree)]
     assert answer_accuracy("Red.", people) == pytest.approx(expected)
 
@@ -97,7 +97,7 @@ def test_the_commonest_answer_is_counted_after_normalisation() -> None:
     assert commonest_answer([]) == ""
 
 
-def test_accuracy_is_told_by_the_answer_that_most_people_gave() -> None:
+def test_accuracy_by_the_answer_that_most_people_gave() -> None:
     people = [["Red"], ["red", "red", "dark"], ["two"], ["red"]]
     assert accuracy_by_answer(["red", "dark", "2", "blue"], people, 2) == [("red", 3, 4 / 9), ("2", 1, 1.0)]
     assert accuracy_by_answer(["red", "dark", "2", "blue"], people, 1) == [("red", 3, 4 / 9)]

@@ -30,8 +30,8 @@ REFERENCES = [
     ["A man in a suit is standing at a podium.", "man speaking into a microphone"],
     ["Nobody's walking on the beach, it's too dark.", "an empty beach at night"],
 ]
-SAID = [words(caption) for caption in CAPTIONS]
-WRITTEN = [[words(text) for text in theirs] for theirs in REFERENCES]
+TEXTS = [words(caption) for caption in CAPTIONS]
+PEOPLE = [[words(text) for text in theirs] for theirs in REFERENCES]
 
 # pycocoevalcap 1.2 on these captions, split into the same words: BLEU-1 to BLEU-4, and by row ROUGE-L and CIDEr-D.
 COCO_BLEU = [0.78723404, 0.61969073, 0.42506955, 0.22493896]
@@ -40,16 +40,16 @@ COCO_CIDER = [2.13310429, 2.08120861, 1.09800916, 1.83825514, 0.56671546, 1.5633
 
 
 def test_bleu_is_that_of_the_coco_server() -> None:
-    assert [bleu(SAID, WRITTEN, order) for order in (1, 2, 3, 4)] == pytest.approx(COCO_BLEU, abs=1e-6)
+    assert [bleu(TEXTS, PEOPLE, order) for order in (1, 2, 3, 4)] == pytest.approx(COCO_BLEU, abs=1e-6)
 
 
 def test_rouge_l_is_that_of_the_coco_server() -> None:
-    found = [rouge_l(said, written) for said, written in zip(SAID, WRITTEN, strict=True)]
+    found = [rouge_l(said, written) for said, written in zip(TEXTS, PEOPLE, strict=True)]
     assert found == pytest.approx(COCO_ROUGE_L, abs=1e-6)
 
 
 def test_cider_is_that_of_the_coco_server() -> None:
-    assert cider(SAID, WRITTEN) == pytest.approx(COCO_CIDER, abs=1e-6)
+    assert cider(TEXTS, PEOPLE) == pytest.approx(COCO_CIDER, abs=1e-6)
 
 
 def test_metrics_are_means_over_pictures() -> None:
@@ -57,7 +57,7 @@ def test_metrics_are_means_over_pictures() -> None:
     assert found["BLEU-4"] == pytest.approx(COCO_BLEU[3], abs=1e-6)
     assert found["ROUGE-L"] == pytest.approx(sum(COCO_ROUGE_L) / 6, abs=1e-6)
     assert found["CIDEr"] == pytest.approx(sum(COCO_CIDER) / 6, abs=1e-6)
-    assert found["words"] == pytest.approx(sum(map(len, SAID)) / 6)
+    assert found["words"] == pytest.approx(sum(map(len, TEXTS)) / 6)
     assert found["distinct"] == 1.0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mmflow.core.errors import RecipeError
-from mmflow.evaluation.config import EvaluateConfig, check_evaluation, check_possible, possible, reads_captions
+from mmflow.evaluation.config import EvaluateConfig, check_evaluation, check_possible, reads_captions
 from mmflow.models.config import ModelConfig
 from mmflow.training.config import PretrainConfig
 from tests.evaluation.models import answerer_config, captioner_config, classifier_config, dual_config, matcher_config
@@ -39,21 +39,6 @@ def pretrain(model: ModelConfig, **loader: Any) -> PretrainConfig:
     objectives = {"contrastive": {}}  # what is trained is another check's
     fields = {"model": model.model_dump(), "loader": loader, "objectives": objectives}
     return PretrainConfig.model_validate(fields)
-
-
-@pytest.mark.parametrize(
-    ("model", "sections"),
-    [
-        ("dual", {"zero_shot", "long_text", "retrieval"}),
-        ("matcher", {"matching"}),
-        ("captioner", {"captions"}),
-        ("classifier", {"classification"}),
-        ("fused classifier", {"classification", "answering"}),
-        ("answerer", {"answering"}),
-    ],
-)
-def test_a_model_is_examined_in_what_it_can_read_and_write(model: str, sections: set[str]) -> None:
-    assert set(possible(settings(**SECTIONS), MODELS[model].gives)) == sections
 
 
 @pytest.mark.parametrize(

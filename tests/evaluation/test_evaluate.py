@@ -61,6 +61,11 @@ BOTH_WAYS = {"text_to_image", "image_to_text", "languages"}
             {"classification", "answering"},
             {"confusion", "answers", "by_answer"},
         ),
+        (
+            predictor(answerer_config(decoder={"memory": "fused", "width": 16, "layers": 1, "heads": 2})),
+            {"answering"},
+            {"answers", "by_answer"},
+        ),
         (predictor(answerer_config(heads=["masked_language"])), {"masked_language"}, set()),
     ],
 )

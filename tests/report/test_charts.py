@@ -1,4 +1,4 @@
-"""The charts tell the truth: axes enclose the data, labels differ, gaps stay gaps, labels cannot inject markup."""
+"""Axes enclose the data, labels differ, gaps stay gaps, and labels cannot inject markup."""
 
 import math
 import re

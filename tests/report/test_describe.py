@@ -1,12 +1,10 @@
-"""The page of a dataset tells what is in it, the same at every look, and lets nothing of the data act in a browser."""
+"""The page of a dataset says what is in it, is the same each time, and lets no text of the data act in a browser."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from mmflow.core.artifacts import MANIFEST
 from mmflow.core.errors import MissingArtifactError
 from mmflow.dataset.adopt import adopt
-from mmflow.dataset.opened import Dataset, open_dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.dataset.verify import verify_dataset
 from mmflow.report.dataset_page import (
     MAX_VALUE,
@@ -28,7 +26,7 @@ from mmflow.report.dataset_page import (
 )
 from mmflow.report.page import thumbnail
 from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
-from tests.report.test_report import HOSTILE, Page
+from tests.report.test_report import HOSTILE, Page, poisoned
 
 REJECTED = [
     {"source": f"records.jsonl:{number}", "key": f"bad-{number}", "reason": reason, "detail": f"detail {number}"}
@@ -78,7 +76,7 @@ def test_repeated_pictures_and_captions_are_counted(tmp_path: Path, monkeypatch:
     assert found["repeated"] == {"pictures": 3, "captions": 2}
 
 
-def test_page_is_the_same_at_every_look_and_leaves_the_dataset_as_it_is(dataset: Dataset, tmp_path: Path) -> None:
+def test_page_is_the_same_each_time_and_leaves_the_dataset_as_it_is(dataset: Dataset, tmp_path: Path) -> None:
     copy = tmp_path / "dataset"
     shutil.copytree(dataset.uri, copy)
     manifest = (copy / MANIFEST).read_bytes()
@@ -100,18 +98,12 @@ def test_page_is_one_file_whose_links_lead_somewhere(dataset: Dataset) -> None:
     assert len(sources) == 44
     assert all(str(source).startswith("data:image/jpeg;base64,") for source in sources)
     assert "Of 106 records 6 were kept out (5.7%), each with its reason." in parsed.text
-    for told in ("image missing", "CC0-1.0", "records.jsonl:0", dataset.fingerprint):
-        assert told in parsed.text
+    source = dataset.manifest["sources"][0]["name"]
+    for text in ("image missing", "CC0-1.0", "records.jsonl:0", dataset.fingerprint, source, '"seed": 7'):
+        assert text in parsed.text
 
 
 def test_hostile_text_stays_text(dataset: Dataset) -> None:
-    def poisoned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: poisoned(child) for key, child in value.items()}
-        if isinstance(value, list):
-            return [poisoned(child) for child in value]
-        return HOSTILE if isinstance(value, str) else value
-
     found, _ = describe(dataset)
     found = poisoned(found)
     for names in ("splits", "examples"):
@@ -136,7 +128,7 @@ def test_adopted_dataset_and_one_without_rejected_records_have_a_page(tmp_path: 
         write_description(str(tmp_path))
 
 
-def test_a_damaged_sample_costs_nobody_the_page(tmp_path: Path) -> None:
+def test_a_damaged_sample_does_not_cost_the_page(tmp_path: Path) -> None:
     made = write_dataset(tmp_path / "made", [("train", [handmade(1), handmade(2)])])
     tar = Path(made.tar_uri(made.shards("train")[0]))
     data = bytearray(tar.read_bytes())
@@ -173,10 +165,3 @@ def test_thumbnails_are_small_and_none_where_nothing_can_be_decoded(format: str)
     assert len(small) < 20_000
     assert thumbnail(b"no picture", 160) is None
     assert thumbnail(picture(1, (1000, 400), format)[:200], 160) is None
-
-
-def test_settings_and_sources_are_on_the_page(dataset: Dataset) -> None:
-    fields = json.loads(Path(dataset.uri, MANIFEST).read_text())
-    text = Page(render(*describe(open_dataset(dataset.uri)))).text
-    assert fields["sources"][0]["name"] in text
-    assert '"seed": 7' in text

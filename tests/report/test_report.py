@@ -1,4 +1,4 @@
-"""The report keeps its promises: one file, nothing injected, every figure there, no hole where a stage was not run."""
+"""The report is one file, lets nothing be injected, shows every figure, and has no hole where a stage did not run."""
 
 import math
 import re
@@ -120,7 +120,7 @@ def test_report_of_a_name_alone_is_a_page_without_sections() -> None:
 
 
 @pytest.mark.parametrize("section", sorted({*SECTIONS, "evaluation", "comparison", "machine"} - {"stages", "lineage"}))
-def test_empty_section_costs_nobody_the_report(section: str) -> None:
+def test_an_empty_section_does_not_cost_the_report(section: str) -> None:
     report = sample_report()
     for key in list(report[section]):
         partial = deepcopy(report)
@@ -141,7 +141,7 @@ def test_hostile_text_stays_text() -> None:
     assert "<script>alert(1)</script>" in parsed.text
 
 
-def test_a_long_caption_is_shown_by_its_beginning() -> None:
+def test_only_the_beginning_of_a_long_caption_is_shown() -> None:
     report = sample_report()
     section = "Options " + "of a dialog " * 400
     report["retrieval"]["queries"][0]["caption"] = section
@@ -168,7 +168,7 @@ def test_every_leaf_of_the_report_shows_on_the_page() -> None:
     assert silent == [("retrieval", "queries", number, "key") for number in range(3)]
 
 
-def test_headline_is_the_student_held_against_the_others() -> None:
+def test_headline_is_the_student_beside_the_others() -> None:
     text = Page(render_report(sample_report(), {})).text
     assert "66.2% of captions find their picture first on unseen variants (400 rows)." in text
     assert "student, text → image R@1; teacher 68.3%, untrained 0.40%, chance 0.25%" in text
@@ -230,7 +230,7 @@ def test_loss_that_ended_in_nan_says_so() -> None:
     assert re.search(r"loss\s+teacher NaN", text)
 
 
-def test_a_validation_is_drawn_over_the_training_s_own_curve_and_its_end_is_marked() -> None:
+def test_a_validation_is_drawn_over_its_training_curve_and_its_end_is_marked() -> None:
     report = sample_report()
     curves = {
         "loss": [[0, 5.0], [10, 4.0], [20, 3.0]],
@@ -268,7 +268,7 @@ def test_maps_lie_over_their_picture_and_weigh_the_captions_pieces() -> None:
     assert "attention rollout" not in parsed.text
 
 
-def test_confusions_are_shares_of_their_row_and_no_answer_is_a_column_where_it_was_given() -> None:
+def test_confusions_are_shares_of_their_row_and_no_answer_is_a_column_where_it_occurs() -> None:
     report = sample_report()
     parsed = Page(render_report(report, {}))
     assert re.search(r"is, taken for circle square none right circle 7 2 1 70.0% square 3 5 0 62.5%", parsed.text)
@@ -278,7 +278,7 @@ def test_confusions_are_shares_of_their_row_and_no_answer_is_a_column_where_it_w
     assert "none" not in Page(render_report(report, {})).text[: parsed.text.index("Teacher, student")]
 
 
-def test_what_was_written_is_called_by_what_is_there() -> None:
+def test_the_written_section_is_named_after_what_it_has() -> None:
     report = sample_report()
     for part, title in (("captions", "What it writes"), ("answers", "What it answers"), ("confusion", "What it takes")):
         assert title in Page(render_report(report, {})).text
