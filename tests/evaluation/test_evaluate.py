@@ -13,7 +13,7 @@ from mmflow.evaluation.config import EXAMINATIONS, EvaluateConfig
 from mmflow.evaluation.evaluate import chance, examine
 from mmflow.evaluation.examination import Captions, Subject, flatten
 from mmflow.inference.predict import Predictor
-from mmflow.learning.retrieval import find_any
+from mmflow.learning.retrieval import rank_several
 from tests.evaluation.models import (
     COLOURS,
     answerer_config,
@@ -174,7 +174,7 @@ def test_a_direction_reorders_only_its_own_candidates(monkeypatch: pytest.Monkey
     assert outcome.metrics["matched_text_to_image"]["R@1"] == pytest.approx((matched == 1).mean())
     assert outcome.metrics["matched_text_to_image"]["mean_rank"] == pytest.approx(matched.mean())
     similarity = Subject(predictor(ranker_config()), rows()).similarity
-    ranks = find_any(similarity.T, right).ranks
+    ranks = rank_several(similarity.T, right).ranks
     matched = np.where(ranks <= 2, 1, ranks)
     assert outcome.metrics["matched_image_to_text"]["mean_rank"] == pytest.approx(matched.mean())
 
