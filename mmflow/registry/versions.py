@@ -141,8 +141,8 @@ def rollback(name: str, reason: str, *, uri: str) -> Version:
         current = _version_behind(model, CHAMPION)
         if current is None:
             raise TrackingError(f"{where}: {name} has no champion to roll back; see `mmflow models list`")
-        existing = {int(record.version) for record in _search(client, f"name = '{name}'")}
-        earlier = [number for number in _champions(_changes(model, CHAMPION), current)[:-1] if number in existing]
+        others = {int(record.version) for record in _search(client, f"name = '{name}'")} - {current}
+        earlier = [number for number in _champions(_changes(model, CHAMPION), current) if number in others]
         if not earlier:
             raise TrackingError(f"{where}: {name} had no champion before version {current}; promote another instead")
         _move_alias(client, name, CHAMPION, earlier[-1], reason, rollback=True)
@@ -159,7 +159,7 @@ def _champions(changes: tuple[AliasChange, ...], current: int) -> list[int]:
     for change in changes:
         if change.previous is not None:
             numbers = _up_to(numbers, change.previous)
-        numbers = _up_to(numbers[:-1], change.version) if change.rollback else [*numbers, change.version]
+        numbers = _up_to(numbers, change.version) if change.rollback else [*numbers, change.version]
     return _up_to(numbers, current)
 
 

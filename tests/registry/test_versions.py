@@ -93,6 +93,10 @@ def test_three_promotions_are_remembered_and_roll_back_one_by_one(uri):
 def test_rollback_after_the_same_version_was_champion_twice(uri):
     promote(uri, "abac")
     assert rollbacks(uri, 3) == [1, 2, 1]
+    promote(uri, "ba")
+    connect(uri).delete_model_version("clip", "2")
+    with pytest.raises(TrackingError, match="no champion before version 1"):
+        rollbacks(uri, 1)
 
 
 def test_promotion_killed_before_the_alias_moved_does_not_mislead_rollback(uri, monkeypatch):
