@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +21,7 @@ from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.sources import list_units
 from tests.dataset.handmade import small_dataset
+from tests.imaging.picture_files import bomb, file_of
 
 __all__ = ["small_dataset"]
 
@@ -78,16 +76,14 @@ def write_corpus(directory: Path) -> Corpus:
 
 
 def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes, str | None]]:
-    noise = io.BytesIO()
-    Image.effect_noise((64, 64), 50).save(noise, "PNG")
     files = {
-        "cut.png": noise.getvalue()[:2000],
+        "cut.png": file_of(Image.effect_noise((64, 64), 50))[:2000],
         "empty.png": b"",
         "page.png": b"<html>not found</html>",
-        "tiny.png": _png(Image.new("RGB", (3, 3))),
-        "narrow.png": _png(Image.new("RGB", (400, 20))),
-        "bomb.png": _bomb_png(30_000, 30_000),
-        "large.png": _bomb_png(1_001, 1_000),
+        "tiny.png": file_of(Image.new("RGB", (3, 3))),
+        "narrow.png": file_of(Image.new("RGB", (400, 20))),
+        "bomb.png": bomb(30_000, 30_000),
+        "large.png": bomb(1_001, 1_000),
     }
     for name, data in files.items():
         (directory / "images" / name).write_bytes(data)
@@ -130,22 +126,6 @@ def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes,
         (json.dumps({**template, "captions": [{"text": "elsewhere"}], "split": "dev"}).encode(), "key_repeated"),
     ]
     return [*records, *raw, *repeated]
-
-
-def _png(image: Image.Image) -> bytes:
-    target = io.BytesIO()
-    image.save(target, "PNG")
-    return target.getvalue()
-
-
-def _bomb_png(width: int, height: int) -> bytes:
-    """A PNG whose header promises that many pixels, in a hundred bytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def contents(directory: Path | str) -> dict[str, bytes]:
