@@ -19,7 +19,7 @@ from mmflow.cleaning.captions import Caption as StoredCaption
 from mmflow.cleaning.captions import clean_text
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.dataset.cache import ShardCache
-from mmflow.dataset.format import CommittedShards, ShardInfo, index_uri, list_folder
+from mmflow.dataset.format import CommittedShards, index_uri, list_folder
 from mmflow.dataset.shard import Members, OpenShard, Records, check_size, open_shard, read_records
 
 OPEN_SHARDS = 64  # file descriptors and indexes that one reader keeps
@@ -75,9 +75,12 @@ class Reader:
         self.shards = tuple(shard for shard in dataset.shards(split) if shard.samples)
         self._adopted = dataset.adopted
         # Functions that do not refer to this reader: a cycle would keep its files open until a garbage collection.
-        self._records = lru_cache(open_shards)(partial(_records_of, dataset, self.shards, frames))
-        self._open = lru_cache(open_shards)(partial(_open_shard, dataset, self.shards, cache, self._records))
-        self._ahead = ReadAhead(partial(_prepare, self._open))
+        shards = self.shards
+        records = lru_cache(open_shards)(lambda shard: read_records(dataset, shards[shard], frames=frames))
+        opened = lru_cache(open_shards)(lambda shard: open_shard(dataset, shards[shard], records(shard), cache))
+        self._records: Callable[[int], Records] = records
+        self._open: Callable[[int], OpenShard] = opened
+        self._ahead = ReadAhead(lambda shard, first, last: opened(shard).prepare_rows(first, last))
 
     def __reduce__(self) -> tuple[Callable[..., Reader], tuple[object, ...]]:
         return partial(Reader, frames=self.frames, open_shards=self.open_shards), (self.dataset, self.split, self.cache)
@@ -172,24 +175,6 @@ class Reader:
         return Sample(key, image, extension, captions, metadata, frames)
 
 
-def _records_of(dataset: CommittedShards, shards: tuple[ShardInfo, ...], frames: bool, shard: int) -> Records:
-    return read_records(dataset, shards[shard], frames=frames)
-
-
-def _open_shard(
-    dataset: CommittedShards,
-    shards: tuple[ShardInfo, ...],
-    cache: ShardCache | None,
-    records_of: Callable[[int], Records],
-    shard: int,
-) -> OpenShard:
-    return open_shard(dataset, shards[shard], records_of(shard), cache)
-
-
-def _prepare(open_shard: Callable[[int], OpenShard], shard: int, first_row: int, last_row: int) -> None:
-    open_shard(shard).prepare_rows(first_row, last_row)
-
-
 # --- others' samples --------------------------------------------------------------------------------------------------
 
 
@@ -251,8 +236,7 @@ class ReadAhead:
         self._guard = threading.Lock()
         self._queue: queue.Queue[Range | None] = queue.Queue()
         self._started = False
-        # Not a bound method: a thread that refers to this object would keep it, and all its open files, for ever.
-        self._loop = (_run, (self._queue, self.failed, work))
+        self._work = work
 
     def ask(self, shard: int, first: int, last: int) -> None:
         """Have a range worked on, unless it was asked for recently. Returns at once."""
@@ -264,9 +248,10 @@ class ReadAhead:
                 del self._asked[oldest]
             if is_new and not self._started:
                 self._started = True
-                target, arguments = self._loop
+                # Not a bound method: a thread that refers to this object would keep it, and its open files, for ever.
+                arguments = (self._queue, self.failed, self._work)
                 for _ in range(NUM_THREADS):
-                    threading.Thread(target=target, args=arguments, name="mmflow-read-ahead", daemon=True).start()
+                    threading.Thread(target=_run, args=arguments, name="mmflow-read-ahead", daemon=True).start()
                 weakref.finalize(self, _end, self._queue)
         if is_new:
             self._queue.put(wanted)

@@ -261,8 +261,7 @@ def count_repeats(hashes_of: Callable[[int], Hashes], num_shards: int, *, num_pa
             hashes = hashes_of(shard)
             parts.append(hashes[(hashes >> np.uint64(32)) % np.uint64(num_passes) == number])
         values = np.concatenate(parts)
-        values.sort()
-        repeats += int((values[1:] == values[:-1]).sum())
+        repeats += len(values) - len(np.unique(values))
     return repeats
 
 
