@@ -54,7 +54,7 @@ def settings_of_build(settings: ShardConfig) -> dict[str, Any]:
 def parts_of(units: Sequence[Unit], sources: Sequence[SourceConfig]) -> list[str]:
     """A hash of each unit's name, content and way of reading, (units,): the same wherever the unit is stored."""
     names = source_names([source.uri for source in sources])
-    options = [source.model_dump(mode="json", exclude={"uri"}) for source in sources]
+    options = [source.identity() for source in sources]
     return [
         content_hash([names[unit.source], options[unit.source], unit.name, unit.fingerprint])[:32] for unit in units
     ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mmflow.core.config import Config
+from mmflow.core.config import OPERATIONAL, Config
 
 # "auto" and the names of the table `KINDS` in sources.py.
 SourceKind = Literal["auto", "jsonl", "csv", "parquet", "folder", "webdataset", "img2dataset", "huggingface", "html"]
@@ -30,7 +30,7 @@ class SourceConfig(Config):
 
     kind: SourceKind = "auto"
     """The kind of source. auto: a file's extension decides, or what a directory holds."""
-    uri: str
+    uri: Annotated[str, OPERATIONAL]
     """A path, s3:// or gs://, with globs and brace ranges: s3://b/{000..127}.tar. Image paths are relative to it."""
     fields: FieldsConfig = FieldsConfig()
     """Columns of tables, keys of JSON."""

@@ -59,7 +59,7 @@ def told_apart(recipe: Recipe) -> str:
     return Loop(recipe).plan("corpus").identity
 
 
-def test_one_corpus_is_what_it_was_however_it_is_written(tmp_path: Path) -> None:
+def test_a_list_of_one_corpus_has_the_identity_of_the_corpus(tmp_path: Path) -> None:
     """A workspace that has the quickstart's drawings does not draw them again."""
     quickstart = yaml.safe_load(QUICKSTART.read_text())["corpus"]
     assert told_apart(recipe_of(tmp_path, quickstart)) == "3065335b53eaf383"
@@ -67,7 +67,7 @@ def test_one_corpus_is_what_it_was_however_it_is_written(tmp_path: Path) -> None
     assert told_apart(recipe_of(tmp_path, [quickstart, {"name": "openclipart"}])) != "3065335b53eaf383"
 
 
-def test_where_packages_lie_tells_no_corpora_apart(tmp_path: Path, corpora: list[dict[str, Any]]) -> None:
+def test_the_package_directory_is_not_part_of_the_identity(tmp_path: Path, corpora: list[dict[str, Any]]) -> None:
     elsewhere = [{**corpus, "package_directory": "/elsewhere"} for corpus in corpora]
     assert told_apart(recipe_of(tmp_path, corpora)) == told_apart(recipe_of(tmp_path, elsewhere))
 
@@ -122,7 +122,7 @@ def test_several_corpora_are_sources_whose_records_keep_the_splits_they_name(
 
 
 @pytest.mark.parametrize(
-    ("corpus", "said"),
+    ("corpus", "message"),
     [
         ([], r"corpus: list should have at least 1 item"),
         ([{"name": "openmoji"}, {"name": "openmoji"}], r"corpus: openmoji is named twice"),
@@ -133,6 +133,6 @@ def test_several_corpora_are_sources_whose_records_keep_the_splits_they_name(
         ([{}], r"corpus\.0\.name: missing"),
     ],
 )
-def test_a_mistake_in_a_list_is_answered_with_its_place(tmp_path: Path, corpus: Any, said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_a_mistake_in_a_list_is_reported_with_its_place(tmp_path: Path, corpus: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         recipe_of(tmp_path, corpus)

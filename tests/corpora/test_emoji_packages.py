@@ -52,7 +52,7 @@ def test_animations_are_taken_and_the_stills_among_them_left(packages: Path, tmp
     assert Image.open(tmp_path / "corpus" / "images" / "fluent-anim-2764.webp").n_frames == 3
 
 
-def test_styles_stand_together_and_two_spellings_of_a_code_are_one(packages: Path, tmp_path: Path) -> None:
+def test_styles_follow_each_other_and_two_spellings_of_a_code_are_one(packages: Path, tmp_path: Path) -> None:
     records = write(tmp_path / "corpus", "emoji_styles", unseen_concept_share=0, package_directory=packages)
     assert sum(record["style"] == "google" for record in records.values()) == 11
     fluent = {key: record for key, record in records.items() if record["style"] == "fluent_3d"}
@@ -99,7 +99,7 @@ def test_whole_concepts_are_held_out_while_they_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("corpora", "said"),
+    ("corpora", "message"),
     [
         (
             [{"name": "openmoji", "seed": 3}, {"name": "fluent_emoji_anim"}],
@@ -113,8 +113,8 @@ def test_whole_concepts_are_held_out_while_they_fit() -> None:
         ([{"name": "emoji_styles"}, {"name": "fluent_emoji_anim"}], r"corpus: fluent_3d has the first frames of"),
     ],
 )
-def test_corpora_of_one_recipe_hold_out_the_same(corpora: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(RecipeError, match=said):
+def test_corpora_of_one_recipe_hold_out_the_same(corpora: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         load_recipe(str(QUICKSTART), [f"corpus={json.dumps(corpora)}"])
     allowed = [{"name": "emoji_styles"}, {"name": "fluent_emoji_anim", "unseen_clip_share": 0}]
     load_recipe(str(QUICKSTART), [f"corpus={json.dumps(allowed)}"])

@@ -75,7 +75,7 @@ def test_a_picture_has_its_caption_and_its_section(tmp_path: Path) -> None:
     assert {record["page"] for record in records.values()} == {"blur", "about"}
 
 
-def test_an_installed_package_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_an_installed_package_is_read_in_place(tmp_path: Path) -> None:
     for name, body in files().items():
         path = tmp_path / "help" / "en" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +89,13 @@ def test_an_installed_package_is_read_where_it_lies(tmp_path: Path) -> None:
     assert len(list((tmp_path / "help").rglob("*.*"))) == len(files())
 
 
-def test_a_folder_without_the_package_is_answered_with_what_to_bring(tmp_path: Path) -> None:
+def test_a_folder_without_the_package_says_what_to_bring(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"neither en nor gimp-help-en_\*\.deb; give the corpus's package_directory"):
         write(tmp_path / "corpus", tmp_path)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
-def test_the_recipe_is_one_that_trains_and_parts_no_page() -> None:
+def test_the_recipe_trains_and_splits_no_page() -> None:
     recipe = load_recipe(str(RECIPE))
     check_training("pretrain", recipe.pretrain)
     assert recipe.shard.group_by == "page"

@@ -170,7 +170,7 @@ def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda body: b"PK" + body, "not a Debian package"),
         (lambda body: body[:-40], "a damaged package"),
@@ -179,16 +179,16 @@ def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (lambda body: ar({"data.tar.xz": compressed(b"\0" * 1024, "xz")}), "lack usr/share/openclipart/png or svg"),
     ],
 )
-def test_a_damaged_package_is_named(tmp_path: Path, damage: Any, told: str) -> None:
+def test_a_damaged_package_is_named(tmp_path: Path, damage: Any, message: str) -> None:
     packages = write_packages(tmp_path / "packages")
     (package,) = packages.glob("openclipart-svg*.deb")
     package.write_bytes(damage(package.read_bytes()))
-    with pytest.raises(MisuseError, match=told):
+    with pytest.raises(MisuseError, match=message):
         write(tmp_path / "corpus", packages)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
-def test_a_member_that_leads_out_is_refused(tmp_path: Path) -> None:
+def test_a_member_that_points_outside_is_refused(tmp_path: Path) -> None:
     packages = write_packages(tmp_path / "packages")
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:

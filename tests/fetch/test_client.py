@@ -62,7 +62,7 @@ def test_bytes_arrive_whole_whatever_their_type_is_said_to_be(server: Server) ->
     assert fetch_one(server.url("/empty.jpg")).body == b""
 
 
-def test_it_says_who_asks_and_asks_for_plain_bytes_without_cookies(server: Server) -> None:
+def test_requests_name_the_user_agent_and_have_no_cookies(server: Server) -> None:
     server.routes["/a"] = respond(200, IMAGE, Set_Cookie="id=1; Path=/")
     fetch_all([server.url("/a?1"), server.url("/a?2")], per_host=1, user_agent="our-bot/2 (+https://a.example)")
     for hit in server.hits:
@@ -78,7 +78,7 @@ def test_a_proxy_of_the_environment_is_not_used(server: Server, monkeypatch: pyt
     assert fetch_one(server.url("/a")).body == IMAGE
 
 
-def test_a_huge_body_that_is_announced_is_not_read(server: Server) -> None:
+def test_an_announced_huge_body_is_not_read(server: Server) -> None:
     server.routes["/huge"] = endless(server, head(200, Content_Length="900000000000"), bytes(10_000), seconds=0.01)
     result = fetch_one(server.url("/huge"), max_bytes=100_000)
     assert (result.reason, result.status) == (Reason.fetch_too_large, 200)
@@ -122,7 +122,7 @@ def test_a_compressed_body_is_unfolded_within_the_bound(server: Server) -> None:
     assert fetch_one(server.url("/br")).reason is Reason.fetch_gone
 
 
-def test_a_body_shorter_than_announced_is_asked_for_again_and_never_kept(server: Server) -> None:
+def test_a_body_shorter_than_announced_is_retried_and_never_kept(server: Server) -> None:
     half = raw(head(200, Content_Length=str(len(IMAGE))) + IMAGE[:5000])
     server.routes["/half"] = half
     server.routes["/once"] = in_turn(half, respond(200, IMAGE))
@@ -179,7 +179,7 @@ def test_a_silent_and_a_dripping_server_cost_the_timeout_and_no_more(server: Ser
         bytes(1000),
     ],
 )
-def test_an_answer_that_is_no_http_is_a_failure_of_its_url_alone(server: Server, answer: bytes) -> None:
+def test_an_answer_that_is_not_http_fails_its_url_alone(server: Server, answer: bytes) -> None:
     server.routes["/odd"] = raw(answer)
     server.routes["/good"] = respond(200, IMAGE)
     urls = [server.url("/odd?secret"), server.url("/good")]
@@ -192,7 +192,7 @@ def test_an_answer_that_is_no_http_is_a_failure_of_its_url_alone(server: Server,
 # --- redirects ------------------------------------------------------------------------------------------------------
 
 
-def test_redirects_are_followed_within_their_bound(server: Server) -> None:
+def test_redirects_are_followed_up_to_their_limit(server: Server) -> None:
     server.routes["/1"] = respond(302, b"moved", Location="/2?x=1")
     server.routes["/2"] = respond(308, b"moved", Location=server.url("/3", "localhost"))
     server.routes["/3"] = respond(200, IMAGE)
@@ -226,7 +226,7 @@ def test_a_redirect_is_guarded_like_a_first_address(server: Server, target: str)
 # --- addresses ------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_switch_this_machine_is_not_asked(server: Server) -> None:
+def test_this_machine_is_refused_by_default(server: Server) -> None:
     urls = [server.url("/a"), server.url("/a", "localhost"), server.url("/a", "[::1]")]
     results = fetch_all(urls, loopback=False)
     assert [result.reason for result in results] == [Reason.fetch_refused] * 3
@@ -234,7 +234,7 @@ def test_without_the_switch_this_machine_is_not_asked(server: Server) -> None:
     assert server.hits == []
 
 
-def test_a_name_that_turns_private_is_not_followed(server: Server) -> None:
+def test_a_name_that_becomes_private_is_not_followed(server: Server) -> None:
     """DNS rebinding: the first name is public (here: loopback), then its redirect names another, which is not."""
     asked: list[str] = []
 
@@ -269,7 +269,7 @@ def test_a_name_without_an_address_fails_for_now(server: Server) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 204, 206, 302, 304])
-def test_a_lasting_no_is_asked_once(server: Server, status: int) -> None:
+def test_a_permanent_failure_is_not_retried(server: Server, status: int) -> None:
     server.routes["/a"] = respond(status)
     result = fetch_one(server.url("/a"))
     assert (result.reason, result.detail, result.status) == (Reason.fetch_gone, f"HTTP {status}", status)
@@ -277,7 +277,7 @@ def test_a_lasting_no_is_asked_once(server: Server, status: int) -> None:
 
 
 @pytest.mark.parametrize("passing", [respond(500), respond(503), respond(429), respond(408), CUT])
-def test_a_failure_that_passes_is_tried_again(server: Server, passing: Handler) -> None:
+def test_a_temporary_failure_is_retried(server: Server, passing: Handler) -> None:
     server.routes["/a"] = in_turn(passing, passing, respond(200, IMAGE))
     assert fetch_one(server.url("/a"), retries=2).body == IMAGE
     assert server.counts["/a"] == 3
@@ -286,7 +286,7 @@ def test_a_failure_that_passes_is_tried_again(server: Server, passing: Handler) 
     assert server.counts["/a"] == 2
 
 
-def test_a_connection_closed_in_place_of_an_answer_is_tried_again_and_again_bounded(server: Server) -> None:
+def test_a_connection_closed_without_an_answer_is_retried_a_limited_number_of_times(server: Server) -> None:
     server.routes["/a"] = raw(b"")
     result = fetch_one(server.url("/a?secret"), retries=2)
     assert (result.retryable, result.detail) == (True, "connection dropped")
@@ -313,7 +313,7 @@ def test_retry_after_is_waited_for_by_all_requests_to_the_host(server: Server) -
     assert len([pause for pause in pauses if pause < 0.5]) >= len(pauses) - 1
 
 
-def test_a_host_that_asks_for_hours_is_left_alone(server: Server) -> None:
+def test_a_host_that_asks_for_a_long_pause_is_left_alone(server: Server) -> None:
     server.routes["/a"] = respond(503, b"", Retry_After="7200")
     results = fetch_all([server.url(f"/a?{n}") for n in range(20)], per_host=1)
     assert all(result.retryable for result in results)
@@ -321,7 +321,7 @@ def test_a_host_that_asks_for_hours_is_left_alone(server: Server) -> None:
     assert results[-1].detail == "the host asked for a pause of 7200 s"
 
 
-def test_a_dead_host_is_given_up_and_does_not_hold_the_others(server: Server) -> None:
+def test_a_dead_host_is_given_up_and_does_not_delay_others(server: Server) -> None:
     server.routes["/a"] = respond(200, IMAGE)
     dead = [f"http://127.0.0.2:{server.port}/{n}" for n in range(300)]  # nobody listens there
     results = {result.url: result for result in fetch_all([*dead, server.url("/a")], robots=False, concurrency=4)}
@@ -331,7 +331,7 @@ def test_a_dead_host_is_given_up_and_does_not_hold_the_others(server: Server) ->
     assert len(given_up) > 280
 
 
-def test_pauses_grow_are_drawn_at_random_and_keep_to_what_was_asked() -> None:
+def test_pauses_grow_are_random_and_respect_retry_after() -> None:
     for tries in range(1, 12):
         drawn = [backoff(tries, None) for _ in range(200)]
         bound = min(politeness.LONGEST_PAUSE, politeness.FIRST_PAUSE * 2 ** (tries - 1))
@@ -351,7 +351,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 # --- robots.txt and opt-outs ----------------------------------------------------------------------------------------
 
 
-def test_robots_txt_is_asked_for_once_and_honoured(server: Server) -> None:
+def test_robots_txt_is_fetched_once_and_obeyed(server: Server) -> None:
     server.routes["/robots.txt"] = respond(200, b"User-agent: mmflow\nDisallow: /private/\nAllow: /private/open")
     server.routes["/private/a"] = server.routes["/private/open"] = server.routes["/b"] = respond(200, IMAGE)
     urls = [server.url("/private/a"), server.url("/private/open"), *(server.url(f"/b?{n}") for n in range(10))]
@@ -363,7 +363,7 @@ def test_robots_txt_is_asked_for_once_and_honoured(server: Server) -> None:
     assert fetch_one(urls[0], robots=False).body == IMAGE
 
 
-def test_robots_txt_of_a_redirects_target_counts_too(server: Server) -> None:
+def test_robots_txt_of_a_redirect_target_is_obeyed(server: Server) -> None:
     server.routes["/robots.txt"] = in_turn(respond(404), respond(200, b"User-agent: *\nDisallow: /"))
     server.routes["/go"] = respond(301, b"", Location=server.url("/a", "localhost"))
     server.routes["/a"] = respond(200, IMAGE)
@@ -381,7 +381,7 @@ def test_without_a_robots_txt_all_is_allowed(server: Server, no_rules: Handler) 
 
 
 @pytest.mark.parametrize("broken", [respond(500), respond(429), CUT])
-def test_while_robots_txt_cannot_be_had_nothing_is_asked_for(server: Server, broken: Handler) -> None:
+def test_nothing_is_fetched_while_robots_txt_is_unavailable(server: Server, broken: Handler) -> None:
     server.routes["/robots.txt"] = broken
     server.routes["/a"] = respond(200, IMAGE)
     results = fetch_all([server.url(f"/a?{n}") for n in range(30)], retries=2)
@@ -406,7 +406,7 @@ def test_robots_txt_may_be_hostile(server: Server) -> None:
     "headers",
     [{"X_Robots_Tag": "noindex, noai"}, {"X_Robots_Tag": "mmflow: noimageai"}, {"TDM_Reservation": "1"}],
 )
-def test_an_opt_out_is_honoured_before_a_byte_is_read(server: Server, headers: dict[str, str]) -> None:
+def test_an_opt_out_is_obeyed_before_a_byte_is_read(server: Server, headers: dict[str, str]) -> None:
     first = head(200, Content_Length="60000000", **headers)
     server.routes["/a"] = endless(server, first, bytes(10_000), seconds=0.01)
     result = fetch_one(server.url("/a"), robots=False, max_bytes=100_000_000)
@@ -419,7 +419,7 @@ def test_an_opt_out_is_honoured_before_a_byte_is_read(server: Server, headers: d
 # --- conditional requests -------------------------------------------------------------------------------------------
 
 
-def test_what_has_not_changed_is_not_sent_again(server: Server) -> None:
+def test_unchanged_bytes_are_not_sent_again(server: Server) -> None:
     async def conditional(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         known = request.headers.get("if-none-match") == '"v1"' and request.headers.get("if-modified-since") == "then"
         answer = respond(304, ETag='"v1"') if known else respond(200, IMAGE, ETag='"v2"')
@@ -455,7 +455,7 @@ def test_every_url_has_one_result_and_a_host_its_limit(server: Server) -> None:
     assert server.most_under_way == 3
 
 
-def test_a_host_that_many_redirect_to_keeps_its_limit(server: Server) -> None:
+def test_a_common_redirect_target_keeps_its_limit(server: Server) -> None:
     under_way: list[int] = [0, 0]
 
     async def lookup(host: str, port: int) -> list[Address]:
@@ -476,7 +476,7 @@ def test_a_host_that_many_redirect_to_keeps_its_limit(server: Server) -> None:
     assert under_way == [0, 2]
 
 
-def test_stopping_early_leaves_no_request_under_way(server: Server) -> None:
+def test_stopping_early_leaves_no_request_running(server: Server) -> None:
     server.routes["/a"] = respond(200, IMAGE)
     server.routes["/slow"] = silence
     urls = [server.url("/a"), *(server.url(f"/slow?{n}") for n in range(5))]
@@ -493,7 +493,7 @@ def test_stopping_early_leaves_no_request_under_way(server: Server) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_fault_of_the_program_is_raised_and_not_a_verdict(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_raised_and_not_a_verdict(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a fault")
 

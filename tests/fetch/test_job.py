@@ -91,9 +91,7 @@ def test_a_raised_bound_fetches_what_was_too_large_and_nothing_else(server: Serv
     assert FetchedStore(recipe.store).load(server.url("/large")) == b"L" * 5000
 
 
-def test_a_refresh_asks_about_every_url_and_what_has_not_changed_changes_nothing(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_refresh_asks_about_every_url_and_unchanged_bytes_change_nothing(server: Server, tmp_path: Path) -> None:
     server.routes["/same"] = in_turn(respond(200, b"same", ETag='"v1"'), respond(304))
     server.routes["/new"] = in_turn(respond(200, b"old"), respond(200, b"old"), respond(200, b"new"))
     recipe = Recipe(tmp_path, [server.url("/same"), server.url("/new")])
@@ -109,7 +107,7 @@ def test_a_refresh_asks_about_every_url_and_what_has_not_changed_changes_nothing
     assert server.counts["/new"] == 3
 
 
-def test_a_refresh_is_asked_for_each_time_and_is_no_part_of_a_recipe() -> None:
+def test_a_refresh_is_not_part_of_the_dumped_recipe() -> None:
     assert FetchConfig(refresh=True).model_dump() == FetchConfig().model_dump()
 
 

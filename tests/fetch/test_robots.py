@@ -48,18 +48,18 @@ def allows(text: str, path: str, robot: str = "mmflow") -> bool:
         ("Disallow: /robots.txt", "/robots.txt", True),
     ],
 )
-def test_a_rule_speaks_of_the_paths_that_it_says(rules: str, path: str, allowed: bool) -> None:
+def test_a_rule_matches_its_paths(rules: str, path: str, allowed: bool) -> None:
     assert allows(f"User-agent: *\n{rules}\n", path) is allowed
 
 
-def test_a_group_of_ones_own_takes_the_place_of_the_general_one() -> None:
+def test_a_group_that_names_us_replaces_the_general_one() -> None:
     text = "User-agent: *\nDisallow: /\n\nUser-Agent: Other\nUser-agent: MMflow\nDisallow: /no\n"
     assert allows(text, "/yes")
     assert not allows(text, "/no")
     assert not allows(text, "/yes", "third")
 
 
-def test_all_groups_of_ones_own_count_as_one() -> None:
+def test_all_groups_that_name_us_count_as_one() -> None:
     text = "User-agent: mmflow\nDisallow: /a\n\nUser-agent: b\nDisallow: /b\n\nUser-agent: mmflow/2.0\nDisallow: /c"
     assert [allows(text, path) for path in ("/a", "/b", "/c")] == [False, True, False]
 
@@ -74,12 +74,12 @@ def test_rules_before_any_group_and_other_files_forbid_nothing() -> None:
     assert allows("<html><body>User-agent: everyone</body></html>", "/a")
 
 
-def test_line_ends_a_byte_order_mark_and_bytes_that_are_no_text_do_no_harm() -> None:
+def test_line_ends_byte_order_marks_and_bytes_that_are_not_text_do_no_harm() -> None:
     assert not parse_robots(b"\xef\xbb\xbfUser-agent: *\r\rDisallow: /a\r\n\xff\xfe: \x00\n", "mmflow").allows("/a")
 
 
 @pytest.mark.parametrize("comment", range(12, 20))
-def test_what_lies_past_the_bound_is_not_read_and_no_line_is_cut(comment: int) -> None:
+def test_bytes_past_the_limit_are_not_read_and_no_line_is_cut(comment: int) -> None:
     head = b"User-agent: *\nDisallow: /a\n"
     body = head + b"#" * (MAX_ROBOTS_BYTES - len(head) - comment) + b"\nDisallow: /b\n"
     robots = parse_robots(body, "mmflow")
@@ -114,7 +114,7 @@ def test_the_first_word_of_the_user_agent_is_our_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tags", "reservations", "found"),
+    ("tags", "reservations", "header"),
     [
         (["noai"], [], "X-Robots-Tag: noai"),
         (["noindex, NoImageAI"], [], "X-Robots-Tag: noimageai"),
@@ -134,7 +134,5 @@ def test_the_first_word_of_the_user_agent_is_our_name() -> None:
         ([], [], None),
     ],
 )
-def test_an_opt_out_is_found_where_it_is_meant_for_us(
-    tags: list[str], reservations: list[str], found: str | None
-) -> None:
-    assert opt_out(tags, reservations, "mmflow") == found
+def test_an_opt_out_is_found_if_it_addresses_us(tags: list[str], reservations: list[str], header: str | None) -> None:
+    assert opt_out(tags, reservations, "mmflow") == header

@@ -75,7 +75,7 @@ def test_bytes_and_verdicts_come_back(tmp_path: Path) -> None:
     assert opened.counts(urls) == {"ok": 200, "fetch_gone": 1, "fetch_pending": 1}
 
 
-def test_nothing_is_known_in_an_empty_store(tmp_path: Path) -> None:
+def test_an_empty_store_knows_nothing(tmp_path: Path) -> None:
     store = str(tmp_path / "none")
     opened = FetchedStore(store)
     assert opened.counts(["a", "b"]) == {"fetch_pending": 2}
@@ -85,7 +85,7 @@ def test_nothing_is_known_in_an_empty_store(tmp_path: Path) -> None:
     assert opened.fingerprint([]) == FetchedStore(str(tmp_path / "other")).fingerprint([])
 
 
-def test_keys_whose_first_halves_are_the_same_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_with_equal_first_halves_stay_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(data: bytes) -> bytes:
         return bytes(8) + xxh3(data)[8:]
 
@@ -103,7 +103,7 @@ def test_strange_urls_and_headers_are_kept(tmp_path: Path) -> None:
     assert [verdict(store, url)[1] for url in urls] == [f"bad ? {n}" for n in range(4)]
 
 
-def test_the_newest_that_is_known_counts(tmp_path: Path) -> None:
+def test_the_newest_row_counts(tmp_path: Path) -> None:
     store, url = str(tmp_path), "http://a.example/1"
     write(store, [Result(url=url, reason=Reason.fetch_failed, detail="HTTP 500")], run=2)
     write(store, [ok(url, b"newest")], run=10)
@@ -113,7 +113,7 @@ def test_the_newest_that_is_known_counts(tmp_path: Path) -> None:
     assert verdict(store, url) == (Reason.fetch_opted_out, "X-Robots-Tag: noai")
 
 
-def test_the_fingerprint_changes_exactly_with_what_is_known(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_exactly_with_verdicts_and_bytes(tmp_path: Path) -> None:
     store, urls = str(tmp_path), ["a", "b", "c"]
 
     def now(of: Sequence[str] = urls) -> str:
@@ -139,7 +139,7 @@ def test_the_fingerprint_changes_exactly_with_what_is_known(tmp_path: Path) -> N
     assert FetchedStore(str(moved)).fingerprint(urls) == prints[-1]
 
 
-def test_only_what_may_turn_out_otherwise_is_pending(tmp_path: Path) -> None:
+def test_only_results_that_may_change_are_pending(tmp_path: Path) -> None:
     store = str(tmp_path)
     lasting = [Reason.fetch_refused, Reason.fetch_opted_out, Reason.fetch_gone, Reason.fetch_too_large]
     write(store, [Result(url=str(reason), reason=reason) for reason in [*lasting, Reason.fetch_failed]])
@@ -165,7 +165,7 @@ def test_damaged_bytes_are_never_handed_out(tmp_path: Path, damage: str) -> None
         assert opened.load("a") == b"first"
 
 
-def test_what_is_not_published_leaves_no_trace(tmp_path: Path) -> None:
+def test_unpublished_results_leave_no_trace(tmp_path: Path) -> None:
     with KnownWriter(str(tmp_path), 1, 0) as writer:
         writer.add(ok("a", b"x"), max_bytes=1)
         assert len(list((tmp_path / "packs").iterdir())) == 1
@@ -173,7 +173,7 @@ def test_what_is_not_published_leaves_no_trace(tmp_path: Path) -> None:
     assert FetchedStore(str(tmp_path)).counts(["a"]) == {"fetch_pending": 1}
 
 
-def test_a_pack_without_its_table_is_not_known_and_is_cleared_away_in_time(tmp_path: Path) -> None:
+def test_a_pack_without_its_table_is_unknown_and_removed_in_time(tmp_path: Path) -> None:
     write(str(tmp_path), [ok("a", b"x")], run=1)
     write(str(tmp_path), [ok("b", b"y")], run=2)
     (stray,) = (tmp_path / "packs").glob("000002-*")
@@ -195,7 +195,7 @@ def test_a_pack_without_its_table_is_not_known_and_is_cleared_away_in_time(tmp_p
 # --- fetching into it -----------------------------------------------------------------------------------------------
 
 
-def test_a_later_run_asks_only_for_what_may_turn_out_otherwise(server: Server, tmp_path: Path) -> None:
+def test_a_later_run_fetches_only_what_may_change(server: Server, tmp_path: Path) -> None:
     store = str(tmp_path)
     server.routes["/good"] = respond(200, b"good")
     server.routes["/late"] = in_turn(respond(500), respond(200, b"late"))
@@ -216,7 +216,7 @@ def test_a_later_run_asks_only_for_what_may_turn_out_otherwise(server: Server, t
     assert [server.counts[path] for path in ("/good", "/late", "/gone", "/large")] == [1, 2, 1, 1]
 
 
-def test_a_refresh_keeps_what_has_not_changed_and_loses_nothing_to_a_passing_failure(
+def test_a_refresh_keeps_unchanged_bytes_and_loses_nothing_to_a_temporary_failure(
     server: Server, tmp_path: Path
 ) -> None:
     async def dated(request: Any, writer: asyncio.StreamWriter) -> bool | None:
@@ -247,7 +247,7 @@ def test_a_refresh_keeps_what_has_not_changed_and_loses_nothing_to_a_passing_fai
     assert server.counts["/same"] == 3
 
 
-def test_what_is_known_is_published_in_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_published_in_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SECONDS_PER_TABLE", 0.2)
 
     async def late(request: Any, writer: asyncio.StreamWriter) -> None:
@@ -279,7 +279,7 @@ def test_tables_and_packs_are_bounded(
     assert FetchedStore(str(tmp_path)).counts(urls) == {"ok": 10}
 
 
-def test_a_task_that_starts_again_goes_on_after_what_it_published(server: Server, tmp_path: Path) -> None:
+def test_a_restarted_task_skips_what_it_published(server: Server, tmp_path: Path) -> None:
     server.routes["/a"] = respond(200, b"a")
     urls = [server.url(f"/a?{n}") for n in range(6)]
     write(str(tmp_path), [ok(url, b"before") for url in urls[:4]], run=3, task=1)

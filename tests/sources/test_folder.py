@@ -127,7 +127,7 @@ def test_a_captions_file_that_cannot_be_read_costs_no_image_beside_it(tmp_path: 
     assert texts(rows[1]) == ["a fox"]
 
 
-def test_of_two_sidecars_that_differ_in_case_the_lost_one_is_a_row(tmp_path: Path) -> None:
+def test_two_sidecars_that_differ_in_case_are_one_record_and_one_rejection(tmp_path: Path) -> None:
     write(tmp_path / "p", a__jpg=b"", a__txt="read", a__TXT="lost", b__jpg=b"", b__txt="same", b__TXT="same")
     rows = read(tmp_path / "p")
     assert reasons(rows) == {"p/a.jpg": None, "p/b.jpg": None, "p/a.TXT": "record_malformed"}
@@ -153,7 +153,7 @@ def test_a_captions_file_further_down_is_for_what_lies_below_it(tmp_path: Path) 
         read(tmp_path / "p")
 
 
-def test_links_that_go_round_end_and_repeat_nothing(tmp_path: Path) -> None:
+def test_circular_links_end_and_repeat_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "p"
     write(folder, b___cat__jpg=b"")
     (folder / "b" / "up").symlink_to(folder)
@@ -178,7 +178,7 @@ def test_hidden_files_are_no_records(tmp_path: Path) -> None:
     assert list(reasons(read(tmp_path / "p"))) == ["p/a.jpg"]
 
 
-def test_a_name_that_is_no_text_is_a_malformed_record(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_text_is_a_malformed_record(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path / "p")
     os.mkdir(folder)
     for name in (b"\xff.jpg", b"fine.jpg"):

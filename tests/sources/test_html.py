@@ -64,19 +64,19 @@ def test_addresses(tmp_path: Path, head: str, src: str, image: str) -> None:
     "src",
     ["../../etc/passwd", "/../x.jpg", "%2e%2e/../../x.jpg", "file:///etc/passwd", "javascript:x", "", "#", "C:/x"],
 )
-def test_addresses_outside_of_the_source_are_none(tmp_path: Path, src: str) -> None:
+def test_addresses_outside_of_the_source_are_missing_images(tmp_path: Path, src: str) -> None:
     (row,) = read(page(tmp_path, f"<img src='{src}' alt=x>"), kind="html")
     assert (row["reason"], row["images"]) == ("image_missing", None)
 
 
-def test_images_within_the_page(tmp_path: Path) -> None:
+def test_data_urls_are_bodies(tmp_path: Path) -> None:
     body = base64.b64encode(b"GIF89a").decode()
     site = page(tmp_path, f"<img src='data:image/gif;base64,{body}'><img src='data:image/gif;base64,x'>")
     rows = read(site, kind="html")
     assert (rows[0]["bodies"], rows[1]["reason"]) == ([b"GIF89a"], "record_malformed")
 
 
-def test_late_images_are_found_by_their_address_not_their_stand_in(tmp_path: Path) -> None:
+def test_lazy_images_are_found_by_data_src(tmp_path: Path) -> None:
     (row,) = read(page(tmp_path, "<img src='blank.gif' data-src='x.jpg'>"), kind="html")
     assert row["images"] == ["a/x.jpg"]
 

@@ -55,7 +55,7 @@ def test_other_delimiters_and_marks(tmp_path: Path, name: str, delimiter: str, b
     assert (row["images"], texts(row)) == (["http://a/b.jpg"], ["a, b"])
 
 
-def test_bad_csv_lines_take_no_neighbour_along(tmp_path: Path) -> None:
+def test_bad_csv_lines_do_not_affect_their_neighbours(tmp_path: Path) -> None:
     lines = [
         b"image,caption",
         b"a.png,fine",
@@ -85,7 +85,7 @@ def test_a_quote_that_is_never_closed_costs_bounded_time(tmp_path: Path) -> None
     assert [row["reason"] for row in rows] == ["record_malformed"] + [None] * 5000
 
 
-def test_a_csv_without_an_image_column_says_so_of_every_row(tmp_path: Path) -> None:
+def test_a_csv_without_an_image_column_rejects_every_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("picture,caption\na.png,x\nb.png,y\n")
     rows = read(tmp_path / "a.csv")
     assert [row["reason"] for row in rows] == [Reason.image_missing] * 2

@@ -171,7 +171,7 @@ def test_keys_that_tars_cannot_carry(key: str) -> None:
     assert json.loads(kept["metadata"])["source_key"] == key
 
 
-def test_an_empty_key_is_none() -> None:
+def test_an_empty_key_counts_as_no_key() -> None:
     assert row(line(key=""))["key"] == row(line(key=None))["key"] == respell("x.jsonl:1")
 
 

@@ -65,20 +65,20 @@ def test_a_name_that_looks_like_a_pattern_is_a_name_first(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("pattern", ["no.jsonl", "no*.jsonl", "{r,gone}.jsonl", "r{0..1}.jsonl", "{2..1}.jsonl"])
-def test_what_is_not_there_is_misuse(tmp_path: Path, pattern: str) -> None:
+def test_a_missing_source_is_misuse(tmp_path: Path, pattern: str) -> None:
     write(tmp_path / "r.jsonl", "a")
     with pytest.raises(MisuseError, match=r"no such file|backwards"):
         names(tmp_path / pattern)
 
 
-def test_what_is_named_twice_is_misuse(tmp_path: Path) -> None:
+def test_a_source_named_twice_is_misuse(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", "a")
     for other in (path, tmp_path / "*.jsonl", tmp_path):
         with pytest.raises(MisuseError, match="named twice"):
             names(path, other)
 
 
-def test_an_ending_that_tells_nothing_is_misuse(tmp_path: Path) -> None:
+def test_an_unknown_extension_is_misuse(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"image": "a"}')
     with pytest.raises(MisuseError, match="kind"):
         names(tmp_path / "r.json")
@@ -90,7 +90,7 @@ def test_an_ending_that_tells_nothing_is_misuse(tmp_path: Path) -> None:
         names(tmp_path / "empty")
 
 
-def test_units_are_told_apart_and_old_names_stay_when_sources_are_added(tmp_path: Path) -> None:
+def test_unit_names_differ_and_stay_when_sources_are_added(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a" / "r.jsonl", "a"), write(tmp_path / "b" / "r.jsonl", "a")
     assert names(a) == ["r.jsonl"]
     assert names(a, b) == ["r.jsonl", "b/r.jsonl"]
@@ -100,7 +100,7 @@ def test_units_are_told_apart_and_old_names_stay_when_sources_are_added(tmp_path
     assert [row["place"] >> 52 for row in rows] == [0, 1]
 
 
-def test_source_names_are_told_apart_without_machine_paths() -> None:
+def test_source_names_differ_and_have_no_machine_paths() -> None:
     assert source_names(["/data/x/one.jsonl", "s3://bucket/two.jsonl"]) == ["one.jsonl", "two.jsonl"]
     assert source_names(["/data/x/a.jsonl", "/data/y/a.jsonl"]) == ["a.jsonl", "y/a.jsonl"]
     with pytest.raises(MisuseError, match="named twice"):
@@ -191,7 +191,7 @@ def test_object_stores(remote: fs.FileSystem, tmp_path: Path) -> None:
     assert [row["images"] for row in read("s3://bucket/a.parquet")] == [["http://h/x"]]
 
 
-def test_an_object_written_anew_has_another_fingerprint(remote: fs.FileSystem) -> None:
+def test_a_rewritten_object_has_another_fingerprint(remote: fs.FileSystem) -> None:
     source = SourceConfig(uri="s3://bucket/a.jsonl")
     put(remote, "/bucket/a.jsonl", b'{"image": "x"}')
     before = list_units([source])[0].fingerprint

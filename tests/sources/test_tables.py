@@ -44,7 +44,7 @@ def test_images_in_parquet(tmp_path: Path, image: Any, images: Any, bodies: Any)
     assert texts(row) == ["x", "y"]
 
 
-def test_values_that_json_has_not_become_ones_that_it_has(tmp_path: Path) -> None:
+def test_values_that_json_lacks_are_converted(tmp_path: Path) -> None:
     when = datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.UTC)
     row = {"image": "a", "when": when, "score": float("nan"), "blob": b"\xff", "day": when.date()}
     parquet(tmp_path / "a.parquet", [row])
@@ -69,7 +69,7 @@ def test_row_groups_are_units_and_rows_count_on(tmp_path: Path, monkeypatch: pyt
     ]
 
 
-def test_a_string_that_is_no_utf8_rejects_its_row_only(tmp_path: Path) -> None:
+def test_a_string_that_is_not_utf8_rejects_its_row_only(tmp_path: Path) -> None:
     captions = pa.array([b"one", b"\xff", b"three"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"image": ["a", "b", "c"], "caption": captions}), tmp_path / "a.parquet")
     assert [row["reason"] for row in read(tmp_path / "a.parquet")] == [None, "record_malformed", None]
@@ -192,7 +192,7 @@ def test_img2dataset_folders_of_files(tmp_path: Path) -> None:
     assert (rows[2]["images"], texts(rows[2]), rows[2]["key"]) == (["00000/000000002.jpg"], ["text 2"], "000000002")
 
 
-def test_img2dataset_folders_that_lost_their_table_are_read_with_what_stands_beside_the_images(tmp_path: Path) -> None:
+def test_img2dataset_folders_without_a_table_are_read_with_their_sidecars(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     parquet(folder / "00000.parquet", inputs())
     (folder / "00000_stats.json").write_text("{}")
@@ -244,7 +244,7 @@ def test_a_caption_changed_beside_an_image_of_img2dataset_changes_the_fingerprin
         (["http://h/x.jpg"] * 2, False),
     ],
 )
-def test_a_table_of_bodies_is_told_from_one_that_may_name_urls(tmp_path: Path, image: Any, expected: bool) -> None:
+def test_a_table_of_bodies_names_no_urls(tmp_path: Path, image: Any, expected: bool) -> None:
     parquet(tmp_path / "a.parquet", [{"image": each, "url": "http://h/y.jpg"} for each in image], row_group_size=1)
     (unit,) = list_units([SourceConfig(uri=str(tmp_path / "a.parquet"))])
     assert parquet_source.holds_bodies(unit, FieldsConfig()) == expected
@@ -261,7 +261,7 @@ def test_img2dataset_tables_with_bodies(tmp_path: Path) -> None:
     assert rows[0]["metadata"]["url"] == "http://h/0"
 
 
-def test_a_message_that_is_no_text_costs_img2datasets_list_one_row(tmp_path: Path) -> None:
+def test_a_message_that_is_not_text_costs_one_row_of_img2datasets_table(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     parquet(folder / "00000.parquet", inputs())
     table = pq.read_table(folder / "00000.parquet")
@@ -272,7 +272,7 @@ def test_a_message_that_is_no_text_costs_img2datasets_list_one_row(tmp_path: Pat
     assert [row["reason"] for row in rows] == expected
 
 
-def test_json_in_a_state_file_that_is_none_is_misuse(tmp_path: Path) -> None:
+def test_a_folder_without_a_saved_dataset_is_misuse(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="save_to_disk"):
         read(tmp_path, kind="huggingface")
     (tmp_path / "state.json").write_text("{")

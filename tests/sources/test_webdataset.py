@@ -106,7 +106,7 @@ def test_repeated_keys_are_records_each(tmp_path: Path) -> None:
     assert [row["key"] for row in read(tmp_path / "a.tar")] == ["k", "k", "j", "k"]
 
 
-def test_samples_that_lack_something(tmp_path: Path) -> None:
+def test_incomplete_samples_are_rejected_alone(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, body in [
             ("a.txt", b"x"),
@@ -186,13 +186,13 @@ def test_a_flipped_header_byte_costs_one_sample(tmp_path: Path, member: str, los
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar", b"\x1f\x8b" + bytes(2000), bytes(range(256)) * 40])
-def test_what_is_no_tar_is_one_row(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_tar_is_one_row(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     (row,) = read(tmp_path / "a.tar")
     assert (row["source"], row["reason"]) == ("a.tar", "source_damaged")
 
 
-def test_tars_that_were_joined_are_read_to_the_end(tmp_path: Path) -> None:
+def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
     one, two = (write(tmp_path / "x", [sample(number)]) for number in (1, 2))
     (tmp_path / "a.tar").write_bytes(one + two)
     assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k1": None, "a.tar:k2": None}
@@ -210,15 +210,15 @@ def test_no_cut_or_flip_goes_unnoticed_or_fails(number: int, data: st.DataObject
     end = members[-1].offset_data + -(-members[-1].size // 512) * 512 if members else 0
     if data.draw(st.booleans()) or not members:
         cut = data.draw(st.integers(0, end))
-        found = list(read_members(io.BytesIO(bytes(archive[:cut])), lambda name: True))
+        events = list(read_members(io.BytesIO(bytes(archive[:cut])), lambda name: True))
         whole = [each.name for each in members if each.offset_data + each.size <= cut]
-        assert [each.name for each in found if isinstance(each, Member)][: len(whole)] == whole
-        assert isinstance(found[-1], Damage)
+        assert [each.name for event in events if isinstance(each, Member)][: len(whole)] == whole
+        assert isinstance(events[-1], Damage)
         return
     hit = data.draw(st.sampled_from(members))
     archive[hit.offset + data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
-    found = list(read_members(io.BytesIO(bytes(archive)), lambda name: True))
-    damages = [each for each in found if isinstance(each, Damage)]
+    events = list(read_members(io.BytesIO(bytes(archive)), lambda name: True))
+    damages = [each for event in events if isinstance(each, Damage)]
     lost = [hit] if damages else []  # the checksum's own padding may be anything
     assert [each.offset for each in damages] == [each.offset for each in lost]
-    assert [each.name for each in found if isinstance(each, Member)] == [m.name for m in members if m not in lost]
+    assert [each.name for event in events if isinstance(each, Member)] == [m.name for m in members if m not in lost]
