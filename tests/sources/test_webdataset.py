@@ -24,8 +24,8 @@ def sample(number: int, **changes: Any) -> dict[str, Any]:
 
 def write(path: Path, samples: list[dict[str, Any]]) -> bytes:
     with webdataset.TarWriter(str(path), encoder=True) as writer:
-        for each in samples:
-            writer.write(each)
+        for item in samples:
+            writer.write(item)
     return path.read_bytes()
 
 
@@ -211,14 +211,14 @@ def test_no_cut_or_flip_goes_unnoticed_or_fails(number: int, data: st.DataObject
     if data.draw(st.booleans()) or not members:
         cut = data.draw(st.integers(0, end))
         events = list(read_members(io.BytesIO(bytes(archive[:cut])), lambda name: True))
-        whole = [each.name for each in members if each.offset_data + each.size <= cut]
-        assert [each.name for event in events if isinstance(each, Member)][: len(whole)] == whole
+        whole = [member.name for member in members if member.offset_data + member.size <= cut]
+        assert [event.name for event in events if isinstance(event, Member)][: len(whole)] == whole
         assert isinstance(events[-1], Damage)
         return
     hit = data.draw(st.sampled_from(members))
     archive[hit.offset + data.draw(st.integers(0, 511))] ^= data.draw(st.integers(1, 255))
     events = list(read_members(io.BytesIO(bytes(archive)), lambda name: True))
-    damages = [each for event in events if isinstance(each, Damage)]
+    damages = [event for event in events if isinstance(event, Damage)]
     lost = [hit] if damages else []  # the checksum's own padding may be anything
-    assert [each.offset for each in damages] == [each.offset for each in lost]
-    assert [each.name for event in events if isinstance(each, Member)] == [m.name for m in members if m not in lost]
+    assert [damage.offset for damage in damages] == [member.offset for member in lost]
+    assert [event.name for event in events if isinstance(event, Member)] == [m.name for m in members if m not in lost]
