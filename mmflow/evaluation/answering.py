@@ -15,11 +15,10 @@ from typing import Literal
 
 from mmflow.core.errors import RecipeError
 from mmflow.evaluation.classification import predicted
-from mmflow.evaluation.examination import Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
+from mmflow.evaluation.examination import SEED, Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
 from mmflow.inference.writing import WritingConfig, write_texts
 from mmflow.training.config import tasks_of
 
-SEED = 20_190_422  # of texts drawn by nucleus sampling, the same for every model
 MOST_ANSWERS = 40  # commonest answers, each with its accuracy
 
 # --- the benchmark's rules ------------------------------------------------------------------------------------------

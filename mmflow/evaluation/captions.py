@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.core.errors import MisuseError, RecipeError
-from mmflow.evaluation.examination import Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
+from mmflow.evaluation.examination import SEED, Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
 from mmflow.inference.writing import WritingConfig, write_texts
 
 Words = list[str]
 References = Sequence[Sequence[str]]  # the texts of people, at least one a caption
 
-SEED = 20_190_422  # of texts drawn by nucleus sampling, the same for every model
 ORDERS = (1, 2, 3, 4)  # lengths of n-grams, in words
 BETA = 1.2  # weight of recall against precision in ROUGE-L, as on the server
 TYPICAL_OF = 500  # captions compared with each other, which is quadratic

@@ -32,6 +32,7 @@ DETAILS = "details.json"  # {model: {split: {name: what people read}}}; names ar
 SPEED = "speed.json"
 
 SHOWN = 24  # captions and answers that are kept for people to read
+SEED = 20_190_422  # of texts drawn by nucleus sampling, the same for every model
 
 
 @dataclass(frozen=True)

@@ -111,18 +111,13 @@ def render(description: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
         edges, counts = histogram["edges"], histogram["counts"]
         svg = charts.histogram(edges, counts, title=f"Samples by {title}", x_label=unit, color="var(--bar)")
         drawn[name] = {**histogram, "title": title, "svg": Markup(svg)}
-    return (
-        page.environment()
-        .get_template("dataset_page.html.jinja")
-        .render(
-            data=description,
-            charts=drawn,
-            settings=json.dumps(description["settings"], indent=2, ensure_ascii=False, sort_keys=True),
-            picture=lambda key: page.data_uri(pictures[key]) if key in pictures else "",
-            meter=lambda value, whole: Markup(
-                charts.meter(float(value), maximum=float(whole or 1), color="var(--bar)")
-            ),
-        )
+    template = page.environment().get_template("dataset_page.html.jinja")
+    return template.render(
+        data=description,
+        charts=drawn,
+        settings=json.dumps(description["settings"], indent=2, ensure_ascii=False, sort_keys=True),
+        picture=lambda key: page.data_uri(pictures[key]) if key in pictures else "",
+        meter=lambda value, whole: Markup(charts.meter(float(value), maximum=float(whole or 1), color="var(--bar)")),
     )
 
 

@@ -49,28 +49,25 @@ def render_report(report: Report, images: Mapping[str, bytes]) -> str:
     """
     evaluation, written = report.get("evaluation") or {}, report.get("written") or {}
     splits, first = evaluation.get("splits") or {}, (evaluation.get("headline") or {}).get("split")
-    return (
-        environment()
-        .get_template("run_page.html.jinja")
-        .render(
-            report=report,
-            headline=headline(evaluation),
-            facts=facts(report),
-            stages=stage_view(report.get("stages") or []),
-            splits={
-                name: {**splits[name], "tables": metric_tables(splits[name].get("models") or {})}
-                for name in sorted(splits, key=lambda name: name != first)
-            },
-            curves=curve_charts(report.get("training") or {}),
-            similarity=similarity_chart((report.get("scores") or {}).get("similarity") or {}),
-            looks=[look_view(row) for row in (report.get("looks") or {}).get("rows") or []],
-            written_titles=next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"]),
-            confusion=confusion_view(written.get("confusion") or {}),
-            picture=lambda key: data_uri(images[key]) if key in images else "",
-            meter=meter,
-            color=model_color,
-            kept=kept_view((report.get("comparison") or {}).get("share_of_teacher") or {}),
-        )
+    template = environment().get_template("run_page.html.jinja")
+    return template.render(
+        report=report,
+        headline=headline(evaluation),
+        facts=facts(report),
+        stages=stage_view(report.get("stages") or []),
+        splits={
+            name: {**splits[name], "tables": metric_tables(splits[name].get("models") or {})}
+            for name in sorted(splits, key=lambda name: name != first)
+        },
+        curves=curve_charts(report.get("training") or {}),
+        similarity=similarity_chart((report.get("scores") or {}).get("similarity") or {}),
+        looks=[look_view(row) for row in (report.get("looks") or {}).get("rows") or []],
+        written_titles=next((titles for part, titles in WRITTEN.items() if written.get(part)), WRITTEN["answers"]),
+        confusion=confusion_view(written.get("confusion") or {}),
+        picture=lambda key: data_uri(images[key]) if key in images else "",
+        meter=meter,
+        color=model_color,
+        kept=kept_view((report.get("comparison") or {}).get("share_of_teacher") or {}),
     )
 
 
@@ -119,9 +116,7 @@ def headline(evaluation: Report) -> dict[str, str] | None:
         "figure": format_metric(values[model], metric),
         "sentence": f"{finds} on {words(split_name)}{rows}.",
         "detail": f"{model}, {words(direction)} {metric}",
-        "against": ", ".join(
-            f"{name} {format_metric(value, metric)}" for name, value in values.items() if name != model
-        ),
+        "against": ", ".join(f"{name} {format_metric(values[name], metric)}" for name in values if name != model),
     }
 
 
@@ -140,10 +135,9 @@ def facts(report: Report) -> list[tuple[str, str]]:
     metric = f"{wanted.get('direction')}/{wanted.get('metric')}"
     share = ((comparison.get("share_of_teacher") or {}).get(wanted.get("split")) or {}).get(metric)
     strip.append((format_percent(share), f"of the teacher’s {metric_words(metric)}"))
-    strip += [
-        (format_number(training[role].get("samples_per_second")), f"samples/s, {role} training")
-        for role in list(training)[-1:]
-    ]
+    if training:
+        role = list(training)[-1]
+        strip.append((format_number(training[role].get("samples_per_second")), f"samples/s, {role} training"))
     return [(figure, label) for figure, label in strip if figure != MISSING]
 
 
