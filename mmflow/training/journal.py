@@ -105,12 +105,14 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None]) -> Iterator[None]:
     """Report a journal's progress from a thread while the block runs, from the lines written meanwhile: neither an
     earlier run nor this one's start counts in how long it takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
 
-    def follow(position: int) -> None:
-        note = "starting"
+    def follow() -> None:
+        note, rest = "starting", b""
         while not ended.wait(1.0):
-            lines, position = _lines_after(path, position)
+            whole, _, rest = (rest + stream.read()).rpartition(b"\n")  # the rest is a line that is not whole yet
+            lines = list(_parsed(whole.split(b"\n")))
             for line in lines:
                 metrics = line.get("metrics", {})
                 if "loss" in metrics:
@@ -118,24 +120,14 @@ def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None])
             if lines:
                 report(lines[-1]["step"], total_steps, note)
 
-    now = path.stat().st_size if path.exists() else 0
-    thread = threading.Thread(target=follow, args=(now,), name="journal-watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _lines_after(path: Path, position: int) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines that begin at a byte or after it, and where they end."""
-    if not path.exists():
-        return [], position
-    with path.open("rb") as stream:
-        stream.seek(position)
-        whole = stream.read().rpartition(b"\n")[0]
-    return list(_parsed(whole.split(b"\n"))), position + len(whole) + bool(whole)
+    with path.open("a+b") as stream:  # at its end
+        thread = threading.Thread(target=follow, name="journal-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 # --- journals in object stores --------------------------------------------------------------------------------------

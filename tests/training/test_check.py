@@ -15,8 +15,9 @@ from mmflow.core.errors import MissingArtifactError, MisuseError, RecipeError
 from mmflow.evaluation.config import EvaluateConfig, check_evaluation
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.stages.training import check_held_out, identity
-from mmflow.training.check import Compared, check_student, check_training
+from mmflow.training.check import Compared, check_student, check_training, small_check
 from mmflow.training.config import DistillConfig, PretrainConfig, TrainingConfig
+from mmflow.training.workers import compare_gradients_on_ray
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.tiny import SMALLEST_MODEL
 
@@ -270,3 +271,12 @@ def test_settings_that_do_not_go_together_are_refused(fields: dict[str, Any], ke
 )
 def test_gradients_are_equal_up_to_rounding(error: float, largest: float, equal: bool) -> None:
     assert Compared("contrastive", error, largest).equal == equal
+
+
+@pytest.mark.slow  # a test of README's commands has workers compared too
+def test_workers_descend_the_gradient_of_one_process(ray_cluster: None, tmp_path: Path) -> None:
+    objectives = {"contrastive": {"weight": 0}, "sigmoid": {}}
+    recipe = section({"bias": -10.0}, objectives=objectives, training={"num_workers": 2, "micro_batch_size": 8})
+    results = compare_gradients_on_ray(small_check(recipe.model, recipe.objectives, recipe.training), str(tmp_path))
+    assert [result.objective for result in results] == ["contrastive", "sigmoid"]
+    assert all(result.equal for result in results), results
