@@ -26,7 +26,7 @@ from mmflow.training.optimizers import (
     learning_rate_schedule,
     whole_average,
 )
-from mmflow.training.zero import flat_groups, fragments_of, places_of
+from mmflow.training.zero import flat_groups, places_of
 
 
 def prepare_deepspeed() -> None:
@@ -71,7 +71,7 @@ def build_engine(module: nn.Module, training: TrainingConfig, total_steps: int) 
         dist_init_required=False,
     )
     if isinstance(optimizer, WholeParameterOptimizer):
-        optimizer.bind(fragments_of(engine), engine.device)
+        optimizer.bind(places_of(engine).values(), engine.device)
     return engine
 
 

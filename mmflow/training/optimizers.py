@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,12 +46,13 @@ class WholeParameterOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Sequence[dict[str, Any]], learning_rate: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": learning_rate, "betas": betas})
-        self._fragments: Mapping[Tensor, Sequence[Fragment]] = {}
+        self._fragments: dict[Tensor, list[Fragment]] = {}
         self._device: torch.device | None = None
 
-    def bind(self, fragments: Mapping[Tensor, Sequence[Fragment]], device: torch.device) -> None:
+    def bind(self, places: Iterable[tuple[Tensor, Fragment]], device: torch.device) -> None:
         """Set where parameters lie, once an engine has cut them up, and the device on which ranks exchange tensors."""
-        self._fragments = fragments
+        for flat, fragment in places:
+            self._fragments.setdefault(flat, []).append(fragment)
         self._device = device
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ and agree. A kill at any moment leaves at worst one that does not exist yet, bes
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -78,19 +79,14 @@ def saved_checkpoints(store: str) -> list[Saved]:
     for name in sorted(_names(store), reverse=True):
         if name.startswith(STEP):
             uri = join(store, name)
-            parts = _whole([part for file in _names(uri) if file.startswith(PART) and (part := _read_part(uri, file))])
-            if parts:
-                checkpoints.append(Saved(uri, parts))
+            parts = []
+            for part in _names(uri):
+                with contextlib.suppress(CorruptArtifactError):  # cut short: then the checkpoint lacks a part
+                    if part.startswith(PART):
+                        parts.append(read_json(join(uri, part)))
+            if whole := _whole(parts):
+                checkpoints.append(Saved(uri, whole))
     return checkpoints
-
-
-def _read_part(uri: str, name: str) -> Mapping[str, Any] | None:
-    """A rank's part; None where it is cut short: then the checkpoint lacks a part."""
-    try:
-        part: Mapping[str, Any] = read_json(join(uri, name))
-    except CorruptArtifactError:
-        return None
-    return part
 
 
 def _whole(parts: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:

@@ -57,14 +57,9 @@ def flat_groups(engine: Any) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
     return zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
 
 
-def fragments_of(engine: Any) -> dict[Tensor, list[Fragment]]:
-    """By flat tensor the parameters' fragments in it, in the same order on every rank; empty at ZeRO 0, where an
-    optimizer steps the parameters themselves."""
-    return {flat: [_fragment(engine, parameter) for parameter in group] for flat, group in flat_groups(engine)}
-
-
 def places_of(engine: Any) -> dict[Tensor, tuple[Tensor, Fragment]]:
-    """By parameter the flat tensor that has a part of it, and the fragment there; empty at ZeRO 0."""
+    """By parameter the flat tensor with its part and the fragment there, in the same order on every rank; empty at
+    ZeRO 0, where an optimizer steps the parameters themselves."""
     groups = flat_groups(engine)
     return {parameter: (flat, _fragment(engine, parameter)) for flat, group in groups for parameter in group}
 

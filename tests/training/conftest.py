@@ -1,4 +1,4 @@
-"""What trainings on Ray and without it are compared with, trained once for the session."""
+"""Trainings without faults, trained once for the session, to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 
 @pytest.fixture(scope="session")
 def trainings(place: Trainings) -> Trainings:
-    """Trained on two ranks at each stage without a fault, and to the death of one of them."""
+    """Two ranks at each stage without a fault, and until one of them dies."""
     keep = {"checkpoints": {"keep_last": 9}}
     plans = [{"name": f"straight-{stage}", "training": {"zero_stage": stage, **keep}} for stage in STAGES]
     killed = {"name": "killed", "training": {"zero_stage": 2, **keep}, "die": [1, KILLED_AT]}

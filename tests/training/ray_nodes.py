@@ -1,7 +1,7 @@
 """A process that keeps a Ray cluster of several nodes on this machine: `python -m tests.training.ray_nodes`.
 
 A process of its own, because a session has one Ray, and that of the tests has one node. It says the cluster's address,
-then reads a command a line and answers each with a line: `add` with the process of the new node's raylet; `drain
+then reads one command a line and answers with one line: `add` with the process of the new node's raylet; `drain
 PROCESS SECONDS`, as a cloud does before it takes a machine away, with whether Ray accepts that.
 """
 

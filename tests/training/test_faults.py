@@ -1,5 +1,5 @@
-"""Whole trainings by real ranks, and what befalls them: killed ranks, other numbers of ranks, damaged checkpoints, full
-disks, samples that give no number, ranks that do not come."""
+"""Whole trainings by real ranks with faults: killed ranks, other numbers of ranks, damaged checkpoints, full disks,
+samples without a finite loss, ranks that stop responding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mmflow.training.journal import read_journal
 from mmflow.training.store import directory_of, saved_checkpoints
 from tests.training.faulty_ranks import EPOCHS, VICTIM
+from tests.training.ranks import assert_bit_equal
 from tests.training.trainings import (
     LAST_SAVED,
     SAMPLES,
@@ -28,7 +28,7 @@ from tests.training.trainings import (
     turn,
 )
 
-pytestmark = pytest.mark.timeout(1200)  # fixtures run many trainings in turn, which a loaded machine takes long over
+pytestmark = pytest.mark.timeout(1200)  # fixtures run many trainings in turn, which takes long on a loaded machine
 
 each_stage = pytest.mark.parametrize("stage", STAGES)
 AGAIN = ("again-2", "damaged", "turned", "half")
@@ -36,7 +36,7 @@ AGAIN = ("again-2", "damaged", "turned", "half")
 
 @pytest.fixture(scope="module")
 def others(trainings: Trainings) -> Trainings:
-    """Gone on with from the last checkpoint by fewer and by more ranks."""
+    """Resumed from the last checkpoint by fewer and by more ranks."""
     for num_ranks in (1, 3):
         plans = []
         for stage in STAGES:
@@ -53,7 +53,7 @@ def newest(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def same(trainings: Trainings) -> Trainings:
-    """Gone on with by as many ranks: after the death, and from checkpoints of which the newest is damaged."""
+    """Resumed by the same number of ranks: after the death, and where the newest checkpoint is damaged."""
     trainings.copy("killed", "again-2")
     damaged = trainings.copy("killed", "damaged")
     cut(next(newest(damaged).rglob("zero_pp_rank_1*optim_states.pt")))
@@ -72,9 +72,8 @@ def test_a_killed_rank_leaves_checkpoints_and_no_package(trainings: Trainings) -
 
 
 @pytest.mark.parametrize("name", AGAIN)
-def test_a_restart_on_as_many_ranks_is_bit_equal_to_no_restart(same: Trainings, name: str) -> None:
-    expected, found = same.weights("straight-2"), same.weights(name)
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+def test_a_restart_on_the_same_number_of_ranks_is_bit_equal_to_no_restart(same: Trainings, name: str) -> None:
+    assert_bit_equal(same.weights("straight-2"), same.weights(name))
     assert [line["step"] for line in same.events(name, "started")] == [0, 8 if name == "again-2" else 4]
 
 
@@ -85,13 +84,11 @@ def test_a_restart_on_as_many_ranks_is_bit_equal_to_no_restart(same: Trainings, 
         ("turned", r"zero_pp_rank_0_mp_rank_00_optim_states\.pt: not the bytes that were written"),
     ],
 )
-def test_a_checkpoint_that_is_damaged_is_refused_on_every_rank_and_named(
-    same: Trainings, name: str, message: str
-) -> None:
+def test_a_damaged_checkpoint_is_refused_on_every_rank_and_named(same: Trainings, name: str, message: str) -> None:
     (refused,) = same.events(name, "refused")
     assert refused["step"] == 8
     assert re.search(message, refused["reason"])
-    assert same.events("half", "refused") == []  # what its ranks did not all finish was never there
+    assert same.events("half", "refused") == []  # it never existed, because a rank did not finish it
 
 
 @each_stage
@@ -114,7 +111,7 @@ def test_every_sample_is_seen_once_an_epoch(same: Trainings, name: str) -> None:
         assert sum(len(keys) for keys in seen.values()) == EPOCHS * sum(SAMPLES)
 
 
-# --- numbers that are none ------------------------------------------------------------------------------------------
+# --- numbers that are not finite -------------------------------------------------------------------------------------
 
 POISONED_STAGES = (0, 1, 2, 3)
 SPIKE = {"on_nonfinite": "stop", "spike_window": 10, "spike_deviations": 20}
@@ -143,7 +140,7 @@ def poisoned(place: Trainings) -> Trainings:
 
 @pytest.mark.parametrize("stage", POISONED_STAGES)
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_sample_that_gives_no_number_is_left_out_and_named(poisoned: Trainings, kind: str, stage: int) -> None:
+def test_a_sample_without_a_finite_loss_is_left_out_and_named(poisoned: Trainings, kind: str, stage: int) -> None:
     name = f"skip-{kind}-{stage}"
     assert poisoned.error(name) == ""
     left_out = poisoned.events(name, "left_out")
@@ -162,19 +159,18 @@ def test_a_sample_that_gives_no_number_is_left_out_and_named(poisoned: Trainings
 
 
 def _learning_rate(place: Trainings) -> float:
-    """The last one of a run that leaves nothing out."""
+    """The last learning rate of a run that leaves nothing out."""
     lines = [line for line in read_journal(place.directory / "spike-record" / "journal.jsonl") if "metrics" in line]
     return float(lines[-1]["metrics"]["learning_rate"])
 
 
 @pytest.mark.parametrize("stage", POISONED_STAGES)
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_going_back_ends_at_what_leaving_out_does(poisoned: Trainings, kind: str, stage: int) -> None:
+def test_rewinding_ends_at_the_weights_of_leaving_out(poisoned: Trainings, kind: str, stage: int) -> None:
     name = f"rewind-{kind}-{stage}"
     assert poisoned.error(name) == ""
     assert len(poisoned.events(name, "rewound")) == EPOCHS
-    expected, found = poisoned.weights(f"skip-{kind}-{stage}"), poisoned.weights(name)
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert_bit_equal(poisoned.weights(f"skip-{kind}-{stage}"), poisoned.weights(name))
 
 
 @pytest.mark.parametrize("stage", POISONED_STAGES)
@@ -200,7 +196,7 @@ def test_without_a_policy_the_run_stops_before_it_saves_and_names_the_step(
     assert all(saved.step < victim for saved in saved_checkpoints(str(poisoned.directory / name / "checkpoints")))
 
 
-def test_a_spike_is_gone_past_or_recorded_or_enough(poisoned: Trainings) -> None:
+def test_a_spike_is_rewound_or_recorded_or_ends_the_run(poisoned: Trainings) -> None:
     (spike,) = poisoned.events("spike-record", "spike")
     step = max(step for step, keys in poisoned.seen("spike-record").items() if VICTIM in keys)
     assert spike["steps"] == [step]
@@ -212,7 +208,7 @@ def test_a_spike_is_gone_past_or_recorded_or_enough(poisoned: Trainings) -> None
     assert poisoned.error("spike-enough").startswith(f"step {step}: the loss is ")
 
 
-def test_a_restart_knows_what_the_training_went_back_for(poisoned: Trainings) -> None:
+def test_a_restart_knows_the_rewinds_before_it(poisoned: Trainings) -> None:
     (rewound,) = poisoned.events("spike-rewind", "rewound")
     here = poisoned.copy("spike-rewind", "remembered")
     for saved in saved_checkpoints(str(here / "checkpoints")):
@@ -221,11 +217,10 @@ def test_a_restart_knows_what_the_training_went_back_for(poisoned: Trainings) ->
     poisoned.run(1, guarded("remembered", 2, "spike", on_spike="rewind", **SPIKE))
     assert poisoned.events("remembered", "started")[-1]["step"] == rewound["step"]
     assert poisoned.events("remembered", "rewound") == [rewound]
-    expected, found = poisoned.weights("spike-rewind"), poisoned.weights("remembered")
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert_bit_equal(poisoned.weights("spike-rewind"), poisoned.weights("remembered"))
 
 
-# --- room, and ranks that do not come -------------------------------------------------------------------------------
+# --- full disks, and ranks that stop responding ----------------------------------------------------------------------
 
 
 def test_a_full_disk_costs_the_checkpoint_or_the_run_as_the_recipe_says(
@@ -248,17 +243,17 @@ def test_a_full_disk_costs_the_checkpoint_or_the_run_as_the_recipe_says(
     assert place.error("no-room-stop").startswith("step 4: no checkpoint: rank 0: ")
 
 
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written_costs_that_checkpoint(
+def test_a_disk_that_fills_up_during_a_checkpoint_costs_that_checkpoint(
     place: Trainings, small_disk: Callable[[str], Path]
 ) -> None:
-    disk = small_disk("80k")  # a first checkpoint of so small a model needs more than is thought
+    disk = small_disk("80k")  # a first checkpoint of so small a model needs more than estimated
     place.run(1, {"name": "fills", "training": {"zero_stage": 2}, "checkpoints": str(disk / "one")})
     assert place.error("fills") == ""
     assert len(place.events("fills", "no_checkpoint")) == 3
     assert saved_checkpoints(str(disk / "one")) == []
 
 
-def test_a_rank_that_does_not_come_is_named(place: Trainings) -> None:
+def test_a_rank_that_stops_responding_is_named(place: Trainings) -> None:
     guards = {"hung_after_minutes": 0.05}
     plan = {"name": "hung", "training": {"zero_stage": 2, "guards": guards}, "sleep": [1, 3]}
     place.run(2, plan, dies=True, exchange_seconds=6)
@@ -269,8 +264,8 @@ def test_a_rank_that_does_not_come_is_named(place: Trainings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_ranks_killed_at_any_moment_go_on_to_the_same_weights(trainings: Trainings, seed: int) -> None:
-    """Three deaths, at a step or while a checkpoint is brought to its place, each gone on from by another number."""
+def test_ranks_killed_at_any_moment_end_at_the_same_weights(trainings: Trainings, seed: int) -> None:
+    """Three deaths, at a step or while a checkpoint is published, each resumed by another number of ranks."""
     draw = random.Random(seed)
     stage, name = draw.choice(STAGES), f"sweep-{seed}"
     num_ranks = 2

@@ -1,5 +1,5 @@
-"""Trainings on a Ray cluster of several nodes, of which workers, drivers and nodes are killed: they end at the weights
-of a training that nothing befell."""
+"""Trainings on a Ray cluster of several nodes with workers, drivers and nodes that are killed: they end at the weights
+of a training without faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 import psutil
 import pytest
-import torch
 
 from mmflow.core.storage import read_json
 from mmflow.registry.tracking import connect
@@ -24,9 +23,9 @@ from mmflow.training.journal import curves, read_journal
 from mmflow.training.workers import COLLECTIVE_TIMEOUT, limited_exchanges
 from tests.registry.mlflow_server import free_port, start_server
 from tests.training.faulty_ranks import halted, let_go
+from tests.training.ranks import ROOT, assert_bit_equal
 from tests.training.ray_driver import RUN
 from tests.training.trainings import (
-    ROOT,
     STAGES,
     STEPS,
     Trainings,
@@ -39,11 +38,11 @@ pytestmark = pytest.mark.timeout(1200)
 PATIENCE = 240.0  # seconds
 KINDS = ("worker", "driver", "node")
 AFTER = {"same": 2, "fewer": 1, "more": 3}
-"""Workers that a training goes on with, of two."""
+"""Workers after the fault; there are two before it."""
 
 
 class Nodes:
-    """A cluster of a head, which drivers connect to, and of nodes beside it; each has a CPU."""
+    """A cluster: a head, which drivers connect to, and nodes beside it with a CPU each."""
 
     def __init__(self, log: TextIO) -> None:
         command = [sys.executable, "-m", "tests.training.ray_nodes"]
@@ -67,7 +66,7 @@ class Nodes:
         return self._answer()
 
     def have(self, number: int) -> None:
-        """Add nodes until there are so many beside the head."""
+        """Add nodes until there are this many beside the head."""
         while len(self._raylets) < number:
             self._raylets.append(int(self._ask("add")))
 
@@ -76,7 +75,7 @@ class Nodes:
         return next(each["raylet"] for each in ranks.values() if each["raylet"] in self._raylets)
 
     def kill(self, raylet: int) -> None:
-        """Kill it and what it started, which would live on for seconds: so goes a machine."""
+        """Kill it and its children, which would live for seconds: as when a machine is lost."""
         self._raylets.remove(raylet)
         with contextlib.suppress(psutil.NoSuchProcess):  # a drained one may be gone by itself
             process = psutil.Process(raylet)
@@ -124,7 +123,7 @@ class Driver:
             time.sleep(0.05)
 
     def ranks_at(self, step: int, num_ranks: int = 2) -> dict[int, dict[str, int]]:
-        """The ranks that halt before a step, once they have all come to it."""
+        """The ranks that halt before a step, once all have reached it."""
         files = {rank: self.here / halted(step, rank) for rank in range(num_ranks)}
         self.wait_for(lambda: all(file.exists() for file in files.values()))
         return {rank: read_json(str(file)) for rank, file in files.items()}
@@ -137,7 +136,7 @@ class Driver:
         self._process.wait()
 
     def end(self) -> int:
-        """How it ends by itself."""
+        """Wait for its end; the exit code."""
         return self._process.wait(PATIENCE)
 
 
@@ -155,16 +154,15 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 
 def assert_same_weights(trainings: Trainings, name: str, stage: int) -> None:
-    expected, found = trainings.weights(f"straight-{stage}"), trainings.weights(name)
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert_bit_equal(trainings.weights(f"straight-{stage}"), trainings.weights(name))
 
 
-# --- nodes that go and come -----------------------------------------------------------------------------------------
-# Before any driver is killed: what one has reserved Ray forgets after three minutes, and a group that may shrink waits.
+# --- nodes that are lost and added -----------------------------------------------------------------------------------
+# Before any driver is killed: Ray keeps its reservation for three minutes, and a group that may shrink waits for it.
 
 
 @pytest.mark.slow
-def test_before_a_node_goes_there_is_a_checkpoint_and_the_others_go_on_from_it(
+def test_before_a_node_is_taken_away_there_is_a_checkpoint_that_the_others_resume(
     trainings: Trainings, nodes: Nodes
 ) -> None:
     """No other checkpoint is written. There is no tracking server either, all the time."""
@@ -214,7 +212,7 @@ def test_a_lost_node_shrinks_the_group_and_a_new_one_grows_it(trainings: Trainin
     assert_each_sample_once_an_epoch(trainings.seen(name))
 
 
-# --- everything at once ---------------------------------------------------------------------------------------------
+# --- everything at once ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +267,7 @@ def test_its_samples_are_seen_once_an_epoch(trainings: Trainings, survivor: tupl
     assert_each_sample_once_an_epoch(trainings.seen(survivor[0]))
 
 
-def test_its_journal_is_whole_in_one_finished_run_of_a_server_that_was_gone_meanwhile(
+def test_its_journal_is_whole_in_one_run_although_the_server_was_down_meanwhile(
     trainings: Trainings, survivor: tuple[str, str]
 ) -> None:
     name, uri = survivor
@@ -281,17 +279,17 @@ def test_its_journal_is_whole_in_one_finished_run_of_a_server_that_was_gone_mean
     assert sorted((each.step, each.value) for each in client.get_metric_history(run.info.run_id, "loss")) == losses
 
 
-# --- the sweep ------------------------------------------------------------------------------------------------------
+# --- the sweep -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_step_costs_nothing_whatever_goes_on(
+def test_a_kill_at_any_step_costs_nothing_whatever_number_resumes(
     trainings: Trainings, nodes: Nodes, stage: int, kind: str, seed: int
 ) -> None:
-    """Each stage and each kill meets each number of workers that go on, over three seeds."""
+    """Over three seeds, each stage and each kind of kill meets each number of workers that resume."""
     draw = random.Random(f"{stage} {kind} {seed}")
     step = draw.randint(2, STEPS)
     after = list(AFTER)[(stage + KINDS.index(kind) + seed) % len(AFTER)]
@@ -323,7 +321,7 @@ def test_a_kill_at_any_step_costs_nothing_whatever_goes_on(
     assert_each_sample_once_an_epoch(trainings.seen(name))
 
 
-# --- one after another ----------------------------------------------------------------------------------------------
+# --- one after another -----------------------------------------------------------------------------------------------
 
 
 def test_the_limit_of_ray_s_exchanges_is_one_training_s_or_the_environment_s(monkeypatch: pytest.MonkeyPatch) -> None:

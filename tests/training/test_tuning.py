@@ -34,7 +34,7 @@ from mmflow.training.job import TrainingJob
 from mmflow.training.journal import Journal, curves, read_journal
 from mmflow.training.loop import Due, Loop
 from mmflow.training.rank import run_rank
-from mmflow.training.zero import fragments_of
+from mmflow.training.zero import places_of
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.ranks import (
     assert_bit_equal,
@@ -143,9 +143,9 @@ def state_numel(engine: Any, stage: int) -> int:
     if stage == 0:
         states = engine.optimizer.state.values()
         return sum(state["exp_avg"].numel() + state["exp_avg_sq"].numel() for state in states)
-    fragments = fragments_of(engine)
-    assert all({"exp_avg", "exp_avg_sq"} <= set(engine.basic_optimizer.state[flat]) for flat in fragments)
-    total = torch.tensor(sum(2 * fragment.numel for parts in fragments.values() for fragment in parts))
+    places = places_of(engine).values()
+    assert all({"exp_avg", "exp_avg_sq"} <= set(engine.basic_optimizer.state[flat]) for flat, _ in places)
+    total = torch.tensor(sum(2 * fragment.numel for _, fragment in places))
     dist.all_reduce(total)
     return int(total)
 
