@@ -205,13 +205,11 @@ def _tokenise(rows: Sequence[Row], own: Reading, settings: ViewSettings) -> None
         windows = randoms("window") if settings.truncation == "sentences" else None
         return tokenise(reading.tokenizer, [row.text for row in rows], reading.max_tokens, windows)
 
-    tokens = tokens_of(own)
+    for row, tokens, *readings in zip(rows, tokens_of(own), *map(tokens_of, settings.readings), strict=True):
+        row.tokens, row.readings = tokens, readings
     if share := settings.augment.token_dropout:
-        tokens = [drop_tokens(ids, share, random) for ids, random in zip(tokens, randoms("dropout"), strict=True)]
-    readings = [tokens_of(reading) for reading in settings.readings]
-    for number, row in enumerate(rows):
-        row.tokens = tokens[number]
-        row.readings = [reading[number] for reading in readings]
+        for row, random in zip(rows, randoms("dropout"), strict=True):
+            row.tokens = drop_tokens(row.tokens, share, random)
     answered = [row for row in rows if row.answer is not None]
     answers = tokenise(own.tokenizer, [row.answer or "" for row in answered], own.max_tokens)
     for row, answer in zip(answered, answers, strict=True):

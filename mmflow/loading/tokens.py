@@ -101,18 +101,12 @@ def load_tokenizer(path: str | Path, key: str = "tokenizer") -> Tokenizer:
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise RecipeError(
-            f"{key}: {file}: {reason}; give a tokenizer.json of the `tokenizers` library, or its directory"
-        ) from error
-    try:
-        return read_tokenizer(text)
+        return read_tokenizer(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
         raise RecipeError(
-            f"{key}: {file}: not a tokenizer.json of the `tokenizers` library ({' '.join(str(error).split())[:120]}); "
-            "convert older vocab.txt or merges.txt files with transformers' save_pretrained"
+            f"{key}: {file}: {reason}; give a tokenizer.json of the `tokenizers` library, or its directory "
+            "(transformers' save_pretrained converts older vocab.txt or merges.txt files)"
         ) from error
 
 

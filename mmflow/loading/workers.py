@@ -77,10 +77,7 @@ class Threads:
         self._load = load
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=NAME)
         self._futures: deque[Future[list[Row]]] = deque()
-        self._use_one_core_each(count)
-
-    def _use_one_core_each(self, count: int) -> None:
-        """Otherwise torch operations in each thread would start as many threads as the machine has cores."""
+        # One core each: otherwise torch operations in each thread would start as many threads as the machine has cores.
         num_threads = torch.get_num_threads()
         all_here = Barrier(count)
 
@@ -249,18 +246,15 @@ def _serve(connection: Connection, shape: tuple[int, ...]) -> None:
         load: Load = ForkingPickler.loads(memory[ring_bytes:])
         while True:
             number, task = connection.recv()
-            connection.send((number, _attempt(load, ring, task)))
-
-
-def _attempt(load: Load, ring: Ring, task: Task) -> list[Row] | BaseException:
-    try:
-        return _run(load, ring, task)
-    except MmflowError as error:
-        return error
-    except BaseException as error:  # a bug: the traceback would otherwise be lost at the pipe
-        failure = TrainingError(f"loader worker process {os.getpid()}, {task}: {type(error).__name__}: {error}")
-        failure.add_note(traceback.format_exc())
-        return failure
+            answer: list[Row] | BaseException
+            try:
+                answer = _run(load, ring, task)
+            except MmflowError as error:
+                answer = error
+            except BaseException as error:  # a bug: its traceback would otherwise be lost at the pipe
+                answer = TrainingError(f"loader worker process {os.getpid()}, {task}: {type(error).__name__}: {error}")
+                answer.add_note(traceback.format_exc())
+            connection.send((number, answer))
 
 
 # --- one batch ahead --------------------------------------------------------------------------------------------------

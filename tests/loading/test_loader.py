@@ -234,6 +234,12 @@ def test_clips_and_labels_are_what_the_recipe_asks_for(small_dataset: Dataset, t
     assert batch.targets["label"].tolist() == [{0: 1, 1: 0, 2: -1}[number] for number in numbers]
 
 
+def test_settings_of_how_batches_are_made_do_not_change_the_identity() -> None:
+    changes = {"workers": {"count": 7}, "prefetch_batches": 9, "cache": {"max_bytes": 5}, "max_skipped": 3}
+    changed = LoaderConfig.model_validate({**changes, "on_corrupt": "skip"})
+    assert changed.identity() == LoaderConfig().identity() != LoaderConfig(window=5).identity()
+
+
 # --- workers --------------------------------------------------------------------------------------------------------
 
 

@@ -237,10 +237,10 @@ def test_a_tokenizer_that_is_not_there_or_is_none_names_the_key_and_the_file(tmp
     with pytest.raises(RecipeError, match=r"^pretrain.tokenizer: .*tokenizer.json: No such file or directory; give"):
         load_tokenizer(tmp_path, "pretrain.tokenizer")
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(RecipeError, match=r"tokenizer.json: not a tokenizer.json of the `tokenizers` library \("):
+    with pytest.raises(RecipeError, match=r"tokenizer.json: .*; give a tokenizer.json of the"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError, match=r"not a text file"):
+    with pytest.raises(RecipeError, match=r"codec can't decode"):
         load_tokenizer(tmp_path)
 
 

@@ -226,7 +226,8 @@ def counting(made: list[int], closed: list[bool]) -> Generator[int, None, None]:
 
 def test_items_come_in_order_and_a_consumer_that_stops_closes_the_source() -> None:
     closed: list[bool] = []
-    ready = prefetch(counting([], closed))
+    source = counting([], closed)  # held here: otherwise its deletion would close it
+    ready = prefetch(source)
     assert list(islice(ready, 50)) == list(range(1, 51))
     assert closed == []
     ready.close()
