@@ -1,4 +1,4 @@
-"""Captions: what is cleaned away, what stays, and which verdict a record gets."""
+"""Captions: cleaning, masking, languages, bounds, and the reason for each rejection."""
 
 import unicodedata
 from typing import get_args
@@ -94,7 +94,7 @@ def test_clean_text_is_stable_printable_and_encodable(text: str) -> None:
     cleaned.encode()
 
 
-def test_escapes_that_do_not_come_to_rest_stay_as_they_are_and_take_no_time() -> None:
+def test_endless_escapes_stay_as_they_are_and_take_no_time() -> None:
     assert clean_text("&&&#35;108;t;") == "<"
     text = "&" * 50_000 + "#35;" + "35;" * 49_998 + "108;t;"  # each round would undo one of them
     assert clean_text(text) == text
@@ -171,7 +171,7 @@ def test_file_names_and_words_for_pictures_at_large_are_boilerplate(text: str) -
         "deadbeef",
     ],
 )
-def test_what_says_something_is_not(text: str) -> None:
+def test_captions_with_content_are_not_boilerplate(text: str) -> None:
     assert not is_boilerplate(text)
 
 

@@ -1,4 +1,4 @@
-"""Clips: evenly spaced frames of animations and of folders, at a bounded cost, whatever a file says of itself."""
+"""Clips: evenly spaced frames of animations and frame folders, at a bounded cost, whatever a file claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near duplicates: the search misses nothing, the survivors are those of a plain loop, and crowds fit into memory."""
+"""Near duplicates: the searches miss nothing, survivors are those of a plain loop, and dense crowds fit into memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: any file to one that is stored, upright, of the size asked and over the background, or a reason why not."""
+"""Images: any file becomes a stored one, upright, of the size asked and over the background, or a rejection."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_size_that_the_encoder_cannot_write_is_named() -> None:
     assert rejection(file_of(Image.new("L", (20_000, 8))), resize="none", max_aspect=1e4, format="webp")
 
 
-def test_a_name_is_no_proof_and_is_not_asked() -> None:
+def test_the_content_decides_about_the_format() -> None:
     # A PNG called .jpg, a JPEG called .png: bodies come without names, and their first bytes decide.
     for format in ("PNG", "GIF", "WEBP"):
         assert prepared(file_of(gradient(64, 64), format)).extension == "jpg"

@@ -1,4 +1,4 @@
-"""Selection over pieces: who stays of those that are alike, with a reason and a survivor for each that goes."""
+"""Selection over pieces: which of the records that are alike stays, and why the others are rejected."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_like_captions_go_and_common_ones_do_not_count(tmp_path: Path) -> None:
     assert set(verdicts(pieces, settings)) == {1, 4, 5}
 
 
-def test_what_is_like_an_evaluated_sample_goes_whatever_its_split(tmp_path: Path) -> None:
+def test_records_like_an_evaluation_sample_are_rejected_in_every_split(tmp_path: Path) -> None:
     text = "a red fox asleep in the snow at dawn"
     sample = record(0, key="e", pixel_hash=7, perceptual_hash=0, texts=[text])
     evaluation = write_shard(tmp_path / "evaluated", [record(1), sample])
@@ -252,7 +252,7 @@ def like(one: dict[str, Any], other: dict[str, Any]) -> dict[str, bool]:
         DuplicatesConfig(exact=False, caption_similarity=0.6),
     ],
 )
-def test_nothing_goes_without_a_survivor_that_justifies_it_and_no_two_that_stay_are_alike(
+def test_every_rejection_has_a_survivor_and_no_two_survivors_are_alike(
     tmp_path: Path, duplicates: DuplicatesConfig
 ) -> None:
     rows = [row for row in crowd(3, 200) if row["reason"] is None]
@@ -279,5 +279,5 @@ def test_rounds_are_reported_as_they_are_done(tmp_path: Path) -> None:
     assert reported == [(number, 6) for number in range(1, 7)]
 
 
-def test_no_pieces_are_no_work() -> None:
+def test_no_pieces_give_no_rejections() -> None:
     assert select_records([], **SETTINGS).rejected.num_rows == 0

@@ -1,4 +1,4 @@
-"""A small corpus with one of every defect, and the dataset that is built of it."""
+"""A small corpus with one of every defect, and the dataset built from it."""
 
 from __future__ import annotations
 

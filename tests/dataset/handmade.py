@@ -1,4 +1,4 @@
-"""A dataset written member by member, without the build: what verify, describe and the readers are tested on."""
+"""Datasets written member by member, without the build, for tests of readers, verify and describe."""
 
 from __future__ import annotations
 

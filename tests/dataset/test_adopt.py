@@ -1,4 +1,4 @@
-"""Adopt: tars of every foreign writer become a dataset, unchanged; what does not is named, and damage is refused."""
+"""Adopting others' tars: they become a dataset, unchanged; bad samples are quarantined, damaged tars refused."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_pictures_without_a_caption_are_samples_where_none_is_required(tmp_path:
         adopt(dataset.uri, [str(tar)])
 
 
-def test_what_cannot_be_trained_on_goes_to_quarantine_and_its_neighbours_stay(tmp_path: Path) -> None:
+def test_bad_samples_go_to_quarantine_and_their_neighbours_stay(tmp_path: Path) -> None:
     bad = {
         "no-image": [("txt", b"text")],
         "no-caption": [("jpg", JPEG)],
@@ -221,7 +221,7 @@ def test_a_cut_or_damaged_tar_is_refused_naming_the_byte(tmp_path: Path) -> None
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 20_000))
-def test_no_cut_loses_samples_in_silence(tmp_path: Path, cut: int) -> None:
+def test_every_cut_of_a_tar_is_an_error(tmp_path: Path, cut: int) -> None:
     tar = tmp_path / "a.tar"
     sound = write(tar, good(3), tarfile.USTAR_FORMAT).read_bytes().rstrip(b"\0")
     tar.write_bytes(sound[: min(cut, len(sound))])
@@ -278,7 +278,7 @@ def test_a_killed_adoption_goes_on_to_the_same_dataset(
         assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
 
 
-def test_what_an_abandoned_adoption_left_does_not_count(tmp_path: Path) -> None:
+def test_leftovers_of_an_abandoned_adoption_are_removed(tmp_path: Path) -> None:
     """Among other tars, other rows repeat."""
     first, second, third = (write(tmp_path / f"{number}.tar", good(3, 2 * number)) for number in range(3))
     cut = tmp_path / "cut.tar"
@@ -318,7 +318,7 @@ def test_remote_tars_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert copy.stat().st_mode & 0o777 == 0o644
 
 
-def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     tar = write(tmp_path / "theirs/shards/00001.tar", good(3))
     write(tmp_path / "theirs/shards/00000.tar", good(3, 3))
     with pytest.raises(MisuseError, match=r"lies in .* itself"):
@@ -328,7 +328,7 @@ def test_nothing_of_others_is_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "theirs/shards").iterdir()) == ["00000.tar", "00001.tar"]
 
 
-def test_tars_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_tars_are_named(tmp_path: Path) -> None:
     for tars, said in (
         ([str(tmp_path / "nowhere.tar")], "nowhere.tar"),
         ([str(tmp_path)], "not a file"),

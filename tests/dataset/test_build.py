@@ -1,4 +1,4 @@
-"""The build: every record accounted for, the same bytes whoever builds, and a kill that costs only time."""
+"""The build: every record is accounted for, bytes do not depend on who builds, and a kill only costs time."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_splits_fingerprint_and_misuse(dataset: Dataset) -> None:
         dataset.shards("validation")
 
 
-def test_nothing_usable_is_an_error_that_says_so(build: Build, tmp_path: Path) -> None:
+def test_a_corpus_without_usable_records_is_an_error(build: Build, tmp_path: Path) -> None:
     def attempt(text: str) -> None:
         (tmp_path / "records.jsonl").write_text(text)
         build(tmp_path / "d", str(tmp_path / "records.jsonl"))
@@ -286,7 +286,7 @@ def test_shards_are_bounded_by_bytes_too(build: Build, corpus: Corpus, tmp_path:
     assert dataset.samples("train") == 72
 
 
-def test_a_common_caption_is_dropped_from_all_and_rejects_who_has_no_other(build: Build, tmp_path: Path) -> None:
+def test_a_common_caption_is_dropped_and_records_without_another_are_rejected(build: Build, tmp_path: Path) -> None:
     records = []
     for number in range(6):
         Image.effect_noise((32, 32), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
@@ -328,7 +328,7 @@ def test_no_record_needs_a_caption_where_none_is_required(build: Build, tmp_path
     assert "k0" in Path(write_description(dataset.uri)).read_text()
 
 
-def test_what_is_evaluated_on_is_not_trained_on(build: Build, corpus: Corpus, tmp_path: Path) -> None:
+def test_evaluation_samples_are_not_trained_on(build: Build, corpus: Corpus, tmp_path: Path) -> None:
     first = json.loads(Path(corpus.uri).read_bytes().splitlines()[0])
     examination = tmp_path / "examination.jsonl"
     image = str(Path(corpus.uri).parent / first["image"])

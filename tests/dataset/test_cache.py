@@ -1,4 +1,4 @@
-"""The node's cache: each shard fetched once, whole and verified, within its bound, whatever is killed or full."""
+"""The node's cache: each shard is fetched once, whole and verified, within its limit, despite kills and full disks."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # --- fetched once, whole and verified ---------------------------------------------------------------------------------
 
 
-def test_what_is_read_is_what_is_in_the_store_and_is_fetched_once(store: Store, fetched: list[str]) -> None:
+def test_a_shard_is_read_as_stored_and_fetched_once(store: Store, fetched: list[str]) -> None:
     shard = store.shard(0)
     assert not store.kept.exists()  # nothing is written before it is needed
     for offset, size in ((0, 10), (SHARD_BYTES // 2, 100_000), (len(store.bodies[0]) - 5, 50)):
@@ -136,7 +136,7 @@ def test_what_is_read_is_what_is_in_the_store_and_is_fetched_once(store: Store, 
     assert store.files() == [".tar"]
 
 
-def test_threads_that_want_a_shard_at_once_fetch_it_once(store: Store, fetched: list[str]) -> None:
+def test_concurrent_threads_fetch_a_shard_once(store: Store, fetched: list[str]) -> None:
     shards = [store.shard(number % 2) for number in range(16)]
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda shard: shard.read(64, 128), shards))
@@ -144,7 +144,7 @@ def test_threads_that_want_a_shard_at_once_fetch_it_once(store: Store, fetched: 
     assert sorted(fetched) == sorted({shard.uri for shard in shards})
 
 
-def test_processes_that_want_a_shard_at_once_fetch_it_once(store: Store, start: Start) -> None:
+def test_concurrent_processes_fetch_a_shard_once(store: Store, start: Start) -> None:
     children = [start(store, 0, 1.0) for _ in range(3)]
     assert [child.communicate(timeout=60)[0] for child in children] == ["10\n"] * 3
     assert (store.directory / "log").read_text() == "fetched\n"
@@ -170,7 +170,7 @@ def test_a_killed_process_s_download_is_taken_over(store: Store, start: Start, f
     assert store.files() == [".tar"]
 
 
-def test_what_killed_downloads_left_is_cleaned_up_by_the_next(store: Store, start: Start) -> None:
+def test_parts_of_killed_downloads_are_deleted_by_the_next(store: Store, start: Start) -> None:
     child, alive = start(store, 0, 600), start(store, 1, 600)
     log = store.directory / "log"
     wait_until(lambda: log.exists() and log.read_text().count("fetched") == 2)
@@ -184,7 +184,7 @@ def test_what_killed_downloads_left_is_cleaned_up_by_the_next(store: Store, star
     assert alive.poll() is None
 
 
-def test_an_altered_shard_is_refused_and_nothing_of_it_is_kept(store: Store, fetched: list[str]) -> None:
+def test_an_altered_shard_is_refused_and_not_kept(store: Store, fetched: list[str]) -> None:
     shard = store.shard(0)
     path = store.directory / "0.tar"
     body = bytearray(store.bodies[0])
@@ -206,7 +206,7 @@ def test_an_altered_shard_is_refused_and_nothing_of_it_is_kept(store: Store, fet
 
 
 @pytest.mark.parametrize("fault", ["breaks", "flips"])
-def test_a_connection_that_fails_once_is_begun_anew(store: Store, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_a_connection_that_fails_once_is_retried(store: Store, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     attempts: list[str] = []
     blocks = caching.read_blocks
 
@@ -224,7 +224,7 @@ def test_a_connection_that_fails_once_is_begun_anew(store: Store, monkeypatch: p
     assert len(attempts) == 2
 
 
-def test_a_store_that_stays_away_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(uri: str, size: int) -> Iterator[memoryview]:
         raise TimeoutError("timed out")
         yield memoryview(b"")
@@ -243,7 +243,7 @@ def let_go(store: Store) -> None:
     store.cache.release_idle(0)
 
 
-def test_the_longest_unread_is_deleted_first(tmp_path: Path) -> None:
+def test_the_least_recently_read_shard_is_deleted_first(tmp_path: Path) -> None:
     store = Store(tmp_path, max_bytes=3 * SHARD_BYTES)
     for number in (0, 1, 2, 0):
         store.shard(number).read(1, 0)
@@ -281,7 +281,7 @@ def test_a_shard_that_another_process_reads_is_never_deleted(tmp_path: Path, mon
     waiting.join()
 
 
-def test_a_working_set_larger_than_the_cache_is_read_all_the_same(tmp_path: Path, fetched: list[str]) -> None:
+def test_a_working_set_larger_than_the_cache_can_be_read(tmp_path: Path, fetched: list[str]) -> None:
     store = Store(tmp_path, max_bytes=2 * SHARD_BYTES)
     shards = [store.shard(number) for number in range(4)]
     for place in range(3):
@@ -334,7 +334,7 @@ def test_processes_that_all_wait_for_room_give_way_to_each_other(tmp_path: Path)
         assert list(threads.map(read, range(4))) == [True] * 4
 
 
-def test_what_is_idle_is_let_go_of_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_shards_are_released_in_the_background(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching, "IDLE_SECONDS", 0.2)
     shard = store.shard(0)
     shard.read(1, 0)
@@ -343,7 +343,7 @@ def test_what_is_idle_is_let_go_of_in_the_background(store: Store, monkeypatch: 
     assert store.holds(0)
 
 
-def test_an_idle_shard_is_let_go_of_and_read_again_without_a_fetch(store: Store, fetched: list[str]) -> None:
+def test_an_idle_shard_is_released_and_read_again_without_a_fetch(store: Store, fetched: list[str]) -> None:
     shard = store.shard(0)
     shard.read(1, 0)
     path = next(store.kept.glob("*.tar"))
@@ -375,7 +375,7 @@ def test_a_shard_larger_than_the_cache_is_misuse(tmp_path: Path) -> None:
 # --- the directory ----------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_first_costs_what_is_longest_unread_and_then_is_named(
+def test_a_full_disk_first_deletes_the_least_recently_read_and_then_is_named(
     tmp_path: Path, small_disk: Callable[[str], Path], fetched: list[str]
 ) -> None:
     store = Store(tmp_path)
@@ -392,7 +392,7 @@ def test_a_full_disk_first_costs_what_is_longest_unread_and_then_is_named(
     assert not list(store.kept.glob("*.part"))
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     store = Store(tmp_path)
     store.cache = ShardCache(tmp_path / "file" / "cache", 100_000_000)
@@ -453,7 +453,7 @@ def test_reading_ahead_brings_the_shard_into_the_cache(remote: Dataset, store: S
     assert len(fetched) == 1
 
 
-def test_a_byte_that_flips_in_the_cache_is_fetched_anew(
+def test_a_byte_that_flips_in_the_cache_is_fetched_again(
     remote: Dataset, small_dataset: Dataset, store: Store, fetched: list[str]
 ) -> None:
     reader = Reader(remote, "train", store.cache)
@@ -469,7 +469,7 @@ def test_a_byte_that_flips_in_the_cache_is_fetched_anew(
         assert len(fetched) == before + 1
 
 
-def test_what_does_not_match_a_sound_index_row_is_not_fetched_for_ever(
+def test_a_sample_that_does_not_match_its_index_is_not_fetched_for_ever(
     remote: Dataset, store: Store, fetched: list[str]
 ) -> None:
     from mmflow.dataset.format import read_index, write_index

@@ -1,4 +1,4 @@
-"""The tars are everyone's: other tools read the same keys, pictures and captions from them."""
+"""Other tools read the same keys, pictures and captions from our tars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other people's loops get the samples that ours gets, and an error where their own readers would say nothing."""
+"""Exports give other training loops the samples that ours gets, and an error where tar readers would be silent."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_the_pipeline_gives_what_webdataset_reads_from_the_tars(dataset: Dataset
     assert set(ours[6]) == {"__key__", "__url__", "jpg", "txt", "json", "001.jpg", "002.jpg"}
 
 
-def test_the_pipeline_goes_on_as_any_other(dataset: Dataset) -> None:
+def test_the_pipeline_can_be_extended_as_any_other(dataset: Dataset) -> None:
     pipeline = dataset.as_webdataset("train").shuffle(20).decode("pil").to_tuple("jpg", "txt", "json")
     found = sorted((fields["metadata"]["number"], image.size, text) for image, text, fields in pipeline)
     sizes = ((64, 48), (48, 64), (80, 40))
     assert found == [(number, sizes[number % 3], f"picture {number}") for number in range(40)]
 
 
-def test_ranks_and_workers_share_the_shards_out(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_and_workers_divide_the_shards(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     found = []
     for rank in range(2):
@@ -81,7 +81,7 @@ def test_ranks_and_workers_share_the_shards_out(dataset: Dataset, monkeypatch: p
     assert sorted(found[0] + found[1]) == sorted(f"key-{number}" for number in range(40))
 
 
-def test_shards_are_shuffled_by_a_seed_anew_each_epoch(dataset: Dataset) -> None:
+def test_a_seed_shuffles_the_shards_differently_each_epoch(dataset: Dataset) -> None:
     plain = keys(dataset.as_webdataset("train"))
     pipeline = dataset.as_webdataset("train", shuffle_shards=3)
     epochs = [keys(pipeline) for _ in range(4)]
@@ -97,7 +97,7 @@ def test_webdataset_reads_a_remote_dataset_through_the_cache(remote: Dataset, da
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 4
 
 
-def test_damage_that_webdataset_does_not_see_is_an_error(copy: Dataset) -> None:
+def test_damage_that_webdataset_overlooks_is_an_error(copy: Dataset) -> None:
     tar = Path(copy.tar_uri(copy.shards("train")[1]))
     data = bytearray(tar.read_bytes())
     offset = copy.index(copy.shards("train")[1])["image_offset"][5].as_py()

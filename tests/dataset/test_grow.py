@@ -1,4 +1,4 @@
-"""Growing a dataset: what was there keeps every byte, what is new joins it once."""
+"""Growing a dataset: old shards keep every byte, and new records join them once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_new_files_become_new_shards_and_the_old_keep_every_byte(build: Build, t
     assert verify_dataset(grown.uri) == []
 
 
-def test_a_picture_that_the_old_dataset_has_is_not_taken_twice(build: Build, tmp_path: Path) -> None:
+def test_a_picture_of_the_old_dataset_is_not_added_again(build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 12, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     add_folder(tmp_path / "photos", "again", 12, seed=1)
@@ -74,7 +74,7 @@ def test_a_picture_that_the_old_dataset_has_is_not_taken_twice(build: Build, tmp
     assert verify_dataset(grown.uri) == []
 
 
-def test_a_changed_or_missing_file_or_other_settings_are_no_ground_to_grow_on(build: Build, tmp_path: Path) -> None:
+def test_a_dataset_with_changed_files_or_other_settings_is_not_grown(build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 6, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     sources = [SourceConfig(uri=str(tmp_path / "photos"), keys="strict")]
@@ -106,7 +106,7 @@ def test_growing_by_rejected_records_alone_keeps_the_samples_and_says_why(build:
 
 
 @pytest.mark.parametrize("lost", ["index", "shards"])
-def test_a_killed_growth_is_gone_on_with(lost: str, build: Build, tmp_path: Path) -> None:
+def test_a_killed_growth_is_continued(lost: str, build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 20, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     add_folder(tmp_path / "photos", "dogs", 20, seed=2)

@@ -1,4 +1,4 @@
-"""Samples by shard and row: what was written, or an error that says where it no longer is."""
+"""Samples by shard and row: what was written, or an error that says where it is damaged."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_splits_are_apart(small_dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("row", [-1, 9, 1 << 40])
-def test_a_row_that_is_not_there_is_misuse(small_dataset: Dataset, row: int) -> None:
+def test_a_missing_row_is_misuse(small_dataset: Dataset, row: int) -> None:
     with pytest.raises(MisuseError, match=rf"00000\.tar: no row {row}; it has 9"):
         Reader(small_dataset, "train").read(0, row)
 
@@ -282,7 +282,7 @@ def test_the_index_of_another_tar_is_refused(copy: Dataset) -> None:
         ("image_xxh3", None, "image_xxh3 with empty cells"),
     ],
 )
-def test_an_index_that_cannot_be_true_is_refused(copy: Dataset, column: str, value: int | None, said: str) -> None:
+def test_an_inconsistent_index_is_refused(copy: Dataset, column: str, value: int | None, said: str) -> None:
     def change(table: pa.Table) -> pa.Table:
         values = table[column].to_pylist()
         values[3] = value
@@ -293,7 +293,7 @@ def test_an_index_that_cannot_be_true_is_refused(copy: Dataset, column: str, val
         Reader(copy, "train").read(0, 0)
 
 
-def test_a_tar_or_index_that_is_gone_is_named(copy: Dataset) -> None:
+def test_a_missing_tar_or_index_is_named(copy: Dataset) -> None:
     reader = Reader(copy, "train")
     reader.check()
     Path(copy.uri, "index", "00001.parquet").unlink()

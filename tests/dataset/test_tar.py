@@ -1,4 +1,4 @@
-"""The tar codec against `tarfile`, over the inputs that ustar admits."""
+"""The tar writer against `tarfile`, over the inputs that ustar allows."""
 
 import io
 import tarfile
@@ -48,7 +48,7 @@ def test_tarfile_reads_what_is_written(members: list[tuple[str, bytes]]) -> None
     assert found == [(name.rstrip("/"), body) for name, body in members]
 
 
-def test_what_ustar_cannot_hold_is_refused() -> None:
+def test_names_and_sizes_beyond_ustar_are_refused() -> None:
     for name in ("", "x" * 101, "a\0b", "é" * 51):
         with pytest.raises(MisuseError):
             header(name, 0)
@@ -63,7 +63,7 @@ def test_headers_made_together_are_those_made_one_by_one(members: list[tuple[str
     assert headers(names.slice(1), sizes[1:]).tolist() == headers(names, sizes)[1:].tolist()
 
 
-def test_headers_that_ustar_cannot_hold_are_refused() -> None:
+def test_headers_beyond_ustar_are_refused() -> None:
     for name, size in (("", 0), ("x" * 101, 0), ("a.txt", 8**11)):
         with pytest.raises(MisuseError):
             headers(pa.array([name, "b.txt"]), np.array([size, 0]))

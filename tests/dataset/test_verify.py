@@ -1,4 +1,4 @@
-"""Verify: silent on a sound dataset, and naming the shard and the trouble on a damaged one."""
+"""Verify: silent on a sound dataset; on a damaged one it names the shard and what is wrong."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_tar_cut_at_a_member_and_within_one(copy: Dataset) -> None:
         (lambda copy: edit_index(copy, lambda rows: rows.pop()), "is not in the index"),
     ],
 )
-def test_what_is_missing_or_amiss_is_named(copy: Dataset, damage: Callable[[Dataset], object], said: str) -> None:
+def test_missing_and_wrong_files_are_named(copy: Dataset, damage: Callable[[Dataset], object], said: str) -> None:
     damage(copy)
     wrong = verify_dataset(copy.uri)
     assert any(said in line for line in wrong), wrong
@@ -130,7 +130,7 @@ def edit_index(dataset: Dataset, change: Callable[[list[dict[str, object]]], obj
     write_index(path, table.from_pylist(rows, table.schema), commit)
 
 
-def test_prepared_pieces_of_a_build_are_no_strays(copy: Dataset) -> None:
+def test_prepared_pieces_of_a_build_are_not_reported(copy: Dataset) -> None:
     Path(copy.uri, "prepared").mkdir()
     Path(copy.uri, "prepared", "00000.pack").write_bytes(b"images")
     Path(copy.uri, "shards", ".staging-x").write_bytes(b"a killed writer's")
@@ -149,7 +149,7 @@ def test_swapped_shards_and_repeated_keys(copy: Dataset) -> None:
     assert any(f"{second.name}.tar: and " in line for line in wrong)
 
 
-def test_a_key_that_comes_twice_is_named_with_both_places(tmp_path: Path) -> None:
+def test_a_repeated_key_is_named_with_both_places(tmp_path: Path) -> None:
     samples = [handmade(number) for number in range(6)]
     twice = write_dataset(tmp_path / "twice", [("train", samples[:4]), ("dev", [*samples[4:], samples[2]])])
     (line,) = verify_dataset(twice.uri)
@@ -222,7 +222,7 @@ def test_samples_to_decode_are_spread_over_the_shards(copy: Dataset) -> None:
     assert sum("image is not what was written" in line for line in wrong) in (2, 3)
 
 
-def test_one_fault_does_not_drown_the_others(copy: Dataset) -> None:
+def test_many_lines_of_one_shard_do_not_hide_the_others(copy: Dataset) -> None:
     first, second = copy.shards("train")[:2]
     path = str(Path(copy.uri, "index", f"{first.name}.parquet"))
     table, commit = read_index(path)
@@ -295,7 +295,7 @@ def test_repeats_are_those_a_dict_would_find(shards: list[list[str]], per_pass: 
     assert set(found) == plain(shards)
 
 
-def test_two_keys_of_one_hash_are_not_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_keys_with_one_hash_are_not_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "hash_texts", lambda texts: np.zeros(len(texts), np.uint64))
     shards = [["a", "b"], ["c", "a"]]
     found = list(repeated_keys(lambda shard: pa.array(shards[shard], pa.string()), [2, 2]))

@@ -1,4 +1,4 @@
-"""Which shard a row goes to: evenly, by its key alone, and every row to one."""
+"""A row's shard depends on its key alone, shards are even, and every row goes to one."""
 
 from __future__ import annotations
 

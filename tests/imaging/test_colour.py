@@ -1,4 +1,4 @@
-"""Colours: whatever a file's mode, what comes out is what a viewer shows over the background."""
+"""Colours: in every mode, the result is what a viewer shows over the background."""
 
 from __future__ import annotations
 

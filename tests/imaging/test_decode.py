@@ -1,4 +1,4 @@
-"""Stored pictures to pixels: every format upright and RGB, a JPEG at the scale that is asked and no less."""
+"""Stored pictures to pixels: every format upright and in RGB, a JPEG at the scale asked or above."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_small_part_of_a_large_jpeg_is_decoded_at_a_larger_scale_than_the_whol
     assert read_pixels(picture, 64, (0.1, 0.1)).shape[:2] == (512, 768)
 
 
-def test_what_is_too_fine_for_the_scale_becomes_grey() -> None:
+def test_details_too_fine_for_the_scale_become_grey() -> None:
     pixels = decode(encoded(checkerboard(512, 512), "JPEG", quality=100, subsampling=0), "jpg", 64)
     assert pixels.shape == (64, 64, 3)
     assert np.abs(pixels.astype(int) - 127).max() <= 3
@@ -75,7 +75,7 @@ def test_other_modes_become_rgb(mode: str, format: str) -> None:
     assert np.abs(pixels.astype(int) - expected).mean() < 5
 
 
-def test_what_is_transparent_is_white() -> None:
+def test_transparent_parts_are_white() -> None:
     clear = np.zeros((8, 8, 4), np.uint8)
     clear[:, 4:, 3] = 255
     pixels = decode(encoded(clear, "PNG"), "png", 8)

@@ -1,4 +1,4 @@
-"""Hashes of images: exact ones tell every pixel, perceptual ones survive what a picture goes through on the web."""
+"""Hashes of images: exact ones see every pixel, perceptual ones survive what happens to pictures on the web."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers: bounds are known before a pixel is decoded, so that a bomb costs next to nothing."""
+"""Headers: bounds are checked before a pixel is decoded, so a decompression bomb costs next to nothing."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_bounds() -> None:
     check_bounds(probe(file_of(gradient(100, 100))), ImageConfig(max_pixels=10_000, max_aspect=1, min_side=100))
 
 
-def test_what_a_decoder_would_take_is_bounded_too() -> None:
+def test_a_decoder_s_memory_is_bounded_too() -> None:
     assert rejection(webp_bomb(9_000), max_pixels=100_000_000) is Reason.image_too_large
     check_bounds(probe(webp_bomb(8_000)), ImageConfig())
 
@@ -132,7 +132,7 @@ def test_values_without_agreed_range_are_refused(image: Image.Image) -> None:
     assert rejection(file_of(image, "TIFF")) is Reason.image_unsupported
 
 
-def test_what_is_no_image_is_told_from_what_was_one() -> None:
+def test_files_that_are_no_images_are_distinguished_from_damaged_ones() -> None:
     for data in (b"<html>404</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0" * 100, b"BMW", b"P"):
         assert rejection(data) is Reason.image_not_an_image
     assert rejection(b"") is Reason.image_truncated
@@ -141,7 +141,7 @@ def test_what_is_no_image_is_told_from_what_was_one() -> None:
         assert rejection(data[:16]) is Reason.image_truncated, format
 
 
-def test_notes_of_a_png_can_do_no_harm() -> None:
+def test_texts_in_a_png_are_harmless() -> None:
     picture = file_of(gradient(32, 48))
     huge = zlib.compress(bytes(50_000_000))
     for kind, body in {

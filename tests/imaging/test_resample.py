@@ -1,4 +1,4 @@
-"""The one filter of all views: antialiased, as sharp for a turned view as for a straight one, and nothing moves."""
+"""The one filter of all views: antialiased, as sharp for a turned view as for a straight one, with nothing shifted."""
 
 from __future__ import annotations
 
