@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.core.errors import RecipeError
+from mmflow.models.config import VideoConfig, WindowsConfig
 
 # Shapes: B batch, Q places that read, K places that are read, T tokens or regions, W width, H heads, D width of a head.
 
@@ -78,11 +79,12 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     """A small transformer over a few vectors (a clip's frames, a document's windows) with learned positions.
 
-    `key` is the recipe's key of its settings, for errors. Raises RecipeError if the heads do not divide the width.
+    `key` is the recipe's key of `config`, for errors. Raises RecipeError if the heads do not divide the width.
     """
 
-    def __init__(self, key: str, width: int, heads: int, layers: int, positions: int) -> None:
+    def __init__(self, key: str, config: WindowsConfig | VideoConfig, width: int, positions: int) -> None:
         super().__init__()
+        layers, heads = config.layers or 0, config.heads or 1  # VideoConfig requires both where there are Blocks
         if width % heads:
             raise RecipeError(f"{key}.heads: {heads} does not divide the width, {width}; give another number")
         self.positions = nn.Embedding(positions, width)

@@ -95,16 +95,10 @@ def load_weights(
     if is_dual:
         setattr(whole, tower.replace("model", "config"), settings)
     loaded = whole if is_dual else settings
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
         with _quiet():
-            model, info = model_class(loaded).from_pretrained(
-                directory,
-                config=loaded,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            model, info = model_class(loaded).from_pretrained(directory, config=loaded, dtype=torch.float32, **options)
     except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise RecipeError(
             f"{place} does not load ({one_line(error)}); save it again, or correct the options"

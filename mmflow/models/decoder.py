@@ -49,31 +49,19 @@ class Cache:
         self.mask_BR = None if self.mask_BR is None else self.mask_BR.index_select(0, rows)
 
 
-class Vocabulary(nn.Module):
-    """One table for looking up tokens and computing logits (arXiv 1608.05859): tied weights under one name, read in the
-    forward of the module that owns them, as ZeRO-3 requires."""
+class Table(nn.Module):
+    """A learned vector for each position, or for each token; those of tokens also give logits (arXiv 1608.05859): tied
+    weights under one name, read in the forward of the module that owns them, as ZeRO-3 requires."""
 
     def __init__(self, size: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, width).normal_(std=0.02))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Token ids (B, T) of int64 to their vectors (B, T, W); vectors (B, T, W) to logits (B, T, V)."""
+        """Ids (…) of int64 to their vectors (…, W); vectors (…, W) to logits (…, size)."""
         if inputs.dtype == torch.int64:
             return nn.functional.embedding(inputs, self.weight)
         return nn.functional.linear(inputs, self.weight)
-
-
-class Positions(nn.Module):
-    """A learned vector for each position."""
-
-    def __init__(self, count: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, width).normal_(std=0.02))
-
-    def forward(self, start: int, end: int) -> Tensor:
-        """(end - start, W)."""
-        return self.weight[start:end]
 
 
 class Layer(nn.Module):
@@ -147,8 +135,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.max_tokens = max_tokens
         self.dropout = config.dropout
-        self.vocabulary = Vocabulary(vocabulary_size, config.width)
-        self.positions = Positions(max_tokens, config.width)
+        self.vocabulary = Table(vocabulary_size, config.width)
+        self.positions = Table(max_tokens, config.width)
         self.memory_norm = nn.LayerNorm(memory_width)
         self.layers = nn.ModuleList(Layer(config, memory_width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
@@ -172,7 +160,7 @@ class Decoder(nn.Module):
         else:
             mask_BR = None if mask_BR is None else mask_BR.bool()
             memory_BRM = self.memory_norm(memory_BRM)
-        x_BTW = self.vocabulary(token_ids_BT) + self.positions(start, end)
+        x_BTW = self.vocabulary(token_ids_BT) + self.positions(torch.arange(start, end, device=token_ids_BT.device))
         x_BTW = nn.functional.dropout(x_BTW, self.dropout, self.training)
         layers: list[Cached] = []
         for number, layer in enumerate(self.layers):

@@ -259,7 +259,7 @@ class WindowEncoder(nn.Module):
         self.width = encoder.width
         self.fresh_tokens = config.tokens - 1
         self.num_windows = max(1, -(-(max_tokens - 1) // self.fresh_tokens))
-        self.windows = Blocks(f"{key}.windows", self.width, config.heads, config.layers, self.num_windows)
+        self.windows = Blocks(f"{key}.windows", config, self.width, self.num_windows)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, *, attentions: bool = False) -> Encoded:
         """Token ids (B, T) to one vector per window: sequence (B, N, W), its mean, the mask of windows (B, N), and on

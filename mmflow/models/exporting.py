@@ -248,19 +248,11 @@ def _trace(model: Model, inputs: Mapping[str, Tensor], output: str, path: Path) 
         raise MisuseError("export to ONNX needs more packages: pip install 'mmflow[onnx]'") from error
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     shapes = tuple({0: batch} if name == "pixels" else {0: batch, 1: tokens} for name in inputs)
+    names: Any = {"input_names": list(inputs), "output_names": [output], "dynamic_shapes": {"inputs": shapes}}
+    options: Any = {"dynamo": True, "external_data": False, "verbose": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Tower(model).eval(),
-            tuple(inputs.values()),
-            path,
-            input_names=list(inputs),
-            output_names=[output],
-            dynamic_shapes={"inputs": shapes},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        torch.onnx.export(_Tower(model).eval(), tuple(inputs.values()), path, **names, **options)
 
 
 @torch.inference_mode()

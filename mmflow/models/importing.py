@@ -73,10 +73,9 @@ def import_checkpoint(uri: str, directory: str | Path) -> Package:
 
 @torch.no_grad()
 def _fill(model: Model, shared: Mapping[str, Tensor]) -> None:
-    assert model.image_projection is not None
-    assert model.text_projection is not None
     assert model.scale is not None
-    for projection, name in ((model.image_projection, SHARED[0]), (model.text_projection, SHARED[1])):
+    for projection, name in zip((model.image_projection, model.text_projection), SHARED[:2], strict=True):
+        assert projection is not None
         projection.weight.copy_(shared.get(name, torch.eye(*projection.weight.shape)))
     # Shape () in CLIP and VisionTextDualEncoder, (1,) in SigLIP and here.
     model.scale.logit_scale.copy_(shared["logit_scale"].reshape(1))

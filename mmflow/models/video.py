@@ -25,8 +25,8 @@ class VideoEncoder(nn.Module):
         self.width = encoder.width
         self.max_frames = config.max_frames
         self.order = None
-        if config.kind == "sequential" and config.layers and config.heads:
-            self.order = Blocks(key, self.width, config.heads, config.layers, config.max_frames)
+        if config.kind == "sequential":
+            self.order = Blocks(key, config, self.width, config.max_frames)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, *, attentions: bool = False) -> Encoded:
         """Clips (B, F, 3, H, S), or stills (B, 3, H, S), and which frames are real (B, F), None for all.
@@ -71,13 +71,11 @@ class TightSimilarity(nn.Module):
     def __init__(self, key: str, config: VideoConfig, width: int, *, image_width: int, text_width: int) -> None:
         """`key` is the recipe's key of `config`. Raises RecipeError if the heads do not divide the width."""
         super().__init__()
-        assert config.layers is not None  # VideoConfig checks both
-        assert config.heads is not None
         self.image_projection = nn.Linear(image_width, width, bias=False)
         self.text_projection = nn.Linear(text_width, width, bias=False)
         self.types = nn.Embedding(2, width)
         nn.init.normal_(self.types.weight, std=0.02)
-        self.read = Blocks(key, width, config.heads, config.layers, 1 + config.max_frames)
+        self.read = Blocks(key, config, width, 1 + config.max_frames)
         self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, captions_AT: Tensor, frames_BFI: Tensor, mask_BF: Tensor) -> Tensor:
