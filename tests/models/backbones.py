@@ -10,12 +10,7 @@ from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig, VideoCon
 from mmflow.models.model import build_image_encoder, build_text_encoder
 
 PIXELS, VOCABULARY = 16, 64
-LAYERS: dict[str, Any] = {
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-}
+LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 16}
 
 # For pictures of 16 pixels: four patches, or what two halvings leave.
 IMAGE: dict[str, dict[str, Any]] = {

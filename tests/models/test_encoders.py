@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mmflow.core.errors import RecipeError
+from mmflow.models.attention import AttentionPooling, pool_eos, pool_last, pool_mean
 from mmflow.models.config import ImageEncoderConfig
 from mmflow.models.encoders import Encoder, ImageEncoder, parameter_count
 from tests.models.backbones import IMAGE, LAYERS, PIXELS, TEXT, VITS, VOCABULARY, image_encoder, text_encoder, token_ids
@@ -310,3 +313,49 @@ def test_sizes_follow_from_the_recipe() -> None:
     assert text_encoder("bert").backbone.get_input_embeddings().weight.shape == (VOCABULARY, 8)
     assert image_encoder("vit").backbone.config.image_size == PIXELS
     assert parameter_count(torch.nn.Linear(3, 5)) == 20
+
+
+# --- poolings ---------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 99))
+def test_poolings_equal_a_loop_over_rows(lengths: list[int], seed: int) -> None:
+    eos, generator = 3, torch.Generator().manual_seed(seed)
+    sequence = torch.randn(len(lengths), max(lengths), 3, generator=generator)
+    ids = torch.randint(0, 6, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mean, last, closing = pool_mean(sequence, mask), pool_last(sequence, mask), pool_eos(sequence, mask, ids, eos)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(mean[row], sequence[row, :length].mean(0))
+        assert torch.equal(last[row], sequence[row, length - 1])
+        places = [place for place in range(length) if ids[row, place] == eos] or [length - 1]
+        assert torch.equal(closing[row], sequence[row, places[0]])
+    assert torch.equal(pool_eos(sequence, mask, ids, None), last)
+    assert torch.equal(pool_mean(sequence, torch.zeros_like(mask)), torch.zeros(len(lengths), 3))
+
+
+@pytest.mark.parametrize("width", [8, 128])
+def test_attention_pooling_equals_its_equation_on_real_tokens(width: int) -> None:
+    """softmax(q kᵀ / √d) v written out, head by head."""
+    pooling = AttentionPooling(width)
+    heads = 2 if width == 128 else 1
+    sequence, mask = torch.randn(3, 6, width), torch.arange(6) < torch.tensor([[2], [6], [1]])
+    attention = pooling.attention
+    expected = []
+    for vectors, real in zip(sequence, mask, strict=True):
+        query, keys, values = (
+            attention.query(pooling.query[0]),
+            *(project(vectors[real]) for project in (attention.key, attention.value)),
+        )
+        read = [
+            ((q @ k.T) * q.shape[-1] ** -0.5).softmax(-1) @ v
+            for q, k, v in zip(query.chunk(heads, 1), keys.chunk(heads, 1), values.chunk(heads, 1), strict=True)
+        ]
+        expected.append(pooling.norm(attention.output(torch.cat(read, 1)))[0])
+    pooled, weights = pooling(sequence, mask)
+    torch.testing.assert_close(pooled, torch.stack(expected))
+    assert weights is None
+    pooled, weights = pooling(sequence, mask, maps=True)
+    torch.testing.assert_close(pooled, torch.stack(expected))
+    assert weights.shape == (3, heads, 1, 6)
+    assert torch.equal(weights > 0, mask[:, None, None].expand_as(weights))

@@ -128,9 +128,7 @@ def test_cross_attention_is_blip_s_image_grounded_text_layer(dtype: torch.dtype)
     assert torch.equal(same, image.to(dtype))
 
 
-def gradients(
-    outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], module: nn.Module, *inputs: Tensor
-) -> list[Tensor]:
+def gradients(outputs: Any, weights: tuple[Tensor, ...], module: nn.Module, *inputs: Tensor) -> list[Tensor]:
     """Of a weighted sum of outputs, with respect to the inputs and then the parameters."""
     loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
     return list(torch.autograd.grad(loss, [*inputs, *module.parameters()]))
@@ -159,16 +157,8 @@ def visual_bert() -> tuple[Any, Any]:
     """The whole model: its image embeddings are our entrance, its positions and segments the entrance's bias."""
     from transformers import VisualBertConfig, VisualBertModel
 
-    theirs = VisualBertModel(
-        VisualBertConfig(
-            vocab_size=30,
-            num_hidden_layers=2,
-            visual_embedding_dim=12,
-            max_position_embeddings=9,
-            **SIZES,
-            **NO_DROPOUT,
-        )
-    ).eval()
+    sizes = SIZES | {"vocab_size": 30, "num_hidden_layers": 2, "visual_embedding_dim": 12, "max_position_embeddings": 9}
+    theirs = VisualBertModel(VisualBertConfig(**sizes, **NO_DROPOUT)).eval()
     roughen(theirs)
     config = FusionConfig(kind="single_stream", width=WIDTH, layers=2, heads=HEADS, dropout=0.0)
     ours: Any = build_fusion("fusion", config, 12, WIDTH, frozenset({"text", "image", "pooled"})).eval()
@@ -207,12 +197,10 @@ def test_single_stream_is_visual_bert(dtype: torch.dtype) -> None:
     gradient = torch.autograd.grad(fused.pooled_BW.float().square().sum(), cast)[0]
     tolerance = TOLERANCE[dtype]
     sequence = reference.last_hidden_state
-    for found, expected in (
-        (fused.text_BTW[text_BT], sequence[:, :6][text_BT]),
-        (fused.image_BRW[image_BR], sequence[:, 6:][image_BR]),
-        (fused.pooled_BW, reference.pooler_output),
-    ):
-        torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+    outputs = fused.text_BTW[text_BT], fused.image_BRW[image_BR], fused.pooled_BW
+    expected = sequence[:, :6][text_BT], sequence[:, 6:][image_BR], reference.pooler_output
+    for output, value in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output.float(), value, atol=tolerance, rtol=tolerance)
     if dtype == torch.float32:
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-5)
 
@@ -258,7 +246,6 @@ def test_both_directions_is_vilbert_s_equation_by_loops() -> None:
     weights = torch.randn(4, 6, WIDTH), torch.randn(4, 5, WIDTH)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    for one, other in zip(
-        gradients(found, weights, ours, text, image), gradients(expected, weights, ours, text, image), strict=True
-    ):
+    pairs = (gradients(outputs, weights, ours, text, image) for outputs in (found, expected))
+    for one, other in zip(*pairs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -13,10 +13,10 @@ from mmflow.models.encoders import parameter_count
 from mmflow.models.fusion import FUSIONS
 from mmflow.models.lora import adapt, adapter_count, merged
 from mmflow.models.model import Model, build
+from tests.models.backbones import IMAGE, TEXT
 from tests.tiny import SMALLEST_MODEL
 
-OPTIONS = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-VIT = {"type": "vit", "options": {**OPTIONS, "patch_size": 8}}
+VIT = {"type": "vit", "options": IMAGE["vit"]}
 LORA = LoraConfig(rank=2, alpha=3.0)
 
 
@@ -28,12 +28,10 @@ def fused(kind: str) -> dict[str, Any]:
 MODELS: dict[str, dict[str, Any]] = {
     "vit and bert": {"image": VIT},
     "clip": {
-        "image": {"type": "clip_vision_model", "options": {**OPTIONS, "patch_size": 8}, "pooling": "pooler"},
-        "text": {"type": "clip_text_model", "options": {**OPTIONS, "max_position_embeddings": 16}, "pooling": "pooler"},
+        "image": {"type": "clip_vision_model", "options": IMAGE["clip_vision_model"], "pooling": "pooler"},
+        "text": {"type": "clip_text_model", "options": TEXT["clip_text_model"], "pooling": "pooler"},
     },
-    "siglip's pooler": {
-        "image": {"type": "siglip_vision_model", "options": {**OPTIONS, "patch_size": 8}, "pooling": "pooler"}
-    },
+    "siglip": {"image": {"type": "siglip_vision_model", "options": IMAGE["siglip_vision_model"], "pooling": "pooler"}},
     "decoder": {"image": VIT, "decoder": {"width": 8, "layers": 1, "heads": 2}},
     **{kind: fused(kind) for kind in FUSIONS},
 }

@@ -250,7 +250,7 @@ def test_mistakes_are_named_by_the_recipes_key(tiny_config: ModelConfig, changes
         ({"embedding_width": None, "heads": ["masked_language"]}, "image: nothing reads it"),
         (
             {"fusion": {**FUSED["fusion"], "kind": "cross_attention"}, "heads": ["masked_image"]},
-            "in cross_attention no patch reads the text",
+            "no patch reads the text",
         ),
         ({"fusion": {"kind": "gated", "layers": 2}}, "gated has no layers"),
         ({"fusion": {"kind": "co_attention", "layers": 2}}, "co_attention needs heads"),

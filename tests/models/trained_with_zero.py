@@ -53,30 +53,22 @@ class Everything(nn.Module):
         image, text = model.encode_image(pixels), model.encode_text(token_ids, torch.ones_like(token_ids))
         fused, (scale, bias) = model.fuse(image, text), model.scale()
         rows, sign = torch.arange(len(pixels)), 2 * torch.eye(len(pixels)) - 1
+        cosines = model.embed_image(image) @ model.embed_text(text).T
+        next_token_logits = model.decode(model.memory(image), token_ids)[:, :-1]
         return (
-            -nn.functional.logsigmoid(
-                sign * (scale * model.embed_image(image) @ model.embed_text(text).T + bias)
-            ).mean()
+            -nn.functional.logsigmoid(sign * (scale * cosines + bias)).mean()
             + cross_entropy(model.matching_logits(fused), rows % 2)
             + cross_entropy(model.masked_language_logits(fused).flatten(0, 1), token_ids.flatten())
             + (model.masked_image_pixels(fused) - patches(pixels, 8)).square().mean()
             + cross_entropy(model.class_logits(fused), rows % CLASSES)
-            + cross_entropy(
-                model.decode(model.memory(image), token_ids)[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()
-            )
+            + cross_entropy(next_token_logits.flatten(0, 1), token_ids[:, 1:].flatten())
         )
 
 
 def engine_of(zero_stage: int) -> Any:
-    return build_engine(
-        Everything(fresh()).eval(),
-        TrainingConfig(
-            optimizer=OptimizerConfig(learning_rate=0.003, warmup_steps=1),
-            zero_stage=zero_stage,
-            global_batch_size=BATCH,
-        ),
-        STEPS,
-    )
+    optimizer = OptimizerConfig(learning_rate=0.003, warmup_steps=1)
+    config = TrainingConfig(optimizer=optimizer, zero_stage=zero_stage, global_batch_size=BATCH)
+    return build_engine(Everything(fresh()).eval(), config, STEPS)
 
 
 def train(directory: Path, zero_stage: int) -> None:
@@ -92,9 +84,8 @@ def train(directory: Path, zero_stage: int) -> None:
     again = engine_of(zero_stage)
     again.load_checkpoint(str(directory / f"checkpoint-{zero_stage}"), tag="last")
     states = {"after": whole_state(engine.module.model), "again": whole_state(again.module.model)}
-    torch.save(
-        {"losses": losses, "parameters": parameter_count(engine.module.model), **states}, directory / f"{zero_stage}.pt"
-    )
+    facts = {"losses": losses, "parameters": parameter_count(engine.module.model)}
+    torch.save(facts | states, directory / f"{zero_stage}.pt")
 
 
 def main() -> None:
