@@ -108,10 +108,10 @@ def _check_kind(key: str, config: SideConfig, settings: Any) -> None:
 def _model_class(settings: Any) -> Any:
     import transformers
 
-    found = transformers.MODEL_MAPPING.get(type(settings), None)
-    if found is None:  # SigLIP's text tower is in no mapping of the Auto classes
+    classes = transformers.MODEL_MAPPING.get(type(settings), None)
+    if classes is None:  # SigLIP's text tower is in no mapping of the Auto classes
         return getattr(transformers, type(settings).__name__.removesuffix("Config") + "Model", None)
-    return found[0] if isinstance(found, (tuple, list)) else found
+    return classes[0] if isinstance(classes, (tuple, list)) else classes
 
 
 def _fresh(key: str, config: SideConfig, settings: Any) -> Any:
@@ -159,9 +159,9 @@ def depths(key: str, backbone: Any) -> tuple[dict[str, int], int]:
 
     Raises RecipeError naming `key` if the backbone has no list of layers (ALBERT shares one layer).
     """
-    if (found := layers_of(backbone)) is None:
+    if (named_layers := layers_of(backbone)) is None:
         raise RecipeError(f"{key}: {backbone.config.model_type} has no list of layers to count; leave it out")
-    prefix, layers = f"{found[0]}.", found[1]
+    prefix, layers = f"{named_layers[0]}.", named_layers[1]
     # Registration follows the forward pass in every backbone of `transformers`: parameters named before the layers
     # feed them, those named after the layers read them.
     depth_of: dict[str, int] = {}

@@ -40,9 +40,7 @@ def checkpoint_directory(key: str, checkpoint: str) -> Path:
             raise RecipeError(f"{key}: {checkpoint} names a package that is not installed here; install {name!r}")
         directory = Path(spec.submodule_search_locations[0]) / path
     if not directory.is_dir():
-        raise RecipeError(
-            f"{key}: {checkpoint} is not a directory on this machine; give one that save_pretrained wrote"
-        )
+        raise RecipeError(f"{key}: {checkpoint} is not a directory on this machine; name one from save_pretrained")
     return directory
 
 

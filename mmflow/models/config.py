@@ -47,8 +47,7 @@ class VideoConfig(Config):
     layers: int | None = Field(None, ge=1)
     """Layers of the transformer (4 in the paper); leave it out for mean."""
     heads: int | None = Field(None, ge=1)
-    """Its attention heads. They must divide the image encoder's width; for tight, which also reads captions, the
-    embedding_width."""
+    """Its attention heads; must divide the image encoder's width, or for tight the embedding_width."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> VideoConfig:
@@ -92,8 +91,7 @@ class ImageEncoderConfig(EncoderConfig):
     """The image encoder."""
 
     pooling: Literal["pooler", "mean", "first", "attention"] = "mean"
-    """How regions become one vector: the encoder's own pooler, their mean, the first (a ViT's class token), or the
-    attention of a learned query."""
+    """How regions become one vector: the encoder's pooler, their mean, the first (class token), or a learned query."""
     patch_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a ViT's patches that a training step leaves out (FLIP, arXiv 2212.00794); evaluation reads all."""
 
@@ -102,8 +100,7 @@ class TextEncoderConfig(EncoderConfig):
     """The encoder of captions, questions and documents."""
 
     pooling: Literal["pooler", "mean", "first", "last", "eos", "attention"] = "mean"
-    """How tokens become one vector: the encoder's own pooler, their mean, the first, the last, the closing token
-    (CLIP), or the attention of a learned query."""
+    """The same for tokens; also the last token, or the closing one (CLIP)."""
     positions: PositionsConfig | None = None
     """Stretch the learned positions, to read more tokens than the encoder was made for."""
     windows: WindowsConfig | None = None
@@ -272,7 +269,7 @@ class ModelConfig(Config):
             "bias": self.bias is not None,
             "pair_scores": self.tight,
             "fused": self.fusion is not None,
-            "decoded": self.decoder is not None,
+            "decoded": memory is not None,
             "decoded from the image": memory == "image",
             "decoded from the question": memory == "fused",
         }
@@ -281,13 +278,11 @@ class ModelConfig(Config):
     @model_validator(mode="after")
     def _check_set_once(self) -> ModelConfig:
         for name in ("vocab_size", "image_size"):
-            for encoder in (self.image, self.text):
-                if encoder is not None and name in encoder.options:
+            for encoder in self.encoders.values():
+                if name in encoder.options:
                     raise ValueError(f"{name} follows from vocabulary_size and image_pixels; leave it out of options")
         if self.text is not None and self.text.checkpoint is not None and self.vocabulary_size is not None:
-            raise ValueError(
-                f"vocabulary_size: {self.vocabulary_size}, but text.checkpoint brings its own tokenizer; leave it out"
-            )
+            raise ValueError("vocabulary_size: text.checkpoint brings its own tokenizer; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -73,9 +73,9 @@ class Encoder(nn.Module):
         self._frozen = freeze(f"{key}.frozen_layers", backbone, config.frozen_layers)
         if config.activation_checkpointing:
             if not backbone.supports_gradient_checkpointing:
+                model_type = backbone.config.model_type
                 raise RecipeError(
-                    f"{key}.activation_checkpointing: transformers has none for {backbone.config.model_type}; set it "
-                    "to false"
+                    f"{key}.activation_checkpointing: transformers has none for {model_type}; turn it off"
                 )
             backbone.activation_checkpointing_enable({"use_reentrant": False})
         self.train()
@@ -227,7 +227,9 @@ class TextEncoder(Encoder):
         if attentions:
             # Only cut where needed: a slice of a map is not on the way to the output and gets no gradient.
             is_whole = ids_BT.shape[1] == num_tokens
-            maps = tuple(each if is_whole else each[..., :num_tokens, :num_tokens] for each in output.attentions)
+            maps = tuple(
+                map_BHTT if is_whole else map_BHTT[..., :num_tokens, :num_tokens] for map_BHTT in output.attentions
+            )
         weights_BH1T = None
         if self.attention_pooling is not None:
             pooled_BW, weights_BH1T = self.attention_pooling(sequence_BTW, mask_BT, maps=attentions)
