@@ -43,7 +43,7 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def file(self, uri: str, shard: str) -> str:
+    def file(self, uri: str, shard: ShardInfo) -> str:
         """The file that holds the result of a shard, in the artifact at `uri`."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ def run(
 
     Each actor gets a GPU where the cluster has one for each.
     """
-    missing = [shard for shard in shards if not exists(task.file(uri, shard.name))]
+    missing = [shard for shard in shards if not exists(task.file(uri, shard))]
     done = len(shards) - len(missing)
     progress(done, len(shards), "shards")
     if not missing:
@@ -111,6 +111,6 @@ class ShardWorker:
         for name, split in zip(batch["shard"], batch["split"], strict=True):
             reader = self.reader(str(split))
             place = next(place for place, shard in enumerate(reader.shards) if shard.name == name)
-            with publish(self.task.file(self.uri, str(name))) as stream:
+            with publish(self.task.file(self.uri, reader.shards[place])) as stream:
                 self.write(reader, place, stream)
         return batch

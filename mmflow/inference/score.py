@@ -52,9 +52,9 @@ class Score(Task):
     language: str
     batch_size: int
 
-    def file(self, uri: str, shard: str) -> str:
+    def file(self, uri: str, shard: ShardInfo) -> str:
         """<scores>/scores/<shard>.parquet"""
-        return join(uri, "scores", f"{shard}.parquet")
+        return join(uri, "scores", f"{shard.name}.parquet")
 
     def start(self, loaded: LoadedModel) -> Write:
         """Embed the classes first: they are the same for every shard."""
@@ -129,7 +129,7 @@ def _summary(task: Score, uri: str, shards: Sequence[ShardInfo]) -> dict[str, An
     files, classes = [], Counter[str]()
     counts = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
     for shard in shards:
-        file = task.file(uri, shard.name)
+        file = task.file(uri, shard)
         data = read_bytes(file)
         table = pq.read_table(io.BytesIO(data), columns=["similarity", "best_class"])
         if table.num_rows != shard.samples:

@@ -19,6 +19,7 @@ from mmflow.core.artifacts import Stage, content_hash
 from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.core.progress import Report
 from mmflow.dataset.cache import ShardCache, node_cache
+from mmflow.dataset.format import ShardInfo
 from mmflow.dataset.opened import open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.inference.runner import Task, Write, run, shards_of
@@ -57,9 +58,9 @@ class TeacherCache(Task):
         """The loader's: training reads the same shards."""
         return node_cache(self.loader.cache)
 
-    def file(self, uri: str, shard: str) -> str:
+    def file(self, uri: str, shard: ShardInfo) -> str:
         """<cache>/rows/<shard>.npy"""
-        return file_uri(uri, shard)
+        return file_uri(uri, shard.name)
 
     def start(self, loaded: LoadedModel) -> Write:
         """Nothing is prepared."""
@@ -167,7 +168,7 @@ def _build(task: TeacherCache, num_workers: int, cpus_per_worker: int, progress:
     run(task, uri, shards, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
     files = []
     for shard in shards:
-        file = task.file(uri, shard.name)
+        file = task.file(uri, shard)
         rows = open_rows(file)
         if rows.shape != (shard.samples, task.views.stored_views, 2, model.embedding_width):
             raise MmflowError(f"{file}: {rows.shape} for {shard.samples} samples; delete it and rerun")
