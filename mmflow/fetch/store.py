@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import xxhash
 from pyarrow import fs
@@ -196,14 +197,12 @@ class FetchedStore:
 
 def _read_tables(uri: str, validators: bool) -> pa.Table:
     """All rows of all tables without the URLs themselves, and without validators unless asked for."""
-    import pyarrow.dataset
-
     left_out = {"url", "status"} | (set() if validators else {"etag", "last_modified"})
     columns = [name for name in KNOWN.names if name not in left_out]
     system, files = _list_tables(uri)
     if not files:
         return KNOWN.empty_table().select(columns)
-    return pyarrow.dataset.dataset(files, KNOWN, format="parquet", filesystem=system).to_table(columns=columns)
+    return ds.dataset(files, KNOWN, format="parquet", filesystem=system).to_table(columns=columns)
 
 
 def _newest(table: pa.Table) -> pa.Table:

@@ -95,24 +95,20 @@ def _read_table(
                     if in_tar is not None and key in in_tar and values.get("status") == SUCCESS:
                         continue
                     seen.add(key)
-                    content = _fields_of_input(values, names, images.get(key), has_tar=in_tar is not None)
+                    content = attempt(_fields_of_input, values, names, images.get(key), has_tar=in_tar is not None)
                     yield Record(f"{label}:{number}", content)
     except NOT_READABLE as error:
         yield Record(label, damaged(f"the list of inputs ends early: {error}"))
 
 
-def _fields_of_input(
-    values: Mapping[str, Any], names: FieldsConfig, image: str | None, *, has_tar: bool
-) -> Fields | Rejected:
+def _fields_of_input(values: Mapping[str, Any], names: FieldsConfig, image: str | None, *, has_tar: bool) -> Fields:
     status = values.get("status", SUCCESS)
     if status != SUCCESS:
         reason = Reason.image_unreadable if status == RESIZE_FAILED else Reason.fetch_failed
-        return Rejected(reason, f"{values.get('url')}: {values.get('error_message') or status}")
+        raise Rejected(reason, f"{values.get('url')}: {values.get('error_message') or status}")
     if has_tar:
-        return Rejected(Reason.image_missing, f"{values.get('key')}: in the table, but not in the tar")
-    fields = attempt(fields_of, values, names, with_image=False)
-    if isinstance(fields, Rejected):
-        return fields
+        raise Rejected(Reason.image_missing, f"{values.get('key')}: in the table, but not in the tar")
+    fields = fields_of(values, names, with_image=False)
     if image is not None:
         return replace(fields, images=[image])
     bodies = [values[name] for name in IMAGES if isinstance(values.get(name), bytes)][:1]
@@ -126,9 +122,9 @@ def _key(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[0]
 
 
-def recognise_img2dataset(files: Sequence[str]) -> bool:
-    """Whether there are shards and statistics of them."""
+def recognises_img2dataset(files: Sequence[str]) -> bool:
+    """Whether there are shards, and statistics of shards."""
     return any(extension(name) in SHARDS for name in files) and any(name.endswith(STATS) for name in files)
 
 
-KIND = Kind(read=read_img2dataset, recognises=recognise_img2dataset, units_of_folder=list_img2dataset)
+KIND = Kind(read=read_img2dataset, recognises=recognises_img2dataset, units_of_folder=list_img2dataset)

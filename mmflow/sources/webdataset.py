@@ -213,7 +213,7 @@ def read_samples(stream: IO[bytes], names: FieldsConfig) -> Iterator[tuple[str |
     def complete(samples: list[Sample], extensions: frozenset[str]) -> Iterator[tuple[str, Fields | Rejected]]:
         for sample in samples:
             if extensions <= sample.sizes.keys():
-                yield sample.key, _fields_of_sample(sample, names)
+                yield sample.key, attempt(_fields_of_sample, sample, names)
             else:
                 lost.append(sample.key)
 
@@ -225,7 +225,7 @@ def read_samples(stream: IO[bytes], names: FieldsConfig) -> Iterator[tuple[str |
             yield from complete(undecided, whole)
             yield from _rejections(damages, lost)
             damages, lost, undecided = [], [], []
-            yield sample.key, _fields_of_sample(sample, names)
+            yield sample.key, attempt(_fields_of_sample, sample, names)
         elif whole is not None:
             yield from complete([sample], whole)
         elif len(undecided) < UNDECIDED_SAMPLES:
@@ -261,16 +261,14 @@ def _samples(stream: IO[bytes]) -> Iterator[Sample | Damage]:
         yield sample
 
 
-def _fields_of_sample(sample: Sample, names: FieldsConfig) -> Fields | Rejected:
+def _fields_of_sample(sample: Sample, names: FieldsConfig) -> Fields:
     images = _images(sample)
     for extension in (*images, *SIDECARS):
         if sample.sizes.get(extension, 0) > MAX_MEMBER_BYTES:
             reason = Reason.image_too_large if extension in images else Reason.record_malformed
-            return Rejected(reason, f".{extension} has {sample.sizes[extension]} bytes, at most {MAX_MEMBER_BYTES}")
-    fields = attempt(fields_of_sidecars, sample.bodies, names)
-    if isinstance(fields, Rejected):
-        return fields
+            raise Rejected(reason, f".{extension} has {sample.sizes[extension]} bytes, at most {MAX_MEMBER_BYTES}")
     no_image = f"no image among its members: {', '.join(sample.sizes)}"
+    fields = fields_of_sidecars(sample.bodies, names)
     return replace(fields, key=sample.key, bodies=[sample.bodies[name] for name in images], no_image=no_image)
 
 

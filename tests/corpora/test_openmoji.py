@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,6 @@ def test_the_corpus_is_the_listing_with_images_the_same_from_one_process_or_many
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_import = builtins.__import__
-
-    def import_without_emoji(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "emoji":
-            raise ModuleNotFoundError(name)
-        return real_import(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", import_without_emoji)
+    monkeypatch.setitem(sys.modules, "emoji", None)
     with pytest.raises(MisuseError, match=r"emoji .*mmflow\[quickstart\]"):
-        list_openmoji(0.1, 0.1, 1)
+        listed(0.1, 0.1, 1)
