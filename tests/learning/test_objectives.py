@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.objectives import ObjectivesConfig, check_objectives, total
+from mmflow.learning.objectives import ObjectivesConfig, check_objectives, check_trained, total
 from mmflow.learning.objectives.contrastive import Contrastive
 from mmflow.learning.outputs import MaskingTokens
+from mmflow.models.config import ModelConfig
+from tests.learning.test_on_a_model import EVERYTHING as ALL_OF_A_MODEL
+from tests.learning.test_on_a_model import MODEL
 from tests.learning.tiny import SPECIAL, TinyModel, all_real, batch, gradients, outputs_of, rows_of
 
 EVERYTHING = {name: {} for name in ObjectivesConfig.model_fields}
@@ -182,3 +185,62 @@ def test_the_loss_can_be_descended() -> None:
             weight -= 0.05 * gradient[name]
     lower, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
     assert lower < loss
+
+
+# --- parts of the model that nothing trains ---------------------------------------------------------------------------
+
+DECODER = MODEL["decoder"]
+
+
+def trained(objectives: dict[str, Any], by_losses: tuple[str, ...] = (), **changes: Any) -> None:
+    config = ModelConfig.model_validate(MODEL | {"heads": [], "decoder": None, "bias": None, "fusion": None} | changes)
+    check_trained("pretrain", config, [ObjectivesConfig.model_validate(objectives)], by_losses)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "changes", "message"),
+    [
+        (
+            {"captioning": {}},
+            {"decoder": DECODER},
+            "model.embedding_width: no objective trains it; name contrastive or sigmoid under pretrain.objectives, or "
+            "set it to null",
+        ),
+        (
+            {"contrastive": {}},
+            {"bias": -10.0},
+            "model.bias: no objective trains it; name sigmoid under pretrain.objectives, or leave it out",
+        ),
+        (
+            {"contrastive": {}},
+            {"decoder": DECODER},
+            "model.decoder: no objective trains it; name captioning or answering with by: generation under "
+            "pretrain.objectives, or leave it out",
+        ),
+        (
+            {"contrastive": {}, "matching": {}},
+            {"fusion": MODEL["fusion"], "heads": ["matching", "masked_language"]},
+            "model.heads: masked_language: no objective trains it; name masked_language under pretrain.objectives, or "
+            "leave it out",
+        ),
+        (
+            {"answering": {"by": "generation"}},
+            {"fusion": MODEL["fusion"], "heads": ["classes"], "decoder": DECODER, "embedding_width": None},
+            "model.heads: classes: no objective trains it; name answering with by: classes or classification under "
+            "pretrain.objectives, or leave it out",
+        ),
+    ],
+)
+def test_an_untrained_part_is_named_with_what_trains_it(
+    objectives: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        trained(objectives, **changes)
+    assert str(caught.value) == f"pretrain.{message}"
+
+
+def test_what_is_trained_passes() -> None:
+    trained({"contrastive": {}})
+    trained({"sigmoid": {}}, bias=-10.0)
+    trained(ALL_OF_A_MODEL, **MODEL)
+    trained({"masked_language": {}}, by_losses=("embedding_width",), heads=["masked_language"])
