@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
 
 from mmflow.learning.distillation import DistillationLossesConfig
+from mmflow.learning.distillation.loss import DistillationBatch, TeacherOutputs
 from mmflow.learning.learner import Learner
 from mmflow.learning.objectives import ObjectivesConfig
 from mmflow.learning.outputs import Embeddings, MaskingTokens
-from mmflow.learning.rows import ALONE, Ranks
+from mmflow.learning.rows import ALONE, GlobalRows, Ranks
 from mmflow.learning.student import Student, Teacher
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
@@ -85,6 +88,15 @@ def batch(rows: int = 5, *, side: int = SIDE, real: torch.Tensor | None = None, 
         "state": LoaderState(),
     }
     return Batch(**fields | changes)
+
+
+def distillation_batch(
+    student: Embeddings, teachers: Sequence[tuple[float, Embeddings]], rows: GlobalRows
+) -> DistillationBatch:
+    """Embeddings without models; the student's widths are those of the teachers."""
+    outputs: Any = SimpleNamespace(embeddings=student, rows=rows, ranks=ALONE)
+    same: Any = {}  # no projections
+    return DistillationBatch(outputs, [TeacherOutputs(None, teacher, same, {}, share) for share, teacher in teachers])
 
 
 def space(rows: int, width: int, seed: int, scale: float = 10.0) -> Embeddings:

@@ -11,27 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmflow.learning.distillation.features import feature_loss
-from mmflow.learning.distillation.interactive import interactive_loss
-from mmflow.learning.distillation.loss import scaled_products
-from mmflow.learning.distillation.similarities import similarity_loss
-from mmflow.learning.distillation.soft_labels import soft_label_loss
+from mmflow.learning.distillation.features import Features
+from mmflow.learning.distillation.interactive import Interactive
+from mmflow.learning.distillation.loss import DistillationLoss, scaled_products
+from mmflow.learning.distillation.similarities import Similarities
+from mmflow.learning.distillation.soft_labels import SoftLabels
 from mmflow.learning.outputs import Embeddings
 from mmflow.learning.rows import GlobalRows
-from tests.learning.teaching import space, without_gradient
-from tests.learning.tiny import all_real, alone, rows_of
+from tests.learning.teaching import distillation_batch, space, without_gradient
+from tests.learning.tiny import all_real, rows_of
 
 Teachers = Sequence[tuple[float, Embeddings]]
-Loss = Callable[[Embeddings, Teachers, GlobalRows], Tensor]
 Plain = Callable[[Embeddings, Teachers], Tensor]
 
-# Each takes the student's space as it is in every teacher's width: projections are the student module's.
-LOSSES: dict[str, Loss] = {
-    "soft labels": lambda student, teachers, rows: soft_label_loss(student, teachers, rows, alone, 2.0),
-    "similarities": lambda student, teachers, rows: similarity_loss(student, teachers, rows, alone, 0.5),
-    "features": lambda student, teachers, rows: feature_loss([student] * len(teachers), teachers, rows),
-    "interactive": lambda student, teachers, rows: interactive_loss([student] * len(teachers), teachers, rows, alone),
+LOSSES: dict[str, DistillationLoss] = {
+    "soft labels": SoftLabels(temperature=2.0),
+    "similarities": Similarities(temperature=0.5),
+    "features": Features(),
+    "interactive": Interactive(),
 }
+
+
+def loss_of(loss: str | DistillationLoss, student: Embeddings, teachers: Teachers, rows: GlobalRows) -> Tensor:
+    section = LOSSES[loss] if isinstance(loss, str) else loss
+    return section.loss(distillation_batch(student, teachers, rows))
 
 
 def softmax(logits: Sequence[Tensor]) -> list[Tensor]:
@@ -42,6 +45,12 @@ def softmax(logits: Sequence[Tensor]) -> list[Tensor]:
 def both_ways(each: Embeddings) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     image, text = each.image_BE.double(), each.text_BE.double()
     return (image, text), (text, image)
+
+
+def of_unit_length(student: Embeddings) -> Embeddings:
+    """As projections leave them."""
+    image, text = (torch.nn.functional.normalize(side, dim=-1) for side in student[:2])
+    return Embeddings(image, text, student.logit_scale)
 
 
 def divergence_of_mean(rows: Sequence[tuple[float, Sequence[Tensor]]], ours: Sequence[Tensor]) -> Tensor:
@@ -83,6 +92,7 @@ def plain_similarities(student: Embeddings, teachers: Teachers, temperature: flo
 
 
 def plain_features(student: Embeddings, teachers: Teachers) -> Tensor:
+    student = of_unit_length(student)
     total, rows = torch.zeros(()).double(), len(student.image_BE)
     for share, teacher in teachers:
         for ours, theirs in zip(student[:2], teacher[:2], strict=True):
@@ -93,6 +103,7 @@ def plain_features(student: Embeddings, teachers: Teachers) -> Tensor:
 
 
 def plain_interactive(student: Embeddings, teachers: Teachers) -> Tensor:
+    student = of_unit_length(student)
     total, rows, scale = torch.zeros(()).double(), len(student.image_BE), student.logit_scale[0].double()
     for share, teacher in teachers:
         for direction in range(2):
@@ -123,7 +134,7 @@ def test_value_and_gradient_equal_a_plain_loop(name: str, num_teachers: int) -> 
     student = space(6, 5, seed, scale=8.0)
     shares = {1: (1.0,), 3: (0.5, 0.3, 0.2)}[num_teachers]
     teachers = [(share, without_gradient(space(6, 5, seed + n, 12.0))) for n, share in enumerate(shares, start=1)]
-    loss, expected = LOSSES[name](student, teachers, all_real(6)), PLAIN[name](student, teachers)
+    loss, expected = loss_of(name, student, teachers, all_real(6)), PLAIN[name](student, teachers)
     torch.testing.assert_close(loss, expected.float(), atol=1e-5, rtol=1e-4)
     for ours, plain in zip(gradients(loss, student), gradients(expected, student), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-3)
@@ -132,7 +143,7 @@ def test_value_and_gradient_equal_a_plain_loop(name: str, num_teachers: int) -> 
 @pytest.mark.parametrize("name", ["soft labels", "similarities"])
 def test_a_teacher_s_width_is_its_own(name: str) -> None:
     student, teacher = space(6, 5, 0), without_gradient(space(6, 9, 1))
-    loss = LOSSES[name](student, [(1.0, teacher)], all_real(6))
+    loss = loss_of(name, student, [(1.0, teacher)], all_real(6))
     torch.testing.assert_close(loss, PLAIN[name](student, [(1.0, teacher)]).float(), atol=1e-5, rtol=1e-4)
 
 
@@ -144,14 +155,14 @@ def test_soft_labels_at_temperature_1_are_contrastive_relational_distillation() 
         q = (student.logit_scale * ours[0] @ ours[1].T).softmax(1)
         p = (teacher.logit_scale * theirs[0] @ theirs[1].T).softmax(1)
         expected = expected + 0.5 * (p * (p / q).log()).sum(1).mean()
-    found = soft_label_loss(student, [(1.0, teacher)], all_real(6), alone, 1.0)
+    found = loss_of(SoftLabels(temperature=1.0), student, [(1.0, teacher)], all_real(6))
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["soft labels", "similarities", "features"])
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(name: str) -> None:
     student = space(8, 5, 3)
-    loss = LOSSES[name](student, [(1.0, without_gradient(student))], all_real(8))
+    loss = loss_of(name, student, [(1.0, without_gradient(student))], all_real(8))
     assert abs(loss.item()) < 1e-6
     assert all(gradient.abs().max() < 1e-6 for gradient in gradients(loss, student))
 
@@ -161,7 +172,7 @@ def test_kullback_leibler_is_from_the_teacher_to_the_student() -> None:
     teacher = without_gradient(space(8, 5, 0, scale=5.0))
     surer = teacher._replace(logit_scale=torch.tensor([15.0]))
     paid = [
-        soft_label_loss(one, [(1.0, other)], all_real(8), alone, 1.0)
+        loss_of(SoftLabels(temperature=1.0), one, [(1.0, other)], all_real(8))
         for one, other in ((surer, teacher), (teacher, surer))
     ]
     assert paid[0] > paid[1]
@@ -173,16 +184,16 @@ def test_teachers_are_averaged_after_the_softmax() -> None:
     student = Embeddings(sides, sides, torch.tensor([1.0]))
     one, other = (Embeddings(sides, sides.roll(turn, 0), torch.tensor([50.0])) for turn in (0, 1))
     half = Embeddings(sides, torch.nn.functional.normalize(sides + sides.roll(1, 0), dim=1), torch.tensor([50.0]))
-    found = soft_label_loss(half, [(0.5, one), (0.5, other)], all_real(3), alone, 1.0)
+    found = loss_of(SoftLabels(temperature=1.0), half, [(0.5, one), (0.5, other)], all_real(3))
     torch.testing.assert_close(found, torch.zeros(()), atol=1e-4, rtol=0)
-    assert soft_label_loss(student, [(0.5, one), (0.5, other)], all_real(3), alone, 1.0) > 0.05
+    assert loss_of(SoftLabels(temperature=1.0), student, [(0.5, one), (0.5, other)], all_real(3)) > 0.05
 
 
 def test_temperature_squared_keeps_the_size_of_the_gradient() -> None:
     sizes = []
     for temperature in (1.0, 4.0):
         student, teacher = space(32, 16, 0, scale=2.0), without_gradient(space(32, 16, 1, scale=2.0))
-        loss = soft_label_loss(student, [(1.0, teacher)], all_real(32), alone, temperature)
+        loss = loss_of(SoftLabels(temperature=temperature), student, [(1.0, teacher)], all_real(32))
         sizes.append(float(torch.stack([each.norm() for each in gradients(loss, student)[:2]]).norm()))
     assert 0.7 < sizes[1] / sizes[0] < 1.4  # without the square it would be a sixteenth
 
@@ -199,8 +210,8 @@ def test_padded_rows_change_nothing(name: str, rows: int, padding: int, seed: in
         for short, long in zip(plain, padded, strict=True):
             for ours, theirs in zip(short[:2], long[:2], strict=True):
                 theirs[places] = ours
-    expected = LOSSES[name](plain[0], [(1.0, plain[1])], all_real(rows))
-    loss = LOSSES[name](padded[0], [(1.0, padded[1])], rows_of(real))
+    expected = loss_of(name, plain[0], [(1.0, plain[1])], all_real(rows))
+    loss = loss_of(name, padded[0], [(1.0, padded[1])], rows_of(real))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     *found, scale = gradients(loss, padded[0])
     *wanted, scale_wanted = gradients(expected, plain[0])
@@ -213,7 +224,7 @@ def test_padded_rows_change_nothing(name: str, rows: int, padding: int, seed: in
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_batch_of_padding_adds_zero_and_no_nan(name: str) -> None:
     student = space(4, 5, 0)
-    loss = LOSSES[name](student, [(1.0, without_gradient(space(4, 5, 1)))], rows_of(torch.zeros(4, dtype=torch.bool)))
+    loss = loss_of(name, student, [(1.0, without_gradient(space(4, 5, 1)))], rows_of(torch.zeros(4, dtype=torch.bool)))
     assert loss.item() == 0
     assert all(torch.equal(each, torch.zeros_like(each)) for each in gradients(loss, student))
 
@@ -221,7 +232,7 @@ def test_a_batch_of_padding_adds_zero_and_no_nan(name: str) -> None:
 def test_a_row_without_another_has_no_similarities_to_learn() -> None:
     student = space(3, 5, 0)
     one = rows_of(torch.tensor([False, True, False]))
-    loss = LOSSES["similarities"](student, [(1.0, without_gradient(space(3, 5, 1)))], one)
+    loss = loss_of("similarities", student, [(1.0, without_gradient(space(3, 5, 1)))], one)
     assert loss.item() == 0
     assert all(torch.isfinite(each).all() for each in gradients(loss, student))
 

@@ -10,14 +10,14 @@ import torch
 
 from mmflow.core.errors import RecipeError
 from mmflow.learning.distillation import DistillationLossesConfig
-from mmflow.learning.distillation.features import feature_loss
-from mmflow.learning.distillation.soft_labels import soft_label_loss
+from mmflow.learning.distillation.features import Features
+from mmflow.learning.distillation.soft_labels import SoftLabels
 from mmflow.learning.student import Student, Teacher
 from mmflow.loading.batches import Reading
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from mmflow.training.config import DistillConfig
-from tests.learning.teaching import FUSED, VOCABULARY, attending, batch, loaded, student_of
+from tests.learning.teaching import FUSED, VOCABULARY, attending, batch, distillation_batch, loaded, student_of
 from tests.tiny import SMALLEST_MODEL
 
 EVERYTHING: dict[str, Any] = {
@@ -69,9 +69,9 @@ def test_loss_is_the_weighted_sum_of_objectives_and_losses() -> None:
     assert taught.loaded is not None
     mine = outputs.embeddings
     theirs = learner.outputs(taught.loaded.model, taught.loaded.config, batch(), 3, rows).embeddings
-    expected = soft_label_loss(mine, [(1.0, theirs)], rows, outputs.ranks.gather, 2.0)
-    torch.testing.assert_close(parts["soft_labels"], expected)
-    torch.testing.assert_close(parts["features"], feature_loss([mine], [(1.0, theirs)], rows))
+    compared = distillation_batch(mine, [(1.0, theirs)], rows)
+    torch.testing.assert_close(parts["soft_labels"], SoftLabels(temperature=2.0).loss(compared))
+    torch.testing.assert_close(parts["features"], Features().loss(compared))
 
 
 def test_teachers_do_not_learn_and_are_no_part_of_the_student() -> None:
@@ -162,7 +162,9 @@ def test_a_teacher_of_another_tokenizer_reads_the_texts_in_its_own() -> None:
     mine = learner.outputs(learner.model, learner.config, batch(), 1, rows).embeddings
     first_alone = smallest(teacher(), losses={"features": 1}).eval()(batch(), 1)[1]["features"]
     both = student(batch(readings=((ids, mask),)), 1)[1]["features"]
-    torch.testing.assert_close(both, 0.5 * (first_alone + feature_loss([mine], [(1.0, theirs)], rows)))
+    torch.testing.assert_close(
+        both, 0.5 * (first_alone + Features().loss(distillation_batch(mine, [(1.0, theirs)], rows)))
+    )
 
 
 def test_a_teacher_of_twice_the_weight_is_one_that_is_there_twice() -> None:

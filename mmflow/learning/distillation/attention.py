@@ -89,7 +89,7 @@ class Attention(DistillationLoss):
                     (ours[here], theirs[there]) for here, there in pair_layers(self.layers, len(ours), len(theirs))
                 ]
                 real_BT = batch.real_places(side, pairs[0][0].shape[-1])
-                losses.append(teacher.share * attention_loss(pairs, self.heads, real_BT, batch.student.ranks.gather))
+                losses.append(teacher.share * attention_loss(pairs, self.heads, real_BT, batch.gather))
         return torch.stack(losses).sum() / len(self.sides)
 
 

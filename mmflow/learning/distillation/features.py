@@ -6,16 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from mmflow.learning.distillation.loss import DistillationBatch, DistillationLoss, Teachers
+from mmflow.learning.distillation.loss import DistillationBatch, DistillationLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mmflow.learning.outputs import Embeddings
-    from mmflow.learning.rows import GlobalRows
 
 
 class Features(DistillationLoss):
@@ -27,13 +23,8 @@ class Features(DistillationLoss):
     PROJECTS_EMBEDDINGS: ClassVar = True
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        return feature_loss(batch.projected, batch.teacher_embeddings, batch.student.rows)
-
-
-def feature_loss(projected: Sequence[Embeddings], teachers: Teachers, rows: GlobalRows) -> Tensor:
-    """This rank's part of the loss, (). `projected` are the student's embeddings in the width of each teacher."""
-    total_B = rows.zeros()
-    for student, (share, teacher) in zip(projected, teachers, strict=True):
-        for ours_BE, theirs_BE in ((student.image_BE, teacher.image_BE), (student.text_BE, teacher.text_BE)):
-            total_B = total_B + share * (ours_BE.float() - theirs_BE.float()).square().sum(-1)
-    return rows.mean(0.5 * total_B)
+        total_B = batch.rows.zeros()
+        for student, (share, teacher) in zip(batch.projected, batch.teacher_embeddings, strict=True):
+            for ours_BE, theirs_BE in ((student.image_BE, teacher.image_BE), (student.text_BE, teacher.text_BE)):
+                total_B = total_B + share * (ours_BE.float() - theirs_BE.float()).square().sum(-1)
+        return batch.rows.mean(0.5 * total_B)

@@ -65,7 +65,7 @@ class Hidden(DistillationLoss):
                     for number, (here, there) in enumerate(teacher.layer_pairs[side])
                 ]
                 real_BT = batch.real_places(side, pairs[0][0].shape[1])
-                losses.append(teacher.share * hidden_loss(pairs, real_BT, batch.student.ranks.gather))
+                losses.append(teacher.share * hidden_loss(pairs, real_BT, batch.gather))
         return torch.stack(losses).sum() / len(self.sides)
 
 

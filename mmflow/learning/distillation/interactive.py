@@ -8,16 +8,12 @@ s is the student's scale, P_t the projection to the width of teacher t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from mmflow.learning.distillation.loss import DistillationBatch, DistillationLoss, Teachers, scaled_products
+from mmflow.learning.distillation.loss import DistillationBatch, DistillationLoss, scaled_products
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mmflow.learning.outputs import Embeddings
-    from mmflow.learning.rows import Gather, GlobalRows
 
 # Shapes: B rows of this rank, N rows of all ranks, E the teacher's width of the shared space.
 
@@ -28,16 +24,11 @@ class Interactive(DistillationLoss):
     PROJECTS_EMBEDDINGS: ClassVar = True
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        student = batch.student
-        return interactive_loss(batch.projected, batch.teacher_embeddings, student.rows, student.ranks.gather)
-
-
-def interactive_loss(projected: Sequence[Embeddings], teachers: Teachers, rows: GlobalRows, gather: Gather) -> Tensor:
-    """This rank's part of the loss, (). `projected` are the student's embeddings in the width of each teacher."""
-    total_B = rows.zeros()
-    for student, (share, teacher) in zip(projected, teachers, strict=True):
-        for anchors_BE, candidates_BE in ((student.image_BE, teacher.text_BE), (student.text_BE, teacher.image_BE)):
-            logits_BN = scaled_products(anchors_BE, gather(candidates_BE), student.logit_scale.float(), rows.real_N)
-            right_B = logits_BN.log_softmax(-1).gather(1, rows.columns_B[:, None])[:, 0]
-            total_B = total_B - share * right_B
-    return rows.mean(0.5 * total_B)
+        rows, total_B = batch.rows, batch.rows.zeros()
+        for student, (share, teacher) in zip(batch.projected, batch.teacher_embeddings, strict=True):
+            scale = student.logit_scale.float()
+            for anchors_BE, candidates_BE in ((student.image_BE, teacher.text_BE), (student.text_BE, teacher.image_BE)):
+                logits_BN = scaled_products(anchors_BE, batch.gather(candidates_BE), scale, rows.real_N)
+                right_B = logits_BN.log_softmax(-1).gather(1, rows.columns_B[:, None])[:, 0]
+                total_B = total_B - share * right_B
+        return rows.mean(0.5 * total_B)

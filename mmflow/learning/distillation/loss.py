@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmflow.learning.outputs import Embeddings, Outputs
+    from mmflow.learning.rows import Gather, GlobalRows
     from mmflow.models.encoders import ImageEncoder, TextEncoder
     from mmflow.models.model import Model
 
@@ -87,7 +88,7 @@ def no_embeddings(name: str, model: ModelTraits) -> str | None:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What one teacher gives for a batch, and its share of a loss."""
+    """What one teacher gives for a batch, and its share of a loss; the shares of a loss sum to 1."""
 
     outputs: Outputs | None  # None: only its cached embeddings are read
     cached: Embeddings | None
@@ -123,10 +124,6 @@ class TeacherOutputs:
         return projected
 
 
-Teachers = Sequence[tuple[float, "Embeddings"]]
-"""The share and the embeddings of each teacher; the shares sum to 1."""
-
-
 @dataclass(frozen=True)
 class DistillationBatch:
     """A batch as one loss compares it: with the teachers that give what it reads."""
@@ -135,7 +132,16 @@ class DistillationBatch:
     teachers: Sequence[TeacherOutputs]
 
     @property
-    def teacher_embeddings(self) -> Teachers:
+    def rows(self) -> GlobalRows:
+        return self.student.rows
+
+    @property
+    def gather(self) -> Gather:
+        return self.student.ranks.gather
+
+    @property
+    def teacher_embeddings(self) -> list[tuple[float, Embeddings]]:
+        """The share and the embeddings of each teacher."""
         return [(teacher.share, teacher.embeddings) for teacher in self.teachers]
 
     @property

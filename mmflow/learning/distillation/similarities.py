@@ -16,7 +16,6 @@ from pydantic import Field
 from mmflow.learning.distillation.loss import (
     DistillationBatch,
     DistillationLoss,
-    Teachers,
     divergence,
     mean_log_probabilities,
     scaled_products,
@@ -24,9 +23,6 @@ from mmflow.learning.distillation.loss import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from mmflow.learning.outputs import Embeddings
-    from mmflow.learning.rows import Gather, GlobalRows
 
 # Shapes: B rows of this rank, N rows of all ranks, E a model's width of the shared space.
 
@@ -38,27 +34,18 @@ class Similarities(DistillationLoss):
     """The cosines of both are divided by it."""
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        student = batch.student
-        return similarity_loss(
-            student.embeddings, batch.teacher_embeddings, student.rows, student.ranks.gather, self.temperature
-        )
+        import torch
 
+        rows, total_B = batch.rows, batch.rows.zeros()
+        columns_N = torch.arange(len(rows.real_N), device=rows.real_N.device)
+        others_BN = rows.real_N & (columns_N != rows.columns_B[:, None])
 
-def similarity_loss(
-    student: Embeddings, teachers: Teachers, rows: GlobalRows, gather: Gather, temperature: float
-) -> Tensor:
-    """This rank's part of the loss, (). Widths may differ."""
-    import torch
+        def similar(embeddings_BE: Tensor) -> Tensor:
+            products_BN = scaled_products(embeddings_BE, batch.gather(embeddings_BE), 1 / self.temperature, others_BN)
+            return products_BN.log_softmax(-1)
 
-    columns_N = torch.arange(len(rows.real_N), device=rows.real_N.device)
-    others_BN = rows.real_N & (columns_N != rows.columns_B[:, None])
-
-    def similar(embeddings_BE: Tensor) -> Tensor:
-        logits_BN = scaled_products(embeddings_BE, gather(embeddings_BE), 1 / temperature, others_BN)
-        return logits_BN.log_softmax(-1)
-
-    total_B = rows.zeros()
-    for side in ("image_BE", "text_BE"):
-        teacher_BN = mean_log_probabilities([(share, similar(getattr(teacher, side))) for share, teacher in teachers])
-        total_B = total_B + divergence(similar(getattr(student, side)), teacher_BN, others_BN)
-    return rows.mean(0.5 * total_B)
+        for side in (0, 1):  # images, captions
+            theirs = [(share, similar(teacher[side])) for share, teacher in batch.teacher_embeddings]
+            student_BN = similar(batch.student.embeddings[side])
+            total_B = total_B + divergence(student_BN, mean_log_probabilities(theirs), others_BN)
+        return rows.mean(0.5 * total_B)

@@ -16,7 +16,6 @@ from pydantic import Field
 from mmflow.learning.distillation.loss import (
     DistillationBatch,
     DistillationLoss,
-    Teachers,
     divergence,
     mean_log_probabilities,
     scaled_products,
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmflow.learning.outputs import Embeddings
-    from mmflow.learning.rows import Gather, GlobalRows
 
 # Shapes: B rows of this rank, N rows of all ranks, E a model's width of the shared space.
 
@@ -39,28 +37,17 @@ class SoftLabels(DistillationLoss):
     contrastive relational distillation (CRD)."""
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        student = batch.student
-        return soft_label_loss(
-            student.embeddings, batch.teacher_embeddings, student.rows, student.ranks.gather, self.temperature
-        )
+        rows, total_B = batch.rows, batch.rows.zeros()
+        ours = self._directions(batch.student.embeddings, batch)
+        theirs = [(share, self._directions(teacher, batch)) for share, teacher in batch.teacher_embeddings]
+        for direction, student_BN in enumerate(ours):
+            teacher_BN = mean_log_probabilities([(share, both[direction]) for share, both in theirs])
+            total_B = total_B + divergence(student_BN, teacher_BN, rows.real_N)
+        return rows.mean(0.5 * self.temperature**2 * total_B)
 
-
-def soft_label_loss(
-    student: Embeddings, teachers: Teachers, rows: GlobalRows, gather: Gather, temperature: float
-) -> Tensor:
-    """This rank's part of the loss, (). Widths may differ."""
-    total_B = rows.zeros()
-    ours = _directions(student, rows, gather, temperature)
-    theirs = [(share, _directions(teacher, rows, gather, temperature)) for share, teacher in teachers]
-    for direction, student_BN in enumerate(ours):
-        teacher_BN = mean_log_probabilities([(share, both[direction]) for share, both in theirs])
-        total_B = total_B + divergence(student_BN, teacher_BN, rows.real_N)
-    return rows.mean(0.5 * temperature**2 * total_B)
-
-
-def _directions(model: Embeddings, rows: GlobalRows, gather: Gather, temperature: float) -> tuple[Tensor, Tensor]:
-    """(B, N) log-probabilities of captions for each image, and of images for each caption."""
-    scale = model.logit_scale.float() / temperature
-    image_NE, text_NE = gather(model.image_BE), gather(model.text_BE)
-    captions_BN = scaled_products(model.image_BE, text_NE, scale, rows.real_N).log_softmax(-1)
-    return captions_BN, scaled_products(model.text_BE, image_NE, scale, rows.real_N).log_softmax(-1)
+    def _directions(self, model: Embeddings, batch: DistillationBatch) -> tuple[Tensor, Tensor]:
+        """(B, N) log-probabilities of captions for each image, and of images for each caption."""
+        scale, real_N = model.logit_scale.float() / self.temperature, batch.rows.real_N
+        image_NE, text_NE = batch.gather(model.image_BE), batch.gather(model.text_BE)
+        captions_BN = scaled_products(model.image_BE, text_NE, scale, real_N).log_softmax(-1)
+        return captions_BN, scaled_products(model.text_BE, image_NE, scale, real_N).log_softmax(-1)
