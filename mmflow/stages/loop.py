@@ -53,6 +53,8 @@ class Loop:
         checked = set(self.stages if stages is None else stages)
         if checked & {"pretrain", "distill"}:
             checked.add("evaluate")  # a model that cannot be examined is not trained
+        if "shard" in checked:
+            checked.add("corpus")  # `run` makes it first
         for name in self.stages:
             if name in checked:
                 STAGES[name].check(self._resolved)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mmflow.core.artifacts import Stage, content_hash
-from mmflow.core.errors import MisuseError, RecipeError
+from mmflow.core.errors import RecipeError, named
 from mmflow.core.progress import progress
 from mmflow.core.storage import filesystem, join
 from mmflow.stages import Inputs, LoopStage, Manifest
@@ -27,10 +27,8 @@ def _check(recipe: Recipe) -> None:
     from mmflow.core.listing import find
 
     for number, source in enumerate(recipe.shard.sources):
-        try:
+        with named(f"shard.sources.{number}.uri"):
             find(source.uri)
-        except MisuseError as error:
-            raise RecipeError(f"shard.sources.{number}.uri: {error}") from error
 
 
 def _plan(recipe: Recipe, inputs: Inputs) -> Stage:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,14 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def recipe(records: str, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def path(records: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("loop")
-    return load_recipe(write_recipe(directory / "tiny.yaml", tiny_fields(directory / "workspace", records)))
+    return write_recipe(directory / "tiny.yaml", tiny_fields(directory / "workspace", records))
+
+
+@pytest.fixture(scope="module")
+def recipe(path: str) -> Recipe:
+    return load_recipe(path)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +59,7 @@ def report(recipe: Recipe, ray_cluster: None) -> dict[str, Any]:
 
 
 def read_report(recipe: Recipe) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((Path(recipe.workspace) / "report.json").read_text())
-    return found
+    return dict(json.loads((Path(recipe.workspace) / "report.json").read_text()))
 
 
 def statuses(report: dict[str, Any]) -> dict[str, str]:
@@ -90,10 +95,10 @@ def test_every_sample_is_scored_once_by_the_champion(recipe: Recipe, report: dic
     table = pyarrow.dataset.dataset(scores).to_table()
     assert len(set(table["key"].to_pylist())) == table.num_rows == 52
     assert set(table["best_class"].to_pylist()) <= {"circle", "square", "bar"}
-    assert all(-1.001 <= each <= 1.001 for each in table["similarity"].to_pylist())
-    held = champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
-    assert held is not None
-    assert held.digest == report["scores"]["model_digest"]
+    assert all(-1.001 <= similarity <= 1.001 for similarity in table["similarity"].to_pylist())
+    version = champion("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
+    assert version is not None
+    assert version.digest == report["scores"]["model_digest"]
 
 
 def test_training_is_in_mlflow_as_one_finished_run_a_stage(recipe: Recipe, report: dict[str, Any]) -> None:
@@ -122,34 +127,24 @@ def test_a_second_run_builds_nothing(recipe: Recipe, report: dict[str, Any]) -> 
     assert again["peak_memory_bytes"] == report["peak_memory_bytes"] > 0
 
 
-def test_what_an_error_advises_goes_on_with_the_same_training(
-    recipe: Recipe, report: dict[str, Any], tmp_path: Path
-) -> None:
-    fields = recipe.model_dump(mode="json")
-    fields["pretrain"]["loader"] |= {"on_corrupt": "skip", "max_skipped": 7, "workers": {"kind": "processes"}}
-    fields["pretrain"]["training"] |= {"max_restarts": 9, "log_every_steps": 3, "checkpoint_every_steps": 7}
-    changed = load_recipe(write_recipe(tmp_path / "advised.yaml", fields))
-    same, advised = (Loop(each).plan("pretrain").directory(recipe.workspace) for each in (recipe, changed))
-    assert advised == same
+def test_a_setting_that_an_error_advises_continues_the_same_training(path: str, report: dict[str, Any]) -> None:
+    overrides = ["loader.on_corrupt=skip", "loader.max_skipped=7", "loader.workers={kind: processes}"]
+    overrides += ["training.max_restarts=9", "training.log_every_steps=3", "training.checkpoint_every_steps=7"]
+    advised = load_recipe(path, [f"pretrain.{override}" for override in overrides])
+    assert Loop(advised).plan("pretrain").identity == Loop(load_recipe(path)).plan("pretrain").identity
 
 
-def test_a_fused_model_trains_by_several_objectives_at_once(
-    recipe: Recipe, report: dict[str, Any], tmp_path: Path
-) -> None:
-    fields = recipe.model_dump(mode="json")
-    fields["pretrain"]["model"] |= {
-        "fusion": {"kind": "cross_attention", "width": 8, "layers": 1, "heads": 2},
-        "heads": ["matching", "masked_language", "classes"],
-    }
-    fields["pretrain"]["objectives"] = {
-        "contrastive": {},
-        "matching": {"weight": [[0, 0.5], [4, 1.0]]},
-        "masked_language": {},
-        "classification": {"weight": 0.5},
-    }
-    fields["pretrain"]["loader"]["label"] = "shape"
-    fields["pretrain"]["training"] |= {"epochs": 1, "zero_stage": 3}
-    trained = Loop(load_recipe(write_recipe(tmp_path / "fused.yaml", fields))).run("pretrain")
+def test_a_fused_model_trains_by_several_objectives_at_once(path: str, report: dict[str, Any]) -> None:
+    overrides = [
+        "model.fusion={kind: cross_attention, width: 8, layers: 1, heads: 2}",
+        "model.heads=[matching, masked_language, classes]",
+        "objectives={contrastive: {}, masked_language: {}, classification: {weight: 0.5}}",
+        "objectives.matching={weight: [[0, 0.5], [4, 1.0]]}",
+        "loader.label=shape",
+        "training.epochs=1",
+        "training.zero_stage=3",
+    ]
+    trained = Loop(load_recipe(path, [f"pretrain.{override}" for override in overrides])).run("pretrain")
     loaded = load_package(read_package(trained.file("package")))
     assert loaded.model.gives >= {"embeddings", "fused", "matching_logits", "masked_language_logits", "class_logits"}
     assert loaded.classes == ("bar", "circle", "square")
@@ -179,27 +174,21 @@ def test_a_package_is_tuned_on_two_tasks_by_adapters(recipe: Recipe, report: dic
     assert (begun["fresh"], begun["left_out"]) == (["heads"], [])
     package = read_package(trained.file("package"))
     assert package.card["lineage"]["start"] == {"package": started.uri}
-    tuned, before = (load_package(each).model.state_dict() for each in (package, started))
+    tuned, before = (load_package(model).model.state_dict() for model in (package, started))
     assert tuned.keys() - before.keys() == {"heads.classes.weight", "heads.classes.bias"}
     moved = {name for name in before if not torch.equal(tuned[name], before[name])}
     assert "text.backbone.encoder.layer.0.attention.self.query.weight" in moved
     assert not any(name.startswith("image.") or "norm" in name.lower() for name in moved)  # convolutions, statistics
 
 
-def test_a_student_begins_with_its_teacher_s_weights_and_hears_two_teachers_from_their_cache(
-    recipe: Recipe, report: dict[str, Any], tmp_path: Path
+def test_a_student_begins_with_its_teacher_s_weights_and_learns_from_two_cached_teachers(
+    path: str, recipe: Recipe, report: dict[str, Any]
 ) -> None:
-    fields = recipe.model_dump(mode="json")
     package = Loop(recipe).committed("pretrain").file("package")
     losses = {"soft_labels": 1, "similarities": 0.5, "features": 10, "interactive": 1}
-    fields["distill"] |= {
-        "losses": losses,
-        "teachers": [{"package": package, "weight": 0.5}],
-        "cache": {"augmentations": 2},
-        "initialise": {},
-    }
-    fields["distill"]["training"] |= {"epochs": 1, "zero_stage": 3}
-    trained = Loop(load_recipe(write_recipe(tmp_path / "cached.yaml", fields))).run("distill")
+    overrides = [f"losses={json.dumps(losses)}", f"teachers=[{{package: {package}, weight: 0.5}}]"]
+    overrides += ["cache={augmentations: 2}", "initialise={}", "training.epochs=1", "training.zero_stage=3"]
+    trained = Loop(load_recipe(path, [f"distill.{override}" for override in overrides])).run("distill")
     (cache,) = Path(recipe.workspace, "teacher_cache").glob(f"*/{MANIFEST}")  # of one package twice
     assert trained.manifest["inputs"]["teacher 0"] == json.loads(cache.read_text())["teacher"]
     written = curves(read_journal(Path(trained.file("journal.jsonl"))))
@@ -207,47 +196,31 @@ def test_a_student_begins_with_its_teacher_s_weights_and_hears_two_teachers_from
 
 
 def test_a_change_reruns_only_what_it_touches_and_a_worse_model_is_refused(
-    recipe: Recipe, report: dict[str, Any], tmp_path: Path
+    path: str, recipe: Recipe, report: dict[str, Any]
 ) -> None:
-    fields = recipe.model_dump(mode="json")
-    fields["distill"]["training"] |= {"epochs": 1, "optimizer": {"learning_rate": 1e-9}}
-    fields["promote"]["min_gain"] = 0.01
-    run_pipeline(load_recipe(write_recipe(tmp_path / "worse.yaml", fields)))
+    worse_training = ["distill.training.epochs=1", "distill.training.optimizer={learning_rate: 1e-9}"]
+    run_pipeline(load_recipe(path, [*worse_training, "promote.min_gain=0.01"]))
     worse = read_report(recipe)
-    assert statuses(worse) == {
-        "shard": "reused",
-        "pretrain": "reused",
-        "distill": "built",
-        "evaluate": "built",
-        "promote": "built",
-        "score": "reused",
-    }
+    reused = dict.fromkeys(("shard", "pretrain", "score"), "reused")
+    assert statuses(worse) == dict.fromkeys(STAGES, "built") | reused
     assert worse["promotion"]["decision"] == "refused"
     assert "held_out/text_to_image/R@5" in worse["promotion"]["reasons"][0]
-    by_alias = {
-        alias: each.version
-        for each in list_versions("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
-        for alias in each.aliases
-    }
-    assert by_alias == {"champion": 1, "challenger": 2}
+    versions = list_versions("tiny-dual-encoder", uri=tracking_uri(recipe.workspace))
+    assert [version.aliases for version in versions] == [("champion",), ("challenger",)]
 
 
 def test_a_worker_killed_in_pretraining_costs_no_step_and_changes_no_weight(
     recipe: Recipe, report: dict[str, Any], records: str, tmp_path: Path, ray_cluster: None
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from mmflow.stages.loop import Loop
-
     again = load_recipe(write_recipe(tmp_path / "tiny.yaml", tiny_fields(tmp_path / "workspace", records)))
     loop = Loop(again)
     loop.run("shard")
     journal = Path(loop.plan("pretrain").directory(again.workspace)) / "journal.jsonl"
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(loop.run, "pretrain")
-        # The second is begun only when the first lies where it belongs.
+        # The second is written only after the first is complete.
         wait_for(lambda: len(events(journal, "checkpoint")) >= 2, training.done)
-        victims = [each for each in psutil.process_iter() if worker_of(each, os.getpid())]
+        victims = [process for process in psutil.process_iter() if is_worker_of(process, os.getpid())]
         assert len(victims) == 2
         victims[0].kill()
         artifact = training.result(timeout=300)
@@ -263,9 +236,11 @@ def events(journal: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_journal(journal) if line.get("event") == kind]
 
 
-def worker_of(process: psutil.Process, driver: int) -> bool:
+def is_worker_of(process: psutil.Process, driver: int) -> bool:
     try:
-        return "RayTrainWorker" in " ".join(process.cmdline()) and driver in [each.pid for each in process.parents()]
+        return "RayTrainWorker" in " ".join(process.cmdline()) and driver in [
+            parent.pid for parent in process.parents()
+        ]
     except psutil.Error:
         return False
 
@@ -279,7 +254,7 @@ def wait_for(happened: Callable[[], bool], ended: Callable[[], bool], log: str =
         time.sleep(0.02)
 
 
-def test_a_workspace_in_an_object_store_holds_the_same_though_the_driver_was_killed(
+def test_a_workspace_in_an_object_store_holds_the_same_after_the_driver_was_killed(
     report: dict[str, Any], records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in CREDENTIALS.items():
@@ -289,10 +264,10 @@ def test_a_workspace_in_an_object_store_holds_the_same_though_the_driver_was_kil
     with object_store() as workspace:
         path = write_recipe(tmp_path / "tiny.yaml", {**tiny_fields(tmp_path, records), "workspace": workspace})
         system, directory = filesystem(workspace)
-        trained = pyarrow.fs.FileSelector(f"{directory}/pretrain", recursive=True, allow_not_found=True)
+        trained = pyarrow.fs.FileSelector(f"{directory}/pretrain", recursive=True, allow_not_result=True)
 
         def checkpoints() -> int:
-            return sum(each.base_name == "part-0.json" for each in system.get_file_info(trained))
+            return sum(file.base_name == "part-0.json" for file in system.get_file_info(trained))
 
         command = [sys.executable, "-m", "mmflow.cli.main", "run", path]
         with (tmp_path / "log").open("ab") as log:
@@ -304,12 +279,12 @@ def test_a_workspace_in_an_object_store_holds_the_same_though_the_driver_was_kil
             driver.wait()
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found = read_json(join(workspace, "report.json"))
-    assert fingerprints(found) == fingerprints(report)
-    assert [found["training"][role]["restarts"] for role in ("teacher", "student")] == [1, 0]
+        result = read_json(join(workspace, "report.json"))
+    assert fingerprints(result) == fingerprints(report)
+    assert [result["training"][role]["restarts"] for role in ("teacher", "student")] == [1, 0]
     for role in ("teacher", "student"):
-        assert found["training"][role]["curves"]["loss"] == report["training"][role]["curves"]["loss"]
-    assert_tracked(found, f"sqlite:///{tmp_path}/mlflow.db")
+        assert result["training"][role]["curves"]["loss"] == report["training"][role]["curves"]["loss"]
+    assert_tracked(result, f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.mark.slow

@@ -51,6 +51,12 @@ def test_a_model_that_scores_pairs_has_no_rows_to_score(tmp_path: Path) -> None:
         loop.plan("score")
 
 
+def test_a_corpus_in_an_object_store_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    loop = loop_of(tmp_path, corpus={"name": "openmoji"}, shard={}, workspace="s3://bucket/w")
+    with pytest.raises(RecipeError, match=r"^corpus: a demonstration corpus needs a local workspace"):
+        loop.check(["shard"])
+
+
 def test_a_teacher_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     records.touch()
