@@ -127,13 +127,13 @@ def test_another_picture_changes_the_guesses_of_a_fused_model_alone() -> None:
 
 def test_a_model_refuses_what_it_was_not_made_for() -> None:
     writing = WritingConfig(search="greedy", max_tokens=4)
-    with pytest.raises(MisuseError, match=r"^model\.decoder\.memory: fused, and there is no question"):
+    with pytest.raises(MisuseError, match=r"^model\.decoder\.memory: fused, but there is no question"):
         write_texts(predictor(ANSWERER), SAMPLES, None, writing, seed=0)
     captioner = predictor(captioner_config())
     image, _ = captioner.encode(SAMPLES)
-    with pytest.raises(MisuseError, match=r"^model\.decoder\.memory: image, and there is a question"):
+    with pytest.raises(MisuseError, match=r"^model\.decoder\.memory: image, but there is a question"):
         captioner.model.memory(image, image)
-    with pytest.raises(MisuseError, match=r"^model\.fusion: it reads text with each picture, and none is given"):
+    with pytest.raises(MisuseError, match=r"^model\.fusion: it reads text with each picture"):
         predictor(answerer_config(heads=["classes"]), ("red", "green")).class_scores(SAMPLES, None)
 
 
