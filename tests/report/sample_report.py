@@ -35,15 +35,8 @@ def sample_images() -> dict[str, bytes]:
     images = {}
     for row, (color, shape) in enumerate(CONCEPTS):
         picture = Image.new("RGB", (96, 96), "white")
-        draw, box = ImageDraw.Draw(picture), (14, 14, 82, 82)
-        if shape == "circle":
-            draw.ellipse(box, fill=color)
-        elif shape == "square":
-            draw.rectangle(box, fill=color)
-        elif shape == "triangle":
-            draw.polygon([(48, 12), (84, 82), (12, 82)], fill=color)
-        else:
-            draw.ellipse(box, outline=color, width=14)
+        draw = ImageDraw.Draw(picture)
+        (draw.rectangle if shape == "square" else draw.ellipse)((14, 14, 82, 82), fill=color)
         body = BytesIO()
         picture.save(body, "PNG" if row % 2 else "JPEG")
         images[f"{color}-{shape}"] = body.getvalue()
