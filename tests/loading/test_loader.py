@@ -298,21 +298,6 @@ def damaged(small_dataset: Dataset, tmp_path: Path) -> Dataset:
     return open_dataset(str(tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_a_skipped_sample_is_told_and_becomes_padding(
-    damaged: Dataset, small_dataset: Dataset, tokenizer: Tokenizer, kind: Literal["threads", "processes"]
-) -> None:
-    found = take(loader_of(damaged, tokenizer, with_workers(kind, 2, on_corrupt="skip")), STEPS)
-    expected = straight(loader_of(small_dataset, tokenizer), STEPS)
-    assert set(real_keys(expected)) - set(real_keys(found)) == {"key-14"}
-    told = [line for batch in found for line in batch.skipped]
-    assert len(told) == 1
-    assert "key-14" in told[0]
-    for batch, sound in zip(found, expected, strict=True):
-        assert batch.state == sound.state
-        assert [row for row in whole([sound]) if row[0] != "key-14"] == whole([batch])
-
-
 def test_too_many_skipped_samples_end_the_iteration(damaged: Dataset, tokenizer: Tokenizer) -> None:
     with pytest.raises(TrainingError) as caught:
         take(loader_of(damaged, tokenizer, CONFIG.model_copy(update={"on_corrupt": "skip", "max_skipped": 0})), STEPS)

@@ -177,17 +177,6 @@ def test_a_rank_reads_the_windows_of_its_own_lanes_alone(
             assert set(real(rank_slice(batch, rank, world_size))) <= allowed
 
 
-def test_ranks_share_out_the_shards() -> None:
-    order = Order(shard_samples=(100,) * 64, global_batch_size=32, seed=1, window=50, lanes=16)
-    seen: list[set[int]] = [set() for _ in range(4)]
-    for batch in epoch_of(order):
-        for rank in range(4):
-            seen[rank] |= {shard for shard, _ in real(rank_slice(batch, rank, 4))}
-    # A quarter of the line is 16 shards and the two that it cuts; the line has one more seam, its own.
-    assert all(len(shards) <= 18 for shards in seen)
-    assert sum(map(len, seen)) <= 64 + 4 + 1
-
-
 @given(order=orders, epoch=epochs, world_size=worlds, data=st.data())
 def test_what_is_read_ahead_covers_the_batches_of_a_window(
     order: Order, epoch: int, world_size: int, data: st.DataObject
@@ -385,11 +374,6 @@ def test_batches_of_a_group_come_in_no_order_of_length() -> None:
     ranks = np.argsort(np.argsort(means.reshape(10, 20), axis=1), axis=1)
     assert abs(np.corrcoef(ranks.ravel(), np.tile(np.arange(20), 10))[0, 1]) < 0.3
     assert len({tuple(group) for group in ranks.tolist()}) == 10
-
-
-def test_an_epoch_deals_its_samples_to_other_batches_than_the_last() -> None:
-    order = Order(shard_samples=(400,), global_batch_size=10, seed=3, buckets=Buckets(8, lengths))
-    assert dealt(order) != dealt(order, 1)
 
 
 def test_deal_by_length_gives_each_batch_a_run_of_the_sorted_lengths() -> None:
