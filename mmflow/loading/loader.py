@@ -31,7 +31,7 @@ MAX_TASK_ROWS = 32  # more would save nothing: a task costs less than a row
 START = LoaderState()
 
 
-@dataclass
+@dataclass(eq=False)
 class Loader:
     """The batches of one rank. Iterating prepares them ahead and advances `state`; close the iterator to end it.
 

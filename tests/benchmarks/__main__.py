@@ -1,4 +1,4 @@
-"""`make bench`: mmflow beside its peers, written to RESULTS.md; `python -m tests.benchmarks NAME` takes one subject."""
+"""`make bench`: mmflow compared with its peers, written to RESULTS.md; or `python -m tests.benchmarks NAME` for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images to a dataset: `mmflow shard` beside img2dataset, Ray Data, and the codecs alone."""
+"""Images to a dataset: `mmflow shard` compared with img2dataset, Ray Data, and the codecs alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.benchmarks.table import Row, faster
 KEEP_ALL = ["shard.captions={}", "shard.duplicates={exact: false}"]
 SIDE, QUALITY, MAX_PIXELS = 256, 90, 80_000_000
 START_RECORDS = 16
-RAY_DATA_SHARE = 0.2  # of the set: at its speed the whole would take most of the time that all benchmarks have
+RAY_DATA_SHARE = 0.2  # of the set: the whole would take longer than all other benchmarks
 PEERS = ("img2dataset", "opencv-python-headless", "albumentations")
 VERSIONS = ("ray", "pyarrow", "pillow", "simplejpeg", "numpy")
 
@@ -36,7 +36,7 @@ def run() -> list[Row]:
 
 
 def shard(records: Path, overrides: list[str], *, watch: bool = False) -> tuple[Finished, Path]:
-    """`mmflow shard` on a fresh workspace; the command's own figures, and where its dataset lies."""
+    """`mmflow shard` on a fresh workspace; the finished command, and the dataset's folder."""
     workspace = SCRATCH / "runs" / "mmflow"
     shutil.rmtree(workspace, ignore_errors=True)
     source = f"shard.sources=[{{kind: jsonl, uri: {json.dumps(str(records))}}}]"
@@ -57,7 +57,7 @@ def _compare(name: str, whole: Path, overrides: list[str]) -> list[Row]:
     table.parent.mkdir(parents=True, exist_ok=True)
     captions = [entry["captions"][0]["text"] if entry["captions"] else "" for entry in entries]
     pq.write_table(pa.table({"url": [image.as_uri() for image in images], "caption": captions}), table)
-    # Ray Data ends the whole job at an image past Pillow's bound: those are left out for it.
+    # One image past Pillow's bound ends Ray Data's whole job, so those are left out for it.
     step = round(1 / RAY_DATA_SHARE)
     few = [str(image) for image in images[::step] if _pixels(image) <= MAX_PIXELS]
     paths = [str(image) for image in images if _pixels(image) <= MAX_PIXELS]
@@ -71,7 +71,7 @@ def _compare(name: str, whole: Path, overrides: list[str]) -> list[Row]:
         return count / commands[-1]
 
     def steady() -> float:
-        # The same command over a few records costs what is not work: imports, Ray's start and end.
+        # The same command over a few records measures the fixed cost: imports, Ray's start and end.
         return without_start(count, commands[-1], shard(start, overrides)[0].seconds)
 
     def img2dataset() -> float:
@@ -109,7 +109,7 @@ def _compare(name: str, whole: Path, overrides: list[str]) -> list[Row]:
 
 
 def without_start(count: int, seconds: float, start_seconds: float) -> float:
-    """Samples/s of a command less its start; NaN where the start is most of it, for the rest would be noise."""
+    """Samples/s of a command without its start; NaN if the start is most of it, because the rest would be noise."""
     return count / (seconds - start_seconds) if seconds >= 2 * start_seconds else math.nan
 
 

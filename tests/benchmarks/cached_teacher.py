@@ -1,4 +1,4 @@
-"""A cached teacher beside a live one: steps a second of distillation, loader and optimizer among them."""
+"""A cached teacher compared with a live one: distillation steps per second, with loader and optimizer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _figure(name: str, prepared: dict[str, Any]) -> float:
 
 
 def prepare(samples: int) -> dict[str, Any]:
-    """A dataset, the teacher's package and its cache, once; where they lie, and both models' parameters."""
+    """Make a dataset, the teacher's package and its cache, once. Returns their folders and both models' parameters."""
     import shutil
 
     import ray
@@ -95,7 +95,7 @@ def prepare(samples: int) -> dict[str, Any]:
 
 
 def measure(dataset: str, package: str, caches: list[str]) -> float:
-    """Steps a second of a student whose teacher is cached or, without caches, live."""
+    """Steps per second of a student with a cached teacher or, without caches, a live one."""
     from contextlib import closing
 
     import torch

@@ -48,7 +48,7 @@ def jpegs() -> Path:
 
 
 def share_of(records: Path, count: int) -> Path:
-    """The records.jsonl of about `count` records, evenly spread over a set; the set itself where it is no larger."""
+    """The records.jsonl of about `count` records, evenly spread over a set; the set itself if it is not larger."""
     everything = list(read(records))
     if count >= len(everything):
         return records
@@ -91,7 +91,7 @@ def read(records: Path) -> Iterator[dict[str, Any]]:
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """A records.jsonl that appears whole."""
+    """Write a records.jsonl, atomically."""
     staged = path.with_suffix(".staged")
     staged.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     staged.replace(path)

@@ -1,4 +1,4 @@
-"""What a student keeps of its teacher: losses beside each other, and beside the same student without a teacher.
+"""How much of its teacher a student keeps: losses compared with each other and with a student without a teacher.
 
 Quality, not speed: what differs from round to round is the seed, of the teacher and of its students alike.
 """
@@ -32,7 +32,7 @@ VERSIONS = ("torch", "deepspeed", "ray", "transformers")
 
 
 def run() -> list[Row]:
-    """Of each seed the teacher, the student alone, and the student by each of the losses."""
+    """For each seed: the teacher, the student alone, and the student with each of the losses."""
     found: dict[str, list[float]] = {name: [] for name in ("teacher", ALONE, *LOSSES)}
     for seed in SEEDS:
         alone = call("tests.benchmarks.distillation:examine", fields=_without_teacher(seed))
@@ -61,7 +61,7 @@ def _fields(seed: int, losses: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _without_teacher(seed: int) -> dict[str, Any]:
-    """The recipe whose only model is the student, of a teacher's vocabulary, on the pairs alone."""
+    """The recipe with the student as its only model: the teacher's vocabulary, trained on the pairs alone."""
     fields = _fields(seed, {})
     student = {name: fields["distill"][name] for name in ("model", "loader", "objectives", "training")}
     student["model"]["vocabulary_size"] = fields["pretrain"]["model"]["vocabulary_size"]
@@ -73,7 +73,7 @@ def _without_teacher(seed: int) -> dict[str, Any]:
 
 
 def examine(fields: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """By model of a recipe its held-out recall, %, and its parameters; what was trained before is not trained again."""
+    """Held-out recall in % and parameters of each model of a recipe. Finished stages are reused."""
     from mmflow.cluster.local import stop_ray
     from mmflow.core.storage import read_json
     from mmflow.recipe import Recipe

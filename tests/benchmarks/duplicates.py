@@ -1,4 +1,4 @@
-"""Near-duplicate search over a million 64-bit hashes, beside faiss's exhaustive binary index."""
+"""Near-duplicate search over a million 64-bit hashes, compared with faiss's exhaustive binary index."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run() -> list[Row]:
 
 
 def plant(path: str, count: int) -> int:
-    """Write random hashes, some of them near copies of others, and return how many pairs that makes at the least."""
+    """Write random hashes, some of them near copies of others, and return how many pairs that makes at least."""
     import numpy as np
 
     random = np.random.default_rng(7)

@@ -49,7 +49,7 @@ def rounds(contestants: Mapping[str, Callable[[], float]], runs: int = RUNS) -> 
 def run_command(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, watch: bool = False, log: Path | None = None
 ) -> Finished:
-    """Run to the end. Raises RuntimeError with the last lines of its output where it fails."""
+    """Run to the end. Raises RuntimeError with the last lines of its output if it fails."""
     log = log or SCRATCH / "last.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     peaks: dict[int, tuple[bool, int]] = {}

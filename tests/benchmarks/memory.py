@@ -1,4 +1,4 @@
-"""What a build's processes hold at most, over the whole of openclipart with its 80-megapixel drawings."""
+"""Peak memory of a build's processes, over all of openclipart with its 80-megapixel drawings."""
 
 from __future__ import annotations
 

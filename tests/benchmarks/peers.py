@@ -22,7 +22,7 @@ def version(package: str) -> str:
 
 
 def python() -> Path:
-    """The peers' interpreter, installed at the first call. Raises RuntimeError where pip cannot install them."""
+    """The peers' interpreter, installed at the first call. Raises RuntimeError if pip cannot install them."""
     done = ENVIRONMENT / "installed.txt"
     if not done.exists() or done.read_text() != PINS.read_text():
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The plan of a billion samples in a hundred thousand shards: what it takes to build, to hold, and to seek in."""
+"""The plan of a billion samples in a hundred thousand shards: time to build, memory, and time to seek."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples read from tars, their hashes checked and nothing decoded, beside webdataset and Ray Data."""
+"""Reading samples from tars, with hashes checked and nothing decoded, compared with webdataset and Ray Data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resume: the time to the first batch, from opening the dataset on, late in an epoch beside early in it."""
+"""Resume: the time from opening the dataset to the first batch, late in an epoch compared with early in it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def jpeg_shards() -> Path:
 
 
 def first_batch(uri: str, share: float) -> float:
-    """Mean seconds from a state at `share` of the epoch to its batch; what is imported late is left out."""
+    """Mean seconds from a state at `share` of the epoch to its batch; late imports are not counted."""
     from contextlib import closing
 
     from mmflow.dataset.opened import open_dataset

@@ -1,4 +1,4 @@
-"""Samples: JPEG shards to float tensors of random crops plus tokens, beside webdataset with Pillow and a bare loop."""
+"""Samples: JPEG shards to float tensors of random crops, with tokens; compared with webdataset and with a bare loop."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _rate(name: str, arguments: dict[str, str]) -> float:
 
 
 def _per_cpu_second(batches: Callable[[], Iterator[tuple[Any, Any]]], count: int) -> float:
-    """Of the median of the passes after the first, which imports what is imported late. All threads' time is counted.
+    """Of the median pass after the first, which has late imports. The time of all threads is counted.
 
     Bound to a core before any thread begins: on two of a shared machine a thread's seconds tell as much of its
     neighbour as of its work.
@@ -103,7 +103,7 @@ def ours(uri: str, tokenizer: str) -> float:
         for _ in range(order.steps_per_epoch):
             batch = next(ready)
             pixels = normalise(batch.pixels, MEAN, STD)
-            # The last batch is padded where samples are few: what stands for nothing is made too, and not counted.
+            # The last batch may be padded: padding is made too, but not counted.
             yield (pixels, batch.token_ids) if batch.real.all() else (pixels[batch.real], batch.token_ids[batch.real])
 
     rate = _per_cpu_second(batches, len(reader))

@@ -1,4 +1,4 @@
-"""A training step: mmflow's loop with its engine beside open_clip's own loop and beside nothing but the step.
+"""A training step: mmflow's loop with its engine, compared with open_clip's own loop and with the bare step.
 
 All three train the same module on the same batches with the same optimizer, so that only what stands around forward,
 backward and step differs. Batches are at hand: what a loader costs is measured elsewhere.
@@ -82,7 +82,7 @@ def ours() -> float:
 
 
 def open_clip() -> float:
-    """open_clip's loop over the same module, which answers as open_clip's models do."""
+    """open_clip's loop over the same module, with the outputs of open_clip's models."""
     import argparse
 
     import torch
@@ -114,7 +114,7 @@ def open_clip() -> float:
             }
 
     class Text:
-        """A batch that the loop may move to its device, where it is already."""
+        """A batch that is already on the device to which the loop moves it."""
 
         def __init__(self, batch: Any) -> None:
             self.batch = batch
@@ -147,7 +147,7 @@ def _stand_in_for_torchvision() -> None:
 
     from transformers.utils import is_torchvision_available
 
-    is_torchvision_available()  # transformers remembers what it finds, and must not find this
+    is_torchvision_available()  # transformers caches the answer, and must not see the stand-in
     for module in ("torchvision", "torchvision.ops", "torchvision.ops.misc", "torchvision.transforms",
                    "torchvision.transforms.functional", "ftfy"):  # fmt: skip
         sys.modules[module] = MagicMock()

@@ -1,4 +1,4 @@
-"""What the benchmarks found, as a page: a section a subject, so that one subject can be measured again alone."""
+"""The page of results, with a section per subject, so that one subject can be measured again alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def publish(results: Path, name: str, rows: Sequence[Row], foot: str) -> None:
 
 
 def number(value: float) -> str:
-    """Three figures where there are fewer: 0.0123, 4.56, 78.9, 1,234."""
+    """At least three digits: 0.0123, 4.56, 78.9, 1,234."""
     if abs(value) >= 100 or value == 0:
         return f"{value:,.0f}"
     digits = 2
@@ -104,6 +104,6 @@ def sections(page: str) -> dict[str, str]:
 
 
 def merge(page: str, new: Mapping[str, str]) -> str:
-    """The page with the new sections in place of those of their name, in the order of the names; others stay."""
+    """The page with the new sections, which replace those of the same name, in alphabetical order."""
     merged = {**sections(page), **{name: part.strip() + "\n" for name, part in new.items()}}
     return "\n".join([HEAD, *(merged[name] for name in sorted(merged))])

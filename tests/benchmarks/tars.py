@@ -1,4 +1,4 @@
-"""Tars: written with index and checksum, and verified, beside webdataset."""
+"""Writing tars with index and checksum, and verifying them, compared with webdataset."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sharded_jpegs() -> tuple[Path, int]:
 
 
 def rates(functions: Mapping[str, str], dataset: Path, count: int) -> dict[str, list[float]]:
-    """Samples/s of each `module:function`, which returns the seconds of a pass, a value a round."""
+    """Samples/s of each `module:function`, which returns the seconds of a pass; one value per round."""
 
     def rate(function: str) -> float:
         return count / call(function, uri=str(dataset))
@@ -102,7 +102,7 @@ def write_ours(uri: str) -> float:
         numbers = range(max(shards.to_pylist()) + 1)
 
         def work() -> int:
-            # Anew each time: shards that are there already would be left alone.
+            # From nothing each time: existing shards would be kept.
             shutil.rmtree(directory / "out", ignore_errors=True)
             commits = write_shards(str(directory / "out"), numbers, "settings", np.array([], np.uint64), table)
             return sum(commit.samples for commit in commits)
@@ -135,7 +135,7 @@ def verify_ours(uri: str) -> float:
     """Every byte against the checksums, every header and key."""
     from mmflow.dataset.verify import verify_dataset
 
-    # Lines of what is wrong: none, or the pass counts too many samples.
+    # A line for each problem: with any, the pass counts too many samples.
     return seconds_of(lambda: count_of(uri) + len(verify_dataset(uri, decoded_samples=0)), count_of(uri))
 
 
@@ -160,6 +160,6 @@ def _samples(uri: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _memory() -> Iterator[Path]:
-    """A folder that lies in memory where the machine has such a file system."""
+    """A folder on a memory file system, if the machine has one."""
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as directory:
         yield Path(directory)

@@ -1,4 +1,4 @@
-"""InfoNCE in strips beside the whole matrix: peak memory and time of forward and backward, for equal results."""
+"""InfoNCE in strips compared with the whole matrix: peak memory and time of forward and backward."""
 
 from __future__ import annotations
 

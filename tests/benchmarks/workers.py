@@ -1,6 +1,6 @@
-"""Loader workers: threads beside processes beside torch's DataLoader, on large pictures and on small ones.
+"""Loader workers: threads, processes and torch's DataLoader, on large pictures and on small ones.
 
-What `loader.workers.kind` is by default rests on this.
+The default of `loader.workers.kind` rests on this.
 """
 
 from __future__ import annotations
