@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import time
 
@@ -16,7 +15,7 @@ from mmflow.cleaning.config import ImageConfig
 from mmflow.cleaning.images import PreparedImage, prepare_images
 from mmflow.imaging.decode import evenly_spaced
 from mmflow.sources.reasons import Reason, Rejected
-from tests.imaging.picture_files import SIGNATURE, chunk, clip_of, file_of, gradient, opened, reds
+from tests.imaging.picture_files import chunk, clip_of, file_of, gradient, opened, reds
 
 EXACT = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}, "AVIF": {"quality": 100}}
 
@@ -168,8 +167,3 @@ def test_an_animation_cut_short_is_named(format: str) -> None:
     body = clip_of(frames, format, **EXACT[format])
     for share in (0.3, 0.55, 0.9):
         assert rejection(body[: int(len(body) * share)]).reason is Reason.image_truncated, share
-
-
-def test_signature_alone_is_no_clip() -> None:
-    assert rejection(SIGNATURE).reason in (Reason.image_truncated, Reason.image_not_an_image)
-    assert Image.open(io.BytesIO(clip_of(reds([1, 2]), "PNG"))).n_frames == 2  # type: ignore[attr-defined]

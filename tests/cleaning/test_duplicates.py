@@ -15,7 +15,6 @@ from mmflow.cleaning import duplicates
 from mmflow.cleaning.duplicates import (
     alike_owners,
     bands_of_texts,
-    greedy_owners,
     group_buckets,
     near_owners,
     near_pairs,
@@ -118,12 +117,6 @@ def test_a_dense_crowd_takes_no_memory_for_its_pairs() -> None:
     tracemalloc.stop()
     assert not owners.any()  # all are within eight bits of the first
     assert peak < 300 << 20  # the pairs alone would be 1.1 GB
-
-
-def test_owners_of_pairs() -> None:
-    pairs = np.array([[0, 2], [1, 2], [1, 4], [2, 3]], np.int64)
-    assert greedy_owners(pairs, 5).tolist() == [0, 1, 0, 3, 1]
-    assert greedy_owners(np.empty((0, 2), np.int64), 3).tolist() == [0, 1, 2]
 
 
 # --- alike captions --------------------------------------------------------------------------------------------------

@@ -82,16 +82,8 @@ def test_tars_of_another_writer_become_a_dataset_that_trains(tmp_path: Path) -> 
 
 
 def test_keys_are_those_that_webdataset_gives(tmp_path: Path) -> None:
-    names = [
-        "IMG_1.JPG",
-        "IMG_1.txt",
-        "sub/dir/a.png",
-        "sub/dir/a.txt",
-        "v1.2/x.jpg",
-        "v1.2/x.txt",
-        "./y.jpg",
-        "./y.txt",
-    ]
+    stems = ("IMG_1.JPG", "sub/dir/a.png", "v1.2/x.jpg", "./y.jpg")
+    names = [name for stem in stems for name in (stem, stem[:-3] + "txt")]
     long = "folder/" * 20 + "z" * 120
     bodies = [PNG if name.endswith("png") else JPEG if name.lower().endswith("jpg") else b"text" for name in names]
     members = [*zip(names, bodies, strict=True), (f"{long}.jpg", JPEG), (f"{long}.txt", b"text")]

@@ -44,10 +44,6 @@ def read(dataset: Dataset, shard: ShardInfo, row: int) -> Sample:
     return reader.read(reader.shards.index(shard), row)
 
 
-def shards_of(dataset: Dataset) -> list[tuple[str, int]]:
-    return [(shard.split, shard.samples) for split in dataset.splits for shard in dataset.shards(split)]
-
-
 def test_every_bad_record_is_in_quarantine_with_its_reason(dataset: Dataset, corpus: Corpus) -> None:
     rows = [row for path in Path(dataset.uri, "quarantine").iterdir() for row in pq.read_table(path).to_pylist()]
     assert {row["source"]: row["reason"] for row in rows} == {

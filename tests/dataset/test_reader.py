@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -125,14 +124,9 @@ def test_the_frames_of_a_clip_come_back_in_their_order(clips: Dataset) -> None:
 def test_lengths_are_those_of_the_index_and_need_no_tar(copy: Dataset) -> None:
     shutil.rmtree(Path(copy.uri, "shards"))
     reader = Reader(copy, "train")
-    expected = [max(estimate_tokens(f"picture {number}"), estimate_tokens(f"图片 {number}")) for number in range(9, 23)]
     lengths = reader.lengths(1)
-    assert lengths.shape == (14,)
-    # The estimate is that of the caption of most characters.
-    assert [lengths[row] for row in range(0, 14, 2)] == [
-        estimate_tokens(f"picture {9 + row}") for row in range(0, 14, 2)
-    ]
-    assert (lengths <= np.array(expected)).all()
+    # Samples with an odd number also have a Chinese caption; the estimate is that of the caption with most characters.
+    assert lengths.tolist() == [estimate_tokens(f"picture {number}") for number in range(9, 23)]
 
 
 def test_splits_are_apart(small_dataset: Dataset) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
@@ -231,11 +230,6 @@ def test_many_lines_of_one_shard_do_not_hide_the_others(copy: Dataset) -> None:
     wrong = verify_dataset(copy.uri)
     assert sum(f"{first.name}.tar" in line for line in wrong) <= 11
     assert any(f"{second.name}.tar" in line for line in wrong)
-
-
-def test_quarantine_is_parquet_with_fixed_columns(dataset: Dataset) -> None:
-    for path in Path(dataset.uri, "quarantine").iterdir():
-        assert pq.read_schema(path).names == ["source", "key", "reason", "detail"]
 
 
 def test_verifying_is_much_quicker_than_reading_with_webdataset(
