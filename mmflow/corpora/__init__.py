@@ -1,6 +1,6 @@
 """The demonstration corpora that a recipe can name: one table, and what writes them for `shard` to read.
 
-A corpus's settings class stands in its own file with its `write(directory, progress)`: a generator that puts the images
+A corpus's settings class is in its own file with its `write(directory, progress)`: a generator that puts the images
 into the directory, which may hold what a killed run left, and yields the records. It raises MisuseError where packages
 are missing or damaged. Importing this package stays light: what draws and unpacks is imported when a corpus is written.
 """

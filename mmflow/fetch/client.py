@@ -103,7 +103,7 @@ async def fetch_batch(
         finally:
             for worker in workers:
                 worker.cancel()
-            # Waits for them and takes their errors, the first of which was raised above; our own cancellation passes.
+            # Waits for them and collects their errors (the first was raised above). Our own cancellation passes.
             await asyncio.gather(all_workers, *workers, return_exceptions=True)
 
 
