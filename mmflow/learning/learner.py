@@ -1,4 +1,4 @@
-"""What an optimizer trains: a model and its objectives as one module, whose forward pass is a step's loss.
+"""What an optimizer trains: a model and its objectives as one module. Its forward pass is a step's loss.
 
 One forward pass a step, because ZeRO-3 gathers parameters in the order of its calls, and autocast covers all of it.
 

@@ -91,7 +91,7 @@ class Outputs:
     @cached_property
     def text_embedding(self) -> Tensor:
         """(B, E) of unit length, fp32."""
-        assert self.text is not None, "a recipe whose losses need embeddings has a text encoder"
+        assert self.text is not None, "the recipe is checked: losses on embeddings have a text encoder"
         return self.model.embed_text(self.text)
 
     @cached_property

@@ -1,7 +1,6 @@
 """The student while it learns: its model, its objectives and the distillation losses of its teachers, as one module.
 
-Embeddings and layers whose widths differ from the teacher's are compared through projections, which the package leaves
-out.
+Embeddings and layers of other widths than the teacher's are compared through projections. The package leaves them out.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Student(nn.Module):
         student = ModelTraits(learner.model.gives, learner.model, learner.config.image_pixels)
         traits = [teacher.traits for teacher in teachers]
         self._numbers = teachers_by_loss(key, losses, student, traits)
-        # For each teacher and side the layers whose outputs are compared, (student's, teacher's).
+        # For each teacher and side the pairs of layers to compare, (student's, teacher's).
         self._layer_pairs: list[dict[Side, list[tuple[int, int]]]] = [{} for _ in teachers]
         for name, loss in self._losses.items():
             for number in self._numbers[name]:

@@ -37,7 +37,7 @@ class Attention(DistillationLoss):
     """Divergence of the attention maps of the student's encoders from those of the teacher's."""
 
     sides: list[Side] = Field(min_length=1)
-    """The encoders whose maps are compared."""
+    """The encoders to compare."""
     layers: Layers = "last"
     """Which layers are compared: last with last (MiniLM), even (TinyBERT), or pairs [student's, teacher's] counted from
     1."""
@@ -97,7 +97,7 @@ def attention_loss(
     layers: Sequence[tuple[Tensor, Tensor]], heads: Literal["mean", "same"] | Pairs, real_BT: Tensor, gather: Gather
 ) -> Tensor:
     """This rank's part of the loss, (). `layers` are the student's and the teacher's maps, (B, heads, T, T) each, with
-    distributions as rows; `real_BT` (bool) are the places whose rows count."""
+    distributions as rows; only the rows of the places `real_BT` (bool) count."""
     import torch
 
     from mmflow.learning.rows import mean_of

@@ -36,7 +36,7 @@ class Hidden(DistillationLoss):
     """Squared distance between the outputs of layers, through a projection where widths differ."""
 
     sides: list[Side] = Field(min_length=1)
-    """The encoders whose layers are compared."""
+    """The encoders to compare."""
     layers: Layers = "even"
     """Which layers are compared: last with last, even (TinyBERT), or pairs [student's, teacher's] counted from 1."""
 

@@ -50,11 +50,11 @@ class DistillationLoss(Loss):
         return no_embeddings("student", student) or no_embeddings("teacher", teacher)
 
     def attention_sides(self) -> Collection[Side]:
-        """The sides whose encoders must give their attention maps."""
+        """The sides (image, text) where it reads the attention maps of the encoders."""
         return ()
 
     def layer_pairs(self, student: ModelTraits, teacher: ModelTraits) -> dict[Side, list[tuple[int, int]]]:
-        """By side the layers whose outputs are compared: (student's, teacher's), counted from 0."""
+        """By side the pairs of layers with outputs to compare: (student's, teacher's), counted from 0."""
         return {}
 
     def loss(self, batch: DistillationBatch) -> Tensor:
