@@ -100,7 +100,7 @@ class TextEncoderConfig(EncoderConfig):
     """The encoder of captions, questions and documents."""
 
     pooling: Literal["pooler", "mean", "first", "last", "eos", "attention"] = "mean"
-    """The same for tokens; also the last token, or the closing one (CLIP)."""
+    """How tokens become one vector: as for images, or the last token, or the closing one (eos, as in CLIP)."""
     positions: PositionsConfig | None = None
     """Stretch the learned positions, to read more tokens than the encoder was made for."""
     windows: WindowsConfig | None = None
