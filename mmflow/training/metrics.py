@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mmflow.loading.batches import Batch
 from mmflow.loading.plan import LoaderState
+from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import rows_of
 
 # Dense TFLOP/s by the words of a device's name, the more specific names first: (bf16, fp16, fp32), None where the
@@ -118,9 +119,11 @@ class Interval:
 # --- arithmetic -----------------------------------------------------------------------------------------------------
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense operations a second by the device maker's data sheet; None for a device that is not in it."""
-    return known_peak(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+def peak_flops(device: torch.device, config: TrainingConfig) -> float | None:
+    """Dense operations a second, by the recipe or the maker's data sheet; None for an unknown device."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    return known_peak(torch.cuda.get_device_name(device), config.precision) if device.type == "cuda" else None
 
 
 def known_peak(name: str, precision: str) -> float | None:

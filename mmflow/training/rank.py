@@ -21,7 +21,6 @@ from mmflow.models.lora import adapter_count, merged
 from mmflow.models.model import with_special_tokens
 from mmflow.models.package import portable, write_package
 from mmflow.training.checkpoints import Checkpoints
-from mmflow.training.config import TrainingConfig
 from mmflow.training.engine import average_buffers, prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards, Pulse, Rewind, Trouble
 from mmflow.training.job import Built, TrainingJob, build, open_source, open_validation, total_steps
@@ -114,7 +113,7 @@ class _Rank:
             memory_headroom=config.guards.memory_headroom,
             task_names=job.task_names,
             validation=validation,
-            peak_flops=_peak_flops(config, engine.device),
+            peak_flops=peak_flops(engine.device, config),
         )
         try:
             with contextlib.closing(iter(loader)) as batches:
@@ -198,9 +197,3 @@ class _Rank:
         dist.broadcast_object_list(box)
         if box[0] is not None:
             self.guards.restore(box[0])
-
-
-def _peak_flops(training: TrainingConfig, device: torch.device) -> float | None:
-    if training.peak_tflops is not None:
-        return training.peak_tflops * 1e12
-    return peak_flops(device, training.precision)
