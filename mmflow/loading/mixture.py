@@ -177,10 +177,6 @@ class MixtureOrder:
             for number, samples in enumerate(self.shard_samples)
         )
 
-    def step_of(self, state: LoaderState) -> int:
-        """Batches dealt before `state`."""
-        return state.position // self.global_batch_size
-
     def after(self, state: LoaderState) -> LoaderState:
         """Where the batch after the one at `state` begins."""
         (drawn, batches), number = self._group(state)

@@ -116,10 +116,6 @@ class Order:
     def _epochs(self) -> Epochs:
         return Epochs(self.shard_samples, self.seed, self.window, self.lanes)
 
-    def step_of(self, state: LoaderState) -> int:
-        """Batches dealt before `state`."""
-        return state.epoch * self.steps_per_epoch + state.position // self.global_batch_size
-
     def after(self, state: LoaderState) -> LoaderState:
         """Where the batch after the one at `state` begins."""
         position = state.position + self.global_batch_size

@@ -93,9 +93,8 @@ def test_a_batch_may_begin_at_any_position(order: Order, epoch: int, data: st.Da
 def test_the_last_batch_is_padded_not_dropped(num_samples: int, batch: int, steps: int) -> None:
     order = Order(shard_samples=(num_samples,), global_batch_size=batch, seed=1)
     assert order.steps_per_epoch == steps
-    assert [order.step_of(state) for state in states(order, LoaderState(2), steps + 1)] == [
-        2 * steps + step for step in range(steps + 1)
-    ]
+    positions = [LoaderState(2, step * batch) for step in range(steps)]
+    assert list(states(order, LoaderState(2), steps + 1)) == [*positions, LoaderState(3)]
 
 
 def test_padding_repeats_the_first_samples_of_the_epoch() -> None:
