@@ -105,5 +105,5 @@ def space(rows: int, width: int, seed: int, scale: float = 10.0) -> Embeddings:
     return Embeddings(*(value.clone().requires_grad_() for value in values))
 
 
-def without_gradient(given: Embeddings) -> Embeddings:
-    return Embeddings(*(each.detach() for each in given))
+def without_gradient(embeddings: Embeddings) -> Embeddings:
+    return Embeddings(*(tensor.detach() for tensor in embeddings))

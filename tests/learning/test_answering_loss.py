@@ -49,12 +49,12 @@ def test_index_loss_and_gradient_equal_those_of_transformers_lxmert() -> None:
     arguments["targets"]["answer"] = torch.tensor([0, 2, -1, 1, 1, -1, 2])
     real = torch.arange(7) != 3
     loss = Answering().loss(outputs_of(model, arguments, rows_of(real)))
-    found = gradients(loss, model)
+    actual = gradients(loss, model)
     logits = model.class_logits(outputs_of(model, arguments, rows_of(real)).fused)
     expected = torch.nn.CrossEntropyLoss()(logits[[0, 1, 4, 6]], torch.tensor([0, 2, 1, 2]))
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     for name, gradient in gradients(expected, model).items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_an_answer_is_written_from_what_the_model_remembers_of_the_question() -> None:
@@ -79,8 +79,8 @@ def test_smoothed_labels_cost_what_the_equation_says(smoothing: float) -> None:
     log_p = model.class_logits(outputs.fused).log_softmax(-1)
     losses = []
     for row, label in ((0, 2), (2, 0), (3, 1)):
-        target = [smoothing / CLASSES + (1 - smoothing) * (each == label) for each in range(CLASSES)]
-        losses.append(-sum(q * log_p[row, each] for each, q in enumerate(target)))
+        target = [smoothing / CLASSES + (1 - smoothing) * (candidate == label) for candidate in range(CLASSES)]
+        losses.append(-sum(q * log_p[row, candidate] for candidate, q in enumerate(target)))
     loss = Classification(label_smoothing=smoothing).loss(outputs)
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-6, rtol=1e-5)
 

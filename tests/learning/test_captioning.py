@@ -43,8 +43,8 @@ def test_loss_and_gradient_equal_those_of_transformers_blip() -> None:
         expected = torch.autograd.grad(output.loss, output.logits, retain_graph=True)[0]
         loss = next_token_loss(output.logits, ids, there, alone, smoothing)
         torch.testing.assert_close(loss, output.loss, atol=1e-6, rtol=1e-5)
-        found = torch.autograd.grad(loss, output.logits)[0]
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        gradient = torch.autograd.grad(loss, output.logits)[0]
+        torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_every_word_counts_alike_and_padding_nowhere() -> None:

@@ -148,8 +148,8 @@ def test_sigmoid_and_its_gradient_equal_those_of_transformers() -> None:
     loss = sigmoid_loss(image, text, raw_scale.exp(), bias, all_real(5), alone)
     gradients = torch.autograd.grad(loss, [raw_scale, bias])
     torch.testing.assert_close(loss, output.loss, atol=1e-5, rtol=1e-5)
-    for one, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(one.squeeze(), other.squeeze(), atol=1e-5, rtol=1e-5)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient.squeeze(), reference.squeeze(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

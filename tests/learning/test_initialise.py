@@ -32,8 +32,9 @@ def test_layers_are_the_teacher_s(which: str) -> None:
     assert begin(student, teacher, layers=which) == []
     theirs = teacher.state_dict()
     for name, tensor in student.state_dict().items():
-        for ours, wanted in zip(("0", "1"), LAYERS[which], strict=True):
-            name = name.replace(f"layer.{ours}.", f"layer.#{wanted}.").replace(f"layers.{ours}.", f"layers.#{wanted}.")
+        for own_layer, teacher_layer in zip(("0", "1"), LAYERS[which], strict=True):
+            for kind in ("layer", "layers"):
+                name = name.replace(f"{kind}.{own_layer}.", f"{kind}.#{teacher_layer}.")
         assert torch.equal(tensor, theirs[name.replace("#", "")]), name
 
 
@@ -43,9 +44,9 @@ def test_a_student_of_its_teacher_s_size_gives_what_it_gives() -> None:
     with torch.inference_mode():
         before = student(pixels, ids, torch.ones_like(ids))
         assert begin(student, teacher) == []
-        after, wanted = student(pixels, ids, torch.ones_like(ids)), teacher(pixels, ids, torch.ones_like(ids))
-    assert not torch.equal(before["image_embedding"], wanted["image_embedding"])
-    assert all(torch.equal(after[name], wanted[name]) for name in wanted)
+        after, expected = student(pixels, ids, torch.ones_like(ids)), teacher(pixels, ids, torch.ones_like(ids))
+    assert not torch.equal(before["image_embedding"], expected["image_embedding"])
+    assert all(torch.equal(after[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("width", ["first", "even"])
@@ -55,11 +56,11 @@ def test_units_are_the_teacher_s(width: str) -> None:
     ours, theirs = student.state_dict(), teacher.state_dict()
     units = positions(8, 16, width)  # type: ignore[arg-type]
     inner = positions(16, 32, width)  # type: ignore[arg-type]
-    name = next(each for each in ours if "layer.1." in each and each.endswith("intermediate.dense.weight"))
+    name = next(key for key in ours if "layer.1." in key and key.endswith("intermediate.dense.weight"))
     assert torch.equal(ours[name], theirs[name][inner][:, units])
     words = "text.backbone.embeddings.word_embeddings.weight"
     assert torch.equal(ours[words], theirs[words][:, units])
-    patches = next(each for each in ours if each.endswith("patch_embeddings.projection.weight"))
+    patches = next(key for key in ours if key.endswith("patch_embeddings.projection.weight"))
     assert torch.equal(ours[patches], theirs[patches][units])
     assert torch.equal(ours["image_projection.weight"], theirs["image_projection.weight"][:, units])
     positions_of_text = "text.backbone.embeddings.position_embeddings.weight"
@@ -94,7 +95,7 @@ def test_convolutional_stages_shrink_and_their_statistics_with_them() -> None:
             torch.nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
     assert begin(student, teacher) == []
     ours, theirs = student.state_dict(), teacher.state_dict()
-    for name in (each for each in ours if each.endswith("running_mean")):
+    for name in (key for key in ours if key.endswith("running_mean")):
         assert torch.equal(ours[name], theirs[name][: len(ours[name])]), name
 
 
@@ -108,6 +109,6 @@ def test_evenly_spaced_reaches_from_first_to_last() -> None:
     assert positions(4, 4, "last") == [0, 1, 2, 3]
     for num_teacher in range(1, 40):
         for num_student in range(1, num_teacher + 1):
-            found = positions(num_student, num_teacher, "even")
-            assert sorted(set(found)) == found
-            assert len(found) == num_student
+            places = positions(num_student, num_teacher, "even")
+            assert sorted(set(places)) == places
+            assert len(places) == num_student

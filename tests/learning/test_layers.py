@@ -59,9 +59,9 @@ def test_attention_equals_a_plain_loop(heads: Any, of_student: Any, of_teacher: 
     ]
     expected = plain_attention(paired)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
-    for (ours, _), gradient in zip(layers, torch.autograd.grad(loss, [each for each, _ in layers]), strict=True):
-        wanted = torch.autograd.grad(expected, ours, retain_graph=True)[0]
-        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
+    for (ours, _), gradient in zip(layers, torch.autograd.grad(loss, [own for own, _ in layers]), strict=True):
+        expected_gradient = torch.autograd.grad(expected, ours, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-6, rtol=1e-5)
         assert (gradient[~THERE[:, None].expand(-1, 2, -1)] == 0).all()
 
 
@@ -85,8 +85,8 @@ def test_hidden_equals_a_plain_loop() -> None:
                 count += 1
     torch.testing.assert_close(loss, total / count)
     for ours, _ in layers:
-        found = torch.autograd.grad(loss, ours, retain_graph=True)[0]
-        torch.testing.assert_close(found, torch.autograd.grad(total / count, ours, retain_graph=True)[0])
+        gradient = torch.autograd.grad(loss, ours, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, torch.autograd.grad(total / count, ours, retain_graph=True)[0])
 
 
 def test_nothing_there_costs_nothing() -> None:
@@ -95,22 +95,22 @@ def test_nothing_there_costs_nothing() -> None:
     loss = attention_loss([(ours, maps(2, 1).detach())], "same", nothing, alone)
     loss = loss + hidden_loss([(hidden, torch.randn(3, 3, 4))], nothing, alone)
     assert loss == 0
-    assert all((each == 0).all() for each in torch.autograd.grad(loss, (ours, hidden)))
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, (ours, hidden)))
 
 
 def test_order_equals_a_plain_loop() -> None:
     student = torch.randn(4, 5, requires_grad=True)
     teacher = torch.randn(4, 5)
     there = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
-    found = order_surprisal(student, teacher, there)
+    surprisals = order_surprisal(student, teacher, there)
     for row in range(4):
         places = sorted(there[row].nonzero().flatten().tolist(), key=lambda place: -teacher[row, place])
         terms = [
             math.log(sum(student[row, below].exp().item() for below in places[rank:])) - student[row, place].item()
             for rank, place in enumerate(places[:-1])
         ]
-        assert found[row].item() == pytest.approx(sum(terms) / max(1, len(terms)), rel=1e-5, abs=1e-6)
-    gradient = torch.autograd.grad(found.sum(), student)[0]
+        assert surprisals[row].item() == pytest.approx(sum(terms) / max(1, len(terms)), rel=1e-5, abs=1e-6)
+    gradient = torch.autograd.grad(surprisals.sum(), student)[0]
     assert torch.isfinite(gradient).all()
     assert (gradient[~there] == 0).all()
 
@@ -149,18 +149,20 @@ def test_layers_are_described_as_they_are(
     with torch.device(device):
         model = build("model", config, 64, seed=0)
     model.train()
-    found = encoder_layers(model.image, config.image_pixels)  # type: ignore[arg-type]
-    assert found is not None
-    assert (found.widths, found.num_heads) == (widths, heads)
+    described = encoder_layers(model.image, config.image_pixels)  # type: ignore[arg-type]
+    assert described is not None
+    assert (described.widths, described.num_heads) == (widths, heads)
     assert model.image.training
     if places is not None:
-        assert found.num_places == places
+        assert described.num_places == places
     if device == "cpu":
         pixels = torch.randn(2, 3, config.image_pixels, config.image_pixels)
-        with capture_layers(model.image.backbone, range(len(found))) as outputs:  # type: ignore[union-attr]
+        with capture_layers(model.image.backbone, range(len(described))) as outputs:  # type: ignore[union-attr]
             model.encode_image(pixels)
-        shapes = [tuple(outputs[number].shape) for number in range(len(found))]
-        assert found.num_places is not None
-        assert shapes == [(2, place, width) for place, width in zip(found.num_places, found.widths, strict=True)]
+        shapes = [tuple(outputs[number].shape) for number in range(len(described))]
+        assert described.num_places is not None
+        assert shapes == [
+            (2, place, width) for place, width in zip(described.num_places, described.widths, strict=True)
+        ]
         model.encode_image(pixels + 1)
         assert outputs[0] is not None  # what comes after the block is not listened to

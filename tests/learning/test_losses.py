@@ -39,11 +39,11 @@ def loss_of(loss: str | DistillationLoss, student: Embeddings, teachers: Teacher
 
 def softmax(logits: Sequence[Tensor]) -> list[Tensor]:
     exponentials = [logit.exp() for logit in logits]
-    return [each / sum(exponentials) for each in exponentials]
+    return [exponential / sum(exponentials) for exponential in exponentials]
 
 
-def both_ways(each: Embeddings) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    image, text = each.image_BE.double(), each.text_BE.double()
+def both_ways(embeddings: Embeddings) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    image, text = embeddings.image_BE.double(), embeddings.text_BE.double()
     return (image, text), (text, image)
 
 
@@ -69,7 +69,7 @@ def plain_soft_labels(student: Embeddings, teachers: Teachers, temperature: floa
                 here, there = both_ways(of)[direction]
                 return softmax([of.logit_scale[0].double() * (here[row] @ other) / temperature for other in there])
 
-            theirs = [(share, probabilities(each)) for share, each in teachers]
+            theirs = [(share, probabilities(teacher)) for share, teacher in teachers]
             total = total + divergence_of_mean(theirs, probabilities(student))
     return temperature**2 * total / (2 * rows)
 
@@ -86,7 +86,7 @@ def plain_similarities(student: Embeddings, teachers: Teachers, temperature: flo
                 vectors = getattr(of, side).double()
                 return softmax([vectors[row] @ vectors[other] / temperature for other in others])
 
-            theirs = [(share, probabilities(each)) for share, each in teachers]
+            theirs = [(share, probabilities(teacher)) for share, teacher in teachers]
             total = total + divergence_of_mean(theirs, probabilities(student))
     return total / (2 * rows)
 
@@ -97,8 +97,8 @@ def plain_features(student: Embeddings, teachers: Teachers) -> Tensor:
     for share, teacher in teachers:
         for ours, theirs in zip(student[:2], teacher[:2], strict=True):
             for row in range(rows):
-                for one, other in zip(ours[row].double(), theirs[row].double(), strict=True):
-                    total = total + share * (one - other) ** 2
+                for own, taught in zip(ours[row].double(), theirs[row].double(), strict=True):
+                    total = total + share * (own - taught) ** 2
     return total / (2 * rows)
 
 
@@ -109,8 +109,8 @@ def plain_interactive(student: Embeddings, teachers: Teachers) -> Tensor:
         for direction in range(2):
             anchors, candidates = both_ways(student)[direction][0], both_ways(teacher)[direction][1]
             for row in range(rows):
-                found = softmax([scale * (anchors[row] @ each) for each in candidates])
-                total = total - share * found[row].log()
+                probabilities = softmax([scale * (anchors[row] @ candidate) for candidate in candidates])
+                total = total - share * probabilities[row].log()
     return total / (2 * rows)
 
 
@@ -123,8 +123,7 @@ PLAIN: dict[str, Plain] = {
 
 
 def gradients(loss: Tensor, student: Embeddings) -> list[Tensor]:
-    found = torch.autograd.grad(loss, student, allow_unused=True)
-    return [torch.zeros_like(leaf) if each is None else each for leaf, each in zip(student, found, strict=True)]
+    return list(torch.autograd.grad(loss, student, allow_unused=True, materialize_grads=True))
 
 
 @pytest.mark.parametrize("num_teachers", [1, 3])
@@ -155,8 +154,8 @@ def test_soft_labels_at_temperature_1_are_contrastive_relational_distillation() 
         q = (student.logit_scale * ours[0] @ ours[1].T).softmax(1)
         p = (teacher.logit_scale * theirs[0] @ theirs[1].T).softmax(1)
         expected = expected + 0.5 * (p * (p / q).log()).sum(1).mean()
-    found = loss_of(SoftLabels(temperature=1.0), student, [(1.0, teacher)], all_real(6))
-    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-4)
+    loss = loss_of(SoftLabels(temperature=1.0), student, [(1.0, teacher)], all_real(6))
+    torch.testing.assert_close(loss, expected.float(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["soft labels", "similarities", "features"])
@@ -172,8 +171,8 @@ def test_kullback_leibler_is_from_the_teacher_to_the_student() -> None:
     teacher = without_gradient(space(8, 5, 0, scale=5.0))
     surer = teacher._replace(logit_scale=torch.tensor([15.0]))
     paid = [
-        loss_of(SoftLabels(temperature=1.0), one, [(1.0, other)], all_real(8))
-        for one, other in ((surer, teacher), (teacher, surer))
+        loss_of(SoftLabels(temperature=1.0), student, [(1.0, target)], all_real(8))
+        for student, target in ((surer, teacher), (teacher, surer))
     ]
     assert paid[0] > paid[1]
 
@@ -182,11 +181,11 @@ def test_teachers_are_averaged_after_the_softmax() -> None:
     """Of two that are sure of different captions the student learns both; the mean of their logits would be another."""
     sides = torch.eye(3)
     student = Embeddings(sides, sides, torch.tensor([1.0]))
-    one, other = (Embeddings(sides, sides.roll(turn, 0), torch.tensor([50.0])) for turn in (0, 1))
+    first, second = (Embeddings(sides, sides.roll(turn, 0), torch.tensor([50.0])) for turn in (0, 1))
     half = Embeddings(sides, torch.nn.functional.normalize(sides + sides.roll(1, 0), dim=1), torch.tensor([50.0]))
-    found = loss_of(SoftLabels(temperature=1.0), half, [(0.5, one), (0.5, other)], all_real(3))
-    torch.testing.assert_close(found, torch.zeros(()), atol=1e-4, rtol=0)
-    assert loss_of(SoftLabels(temperature=1.0), student, [(0.5, one), (0.5, other)], all_real(3)) > 0.05
+    loss = loss_of(SoftLabels(temperature=1.0), half, [(0.5, first), (0.5, second)], all_real(3))
+    torch.testing.assert_close(loss, torch.zeros(()), atol=1e-4, rtol=0)
+    assert loss_of(SoftLabels(temperature=1.0), student, [(0.5, first), (0.5, second)], all_real(3)) > 0.05
 
 
 def test_temperature_squared_keeps_the_size_of_the_gradient() -> None:
@@ -194,7 +193,7 @@ def test_temperature_squared_keeps_the_size_of_the_gradient() -> None:
     for temperature in (1.0, 4.0):
         student, teacher = space(32, 16, 0, scale=2.0), without_gradient(space(32, 16, 1, scale=2.0))
         loss = loss_of(SoftLabels(temperature=temperature), student, [(1.0, teacher)], all_real(32))
-        sizes.append(float(torch.stack([each.norm() for each in gradients(loss, student)[:2]]).norm()))
+        sizes.append(float(torch.stack([gradient.norm() for gradient in gradients(loss, student)[:2]]).norm()))
     assert 0.7 < sizes[1] / sizes[0] < 1.4  # without the square it would be a sixteenth
 
 
@@ -213,9 +212,9 @@ def test_padded_rows_change_nothing(name: str, rows: int, padding: int, seed: in
     expected = loss_of(name, plain[0], [(1.0, plain[1])], all_real(rows))
     loss = loss_of(name, padded[0], [(1.0, padded[1])], rows_of(real))
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    *found, scale = gradients(loss, padded[0])
-    *wanted, scale_wanted = gradients(expected, plain[0])
-    for long, short in zip(found, wanted, strict=True):
+    *padded_gradients, scale = gradients(loss, padded[0])
+    *plain_gradients, scale_wanted = gradients(expected, plain[0])
+    for long, short in zip(padded_gradients, plain_gradients, strict=True):
         torch.testing.assert_close(long[places], short, atol=1e-5, rtol=1e-4)
         assert (long[~real] == 0).all()
     torch.testing.assert_close(scale, scale_wanted, atol=1e-5, rtol=1e-4)
@@ -226,15 +225,15 @@ def test_a_batch_of_padding_adds_zero_and_no_nan(name: str) -> None:
     student = space(4, 5, 0)
     loss = loss_of(name, student, [(1.0, without_gradient(space(4, 5, 1)))], rows_of(torch.zeros(4, dtype=torch.bool)))
     assert loss.item() == 0
-    assert all(torch.equal(each, torch.zeros_like(each)) for each in gradients(loss, student))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(loss, student))
 
 
 def test_a_row_without_another_has_no_similarities_to_learn() -> None:
     student = space(3, 5, 0)
-    one = rows_of(torch.tensor([False, True, False]))
-    loss = loss_of("similarities", student, [(1.0, without_gradient(space(3, 5, 1)))], one)
+    only_row = rows_of(torch.tensor([False, True, False]))
+    loss = loss_of("similarities", student, [(1.0, without_gradient(space(3, 5, 1)))], only_row)
     assert loss.item() == 0
-    assert all(torch.isfinite(each).all() for each in gradients(loss, student))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, student))
 
 
 def test_columns_of_padding_get_no_probability() -> None:

@@ -46,7 +46,7 @@ def test_loss_and_gradient_equal_those_of_transformers() -> None:
     model, arguments, rows = TinyModel(), batch(5), rows_of(torch.arange(5) != 3)
     outputs = outputs_of(model, arguments, rows)
     loss = MaskedImage(square_pixels=PATCH).loss(outputs)
-    found = gradients(loss, model)
+    actual = gradients(loss, model)
     again = outputs_of(model, arguments, rows)
     seed = int(torch.randint(1 << 32, (), generator=again.generator))
     mask = squares_of(SIDE, PATCH, 0.6, torch.arange(5), seed)
@@ -60,7 +60,7 @@ def test_loss_and_gradient_equal_those_of_transformers() -> None:
     expected = (error * kept).sum() / kept.sum() / 3
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     for name, gradient in gradients(expected, model).items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_what_is_hidden_cannot_be_seen() -> None:
@@ -75,9 +75,9 @@ def test_what_is_hidden_cannot_be_seen() -> None:
 
     model, arguments, rows = Watching(), batch(5), rows_of(torch.ones(5, dtype=torch.bool))
     config = MaskedImage(square_pixels=PATCH)
-    one = config.loss(outputs_of(model, arguments, rows))
+    before = config.loss(outputs_of(model, arguments, rows))
     seed = int(torch.randint(1 << 32, (), generator=torch.Generator().manual_seed(3)))
     hidden = squares_of(SIDE, PATCH, 0.6, torch.arange(5), seed)
-    other = config.loss(outputs_of(model, arguments | {"pixels": arguments["pixels"] + 5 * hidden}, rows))
+    after = config.loss(outputs_of(model, arguments | {"pixels": arguments["pixels"] + 5 * hidden}, rows))
     assert torch.equal(seen[0], seen[1])
-    assert other > one + 1
+    assert after > before + 1

@@ -29,9 +29,9 @@ def test_words_are_hidden_eighty_ten_ten() -> None:
     masked, same = of_chosen == 4, of_chosen == was
     assert masked.float().mean().item() == pytest.approx(0.8, abs=0.01)
     assert same.float().mean().item() == pytest.approx(0.1, abs=0.0075)
-    others = of_chosen[~masked & ~same]
-    assert others.min() >= 5
-    counts = others.float().histc(bins=5, min=5, max=1000)  # drawn over the whole vocabulary
+    replaced = of_chosen[~masked & ~same]
+    assert replaced.min() >= 5
+    counts = replaced.float().histc(bins=5, min=5, max=1000)  # drawn over the whole vocabulary
     assert (counts / counts.sum() - 0.2).abs().max() < 0.04
 
 
@@ -59,7 +59,7 @@ def test_what_is_hidden_of_a_row_depends_on_no_other(padding: int, seed: int) ->
     arguments = batch(6)
     ids, there = arguments["token_ids"], arguments["token_mask"].bool()
     hidden, chosen = hide_words(ids, there, SPECIAL, 0.5, uniform(seed, torch.arange(6), 3 * ids.shape[1]))
-    longer = [torch.nn.functional.pad(each[4:5], (0, padding)) for each in (ids, there)]
+    longer = [torch.nn.functional.pad(whole[4:5], (0, padding)) for whole in (ids, there)]
     hidden_alone, chosen_alone = hide_words(
         *longer, SPECIAL, 0.5, uniform(seed, torch.tensor([4]), 3 * longer[0].shape[1])
     )
@@ -74,7 +74,7 @@ def test_loss_and_gradient_equal_those_of_transformers() -> None:
     model, arguments, rows = TinyModel(), batch(6), rows_of(torch.arange(6) != 2)
     outputs = outputs_of(model, arguments, rows)
     loss = MaskedLanguage(share=0.5).loss(outputs)
-    found = gradients(loss, model)
+    actual = gradients(loss, model)
     again = outputs_of(model, arguments, rows)
     seed = int(torch.randint(1 << 32, (), generator=again.generator))
     there = arguments["token_mask"].bool() & rows.real_B[:, None]
@@ -86,7 +86,7 @@ def test_loss_and_gradient_equal_those_of_transformers() -> None:
     expected = ForMaskedLMLoss(logits, arguments["token_ids"].masked_fill(~chosen, -100), VOCABULARY)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     for name, gradient in gradients(expected, model).items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_bf16_logits_are_summed_in_fp32() -> None:
@@ -94,12 +94,12 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
         def masked_language_logits(self, fused: Fused) -> torch.Tensor:
             return super().masked_language_logits(fused).bfloat16()
 
-    found, expected = (
+    actual, expected = (
         MaskedLanguage().loss(outputs_of(model, batch(6), rows_of(torch.ones(6, dtype=torch.bool))))
         for model in (Half(), TinyModel())
     )
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.01)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0.01)
 
 
 def test_special_tokens_of_our_own_tokenizer_and_of_a_marked_one() -> None:

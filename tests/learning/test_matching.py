@@ -92,7 +92,7 @@ def plain(model: TinyModel, arguments: dict[str, Any], wrong_text: list[int], wr
     for of_image, of_text, belongs in pairs:
         fused = model.fuse(
             Encoded(image.sequence_BTW[of_image][None], image.pooled_BW[of_image][None]),
-            Encoded(*(each[of_text][None] for each in text[:3])),
+            Encoded(*(tensor[of_text][None] for tensor in text[:3])),
         )
         losses.append(-model.matching_logits(fused).log_softmax(-1)[0, belongs])
     return torch.stack(losses).mean()
@@ -103,11 +103,11 @@ def test_loss_and_gradient_equal_the_paper_s_equation(monkeypatch: pytest.Monkey
     wrong = torch.tensor([2, 0, -1, 1]), torch.tensor([3, -1, 0, 2])
     monkeypatch.setattr(Matching, "wrong_partners", lambda *_: wrong)
     loss = Matching().loss(outputs_of(model, arguments, all_real(4)))
-    found = gradients(loss, model)
+    actual = gradients(loss, model)
     expected = plain(model, arguments, wrong[0].tolist(), wrong[1].tolist())
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
     for name, gradient in gradients(expected, model).items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("negatives", ["hard", "uniform"])
@@ -126,8 +126,8 @@ def test_rows_of_one_key_or_one_caption_are_no_partners() -> None:
     model, arguments = TinyModel(), batch(5)
     same_key = arguments | {"keys": ("one",) * 5}
     same_caption = arguments | {name: arguments[name][:1].expand(5, -1) for name in ("token_ids", "token_mask")}
-    for each in (same_key, same_caption):
-        outputs = outputs_of(model, each, all_real(5))
+    for repeated in (same_key, same_caption):
+        outputs = outputs_of(model, repeated, all_real(5))
         expected = -model.matching_logits(outputs.fused).log_softmax(-1)[:, 1].mean()
         torch.testing.assert_close(Matching().loss(outputs), expected)
 
@@ -138,5 +138,5 @@ def test_partners_differ_from_step_to_step_and_repeat_with_the_generator() -> No
         Matching().wrong_partners(outputs_of(model, arguments, all_real(8), seed=seed), alone, torch.ones(8).bool())
         for seed in (1, 1, 2)
     ]
-    assert all(torch.equal(one, other) for one, other in zip(drawn[0], drawn[1], strict=True))
+    assert all(torch.equal(first, again) for first, again in zip(drawn[0], drawn[1], strict=True))
     assert not torch.equal(torch.stack(drawn[0]), torch.stack(drawn[2]))

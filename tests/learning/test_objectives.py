@@ -45,8 +45,8 @@ def test_a_number_is_the_weight_of_every_step(step: int, weight: float) -> None:
         ([], "increasing steps"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(weight: Any, said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_weights_that_mean_nothing_are_refused(weight: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Contrastive.model_validate({"weight": weight})
 
 
@@ -63,7 +63,7 @@ def test_the_loss_is_the_weighted_sum_of_the_parts() -> None:
     model, arguments = TinyModel(), batch(6)
     weights = {name: 0.5 + number for number, name in enumerate(ObjectivesConfig.model_fields)}
     config = ObjectivesConfig.model_validate(
-        {name: {"weight": [[0, 0.0], [10, each]]} for name, each in weights.items()}
+        {name: {"weight": [[0, 0.0], [10, weight]]} for name, weight in weights.items()}
     )
     loss, parts = total(outputs_of(model, arguments, all_real(6)), config.named, step=5)
     assert list(parts) == list(ObjectivesConfig.model_fields)
@@ -150,10 +150,10 @@ ALL = {
     ],
 )
 def test_what_the_model_does_not_give_is_named_with_the_key_and_the_remedy(
-    objectives: dict[str, Any], gives: set[str], said: str
+    objectives: dict[str, Any], gives: set[str], message: str
 ) -> None:
     config = ObjectivesConfig.model_validate(objectives)
-    with pytest.raises(RecipeError, match=said) as caught:
+    with pytest.raises(RecipeError, match=message) as caught:
         check_objectives("recipe", config, gives, SPECIAL)
     assert "\n" not in str(caught.value)
     assert f"or leave {next(iter(objectives))} out" in str(caught.value)

@@ -79,10 +79,10 @@ def test_padded_rows_change_nothing(objective: str) -> None:
         name: torch.cat((value[:4], garbled["targets"][name][4:])) for name, value in whole["targets"].items()
     }
     padded["keys"] = whole["keys"]
-    found, expected = (
+    loss, expected = (
         total(outputs_of(model, arguments, rows_of(real)), config.named, step=0)[0] for arguments in (padded, whole)
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("objective", EVERYTHING)

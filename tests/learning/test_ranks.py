@@ -71,10 +71,10 @@ def one_of_many(rank: int, world_size: int, directory: str) -> None:
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     try:
-        found = {case: loss_and_gradients(*case, rank, world_size) for case in cases()}
+        results = {case: loss_and_gradients(*case, rank, world_size) for case in cases()}
         passed = ring_shift(torch.full((2, 3), rank))
         gathered = gather_rows(torch.full((2, 3), rank))
-        torch.save({"found": found, "passed": passed, "gathered": gathered}, f"{directory}/{rank}.pt")
+        torch.save({"found": results, "passed": passed, "gathered": gathered}, f"{directory}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -90,18 +90,18 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("objective", OBJECTIVE_CASES)
 def test_mean_over_ranks_equals_one_process(ranks: list[dict[str, Any]], objective: str, real: str) -> None:
     """As DeepSpeed averages; a rank whose rows are all padding has no NaN to add."""
-    found = [rank["found"][objective, real] for rank in ranks]
+    by_rank = [rank["found"][objective, real] for rank in ranks]
     model = TinyModel()
     config = ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective])
     expected, expected_parts = total(outputs_of(model, batch(ROWS), rows_of(REALS[real])), config.named, step=0)
     assert torch.isfinite(expected)
-    torch.testing.assert_close(torch.stack([loss for loss, _, _ in found]).mean(), expected.detach())
+    torch.testing.assert_close(torch.stack([loss for loss, _, _ in by_rank]).mean(), expected.detach())
     for name, part in expected_parts.items():
-        torch.testing.assert_close(torch.stack([parts[name] for _, parts, _ in found]).mean(), part.detach())
+        torch.testing.assert_close(torch.stack([parts[name] for _, parts, _ in by_rank]).mean(), part.detach())
     for name, gradient in gradients(expected, model).items():
-        each = torch.stack([of_rank[name] for _, _, of_rank in found])
-        assert torch.isfinite(each).all()
-        torch.testing.assert_close(each.mean(0), gradient, atol=1e-6, rtol=1e-5)
+        gradients_of_ranks = torch.stack([of_rank[name] for _, _, of_rank in by_rank])
+        assert torch.isfinite(gradients_of_ranks).all()
+        torch.testing.assert_close(gradients_of_ranks.mean(0), gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_what_is_passed_on_comes_from_the_rank_before(ranks: list[dict[str, Any]]) -> None:

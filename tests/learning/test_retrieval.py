@@ -59,17 +59,17 @@ def test_a_reordering_sorts_the_chosen_by_their_scores_and_leaves_the_others_beh
     similarity = random.uniform(-1, 1, (5, 8))
     scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8))
     chosen = nearest(similarity, count, axis=1)
-    found = reordered(similarity, scores, chosen)
+    order = reordered(similarity, scores, chosen)
     for row in range(5):
         first = sorted(np.flatnonzero(chosen[row]), key=lambda place: -scores[row, place])
         then = sorted(np.flatnonzero(~chosen[row]), key=lambda place: -similarity[row, place])
-        assert np.argsort(-found[row], kind="stable").tolist() == [*first, *then]
+        assert np.argsort(-order[row], kind="stable").tolist() == [*first, *then]
 
 
 def test_a_reordering_by_what_is_not_a_number_puts_it_last() -> None:
     similarity, scores = np.array([[0.9, 0.8, 0.1]]), np.array([[NAN, -3.0, 0.0]])
-    found = reordered(similarity, scores, nearest(similarity, 2, axis=1))
-    assert [int(ranks_of_right(found, np.array([right]))[0]) for right in range(3)] == [3, 2, 3]
+    order = reordered(similarity, scores, nearest(similarity, 2, axis=1))
+    assert [int(ranks_of_right(order, np.array([right]))[0]) for right in range(3)] == [3, 2, 3]
 
 
 def test_a_collapsed_model_recalls_nothing() -> None:
@@ -79,12 +79,12 @@ def test_a_collapsed_model_recalls_nothing() -> None:
     assert retrieval_metrics(rank_one(embeddings @ embeddings.T)) == pytest.approx(expected)
 
 
-def found(*ranks: int) -> QueryRanks:
+def query_ranks(*ranks: int) -> QueryRanks:
     return QueryRanks(np.array(ranks), 1 / np.array(ranks))
 
 
 def test_metrics_by_hand() -> None:
-    assert retrieval_metrics(found(1, 1, 2, 6, 11, 30)) == {
+    assert retrieval_metrics(query_ranks(1, 1, 2, 6, 11, 30)) == {
         "R@1": pytest.approx(2 / 6),
         "R@5": pytest.approx(3 / 6),
         "R@10": pytest.approx(4 / 6),
@@ -92,7 +92,7 @@ def test_metrics_by_hand() -> None:
         "mean_rank": pytest.approx(51 / 6),
         "median_rank": 4.0,
     }
-    assert retrieval_metrics(found(3, 4), recall_at=(3,)) == {
+    assert retrieval_metrics(query_ranks(3, 4), recall_at=(3,)) == {
         "R@3": 0.5,
         "mAP": pytest.approx((1 / 3 + 1 / 4) / 2),
         "mean_rank": 3.5,
@@ -150,7 +150,7 @@ def test_chance_with_several_right_captions_by_guessing() -> None:
 
 def assert_near(guessed: list[QueryRanks], expected: dict[str, float]) -> None:
     together = QueryRanks(
-        np.concatenate([each.ranks for each in guessed]), np.concatenate([each.precision for each in guessed])
+        np.concatenate([guess.ranks for guess in guessed]), np.concatenate([guess.precision for guess in guessed])
     )
     for name, value in retrieval_metrics(together).items():
         assert value == pytest.approx(expected[name], rel=0.1), name

@@ -22,30 +22,30 @@ def test_numbers_are_spread_evenly_and_do_not_follow_their_neighbours() -> None:
     drawn = uniform(5, torch.arange(400), 500)
     counts = drawn.flatten().histc(bins=20, min=0, max=1)
     assert (counts / counts.sum() - 0.05).abs().max() < 0.003  # 200,000 draws: five deviations are 0.0024
-    for one, other in (
+    for drawn_here, drawn_there in (
         (drawn[:, 1:], drawn[:, :-1]),
         (drawn[1:], drawn[:-1]),
         (drawn, uniform(6, torch.arange(400), 500)),
     ):
-        correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
+        correlation = torch.corrcoef(torch.stack((drawn_here.flatten(), drawn_there.flatten())))[0, 1]
         assert correlation.abs() < 0.012  # five deviations of 200,000 pairs
     assert drawn.unique().numel() > 0.98 * drawn.numel()
 
 
 def test_each_draw_has_another_seed_and_equal_generators_the_same() -> None:
-    one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    seeds = [draw_seed(one) for _ in range(50)]
-    assert seeds == [draw_seed(other) for _ in range(50)]
+    generator, equal_generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    seeds = [draw_seed(generator) for _ in range(50)]
+    assert seeds == [draw_seed(equal_generator) for _ in range(50)]
     assert len(set(seeds)) == 50
 
 
 def test_text_hashess_tell_texts_apart_and_not_their_padding() -> None:
     ids = torch.tensor([[5, 6, 7], [5, 7, 6], [5, 6, 0], [6, 5, 0], [5, 0, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0]])
-    found = text_hashes(ids, mask)
-    assert found.unique().numel() == 5
+    hashes = text_hashes(ids, mask)
+    assert hashes.unique().numel() == 5
     padded = torch.nn.functional.pad(ids, (0, 4), value=9), torch.nn.functional.pad(mask, (0, 4))
-    assert torch.equal(text_hashes(*padded), found)
+    assert torch.equal(text_hashes(*padded), hashes)
     random = torch.Generator().manual_seed(0)
     many = torch.randint(0, 30_000, (20_000, 12), generator=random)
     assert text_hashes(many, torch.ones_like(many)).unique().numel() == many.unique(dim=0).shape[0]

@@ -47,7 +47,9 @@ def test_student_is_compared_in_its_teacher_s_width(name: str, teacher_width: in
     torch.testing.assert_close(loss, parts[name])
     assert len(list(student.projections.parameters())) == num_projections
     loss.backward()
-    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in student.projections.parameters())
+    for weight in student.projections.parameters():
+        assert weight.grad is not None
+        assert weight.grad.any()
     model = student.learner.model
     assert model.image_projection is not None
     assert model.image_projection.weight.grad is not None
@@ -122,11 +124,11 @@ def test_padded_rows_change_nothing(name: str) -> None:
         token_ids=torch.where(real[:, None], whole.token_ids, garbled.token_ids),
         token_mask=torch.where(real[:, None], whole.token_mask, garbled.token_mask),
     )
-    alone = whole.map_tensors(lambda each: each[:4])
+    alone = whole.map_tensors(lambda tensor: tensor[:4])
     alone = replace(alone, keys=whole.keys[:4])
     expected, _ = student(alone, 1)
-    for one in (whole, other):
-        torch.testing.assert_close(student(one, 1)[0], expected, atol=1e-5, rtol=1e-5)
+    for padded in (whole, other):
+        torch.testing.assert_close(student(padded, 1)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_projections_are_no_part_of_the_model_that_is_packaged() -> None:

@@ -40,19 +40,19 @@ def student(ranks: Ranks = ALONE) -> Student:
 def losses_and_gradients(module: Student, real: str, mine: slice) -> Found:
     """By loss; zeros for a weight that it does not reach."""
     whole = batch(ROWS, real=REALS[real])
-    _, parts = module(replace(whole.map_tensors(lambda each: each[mine]), keys=whole.keys[mine]), 0)
+    _, parts = module(replace(whole.map_tensors(lambda tensor: tensor[mine]), keys=whole.keys[mine]), 0)
     weights = list(module.parameters())
-    found = {}
+    results = {}
     for loss in EVERYTHING:
         gradients = torch.autograd.grad(parts[loss], weights, retain_graph=True, allow_unused=True)
-        found[loss] = (
+        results[loss] = (
             parts[loss].detach(),
             [
-                torch.zeros_like(weight) if each is None else each
-                for weight, each in zip(weights, gradients, strict=True)
+                torch.zeros_like(weight) if tensor is None else tensor
+                for weight, tensor in zip(weights, gradients, strict=True)
             ],
         )
-    return found
+    return results
 
 
 def one_of_two(rank: int, directory: str) -> None:
@@ -63,8 +63,8 @@ def one_of_two(rank: int, directory: str) -> None:
     mine = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
     try:
         module = student(all_ranks())
-        found = {real: losses_and_gradients(module, real, mine) for real in REALS}
-        torch.save(found, f"{directory}/{rank}.pt")
+        results = {real: losses_and_gradients(module, real, mine) for real in REALS}
+        torch.save(results, f"{directory}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -88,10 +88,10 @@ def test_mean_over_ranks_equals_one_process(
     of_ranks: list[dict[str, Found]], alone: dict[str, Found], loss: str, real: str
 ) -> None:
     """As DeepSpeed averages; a rank whose rows are all padding has no NaN to add."""
-    expected, wanted = alone[real][loss]
-    found = [each[real][loss] for each in of_ranks]
-    torch.testing.assert_close(torch.stack([loss for loss, _ in found]).mean(), expected, atol=1e-6, rtol=1e-5)
-    for number, gradient in enumerate(wanted):
-        mean = torch.stack([gradients[number] for _, gradients in found]).mean(0)
+    expected, expected_gradients = alone[real][loss]
+    by_rank = [rank[real][loss] for rank in of_ranks]
+    torch.testing.assert_close(torch.stack([loss for loss, _ in by_rank]).mean(), expected, atol=1e-6, rtol=1e-5)
+    for number, gradient in enumerate(expected_gradients):
+        mean = torch.stack([gradients[number] for _, gradients in by_rank]).mean(0)
         assert torch.isfinite(mean).all()
         torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-4)

@@ -72,10 +72,10 @@ def slots(*rows: tuple[int, int], epoch: int = 0, real: bool = True) -> Slots:
 
 
 def load(
-    reader: Reader, tokenizer: Tokenizer, wanted: Slots, settings: ViewSettings = SETTINGS
+    reader: Reader, tokenizer: Tokenizer, places: Slots, settings: ViewSettings = SETTINGS
 ) -> tuple[list[Row], NDArray[np.uint8]]:
-    pixels = np.zeros((len(wanted), max(1, settings.frames), SIDE, SIDE, 3), np.uint8)
-    return load_slots([reader], tokenizer, settings, wanted, pixels), pixels
+    pixels = np.zeros((len(places), max(1, settings.frames), SIDE, SIDE, 3), np.uint8)
+    return load_slots([reader], tokenizer, settings, places, pixels), pixels
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ def test_a_skipped_sample_is_reported_and_becomes_padding(
 ) -> None:
     damaged = damage(flip_a_byte)
     settings = replace(SETTINGS, on_corrupt="skip", label="group", frames=2)
-    wanted = slots((0, 1), (0, 2), (0, 3))
-    rows, pixels = load(damaged, tokenizer, wanted, settings)
-    sound, expected = load(reader, tokenizer, wanted, settings)
+    places = slots((0, 1), (0, 2), (0, 3))
+    rows, pixels = load(damaged, tokenizer, places, settings)
+    sound, expected = load(reader, tokenizer, places, settings)
     assert [row.real for row in rows] == [True, False, True]
     assert (pixels[1] == BLANK).all()
     batch = assemble(rows, pixels, LoaderState(), settings, 0)

@@ -109,10 +109,10 @@ def real_keys(batches: Sequence[Batch]) -> list[str]:
     return [key for batch in batches for key, real in zip(batch.keys, batch.real.tolist(), strict=True) if real]
 
 
-def assert_same(found: Batch, expected: Batch) -> None:
-    assert (found.keys, found.state, found.skipped) == (expected.keys, expected.state, expected.skipped)
+def assert_same(batch: Batch, expected: Batch) -> None:
+    assert (batch.keys, batch.state, batch.skipped) == (expected.keys, expected.state, expected.skipped)
     for name in ("pixels", "token_ids", "token_mask", "real"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
 
 
 def whole(ranks: Sequence[Batch]) -> list[tuple[str, bytes, list[int]]]:
@@ -135,12 +135,12 @@ def whole(ranks: Sequence[Batch]) -> list[tuple[str, bytes, list[int]]]:
 
 
 def test_an_epoch_has_every_sample_once_and_pads_its_last_batch(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
-    found = take(loader_of(small_dataset, tokenizer), 2 * STEPS)
-    for epoch in (found[:STEPS], found[STEPS:]):
+    batches = take(loader_of(small_dataset, tokenizer), 2 * STEPS)
+    for epoch in (batches[:STEPS], batches[STEPS:]):
         assert sorted(real_keys(epoch)) == sorted(sample.key for sample in Reader(small_dataset, "train"))
         assert [int(batch.real.sum()) for batch in epoch] == [7, 7, 7, 7, 3]
-    assert real_keys(found[:STEPS]) != real_keys(found[STEPS:])
-    assert found[STEPS - 1].state == LoaderState(1, 0)
+    assert real_keys(batches[:STEPS]) != real_keys(batches[STEPS:])
+    assert batches[STEPS - 1].state == LoaderState(1, 0)
 
 
 def test_iterating_moves_the_state_on_by_what_was_consumed_not_by_what_is_prepared(
@@ -160,8 +160,8 @@ def test_a_state_goes_through_json_and_resumes_at_any_step(small_dataset: Datase
         before = loader_of(small_dataset, tokenizer)
         take(before, done)
         after = loader_of(small_dataset, tokenizer, state=stored(before.state))
-        for found, batch in zip(take(after, 2), expected[done:], strict=False):
-            assert_same(found, batch)
+        for resumed, uninterrupted in zip(take(after, 2), expected[done:], strict=False):
+            assert_same(resumed, uninterrupted)
 
 
 @settings(max_examples=25)
@@ -248,8 +248,8 @@ def test_batches_are_bit_equal_whatever_the_workers(
     small_dataset: Dataset, tokenizer: Tokenizer, kind: Literal["threads", "processes"], count: int
 ) -> None:
     loader = loader_of(small_dataset, tokenizer, with_workers(kind, count, prefetch_batches=2))
-    for found, expected in zip(take(loader, STEPS + 2), straight(loader, STEPS + 2), strict=True):
-        assert_same(found, expected)
+    for batch, expected in zip(take(loader, STEPS + 2), straight(loader, STEPS + 2), strict=True):
+        assert_same(batch, expected)
 
 
 def test_the_cores_of_a_rank_are_its_workers_unless_the_recipe_says(

@@ -62,9 +62,9 @@ def batches(order: MixtureOrder, steps: int) -> list[Slots]:
 @given(order=mixtures(), steps=st.integers(1, 10))
 def test_each_dataset_gives_every_sample_once_in_each_of_its_own_epochs(order: MixtureOrder, steps: int) -> None:
     group = order.buckets.batches if order.buckets else 1
-    found = batches(order, -(-steps // group) * group)  # buckets deal whole groups
-    assert all(batch.real.all() and len(batch) == order.global_batch_size for batch in found)
-    counts = Counter(sample for batch in found for sample in real(batch))
+    drawn_batches = batches(order, -(-steps // group) * group)  # buckets deal whole groups
+    assert all(batch.real.all() and len(batch) == order.global_batch_size for batch in drawn_batches)
+    counts = Counter(sample for batch in drawn_batches for sample in real(batch))
     assert set(counts.values()) == {1}
     for dataset, shard_samples in enumerate(order.shard_samples):
         every = {(shard, row) for shard, size in enumerate(shard_samples) for row in range(size)}
@@ -80,16 +80,16 @@ def test_stopping_and_resuming_on_other_world_sizes_gives_the_batches_of_a_strai
     order: MixtureOrder, worlds: tuple[int, int, int], steps: int, data: st.DataObject
 ) -> None:
     stops = sorted(data.draw(st.integers(0, steps)) for _ in range(2))
-    state, found = LoaderState(), []
+    state, keys = LoaderState(), []
     for world_size, run in zip(worlds, np.diff([0, *stops, steps]).tolist(), strict=True):
         resumed = replace(order)
         state = stored(state)
         for reached in states(resumed, state, run):
             ranks = [rank_slice(resumed.batch(reached), rank, world_size) for rank in range(world_size)]
             assert len({len(rank) for rank in ranks}) == 1
-            found.append([sample for rank in ranks for sample in real(rank)])
+            keys.append([sample for rank in ranks for sample in real(rank)])
             state = resumed.after(reached)
-    assert found == [real(batch) for batch in batches(order, steps)]
+    assert keys == [real(batch) for batch in batches(order, steps)]
     assert state.position == steps * order.global_batch_size
 
 
@@ -136,7 +136,7 @@ def test_what_is_read_ahead_covers_the_batch_and_lies_within_the_shards(
 
 def test_datasets_of_one_shape_are_not_dealt_in_step() -> None:
     order = MixtureOrder(shard_samples=((60,), (60,)), shares={0: to_shares([1, 1])}, global_batch_size=10, seed=1)
-    rows = [[row for batch in batches(order, 12) for of, _, _, row in real(batch) if of == each] for each in (0, 1)]
+    rows = [[row for batch in batches(order, 12) for of, _, _, row in real(batch) if of == number] for number in (0, 1)]
     assert sorted(rows[0]) == sorted(rows[1])
     assert rows[0] != rows[1]
 
@@ -147,8 +147,8 @@ def test_buckets_give_every_dataset_its_shortest_samples_in_the_same_batch() -> 
     def waste(order: MixtureOrder) -> float:
         kept = padded = 0
         for batch in batches(order, 48):
-            found = [int(lengths(of, shard, np.array([row]))[0]) for of, _, shard, row in real(batch)]
-            kept, padded = kept + sum(found), padded + max(found) * len(found)
+            token_counts = [int(lengths(of, shard, np.array([row]))[0]) for of, _, shard, row in real(batch)]
+            kept, padded = kept + sum(token_counts), padded + max(token_counts) * len(token_counts)
         return 1 - kept / padded
 
     assert waste(replace(plain, buckets=Buckets(8, lengths))) < waste(plain) / 2
@@ -186,10 +186,10 @@ def weights_by_step(draw: st.DrawFn) -> list[tuple[int, list[float]]]:
 def given_until(changes: Sequence[tuple[int, Sequence[float]]], batch: int, steps: int) -> list[tuple[int, ...]]:
     """What each dataset has given before each step."""
     segments = timeline({step: to_shares(weights) for step, weights in changes}, batch)
-    found = [(0,) * len(changes[0][1])]
+    totals = [(0,) * len(changes[0][1])]
     for step in range(1, steps + 1):
-        found.append(apportion(segments, found[-1], step * batch))
-    return found
+        totals.append(apportion(segments, totals[-1], step * batch))
+    return totals
 
 
 def mixture(**settings: object) -> MixtureConfig:
@@ -201,8 +201,8 @@ def test_every_dataset_stays_within_one_sample_of_its_weights_at_every_step(
     changes: list[tuple[int, list[float]]], batch: int
 ) -> None:
     asked = [0.0] * len(changes[0][1])
-    found = given_until(changes, batch, 80)
-    for step, (before, after) in enumerate(pairwise(found)):
+    totals = given_until(changes, batch, 80)
+    for step, (before, after) in enumerate(pairwise(totals)):
         weights = next(weights for first, weights in reversed(changes) if first <= step)
         asked = [owed + batch * weight / sum(weights) for owed, weight in zip(asked, weights, strict=True)]
         assert sum(after) - sum(before) == batch
@@ -214,8 +214,8 @@ def test_every_dataset_stays_within_one_sample_of_its_weights_at_every_step(
 
 def test_one_sample_a_batch_goes_round_the_datasets() -> None:
     """A dataset that always came last would starve those who wait for a whole batch."""
-    found = given_until([(0, [1.0, 1.0, 2.0])], 1, 8)
-    chosen = [[now - last for last, now in zip(*pair, strict=True)].index(1) for pair in pairwise(found)]
+    totals = given_until([(0, [1.0, 1.0, 2.0])], 1, 8)
+    chosen = [[now - last for last, now in zip(*pair, strict=True)].index(1) for pair in pairwise(totals)]
     assert sorted(chosen[:4]) == sorted(chosen[4:]) == [0, 1, 2, 2]
 
 
@@ -232,10 +232,10 @@ def test_weights_change_at_once_at_the_step_that_the_curriculum_names() -> None:
         mixture(curriculum=[{"step": 3, "weights": [0, 1, 3]}, {"step": 5, "weights": [1, 0, 0]}]), [5, 5, 10]
     )
     segments = timeline(changes, 8)
-    found = [(0, 0, 0)]
+    totals = [(0, 0, 0)]
     for step in range(1, 8):
-        found.append(apportion(segments, found[-1], 8 * step))
-    steps = [tuple(now - last for last, now in zip(*pair, strict=True)) for pair in pairwise(found)]
+        totals.append(apportion(segments, totals[-1], 8 * step))
+    steps = [tuple(now - last for last, now in zip(*pair, strict=True)) for pair in pairwise(totals)]
     assert steps == [(2, 2, 4)] * 3 + [(0, 2, 6)] * 2 + [(8, 0, 0)] * 2
 
 
@@ -262,7 +262,7 @@ def test_a_curriculum_from_the_first_step_on_replaces_the_weights() -> None:
     assert changes == {0: (WHOLE // 4, WHOLE // 4, WHOLE // 2)}
 
 
-@given(weights=st.lists(st.floats(0, 1e9), min_size=1, max_size=9).filter(lambda each: sum(each) > 1e-3))
+@given(weights=st.lists(st.floats(0, 1e9), min_size=1, max_size=9).filter(lambda values: sum(values) > 1e-3))
 def test_shares_are_whole_sum_to_all_and_lose_less_than_one(weights: list[float]) -> None:
     shares = to_shares(weights)
     assert sum(shares) == WHOLE

@@ -31,9 +31,9 @@ def assert_uniform(counts: NDArray[np.int64], degrees: int) -> None:
 
 @given(size=st.integers(1, 3_000), seed=st.integers(0, 2**70))
 def test_every_element_has_a_place_of_its_own(size: int, seed: int) -> None:
-    found = permute(np.arange(size), np.full(size, size), np.repeat(key_of(seed), size))
-    assert found.dtype == np.int64
-    assert sorted(found.tolist()) == list(range(size))
+    places = permute(np.arange(size), np.full(size, size), np.repeat(key_of(seed), size))
+    assert places.dtype == np.int64
+    assert sorted(places.tolist()) == list(range(size))
     assert sorted(shuffled(size, key_of(seed)).tolist()) == list(range(size))
 
 
@@ -48,8 +48,8 @@ def test_an_element_is_placed_alone_as_among_those_of_other_sizes_and_keys(sizes
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
 def test_all_permutations_of_a_few_elements_are_equally_frequent(size: int) -> None:
-    found = permutations(size, 24_000)
-    _, counts = np.unique(found @ 10 ** np.arange(size), return_counts=True)
+    drawn = permutations(size, 24_000)
+    _, counts = np.unique(drawn @ 10 ** np.arange(size), return_counts=True)
     assert counts.size == np.prod(np.arange(1, size + 1))
     assert_uniform(counts, counts.size - 1)
 
@@ -58,8 +58,8 @@ def test_all_permutations_of_a_few_elements_are_equally_frequent(size: int) -> N
     "size", [8, 61, 64, 100]
 )  # 61 is prime, 64 a whole grid, 8 and 100 have cells to spare or none
 def test_an_element_goes_everywhere_equally_often(size: int) -> None:
-    found = permutations(size, 20_000, 1)
-    counts = np.stack([np.bincount(found[:, element], minlength=size) for element in range(size)])
+    drawn = permutations(size, 20_000, 1)
+    counts = np.stack([np.bincount(drawn[:, element], minlength=size) for element in range(size)])
     assert_uniform(counts, (size - 1) ** 2)
 
 
@@ -67,8 +67,8 @@ def test_an_element_goes_everywhere_equally_often(size: int) -> None:
 @pytest.mark.parametrize("apart", [1, 2, 64])
 def test_elements_near_each_other_land_anywhere_apart(size: int, apart: int) -> None:
     """Neighbours in a tar come from one source: a shuffle that moves them together would batch them together."""
-    found = permutations(size, 400_000 // size, 2)
-    distance = (np.roll(found, -apart, axis=1) - found) % size
+    drawn = permutations(size, 400_000 // size, 2)
+    distance = (np.roll(drawn, -apart, axis=1) - drawn) % size
     counts = np.bincount(distance.ravel(), minlength=size)
     assert counts[0] == 0
     # The size - 1 distances of a key's permutation are nearly independent of each other.
@@ -76,21 +76,21 @@ def test_elements_near_each_other_land_anywhere_apart(size: int, apart: int) -> 
 
 
 def test_two_elements_go_to_every_pair_of_places_equally_often() -> None:
-    found = permutations(12, 60_000, 3)
-    pairs = np.bincount(found[:, 3] * 12 + found[:, 4], minlength=144).reshape(12, 12)
+    drawn = permutations(12, 60_000, 3)
+    pairs = np.bincount(drawn[:, 3] * 12 + drawn[:, 4], minlength=144).reshape(12, 12)
     assert np.diag(pairs).sum() == 0
     assert_uniform(pairs[~np.eye(12, dtype=bool)], 12 * 11 - 1)
 
 
 def test_permutations_of_neighbouring_keys_agree_no_more_than_by_chance() -> None:
-    found = permutations(1_000, 401, 4)
-    agreeing = (found[1:] == found[:-1]).sum(axis=1)
+    drawn = permutations(1_000, 401, 4)
+    agreeing = (drawn[1:] == drawn[:-1]).sum(axis=1)
     assert abs(agreeing.mean() - 1) < 5 / np.sqrt(400)  # Poisson: mean 1, variance 1
 
 
 def test_keys_follow_the_numbers_and_their_order() -> None:
-    found = {int(key_of(*numbers)[0]) for numbers in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2**64 - 1,)]}
-    assert len(found) == 7
+    keys = {int(key_of(*numbers)[0]) for numbers in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2**64 - 1,)]}
+    assert len(keys) == 7
 
 
 def test_the_shuffle_is_a_fixed_function_that_no_release_may_change() -> None:

@@ -80,12 +80,12 @@ def test_a_batch_may_begin_at_any_position(order: Order, epoch: int, data: st.Da
     """A training that goes on with another batch size repeats nothing and loses nothing either."""
     stop = data.draw(st.integers(0, len(samples(order)) - 1))
     before = replace(order, global_batch_size=max(1, stop)).batch(LoaderState(epoch))
-    found = real(before)[: stop or -len(before)]
+    seen = real(before)[: stop or -len(before)]
     state = LoaderState(epoch, stop)
     while state.epoch == epoch:
-        found += real(order.batch(state))
+        seen += real(order.batch(state))
         state = order.after(state)
-    assert sorted(found) == samples(order)
+    assert sorted(seen) == samples(order)
     assert state == LoaderState(epoch + 1)
 
 
@@ -127,16 +127,16 @@ def test_stopping_and_resuming_on_other_world_sizes_repeats_and_loses_nothing(
 ) -> None:
     straight = epoch_of(order) + epoch_of(order, 1)
     stops = sorted(data.draw(st.integers(0, len(straight))) for _ in range(2))
-    state, found = LoaderState(), []
+    state, seen = LoaderState(), []
     for world_size, steps in zip(worlds, np.diff([0, *stops, len(straight)]).tolist(), strict=True):
         resumed = replace(order)  # a new process: nothing is kept but the state
         state = stored(state)
         for reached in states(resumed, state, steps):
             batch = resumed.batch(reached)
-            found.append([sample for rank in range(world_size) for sample in real(rank_slice(batch, rank, world_size))])
+            seen.append([sample for rank in range(world_size) for sample in real(rank_slice(batch, rank, world_size))])
             state = resumed.after(reached)
-    assert found == [real(batch) for batch in straight]
-    assert Counter(sample for batch in found for sample in batch) == Counter(2 * samples(order))
+    assert seen == [real(batch) for batch in straight]
+    assert Counter(sample for batch in seen for sample in batch) == Counter(2 * samples(order))
     assert state == LoaderState(2)
 
 
@@ -287,16 +287,16 @@ def test_a_state_of_other_data_is_refused(state: LoaderState) -> None:
 def test_a_position_is_found_without_the_ones_before_it(order: Order, epoch: int, data: st.DataObject) -> None:
     plan = EpochPlan(order.shard_samples, order.seed, epoch, order.window, order.lanes)
     every = list(zip(*(found.tolist() for found in plan.locate(np.arange(plan.num_samples))), strict=True))
-    wanted = data.draw(st.lists(st.integers(0, plan.num_samples - 1), min_size=1, max_size=20))
-    found = zip(*(found.tolist() for found in plan.locate(np.array(wanted))), strict=True)
-    assert list(found) == [every[position] for position in wanted]
+    positions = data.draw(st.lists(st.integers(0, plan.num_samples - 1), min_size=1, max_size=20))
+    found = zip(*(found.tolist() for found in plan.locate(np.array(positions))), strict=True)
+    assert list(found) == [every[position] for position in positions]
 
 
 def test_windows_and_lanes_of_an_epoch_are_shuffled_each_in_its_own_way() -> None:
     plan = EpochPlan((4_000,), 7, 0, 100, 4)
-    _, found = plan.locate(np.arange(4_000))
+    _, rows = plan.locate(np.arange(4_000))
     # (window, place, lane) to (window and lane, place)
-    places = found.reshape(10, 100, 4).transpose(0, 2, 1).reshape(40, 100)
+    places = rows.reshape(10, 100, 4).transpose(0, 2, 1).reshape(40, 100)
     ranks = np.argsort(np.argsort(places, axis=1), axis=1)
     assert len({tuple(row) for row in ranks.tolist()}) == 40
     correlations = np.corrcoef(ranks)[~np.eye(40, dtype=bool)]
@@ -323,8 +323,8 @@ def waste(order: Order) -> float:
     """Share of the tokens of an epoch that is padding to the longest of its batch."""
     kept = padded = 0
     for batch in epoch_of(order):
-        found = np.array([int(lengths(0, shard, np.array([row]))[0]) for shard, row in real(batch)])
-        kept, padded = kept + int(found.sum()), padded + int(found.max()) * len(found)
+        token_counts = np.array([int(lengths(0, shard, np.array([row]))[0]) for shard, row in real(batch)])
+        kept, padded = kept + int(token_counts.sum()), padded + int(token_counts.max()) * len(token_counts)
     return 1 - kept / padded
 
 
@@ -376,8 +376,8 @@ def test_batches_of_a_group_come_in_no_order_of_length() -> None:
 
 
 def test_deal_by_length_gives_each_batch_a_run_of_the_sorted_lengths() -> None:
-    found = deal_by_length(np.array([5, 1, 4, 1, 3]), [2, 2, 1], np.array([2, 0, 1]))
-    assert [indices.tolist() for indices in found] == [[2, 0], [1, 3], [4]]
+    batches = deal_by_length(np.array([5, 1, 4, 1, 3]), [2, 2, 1], np.array([2, 0, 1]))
+    assert [indices.tolist() for indices in batches] == [[2, 0], [1, 3], [4]]
 
 
 def test_a_position_within_a_batch_is_refused() -> None:

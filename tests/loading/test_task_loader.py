@@ -47,9 +47,9 @@ def loader_of(
 ) -> TaskLoader:
     loaders = [
         open_loader(
-            LoaderConfig(), each, tokenizer, global_batch_size=BATCH, image_pixels=16, max_tokens=8, seed=3, **ranks
+            LoaderConfig(), dataset, tokenizer, global_batch_size=BATCH, image_pixels=16, max_tokens=8, seed=3, **ranks
         )
-        for each in datasets
+        for dataset in datasets
     ]
     return TaskLoader(loaders, WEIGHTS, state)
 
@@ -63,11 +63,11 @@ def test_turns_are_the_tasks_shares_and_the_same_on_every_rank(
     datasets: tuple[Dataset, ...], tokenizer: Tokenizer
 ) -> None:
     alone = batches(loader_of(datasets, tokenizer), STEPS)
-    assert [each.task for each in alone].count(1) == STEPS / 4
+    assert [batch.task for batch in alone].count(1) == STEPS / 4
     ranks = [batches(loader_of(datasets, tokenizer, rank=rank, world_size=2), STEPS) for rank in (0, 1)]
     for whole, *parts in zip(alone, *ranks, strict=True):
-        assert {whole.task} == {each.task for each in parts}
-        assert sorted(whole.keys) == sorted(key for each in parts for key in each.keys)
+        assert {whole.task} == {batch.task for batch in parts}
+        assert sorted(whole.keys) == sorted(key for batch in parts for key in batch.keys)
         assert {key.startswith("other") for key in whole.keys} == {whole.task == 1}
 
 
@@ -75,11 +75,11 @@ def test_turns_are_the_tasks_shares_and_the_same_on_every_rank(
 def test_a_state_gives_the_batches_of_an_uninterrupted_run(
     datasets: tuple[Dataset, ...], tokenizer: Tokenizer, step: int
 ) -> None:
-    straight = batches(loader_of(datasets, tokenizer), STEPS)
-    saved = LoaderState(**json.loads(json.dumps(asdict(straight[step - 1].state))))
-    for one, other in zip(straight[step:], batches(loader_of(datasets, tokenizer, saved), STEPS - step), strict=True):
-        assert (one.task, one.keys, one.state) == (other.task, other.keys, other.state)
-        assert torch.equal(one.pixels, other.pixels)
+    expected = batches(loader_of(datasets, tokenizer), STEPS)
+    saved = LoaderState(**json.loads(json.dumps(asdict(expected[step - 1].state))))
+    for batch, again in zip(expected[step:], batches(loader_of(datasets, tokenizer, saved), STEPS - step), strict=True):
+        assert (batch.task, batch.keys, batch.state) == (again.task, again.keys, again.state)
+        assert torch.equal(batch.pixels, again.pixels)
     assert saved.position == BATCH * step
 
 

@@ -80,9 +80,9 @@ def test_questions_come_with_their_answers() -> None:
 
 def test_answers_are_drawn_as_often_as_people_gave_them() -> None:
     random = np.random.default_rng(0)
-    found = Counter(choose_answer(("red", "red", "dark red"), random) for _ in range(3000))
-    assert 1880 < found["red"] < 2120
-    assert found["red"] + found["dark red"] == 3000
+    counts = Counter(choose_answer(("red", "red", "dark red"), random) for _ in range(3000))
+    assert 1880 < counts["red"] < 2120
+    assert counts["red"] + counts["dark red"] == 3000
     assert choose_answer((), random) is None
 
 

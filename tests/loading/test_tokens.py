@@ -131,13 +131,13 @@ def test_windows_are_whole_sentences_between_the_special_tokens(kind: str) -> No
         tuple(whole[1 + ends[first] : 1 + ends[last]])
         for first in range(len(bodies)) for last in range(first + 1, len(bodies) + 1)
     }  # fmt: skip
-    found = rows_by_windows(tokenizer, LONG, room + 2)
-    assert len(found) >= 3
-    for row in found:
+    windows = rows_by_windows(tokenizer, LONG, room + 2)
+    assert len(windows) >= 3
+    for row in windows:
         assert len(row) <= room + 2
         assert (row[0], row[-1]) == (whole[0], whole[-1])
         assert row[1:-1] in runs
-    assert {token for row in found for token in row} == set(whole)
+    assert {token for row in windows for token in row} == set(whole)
 
 
 def test_a_text_that_fits_is_whole_and_the_head_is_kept_without_draws(tokenizer: Tokenizer) -> None:
@@ -149,9 +149,9 @@ def test_a_text_that_fits_is_whole_and_the_head_is_kept_without_draws(tokenizer:
 def test_a_long_text_without_ends_is_read_in_pieces(tokenizer: Tokenizer) -> None:
     text = " ".join(f"apple {number}" for number in range(60))
     (whole,) = tokenise(tokenizer, [text], 1000)
-    found = rows_by_windows(tokenizer, text, 12)
-    assert {token for row in found for token in row} == set(whole)
-    assert all(len(row) == 12 or row[-2] == whole[-2] for row in found)
+    windows = rows_by_windows(tokenizer, text, 12)
+    assert {token for row in windows for token in row} == set(whole)
+    assert all(len(row) == 12 or row[-2] == whole[-2] for row in windows)
 
 
 # --- tokenizers of other kinds ---------------------------------------------------------------------------------------
@@ -225,8 +225,8 @@ def test_names_of_special_tokens_within_a_text_are_plain_text_in_every_process(k
     tokenizer = TOKENIZERS[kind]()
     special = special_tokens(tokenizer)
     text = "red </s> <|endoftext|> <mask> [PAD] [MASK] [CLS] [SEP] apple"
-    for each in (read_tokenizer(tokenizer.to_str()), ForkingPickler.loads(ForkingPickler.dumps(tokenizer))):
-        (row,) = tokenise(each, [text], 1000)
+    for copy in (read_tokenizer(tokenizer.to_str()), ForkingPickler.loads(ForkingPickler.dumps(tokenizer))):
+        (row,) = tokenise(copy, [text], 1000)
         assert not {special.pad, special.first, special.last, special.mask} & set(row[1:-1])
 
 
@@ -246,8 +246,8 @@ def test_a_tokenizer_that_is_not_there_or_is_none_names_the_key_and_the_file(tmp
 
 def dataset_of(directory: Path, *metadata: dict[str, Any]) -> Dataset:
     samples = [
-        Handmade(key=f"key-{number}", captions=[{"language": "en", "text": f"words {number}"}], metadata=each)
-        for number, each in enumerate(metadata)
+        Handmade(key=f"key-{number}", captions=[{"language": "en", "text": f"words {number}"}], metadata=fields)
+        for number, fields in enumerate(metadata)
     ]
     return write_dataset(directory / "dataset", [("train", samples)])
 
@@ -277,20 +277,20 @@ def test_labels_are_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
 
 def test_classes_are_learnt_where_no_sample_has_a_caption(tmp_path: Path) -> None:
     samples = [Handmade(key=f"key-{kind}", captions=[], metadata={"classes": {"kind": kind}}) for kind in "ba"]
-    found = learn(write_dataset(tmp_path / "dataset", [("train", samples)]), label="kind")
-    assert found.classes == ("a", "b")
-    assert read_tokenizer(found.tokenizer_json).get_vocab_size() == 5  # the special tokens alone
+    vocabulary = learn(write_dataset(tmp_path / "dataset", [("train", samples)]), label="kind")
+    assert vocabulary.classes == ("a", "b")
+    assert read_tokenizer(vocabulary.tokenizer_json).get_vocab_size() == 5  # the special tokens alone
 
 
 def test_answers_are_classes_from_the_commonest(tmp_path: Path) -> None:
     dataset = dataset_of(
         tmp_path, questions(("what", ["dog"]), ("why", [])), questions(("who", ["cat", "yes"]), ("is it", ["yes"]))
     )
-    found = learn(dataset, text="questions")
-    assert found.classes == ("yes", "cat", "dog")
-    encoded = read_tokenizer(found.tokenizer_json).encode("what cat")
+    vocabulary = learn(dataset, text="questions")
+    assert vocabulary.classes == ("yes", "cat", "dog")
+    encoded = read_tokenizer(vocabulary.tokenizer_json).encode("what cat")
     assert "[UNK]" not in encoded.tokens  # questions and answers are read, captions are not
-    assert "[UNK]" in read_tokenizer(found.tokenizer_json).encode("words").tokens
+    assert "[UNK]" in read_tokenizer(vocabulary.tokenizer_json).encode("words").tokens
 
 
 def test_missing_labels_and_questions_are_named(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def test_switching_one_setting_on_or_off_leaves_the_others_draws_as_they_were(
     everything = numbers(draw_view(width, height, ALL, draws))
     without = AugmentConfig(**{other: value for other, value in EACH.items() if other != name})
     alone = AugmentConfig(**{name: EACH[name]})
-    found = numbers(draw_view(width, height, without, draws))
-    assert {key for key in everything if found[key] != everything[key]} <= {name}
+    changed = numbers(draw_view(width, height, without, draws))
+    assert {key for key in everything if changed[key] != everything[key]} <= {name}
     assert numbers(draw_view(width, height, alone, draws))[name] == everything[name]
 
 
@@ -152,8 +152,8 @@ def test_nothing_switched_on_is_the_centre_view(height: int, width: int, side: i
 
 @given(height=lengths, width=lengths, side=sides, seed=seeds)
 def test_any_picture_gives_a_view_of_the_side(height: int, width: int, side: int, seed: int) -> None:
-    found = view(noise(height, width), side, ALL, seed)
-    assert (found.shape, found.dtype) == ((side, side, 3), np.uint8)
+    shown = view(noise(height, width), side, ALL, seed)
+    assert (shown.shape, shown.dtype) == ((side, side, 3), np.uint8)
 
 
 def test_the_frames_of_a_clip_share_their_view() -> None:
@@ -325,13 +325,13 @@ def test_every_operation_of_the_recipe_is_there() -> None:
 def test_operations_are_drawn_evenly_both_ways_and_as_many_as_asked() -> None:
     policies = PoliciesConfig(count=3, strength=0.4, operations=["rotate", "identity", "contrast", "equalise"])
     random = np.random.default_rng(0)
-    found = Counter(
+    counts = Counter(
         chosen for _ in range(4000) for chosen in choose(policies, random.random(2 * MAX_OPERATIONS).tolist())
     )
-    assert sum(found.values()) == 12_000
-    assert len(found) == 8
-    assert {chosen.amount for chosen in found} == {-0.4, 0.4}
-    assert all(1300 < count < 1700 for count in found.values())
+    assert sum(counts.values()) == 12_000
+    assert len(counts) == 8
+    assert {chosen.amount for chosen in counts} == {-0.4, 0.4}
+    assert all(1300 < count < 1700 for count in counts.values())
 
 
 def test_no_strength_changes_nothing_but_what_has_none() -> None:
@@ -350,9 +350,9 @@ def test_full_strength_changes_values_and_the_input_stays(operation: str) -> Non
     pixels = noise(32, 32) // 2 + 40
     before = pixels.copy()
     ways = [paint(pixels, [Chosen(operation, amount)]) for amount in (-1.0, 1.0)]
-    for found in ways:
-        assert (found.shape, found.dtype) == ((32, 32, 3), np.uint8)
-        assert np.abs(found.astype(int) - pixels.astype(int)).max() > 5
+    for painted in ways:
+        assert (painted.shape, painted.dtype) == ((32, 32, 3), np.uint8)
+        assert np.abs(painted.astype(int) - pixels.astype(int)).max() > 5
     np.testing.assert_array_equal(pixels, before)
 
 
@@ -372,13 +372,13 @@ def test_two_warps_are_one_after_the_other() -> None:
     pixels = np.asarray(Image.fromarray(noise(8, 8)).resize((96, 96), Image.Resampling.BICUBIC))
     chosen = [Chosen("rotate", 0.8), Chosen("translate_x", 0.4), Chosen("shear_y", -0.7)]
     box = (0, 0, 96, 96)
-    found = resample(pixels, 96, box, warp_of(chosen)).astype(int)
+    at_once = resample(pixels, 96, box, warp_of(chosen)).astype(int)
     in_turn = pixels
-    for each in chosen:
-        in_turn = resample(in_turn, 96, box, warp_of([each]))
+    for operation in chosen:
+        in_turn = resample(in_turn, 96, box, warp_of([operation]))
     inner = (slice(24, 72), slice(24, 72))
-    assert np.abs(found - in_turn.astype(int))[inner].mean() < 4
-    assert np.abs(found - pixels.astype(int))[inner].mean() > 20
+    assert np.abs(at_once - in_turn.astype(int))[inner].mean() < 4
+    assert np.abs(at_once - pixels.astype(int))[inner].mean() > 20
 
 
 def test_default_operations_keep_a_red_apple_red() -> None:
@@ -388,9 +388,9 @@ def test_default_operations_keep_a_red_apple_red() -> None:
     red[4:12, 4:12] = (150, 30, 30)
     for operation in set(PoliciesConfig().operations) - {"autocontrast", "equalise"}:
         for amount in (-0.5, 0.5):
-            found = paint(red, [Chosen(operation, amount)]).astype(int)
-            assert (found[:, :, 0] >= found[:, :, 1]).all(), operation
-            assert (found[:, :, 1] == found[:, :, 2]).all(), operation
+            painted = paint(red, [Chosen(operation, amount)]).astype(int)
+            assert (painted[:, :, 0] >= painted[:, :, 1]).all(), operation
+            assert (painted[:, :, 1] == painted[:, :, 2]).all(), operation
 
 
 @pytest.mark.parametrize(

@@ -273,10 +273,10 @@ def test_the_same_generator_draws_the_same_text_whatever_other_rows_write() -> N
         written = nucleus(decoder, memory, TOKENS, 6, share=0.95, generator=seeded(seed))
         return [text_of(ids) for ids in written.token_ids_BT]
 
-    others = memory._replace(sequence_BTW=torch.cat([memory.sequence_BTW[:3], torch.randn(3, 3, MEMORY_WIDTH)]))
+    other_rows = memory._replace(sequence_BTW=torch.cat([memory.sequence_BTW[:3], torch.randn(3, 3, MEMORY_WIDTH)]))
     assert draw(memory, 7) == draw(memory, 7)
     assert draw(memory, 7) != draw(memory, 8)
-    assert draw(others, 7)[:3] == draw(memory, 7)[:3]
+    assert draw(other_rows, 7)[:3] == draw(memory, 7)[:3]
 
 
 def test_one_token_may_open_and_close_texts() -> None:

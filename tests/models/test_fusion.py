@@ -69,8 +69,8 @@ def altered(encoded: Encoded, rows: Tensor, value: float | None = None) -> Encod
     return encoded._replace(sequence_BTW=sequence, pooled_BW=pooled)
 
 
-def pooled_difference(one: Fused, other: Fused) -> Tensor:
-    return (one.pooled_BW - other.pooled_BW).abs().amax(1)
+def pooled_difference(fused: Fused, other: Fused) -> Tensor:
+    return (fused.pooled_BW - other.pooled_BW).abs().amax(1)
 
 
 @pytest.mark.parametrize("kind", FUSIONS)
@@ -80,12 +80,12 @@ def test_contents_of_missing_rows_change_nothing(kind: str, side: str, value: fl
     fuse = fusion(kind)
     image, text = encodings()
     if side == "image":
-        one, other = fuse(absent(image), text), fuse(absent(altered(image, MISSING, value)), text)
+        before, after = fuse(absent(image), text), fuse(absent(altered(image, MISSING, value)), text)
     else:
-        one, other = fuse(image, absent(text)), fuse(image, absent(altered(text, MISSING, value)))
-    assert [tuple(part.shape) for part in parts(one)] == [(4, 6, WIDTH), (4, 5, WIDTH), (4, WIDTH)]
-    assert one.attentions is None
-    for part, expected in zip(parts(other), parts(one), strict=True):
+        before, after = fuse(image, absent(text)), fuse(image, absent(altered(text, MISSING, value)))
+    assert [tuple(part.shape) for part in parts(before)] == [(4, 6, WIDTH), (4, 5, WIDTH), (4, WIDTH)]
+    assert before.attentions is None
+    for part, expected in zip(parts(after), parts(before), strict=True):
         assert torch.equal(part, expected)
         assert expected.isfinite().all()
 
@@ -155,8 +155,8 @@ def test_maps_are_distributions_over_what_is_there_and_change_nothing(kind: str)
     image, text = encodings()
     image = absent(image)
     plain, fused = fuse(image, text), fuse(image, text, attentions=True)
-    for one, other in zip(parts(plain), parts(fused), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    for part, expected in zip(parts(plain), parts(fused), strict=True):
+        torch.testing.assert_close(part, expected, atol=1e-5, rtol=1e-5)
     assert len(fused.attentions["text_to_image"]) == 2
     for map_BHTR in fused.attentions["text_to_image"]:
         assert map_BHTR.shape == (4, HEADS, 6, 5)

@@ -123,9 +123,9 @@ def test_cross_attention_is_blip_s_image_grounded_text_layer(dtype: torch.dtype)
     whole_BR = torch.ones(4, 5, dtype=torch.bool)
     with torch.no_grad():
         expected = theirs(text, image, attention_mask=additive(text_BT, text.dtype))
-        found, same, _ = ours.to(dtype)(text.to(dtype), text_BT, image.to(dtype), whole_BR, False)
-    torch.testing.assert_close(found.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert torch.equal(same, image.to(dtype))
+        fused_text, unchanged_image, _ = ours.to(dtype)(text.to(dtype), text_BT, image.to(dtype), whole_BR, False)
+    torch.testing.assert_close(fused_text.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(unchanged_image, image.to(dtype))
 
 
 def gradients(outputs: Any, weights: tuple[Tensor, ...], module: nn.Module, *inputs: Tensor) -> list[Tensor]:
@@ -148,8 +148,8 @@ def test_gradients_are_lxmert_s() -> None:
     reference = theirs(text, additive(text_BT, text.dtype), image, additive(image_BR, text.dtype))
     expected = gradients(reference, weights, theirs, text, image)
     found = gradients(ours(text, text_BT, image, image_BR, False)[:2], weights, ours, text, image)
-    for one, other in zip(found[:2], expected[:2], strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+    for gradient, reference_gradient in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(gradient, reference_gradient, atol=1e-4, rtol=1e-5)
     assert total(found) == pytest.approx(total(expected), rel=1e-4, abs=1e-6)
 
 
@@ -242,10 +242,10 @@ def test_both_directions_is_vilbert_s_equation_by_loops() -> None:
         return layer.norm(x + layer.output(nn.functional.gelu(layer.inner(x))))
 
     expected = feed_forward(ours.feed_forward["text"], read_text), feed_forward(ours.feed_forward["image"], read_image)
-    found = ours(text, text_BT, image, image_BR, False)[:2]
+    fused = ours(text, text_BT, image, image_BR, False)[:2]
     weights = torch.randn(4, 6, WIDTH), torch.randn(4, 5, WIDTH)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-    pairs = (gradients(outputs, weights, ours, text, image) for outputs in (found, expected))
-    for one, other in zip(*pairs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for actual, reference in zip(fused, expected, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-5, rtol=1e-5)
+    pairs = (gradients(outputs, weights, ours, text, image) for outputs in (fused, expected))
+    for actual, reference in zip(*pairs, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-4, rtol=1e-4)

@@ -70,9 +70,9 @@ def test_a_merged_model_computes_what_the_adapted_one_does(name: str) -> None:
                 parameter.normal_()
     after = outputs(adapted)
     plain.load_state_dict(merged(adapted.state_dict(), LORA))
-    for one, other, old in zip(outputs(plain), after, before, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(one, old, atol=1e-3)
+    for merged_output, adapted_output, plain_output in zip(outputs(plain), after, before, strict=True):
+        torch.testing.assert_close(merged_output, adapted_output, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(merged_output, plain_output, atol=1e-3)
     parts = {weight.split(".")[0] for weight, _ in adapted.named_parameters() if ".lora_" in weight}
     assert parts == {"image", "text"} | {part for part in ("fusion", "decoder") if part in MODELS[name]}
     assert adapter_count(adapted) == parameter_count(adapted) - parameter_count(plain)

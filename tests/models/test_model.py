@@ -171,13 +171,13 @@ def test_masked_words_are_predicted_with_the_table_that_words_are_looked_up_in(t
 def test_a_tied_model_is_restored_from_its_weights(tiny_config: ModelConfig) -> None:
     from safetensors.torch import load, save
 
-    one, other = (with_everything(tiny_config, seed).eval() for seed in (1, 2))
-    other.load_state_dict(load(save({name: value.contiguous() for name, value in one.state_dict().items()})))
-    assert other.heads["masked_language"].output.weight is other.text.backbone.get_input_embeddings().weight
+    trained, restored = (with_everything(tiny_config, seed).eval() for seed in (1, 2))
+    restored.load_state_dict(load(save({name: value.contiguous() for name, value in trained.state_dict().items()})))
+    assert restored.heads["masked_language"].output.weight is restored.text.backbone.get_input_embeddings().weight
     pixels, tokens, mask = inputs()
     logits = [
         model.masked_language_logits(model.fuse(model.encode_image(pixels), model.encode_text(tokens, mask)))
-        for model in (one, other)
+        for model in (trained, restored)
     ]
     assert torch.equal(*logits)
 

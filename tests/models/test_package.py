@@ -186,7 +186,7 @@ def test_a_model_from_checkpoints_loads_without_them(
     assert loaded.config.text.checkpoint is None
     tokens = torch.randint(5, size, (2, 40))
     mask = torch.ones_like(tokens)
-    sequences = [one.encode_text(tokens, mask).sequence_BTW for one in (loaded.model, model)]
+    sequences = [either.encode_text(tokens, mask).sequence_BTW for either in (loaded.model, model)]
     assert torch.equal(*sequences)
 
 

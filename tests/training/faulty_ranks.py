@@ -174,7 +174,7 @@ def wait_for_checkpoint(job: TrainingJob, step: int) -> None:
     every = job.training.checkpoint_every_steps
     last = (step - 1) // every * every
     for _ in range(1000):
-        if last == 0 or any(each.step == last for each in saved_checkpoints(job.checkpoints)):
+        if last == 0 or any(saved.step == last for saved in saved_checkpoints(job.checkpoints)):
             return
         time.sleep(0.05)
 

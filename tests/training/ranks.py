@@ -131,17 +131,17 @@ def mean_over_ranks(*values: Tensor) -> list[float]:
     return list((stacked / dist.get_world_size()).tolist())
 
 
-def furthest(one: dict[str, Tensor], other: dict[str, Tensor], *, without: str | tuple[str, ...] = "-") -> float:
+def furthest(first: dict[str, Tensor], second: dict[str, Tensor], *, without: str | tuple[str, ...] = "-") -> float:
     """The largest difference of any weight without those with names that end in `without`.
 
     A key's bias has no gradient by its mathematics, and Adam steps along the sign of its rounding error.
     """
-    assert one.keys() == other.keys()
-    names = [name for name in one if not name.endswith(without)]
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in names)
+    assert first.keys() == second.keys()
+    names = [name for name in first if not name.endswith(without)]
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in names)
 
 
-def assert_bit_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_bit_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     """Equal in every bit, and name those that are not."""
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []

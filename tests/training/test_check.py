@@ -118,12 +118,12 @@ def student(**model: Any) -> DistillConfig:
 
 
 def test_a_student_has_its_teacher_s_tokenizer(tmp_path: Path) -> None:
-    words, others = (train_tokenizer([text], 64) for text in ("red apple", "green pear"))
+    words, other_words = (train_tokenizer([text], 64) for text in ("red apple", "green pear"))
     text = bert(tmp_path / "teacher", words)
     teacher = section({"vocabulary_size": None, "text": text})
     for model in ({}, {"text": text}, {"text": bert(tmp_path / "same", words)}):
         check_student(teacher, student(**model))
-    other = bert(tmp_path / "other", others)
+    other = bert(tmp_path / "other", other_words)
     for refusing in (teacher, section()):
         with pytest.raises(RecipeError, match=r"^distill\.model\.text\.checkpoint: .*/other"):
             check_student(refusing, student(text=other))
@@ -226,7 +226,7 @@ def test_settings_that_decide_only_how_do_not_make_another_training() -> None:
     plain = identity(section())
     assert identity(section(training={"micro_batch_size": 4, "offload_optimizer": True, "compile": True})) == plain
     assert identity(validated()) == plain  # it only looks
-    others = [
+    different = [
         section(training={"ema_decay": 0.99}),
         section(training={"optimizer": {"name": "lamb"}}),
         section(training={"optimizer": {"schedule": "wsd", "decay_share": 0.1}}),
@@ -235,8 +235,8 @@ def test_settings_that_decide_only_how_do_not_make_another_training() -> None:
         *(with_tasks(PAIRS | {"weight": weight}, LABELS) for weight in (1, 2)),
         with_tasks(PAIRS, LABELS, lora={}),
     ]
-    identities = [plain, *map(identity, others)]
-    assert all(one not in identities[:number] for number, one in enumerate(identities))
+    identities = [plain, *map(identity, different)]
+    assert all(digest not in identities[:number] for number, digest in enumerate(identities))
     assert identity(with_tasks(PAIRS | {"loader": {"prefetch_batches": 9}}, LABELS)) == identity(
         with_tasks(PAIRS, LABELS)
     )

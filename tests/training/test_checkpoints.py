@@ -59,7 +59,7 @@ def at(store: Path, step: int) -> Path:
 
 
 def steps_in(store: Path) -> list[int]:
-    return [each.step for each in saved_checkpoints(str(store))]
+    return [saved.step for saved in saved_checkpoints(str(store))]
 
 
 def test_a_checkpoint_exists_once_all_of_its_ranks_have_published(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_a_kill_at_any_moment_leaves_the_checkpoint_before(
             try:
                 write_part(here, 8, rank)
             except KeyboardInterrupt:
-                found = saved_checkpoints(str(here))
-                for each in found:
-                    verify(each)
-                assert [each.step for each in found] in ([4], [8, 4])
+                existing = saved_checkpoints(str(here))
+                for saved in existing:
+                    verify(saved)
+                assert [saved.step for saved in existing] in ([4], [8, 4])
                 continue
         assert steps_in(here) == [8, 4]
         assert number > 4
@@ -191,10 +191,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     losses = {4: 2.0, 8: 0.5, 12: 3.0, 16: 0.7, 20: 1.0}
     for step, loss in losses.items():
         write(tmp_path, step, metrics={"loss": loss, "R@1": loss} if step != 12 else {})
-    found = saved_checkpoints(str(tmp_path))
+    existing = saved_checkpoints(str(tmp_path))
 
     def removed(**changes: Any) -> list[int]:
-        return [saved.step for saved in superfluous(found, CheckpointsConfig(**changes))]
+        return [saved.step for saved in superfluous(existing, CheckpointsConfig(**changes))]
 
     assert removed() == [12, 8, 4]
     assert removed(keep_best=1) == [12, 4]

@@ -20,12 +20,12 @@ def test_matrices_decay_and_norms_biases_and_scales_do_not() -> None:
     )
     module.register_parameter("logit_scale", nn.Parameter(torch.zeros(1)))
     module["frozen"].requires_grad_(False)
-    decayed, others = parameter_groups(module, 0.01, 0.3)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert (decayed["lr"], others["lr"]) == (0.01, 0.01)
+    decayed, undecayed = parameter_groups(module, 0.01, 0.3)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0.0)
+    assert (decayed["lr"], undecayed["lr"]) == (0.01, 0.01)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    assert {names[id(each)] for each in decayed["params"]} == {"linear.weight", "kernel.weight"}
-    assert {names[id(each)] for each in others["params"]} == {
+    assert {names[id(weight)] for weight in decayed["params"]} == {"linear.weight", "kernel.weight"}
+    assert {names[id(weight)] for weight in undecayed["params"]} == {
         "linear.bias",
         "kernel.bias",
         "norm.weight",
@@ -43,14 +43,14 @@ def test_muon_is_given_the_matrices_of_hidden_layers() -> None:
     model = build("model", ModelConfig.model_validate(fields), 64, seed=0)
     groups = parameter_groups(model, 0.01, 0.3, muon=True)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    taken = {names[id(each)] for group in groups if group["muon"] for each in group["params"]}
+    for_muon = {names[id(weight)] for group in groups if group["muon"] for weight in group["params"]}
     assert all(group["weight_decay"] == 0.3 for group in groups if group["muon"])
-    assert {"image_projection.weight", "text_projection.weight"} < taken
-    assert any("attention" in name for name in taken)
-    assert all(dict(model.named_parameters())[name].dim() == 2 for name in taken)
-    assert [name for name in taken if "embeddings" in name or name.startswith("heads")] == []
-    given = [id(each) for group in groups for each in group["params"]]
-    assert len(given) == len(set(given)) == len(names)
+    assert {"image_projection.weight", "text_projection.weight"} < for_muon
+    assert any("attention" in name for name in for_muon)
+    assert all(dict(model.named_parameters())[name].dim() == 2 for name in for_muon)
+    assert [name for name in for_muon if "embeddings" in name or name.startswith("heads")] == []
+    placed = [id(weight) for group in groups for weight in group["params"]]
+    assert len(placed) == len(set(placed)) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_compiled_parts_learn_the_same() -> None:
             compile_parts(model)
         outputs = model(**batch)
         (outputs["image_embedding"] * outputs["text_embedding"]).sum().backward()
-        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+        gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)

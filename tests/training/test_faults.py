@@ -35,7 +35,7 @@ AGAIN = ("again-2", "damaged", "turned", "half")
 
 
 @pytest.fixture(scope="module")
-def others(trainings: Trainings) -> Trainings:
+def resumed(trainings: Trainings) -> Trainings:
     """Resumed from the last checkpoint by fewer and by more ranks."""
     for num_ranks in (1, 3):
         plans = []
@@ -67,7 +67,7 @@ def same(trainings: Trainings) -> Trainings:
 
 def test_a_killed_rank_leaves_checkpoints_and_no_package(trainings: Trainings) -> None:
     saved = saved_checkpoints(str(trainings.directory / "killed" / "checkpoints"))
-    assert [each.step for each in saved] == [8, 4]
+    assert [checkpoint.step for checkpoint in saved] == [8, 4]
     assert not (trainings.directory / "killed" / "package").exists()
 
 
@@ -94,13 +94,13 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank_and_named(same: Trainings
 @each_stage
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_a_restart_on_another_number_of_ranks_ends_at_the_same_weights(
-    others: Trainings, num_ranks: int, stage: int
+    resumed: Trainings, num_ranks: int, stage: int
 ) -> None:
     name = f"on-{num_ranks}-{stage}"
-    started = others.events(name, "started")[-1]
+    started = resumed.events(name, "started")[-1]
     assert (started["step"], started["workers"]) == (8 if stage == 2 else LAST_SAVED, num_ranks)
-    assert others.events(name, "refused") == []
-    assert largest_difference(others.weights(f"straight-{stage}"), others.weights(name)) < 1e-5
+    assert resumed.events(name, "refused") == []
+    assert largest_difference(resumed.weights(f"straight-{stage}"), resumed.weights(name)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["straight-2", "again-2"])

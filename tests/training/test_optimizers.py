@@ -49,26 +49,26 @@ def group(trained: list[nn.Parameter], **more: Any) -> dict[str, Any]:
 
 def test_adamw_is_torch_s() -> None:
     config = OptimizerConfig(learning_rate=RATE, beta2=BETAS[1])
-    found = train(build_optimizer([group(mine := parameters())], config), mine)
+    actual = train(build_optimizer([group(mine := parameters())], config), mine)
     theirs = parameters()
     expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=DECAY, fused=True), theirs)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def test_muon_is_torch_s_for_matrices_of_hidden_layers() -> None:
     mine, theirs = parameters(), parameters()
-    found = train(Muon([group(mine, muon=True)], RATE, BETAS), mine)
+    actual = train(Muon([group(mine, muon=True)], RATE, BETAS), mine)
     reference = torch.optim.Muon(theirs, lr=RATE, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     expected = train(reference, theirs)
-    for pair in zip(found, expected, strict=True):
+    for pair in zip(actual, expected, strict=True):
         torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
 
 
 def test_muon_is_adamw_for_all_else() -> None:
     mine, theirs = parameters(), parameters()
-    found = train(Muon([group(mine, muon=False)], RATE, BETAS), mine)
+    actual = train(Muon([group(mine, muon=False)], RATE, BETAS), mine)
     expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=DECAY), theirs)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
@@ -80,10 +80,10 @@ def test_orthogonal_brings_singular_values_near_to_one(shape: tuple[int, int]) -
 
 
 def test_lamb_is_the_paper_s_algorithm_in_plain_loops() -> None:
-    mine, theirs = parameters(), [each.detach().double() for each in parameters()]
-    found = train(Lamb([group(mine)], RATE, BETAS), mine)
+    mine, theirs = parameters(), [parameter.detach().double() for parameter in parameters()]
+    actual = train(Lamb([group(mine)], RATE, BETAS), mine)
     random = torch.Generator().manual_seed(1)
-    means, squares = ([torch.zeros_like(each) for each in theirs] for _ in range(2))
+    means, squares = ([torch.zeros_like(parameter) for parameter in theirs] for _ in range(2))
     for step in range(1, STEPS + 1):
         rate = RATE * (1 - (step - 1) / 10)
         for number, x in enumerate(theirs):
@@ -94,8 +94,8 @@ def test_lamb_is_the_paper_s_algorithm_in_plain_loops() -> None:
             v = squares[number] / (1 - BETAS[1] ** step)
             r = m / (v.sqrt() + 1e-8) + DECAY * x
             theirs[number] = x - rate * (x.norm() / r.norm()) * r
-    for one, other in zip(found, theirs, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)
+    for updated, expected in zip(actual, theirs, strict=True):
+        torch.testing.assert_close(updated.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_lamb_leaves_a_length_of_zero_and_what_does_not_decay_to_adam() -> None:
@@ -104,9 +104,9 @@ def test_lamb_leaves_a_length_of_zero_and_what_does_not_decay_to_adam() -> None:
     assert moved.isfinite().all()
     assert (moved != 0).all()
     mine, theirs = parameters(), parameters()
-    found = train(Lamb([{"params": mine, "lr": RATE, "weight_decay": 0.0}], RATE, BETAS), mine)
+    actual = train(Lamb([{"params": mine, "lr": RATE, "weight_decay": 0.0}], RATE, BETAS), mine)
     expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=0.0), theirs)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def test_average_by_hand() -> None:
@@ -188,7 +188,7 @@ def test_every_schedule_rises_to_the_peak_once_and_falls(warmup: int, total: int
     assert max(factors) == 1.0
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert all(0 < each <= 1 for each in factors)
+    assert all(0 < factor <= 1 for factor in factors)
 
 
 def test_only_wsd_has_a_decay_share() -> None:

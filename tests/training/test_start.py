@@ -73,7 +73,7 @@ def section_of(directory: Path, package: Package, **pretrain: Any) -> PretrainCo
 def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tokenizer: Tokenizer) -> None:
     theirs = model_of(tokenizer, 1, heads=["classes"]).state_dict()
     model = model_of(tokenizer, 2, embedding_width=None, heads=["classes", "masked_language"])
-    drawn = {name: each.clone() for name, each in model.state_dict().items()}
+    drawn = {name: weight.clone() for name, weight in model.state_dict().items()}
     begun = start_from("pretrain.start", model, package, CLASSES)
     assert begun.fresh == ("heads.masked_language",)
     assert set(begun.left_out) == {"image_projection", "text_projection", "scale"}
@@ -97,9 +97,9 @@ def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: T
     image = theirs.image.model_copy(update={"frozen_layers": "all"})
     assert section.model == theirs.model_copy(update={"image": image})
     check_training("pretrain", section)
-    found = tokenizer_of("pretrain", section)
-    assert found is not None
-    assert found.to_str() == tokenizer.to_str()
+    started_with = tokenizer_of("pretrain", section)
+    assert started_with is not None
+    assert started_with.to_str() == tokenizer.to_str()
     again = load_recipe(write_recipe(tmp_path / "resolved.yaml", recipe.model_dump(mode="json")))
     assert again.pretrain == recipe.pretrain
 
@@ -170,8 +170,8 @@ def test_another_package_is_another_artifact(package: Package, tokenizer: Tokeni
     section = section_of(tmp_path, package)
     moved = package_of(tmp_path / "moved", tokenizer, heads=["classes"])
     other = package_of(tmp_path / "other", tokenizer, seed=3, heads=["classes"])
-    for each, same in ((moved, True), (other, False)):
-        begun = section_of(tmp_path, each)
+    for candidate, same in ((moved, True), (other, False)):
+        begun = section_of(tmp_path, candidate)
         assert identity(begun) == identity(section)
         assert (fingerprints_of("pretrain", begun) == fingerprints_of("pretrain", section)) is same
     assert fingerprints_of("pretrain", section) == {"start": package.digest}

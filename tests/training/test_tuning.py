@@ -290,7 +290,7 @@ def test_metrics_belong_to_their_task(directory: Path) -> None:
     by_name = losses(directory, "tasks-0-False")
     for number, (task, objectives) in enumerate(OBJECTIVES.items()):
         (objective,) = objectives
-        lines = {2 * (turn // 2 + 1) for turn, each in enumerate(TURNS) if each == number}
+        lines = {2 * (turn // 2 + 1) for turn, turn_of in enumerate(TURNS) if turn_of == number}
         assert [step for step, _ in by_name[f"{task}/{objective}"]] == sorted(lines)
         assert dict(by_name[f"{task}/{objective}"]) == pytest.approx(dict(by_name[f"{task}/loss"]))
     first, second = (dict(by_name[f"{task}/loss"])[2] for task in ("pairs", "words"))
@@ -301,7 +301,7 @@ def test_metrics_belong_to_their_task(directory: Path) -> None:
 def test_adapters_are_trained_and_the_base_is_not(directory: Path, stage: int) -> None:
     by_stage = result_of(directory, "adapters")
     case = by_stage[stage]
-    before, after = case["before"], {name.replace(".base_layer.", "."): each for name, each in case["after"].items()}
+    before, after = case["before"], {name.replace(".base_layer.", "."): value for name, value in case["after"].items()}
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[0] for name in moved} == {"image_projection", "text_projection", "scale", "heads"}
     still = [name for name in case["trained"] if ".lora_B." in name and not case["after"][name].any()]

@@ -47,15 +47,15 @@ STAGES = (2, 3)
 def split_in(directory: Path) -> Dataset:
     """The dataset of all trainings with a held-out split beside it."""
     number, shards = 0, []
-    for split, samples in (*(("train", each) for each in SAMPLES), ("held_out", HELD_OUT)):
+    for split, samples in (*(("train", sample_number) for sample_number in SAMPLES), ("held_out", HELD_OUT)):
         start = 0 if split == "held_out" else number
         rows = [
             Handmade(
-                key=f"{'held' if split == 'held_out' else 'key'}-{each}",
-                captions=[{"language": "en", "text": f"picture-{each}"}],
+                key=f"{'held' if split == 'held_out' else 'key'}-{sample_number}",
+                captions=[{"language": "en", "text": f"picture-{sample_number}"}],
                 size=(24, 24),
             )
-            for each in range(start, start + samples)
+            for sample_number in range(start, start + samples)
         ]
         shards.append((split, rows))
         number += samples
@@ -158,23 +158,23 @@ def test_values_are_those_of_the_package(validated: Trainings, name: str) -> Non
             losses.append(float(parts["contrastive"]) * int(batch.real.sum()))
             images.append(parts["image_embedding"][batch.real])
             texts.append(parts["text_embedding"][batch.real])
-    found = curves_of(validated, name)
-    assert found[LOSS][-1] == (STEPS, pytest.approx(sum(losses) / LOOKED_AT, rel=1e-5))
+    by_metric = curves_of(validated, name)
+    assert by_metric[LOSS][-1] == (STEPS, pytest.approx(sum(losses) / LOOKED_AT, rel=1e-5))
     similarity = (torch.cat(texts) @ torch.cat(images).T).numpy()
     for direction, matrix in (("text_to_image", similarity), ("image_to_text", similarity.T)):
         recalls = retrieval_metrics(rank_one(np.ascontiguousarray(matrix)))
         for k in (1, 5):
-            assert found[f"validation/{direction}/R@{k}"][-1][1] == pytest.approx(recalls[f"R@{k}"])
+            assert by_metric[f"validation/{direction}/R@{k}"][-1][1] == pytest.approx(recalls[f"R@{k}"])
 
 
 def test_each_of_several_tasks_is_looked_at(validated: Trainings) -> None:
-    found = curves_of(validated, "several")
-    assert [step for step, _ in found[LOSS]] == [4, 8, 12, STEPS]  # an epoch of each
+    by_metric = curves_of(validated, "several")
+    assert [step for step, _ in by_metric[LOSS]] == [4, 8, 12, STEPS]  # an epoch of each
     for task in ("one", "other"):  # alike, and looked at with the same weights
         for name in ("loss", "contrastive", "text_to_image/R@1"):
-            assert found[f"validation/{task}/{name}"] == found[f"validation/one/{name}"]
-        assert found[f"validation/{task}/loss"] == [(step, pytest.approx(value)) for step, value in found[LOSS]]
-    assert "validation/contrastive" not in found
+            assert by_metric[f"validation/{task}/{name}"] == by_metric[f"validation/one/{name}"]
+        assert by_metric[f"validation/{task}/loss"] == [(step, pytest.approx(value)) for step, value in by_metric[LOSS]]
+    assert "validation/contrastive" not in by_metric
 
 
 @pytest.mark.parametrize(
@@ -210,17 +210,17 @@ def test_one_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings
     events = validated.events("cut", "validation_cut")
     assert [line["step"] for line in events] == [4, 8, 12, STEPS]
     assert "max_seconds" in events[0]["reason"]
-    found = curves_of(validated, "cut")
-    assert [name for name in found if name.startswith("validation/")] == []
-    assert found["loss"][-1][0] == STEPS  # patience 1 did not end it
+    by_metric = curves_of(validated, "cut")
+    assert [name for name in by_metric if name.startswith("validation/")] == []
+    assert by_metric["loss"][-1][0] == STEPS  # patience 1 did not end it
     best = [line for line in validated.events("cut", "checkpoint") if line["reason"] == "best"]
     assert best == []
 
 
 def test_hardware_is_told(validated: Trainings) -> None:
-    found = curves_of(validated, "values-1")
-    assert "mfu" not in found  # a processor's peak is nobody's promise
-    assert all(value > 1e7 for _, value in found["peak_process_bytes"])
+    by_metric = curves_of(validated, "values-1")
+    assert "mfu" not in by_metric  # a processor's peak is nobody's promise
+    assert all(value > 1e7 for _, value in by_metric["peak_process_bytes"])
     asked = curves_of(validated, "values-2")
     for (_, tflops), (_, mfu) in zip(asked["model_tflops_per_second"], asked["mfu"], strict=True):
         assert mfu == pytest.approx(tflops / (2 * 1e-3))
@@ -236,8 +236,8 @@ def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> Non
     counted = counter.get_total_flops() / BATCH + of_pictures
     for num_ranks in (1, 2, 3):
         lines = curves_of(validated, f"values-{num_ranks}")
-        told = 1e12 * lines["model_tflops_per_second"][0][1] / lines["samples_per_second"][0][1]
-        assert told == pytest.approx(counted, rel=0.05)
+        reported = 1e12 * lines["model_tflops_per_second"][0][1] / lines["samples_per_second"][0][1]
+        assert reported == pytest.approx(counted, rel=0.05)
 
 
 def test_peaks_go_by_the_words_of_a_name() -> None:

@@ -90,27 +90,27 @@ class Trainings:
 
     def seen(self, name: str) -> dict[int, list[str]]:
         """Step → keys over all ranks and every time that the step was taken."""
-        found: dict[int, list[str]] = {}
+        keys_by_step: dict[int, list[str]] = {}
         for path in sorted((self.directory / name).glob("seen-*.jsonl")):
             for line in map(json.loads, path.read_text().splitlines()):
-                found.setdefault(line["step"], []).extend(line["keys"])
-        return found
+                keys_by_step.setdefault(line["step"], []).extend(line["keys"])
+        return keys_by_step
 
 
 def dataset_in(directory: Path) -> Dataset:
     shards, number = [], 0
     for samples in SAMPLES:
         rows = [
-            Handmade(key=f"key-{each}", captions=[{"language": "en", "text": f"picture-{each}"}], size=(24, 24))
-            for each in range(number, number + samples)
+            Handmade(key=f"key-{sample}", captions=[{"language": "en", "text": f"picture-{sample}"}], size=(24, 24))
+            for sample in range(number, number + samples)
         ]
         shards.append(("train", rows))
         number += samples
     return write_dataset(directory / "dataset", shards)
 
 
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return furthest(one, other, without=("key.bias", "k_proj.bias"))
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    return furthest(first, second, without=("key.bias", "k_proj.bias"))
 
 
 def assert_each_sample_once_an_epoch(seen: dict[int, list[str]]) -> None:
