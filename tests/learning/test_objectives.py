@@ -36,7 +36,7 @@ def test_a_number_is_the_weight_of_every_step(step: int, weight: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "said"),
+    ("weight", "message"),
     [
         (-1, "not be negative"),
         ([[0, 1], [5, -2]], "not be negative"),
@@ -133,7 +133,7 @@ ALL = {
 
 
 @pytest.mark.parametrize(
-    ("objectives", "gives", "said"),
+    ("objectives", "gives", "message"),
     [
         ({"contrastive": {}}, {"fused"}, "recipe.contrastive: needs embeddings or pair_scores; give the model"),
         ({"sigmoid": {}}, {"embeddings"}, "recipe.sigmoid: needs bias; give the model a bias"),
