@@ -10,7 +10,6 @@ from dagster import (
     AssetsDefinition,
     Definitions,
     MaterializeResult,
-    ScheduleDefinition,
     asset,
     define_asset_job,
     in_process_executor,
@@ -20,6 +19,7 @@ from mmflow.core.errors import MmflowError
 from mmflow.recipe import Recipe
 from mmflow.report.run import write_report
 from mmflow.stages.loop import STAGES, Loop
+from pipelines.schedule import schedules_of
 
 JOB = "loop"
 # Stages share one embedded Ray and the machine's few cores; the multiprocess executor would start a Ray for each.
@@ -27,7 +27,7 @@ EXECUTOR = in_process_executor
 
 
 def build_definitions(recipe: Recipe) -> Definitions:
-    """The recipe's assets, the job `loop` that runs all of them, and a schedule if the recipe has one."""
+    """The recipe's assets, the job `loop` that runs all of them, and its schedules."""
     loop = Loop(recipe)
 
     @asset(name="report", deps=list(loop.stages), description="One page about the whole loop.", group_name=JOB)
@@ -35,12 +35,8 @@ def build_definitions(recipe: Recipe) -> Definitions:
         return MaterializeResult(metadata={"uri": write_report(loop)})
 
     job = define_asset_job(JOB, executor_def=EXECUTOR)
-    schedules = []
-    if recipe.schedule is not None:
-        cron, timezone = recipe.schedule.cron, recipe.schedule.timezone
-        schedules.append(ScheduleDefinition("nightly", job=job, cron_schedule=cron, execution_timezone=timezone))
     assets = [*(_stage_asset(loop, name) for name in loop.stages), report]
-    return Definitions(assets=assets, jobs=[job], schedules=schedules, executor=EXECUTOR)
+    return Definitions(assets=assets, jobs=[job], schedules=schedules_of(recipe, JOB), executor=EXECUTOR)
 
 
 def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:

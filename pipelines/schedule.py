@@ -1,4 +1,4 @@
-"""Nightly retraining: Dagster's daemon runs the loop by the recipe's cron line, beside Dagster's pages if installed."""
+"""Nightly retraining: what starts the loop by itself, and Dagster's daemon that watches for it, with its pages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.recipe import Recipe
 from pipelines.run import dagster_home
 
+if TYPE_CHECKING:
+    from dagster import ScheduleDefinition
+
 PAGES = ("127.0.0.1", 3070)
+
+
+def schedules_of(recipe: Recipe, job: str) -> list[ScheduleDefinition]:
+    """What starts the job of that name by itself: the recipe's cron line, where it has one."""
+    from dagster import ScheduleDefinition
+
+    schedule = recipe.schedule
+    if schedule is None:
+        return []
+    return [
+        ScheduleDefinition("nightly", job_name=job, cron_schedule=schedule.cron, execution_timezone=schedule.timezone)
+    ]
 
 
 def run_scheduler(recipe: Recipe, path: str) -> None:
