@@ -16,7 +16,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from mmflow.core.config import Config
 from mmflow.core.errors import RecipeError
 from mmflow.core.storage import local_path
-from mmflow.corpora import CorporaConfig
+from mmflow.corpora import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
 from mmflow.dataset.config import ShardConfig
 from mmflow.evaluation.config import EvaluateConfig
 from mmflow.inference.score import ScoreConfig
@@ -172,8 +172,8 @@ def _index(parent: dict[str, Any] | list[Any], part: str, key: str) -> str | int
 
 # --- validation -----------------------------------------------------------------------------------------------------
 
-# What pydantic puts into a location beside keys: names of validators, and tags of unions, which contain a space.
-NOT_A_KEY = re.compile(r"function-|.* ")
+# What pydantic puts into a location beside keys: names of validators, and the tags of `corpus`.
+NOT_A_KEY = re.compile(f"function-|({ONE_CORPUS}|{SEVERAL_CORPORA})$")
 
 
 def validated(kind: type[Section], fields: Mapping[str, Any], key: str = "") -> Section:
@@ -197,7 +197,7 @@ def _explained(mistake: Any, key: str, section: type[BaseModel]) -> str:
     match mistake["type"]:
         case "extra_forbidden":
             known = list(section.model_fields)
-            nearest = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.5)
+            nearest = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"the keys here are {', '.join(known)}"
             return f"{key}: unknown key; {hint}"
         case "missing":

@@ -34,10 +34,13 @@ def schedules_of(recipe: Recipe, job: str) -> list[ScheduleDefinition]:
 def run_scheduler(recipe: Recipe, path: str) -> None:
     """Run the daemon, and the pages on loopback, until stopped.
 
-    Raises RecipeError if the recipe has no `schedule`, MmflowError if the daemon ends by itself.
+    Raises RecipeError if the recipe has no `schedule` or cannot run, MmflowError if the daemon ends by itself.
     """
+    from mmflow.stages.loop import Loop
+
     if recipe.schedule is None:
         raise RecipeError(f"{path}: no schedule section; add `schedule: {{cron: '0 2 * * *'}}`")
+    Loop(recipe).check()
     environment = os.environ | {"DAGSTER_HOME": dagster_home(recipe), "MMFLOW_RECIPE": path}
     commands = [[sys.executable, "-m", "dagster._daemon", "run", "-m", "pipelines.definitions"]]
     print(f"{recipe.name}: {recipe.schedule.cron} {recipe.schedule.timezone}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ RAY = (
     "dataset/build.py",
     "dataset/opened.py",
     "training/workers.py",
-    "inference/",
+    "inference/runner.py",
 )
 # Rooms that a bare `python` or `torchrun` can use; training/workers.py is the one adapter to Ray.
 WITHOUT_RAY = ("models/", "learning/", "training/loop.py")

@@ -42,6 +42,7 @@ SOURCES = "shard.sources=[{uri: a.jsonl, knd: jsonl}]"
     [
         (["pretrian=1"], "pretrian: unknown key; did you mean 'pretrain'?"),
         (["pretrain.training.epoch=3"], "pretrain.training.epoch: unknown key; did you mean 'epochs'?"),
+        (["pretrain.training.learning rate=1"], "pretrain.training.learning rate: unknown key; the keys here are"),
         (["distill.losses.soft_label=1"], "did you mean 'soft_labels'?"),
         (["schedule.zzz=1"], "schedule.zzz: unknown key; the keys here are cron, timezone"),
         (["corpus=null", SOURCES], "shard.sources.0.knd: unknown key; did you mean 'kind'?"),

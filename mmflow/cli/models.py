@@ -53,7 +53,7 @@ def models_list(recipe: RecipeOption = str(QUICKSTART)) -> None:
 def models_show(version: int, recipe: RecipeOption = str(QUICKSTART)) -> None:
     """Show one version: its package, digest, lineage and metrics."""
     loaded = read_recipe(recipe)
-    versions = {each.version: each for each in _versions(loaded)}
+    versions = {version.version: version for version in _versions(loaded)}
     if version not in versions:
         raise MmflowError(f"{loaded.promote.model}: no version {version}; there are {sorted(versions) or 'none'}")
     shown = versions[version]

@@ -61,6 +61,8 @@ def submit_stage(
         on_line: receives each line of the job's log, without its line end.
         outage_seconds: how long a silent dashboard is waited for.
     """
+    if not (code / "jobs" / f"{stage}.py").is_file():
+        raise MisuseError(f"{code}: there is no jobs/{stage}.py to submit; run mmflow from a checkout")
     package_uri, package = pack(code, recipe_text)
     runtime_env = {"working_dir": package_uri, "env_vars": _driver_environment()}
     if committed():

@@ -146,7 +146,7 @@ def pinned_versions(config: Config, complete: Config) -> Iterator[str]:
         release = RELEASE.search(image.rpartition("/")[2].partition(":")[2])
         if "@sha256:" not in image and not release:
             yield f"{key}: {image} is not pinned; use a release's tag, such as rayproject/ray:2.60.0-py311"
-        elif release and "rayproject/ray" in image and "@sha256:" not in image:
+        elif release and "rayproject/ray" in image:
             releases[key] = release.group()
     if len(set(releases.values())) > 1:
         listed = ", ".join(f"{key} {release}" for key, release in releases.items())
@@ -197,8 +197,8 @@ def open_ports(config: Config, complete: Config) -> Iterator[str]:
 def secrets(config: Config, complete: Config) -> Iterator[str]:
     """Values that give access: this file is committed, and copied to every node."""
     for key, value in _strings(config):
-        found = SECRET_VALUES.search(value)
-        secret = found.group() if found else ""
+        match = SECRET_VALUES.search(value)
+        secret = match.group() if match else ""
         if not secret and SECRET_NAME.search(key.rpartition(".")[2]) and not value.startswith("$") and len(value) >= 6:
             secret = value
         if not secret:

@@ -9,8 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from mmflow.core.storage import local_path
 
 OPERATIONAL: Final = "operational"
-"""Marks a setting that never changes what is made, only how: `num_workers: Annotated[int, OPERATIONAL] = 1`. A path to
-an input is one too: the stage takes a fingerprint of the content instead."""
+"""Marks a setting of how a thing is made, such as `num_workers: Annotated[int, OPERATIONAL] = 1`, or that an error
+advises to change: a run with another value must continue from the last checkpoint, not begin anew. A path to an input
+is one too, because the stage takes a fingerprint of the content instead."""
 
 
 def absolute(uri: str) -> str:

@@ -66,7 +66,13 @@ def find(uri: str) -> list[Place]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """The alternatives of {a,b} and {000..127}, in the order written; other braces stay as they are."""
+    """The alternatives of {a,b} and {000..127}, in the order written; other braces stay as they are.
+
+    Raises MisuseError for a range that runs backwards, which is a slip more often than it is meant.
+    """
+    for first, last in re.findall(r"\{(\d+)\.\.(\d+)", text):
+        if int(first) > int(last):
+            raise MisuseError(f"{text}: the range {{{first}..{last}}} runs backwards; swap its ends")
     try:
         return list(dict.fromkeys(braceexpand(text, escape=False)))
     except ValueError:  # braces that are not balanced

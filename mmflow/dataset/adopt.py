@@ -93,14 +93,14 @@ def adopt(
     """
     if not SPLIT.fullmatch(split):
         raise MisuseError(f"split {split!r}: use lower-case letters, digits, - and _, at most 40")
-    found = list_tars(tars)
+    listed = list_tars(tars)
     settings = {
         "split": split,
         "license": license,
         "skip_damaged": skip_damaged,
         "captions_required": captions_required,
     }
-    asked = {"version": ADOPT_VERSION, **settings, "tars": [(tar.name, tar.size) for tar in found]}
+    asked = {"version": ADOPT_VERSION, **settings, "tars": [(tar.name, tar.size) for tar in listed]}
     identity = content_hash(asked)[:16]
     with exclusive(uri):
         if exists(join(uri, MANIFEST)):
@@ -108,12 +108,12 @@ def adopt(
             if artifact.manifest.get("identity") != identity:
                 raise MisuseError(f"{uri}: a dataset of other tars or settings is here; name a new directory")
             return artifact
-        check_directory(uri, found)
+        check_directory(uri, listed)
         write_json(join(uri, UNDER_WAY), asked)
         tar_of_name: dict[str, Tar] = {}
         damaged: list[Row] = []
-        for done, tar in enumerate(found):
-            progress(done, len(found))
+        for done, tar in enumerate(listed):
+            progress(done, len(listed))
             name = shard_name(len(tar_of_name))
             try:
                 adopt_tar(uri, name, tar, license, captions_required, identity)

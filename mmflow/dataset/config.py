@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from mmflow.cleaning.config import CaptionConfig, DuplicatesConfig, ImageConfig
-from mmflow.core.config import OPERATIONAL, Config, Uri
+from mmflow.core.config import OPERATIONAL, Config
 from mmflow.fetch.config import FetchConfig
 from mmflow.sources.config import SourceConfig
 
@@ -58,7 +58,8 @@ class ShardConfig(Config):
 class ShardCacheConfig(Config):
     """Where a node keeps the shards of a remote dataset. A local dataset is read where it lies."""
 
-    directory: Uri | None = None
-    """A local directory that all processes of the node share; None: mmflow/shards under the user's cache directory."""
+    directory: str | None = Field(None, pattern="^[/~]")
+    """A local directory that all processes of the node share, absolute or under ~, which is the node's own home. None:
+    mmflow/shards under the user's cache directory."""
     max_bytes: int = Field(100_000_000_000, ge=1)
     """Beyond this many bytes, the least recently read shards are deleted. Allow for two shards a lane at least."""

@@ -176,10 +176,10 @@ def remove_strays(uri: str, names: Collection[str], quarantined: Collection[str]
     """Delete all but the shards and quarantine tables with these names: leftovers of killed and abandoned builds."""
     expected = {"shards": (names, ".tar"), "index": (names, ".parquet"), "quarantine": (quarantined, ".parquet")}
     for folder, (stems, extension) in expected.items():
+        system, path = filesystem(join(uri, folder))
         for name in list_folder(uri, folder).keys() - {stem + extension for stem in stems}:
-            system, path = filesystem(join(uri, folder, name))
             with contextlib.suppress(FileNotFoundError):  # a killed run's last worker may still be renaming it
-                system.delete_file(path)
+                system.delete_file(f"{path}/{name}")
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

@@ -240,15 +240,15 @@ def _octal_digits(values: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     return (values[:, None] >> np.arange(3 * width - 3, -1, -3) & 7).astype(np.uint8) + ord("0")
 
 
-def _are_sound(found: NDArray[np.uint8], layout: Layout, low: int, high: int) -> bool:
+def _are_sound(stored: NDArray[np.uint8], layout: Layout, low: int, high: int) -> bool:
     if layout.ours:
         try:
-            return bool(np.array_equal(found, headers(layout.names.slice(low, high - low), layout.sizes[low:high])))
+            return bool(np.array_equal(stored, headers(layout.names.slice(low, high - low), layout.sizes[low:high])))
         except MisuseError:
             return False
-    sums = found.sum(1, dtype=np.int64) - found[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
-    right_sums = (_octal_value(found[:, 148:154]) == sums).all()
-    return bool(right_sums and (_octal_value(found[:, 124:135]) == layout.sizes[low:high]).all())
+    sums = stored.sum(1, dtype=np.int64) - stored[:, 148:156].sum(1, dtype=np.int64) + 8 * ord(" ")
+    right_sums = (_octal_value(stored[:, 148:154]) == sums).all()
+    return bool(right_sums and (_octal_value(stored[:, 124:135]) == layout.sizes[low:high]).all())
 
 
 def _octal_value(digits: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -68,17 +68,17 @@ def possible(settings: EvaluateConfig, gives: Gives) -> list[str]:
 def check_possible(settings: EvaluateConfig, gives: Mapping[str, Gives]) -> None:
     """Raise RecipeError for a section that fits none of the models (by name), and where nothing can be measured."""
     models = " and ".join(gives)
-    found = {name for model in gives.values() for name in possible(settings, model)}
+    fitting = {name for model in gives.values() for name in possible(settings, model)}
     for name in settings.named:
-        if name not in found:
+        if name not in fitting:
             raise RecipeError(
-                f"evaluate.{name}: {models} cannot be examined in it; it takes {EXAMINATIONS[name].remedy}: name them, "
-                f"or leave {name} out"
+                f"evaluate.{name}: {models} cannot be examined in it; it needs {EXAMINATIONS[name].remedy}: add them, "
+                f"or remove {name}"
             )
-    if not any(EXAMINATIONS[name].measures for name in found):
+    if not any(EXAMINATIONS[name].measures for name in fitting):
         sections = ", ".join(name for name, examination in EXAMINATIONS.items() if examination.measures)
         raise RecipeError(
-            f"evaluate: nothing to measure of {models} without a shared space; name one of "
+            f"evaluate: without a shared embedding space there is nothing to measure of {models}; add one of "
             f"{sections.removeprefix('retrieval, ')}"
         )
 

@@ -181,7 +181,7 @@ class Examination:
     check: Callable[[Any, Trained], None] = lambda section, trained: None
     """(section, training stages): raises RecipeError for what `needs` cannot tell."""
     reads_captions: Gives | None = frozenset()
-    """A model that gives all of these is read captions to; None: no model is."""
+    """A model with all of these needs captions: every model by default, none for None."""
     measures: bool = True
     """False: it gives no metrics, only details, of the first split and the trained models."""
 

@@ -172,7 +172,13 @@ def load_package(package: Package) -> LoadedModel:
     config, classes = _parse(package)
     tokenizer = read_tokenizer(files[TOKENIZER].decode())
     model = build("model", config, tokenizer.get_vocab_size(), seed=0, num_classes=len(classes))
-    model.load_state_dict(load(files[WEIGHTS]))
+    try:
+        model.load_state_dict(load(files[WEIGHTS]))
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise CorruptArtifactError(
+            f"{join(package.uri, WEIGHTS)}: {problem}; this version of mmflow cannot build it: retrain it"
+        ) from error
     return LoadedModel(model.eval(), tokenizer, config, classes)
 
 

@@ -71,7 +71,8 @@ def register(
     """
     with explained(uri, f"register {package_uri} as {name}"):
         client = connect(uri)
-        _create_model(client, name)
+        if _find_model(client, name) is None:  # whoever may add versions need not have the right to create models
+            _create_model(client, name)
         registered = _versions_of_digest(client, name, digest)
         if registered:
             return registered[0]

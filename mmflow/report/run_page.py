@@ -225,8 +225,8 @@ def curve_charts(training: Report) -> list[dict[str, Any]]:
     """A small chart per curve, losses first: all models in one chart, dashed for held-out data. `latest` holds each
     model's last values."""
     curves = {role: entry.get("curves") or {} for role, entry in training.items()}
-    found = list(dict.fromkeys(name for entry in curves.values() for name in entry))
-    names = [name for name in found if not name.startswith(VALIDATION) or name.removeprefix(VALIDATION) not in found]
+    drawn = list(dict.fromkeys(name for entry in curves.values() for name in entry))
+    names = [name for name in drawn if not name.startswith(VALIDATION) or name.removeprefix(VALIDATION) not in drawn]
     names = [name for name in names if name not in TELEMETRY] + [name for name in TELEMETRY if name in names]
     steps = [step for entry in curves.values() for points in entry.values() for step, _ in points]
     # One range of steps for all, so that the page's cursor stands at the same place in every chart.

@@ -75,7 +75,8 @@ def read_sidecars(
                 bodies[extension] = stream.read()
         except UNREADABLE as error:
             raise malformed(f"{name} cannot be read: {error.strerror}") from error
-    return replace(fields_of_sidecars(bodies, names), images=images, key=key)
+    fields = fields_of_sidecars(bodies, names)
+    return replace(fields, images=images, key=fields.key if key is None else key)
 
 
 def fields_of_sidecars(bodies: Mapping[str, bytes], names: FieldsConfig) -> Fields:

@@ -24,5 +24,6 @@ class LoopStage:
     inputs: tuple[str, ...] = ()  # stages whose artifacts it takes, where the recipe has them
     absent: Callable[[Recipe], str] = lambda recipe: ""  # why this recipe's loop does without the stage
     check: Callable[[Recipe], None] = lambda recipe: None  # raises RecipeError before anything runs
+    prepare: Callable[[Recipe], None] = lambda recipe: None  # makes what the stage's identity depends on
     plan: Callable[[Recipe, Inputs], Stage]
     summary: Callable[[Manifest], str]  # one line about a committed artifact

@@ -26,11 +26,11 @@ def _check(recipe: Recipe) -> None:
     check_student(teacher, section)
     models = [teacher.model]
     for number, other in enumerate(section.teachers):
-        if other.package is None:  # what a registered teacher can give is known when the stage looks it up
-            return
-        with named(f"distill.teachers.{number}"):
-            models.append(read_config(read_package(other.package)))
-    check_losses("distill", section.losses, section.model, models)
+        if other.package is not None:
+            with named(f"distill.teachers.{number}"):
+                models.append(read_config(read_package(other.package)))
+    if len(models) == 1 + len(section.teachers):  # what a registered teacher gives is known when the stage looks it up
+        check_losses("distill", section.losses, section.model, models)
 
 
 def _plan(recipe: Recipe, inputs: Inputs) -> Stage:

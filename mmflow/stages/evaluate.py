@@ -38,7 +38,7 @@ def _plan(recipe: Recipe, inputs: Inputs) -> Stage:
     return Stage(
         name="evaluate",
         kind="evaluation",
-        version=2,
+        version=3,
         settings=recipe.evaluate.identity() | {"seed": recipe.seed},
         inputs={stage: artifact.fingerprint for stage, artifact in inputs.items()},
         build=build,

@@ -17,7 +17,7 @@ from mmflow.stages.evaluate import EVALUATE
 from mmflow.stages.pretrain import PRETRAIN, resolve
 from mmflow.stages.promote import PROMOTE
 from mmflow.stages.score import SCORE
-from mmflow.stages.shard import SHARD, fetch
+from mmflow.stages.shard import SHARD
 
 if TYPE_CHECKING:
     from mmflow.recipe import Recipe
@@ -37,7 +37,7 @@ class Loop:
     """The stages that a recipe has. Artifacts are remembered once found or built."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Raises as `resolve`, where `pretrain.start` names no package."""
+        """Raises what `resolve` raises if `pretrain.start` names no package."""
         self.recipe = recipe
         self._resolved = resolve(recipe)
         self._absent = {name: reason for name, stage in STAGES.items() if (reason := stage.absent(self._resolved))}
@@ -84,10 +84,9 @@ class Loop:
 
     def run(self, name: str) -> Artifact:
         """The stage's artifact, built now if it was not there."""
-        if name == "shard":  # the corpora or the fetched images that it reads are part of its identity
-            if "corpus" not in self.stages:
-                fetch(self.recipe)
-            elif "corpus" not in self._artifacts:
-                self.run("corpus")
+        if name == "shard" and "corpus" in self.stages and "corpus" not in self._artifacts:
+            self.run("corpus")  # nobody runs the corpus by hand
+        if name in self.stages:
+            STAGES[name].prepare(self._resolved)
         self._artifacts[name] = self.plan(name).run(self.recipe.workspace)
         return self._artifacts[name]

@@ -155,8 +155,10 @@ def _evaluated_datasets(settings: ShardConfig) -> dict[str, str]:
     return fingerprints
 
 
-def fetch(recipe: Recipe) -> None:
+def _fetch(recipe: Recipe) -> None:
     """Fetch the sources' images that are URLs, unless that is done already. Ray is started only if there is work."""
+    if recipe.corpus is not None:
+        return
     from mmflow.cluster.local import ensure_ray
     from mmflow.fetch.job import fetch_images, is_settled, may_have_urls
 
@@ -179,6 +181,7 @@ SHARD = LoopStage(
     purpose="Clean a corpus and shard it into a dataset of WebDataset tars.",
     inputs=("corpus",),
     check=_check,
+    prepare=_fetch,
     plan=_plan,
     summary=_summary,
 )

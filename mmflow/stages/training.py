@@ -87,7 +87,10 @@ def compare_gradients(trained: Mapping[str, Section], workspace: str) -> Iterato
 
 def identity(section: Section) -> dict[str, Any]:
     """The settings that decide the weights. A validation decides them only if it can end the training."""
+    from mmflow.models.config import VOCABULARY_SIZE
+
     settings, validation = section.identity(), section.training.validation
+    settings["model"]["vocabulary_size"] = section.model.vocabulary_size or VOCABULARY_SIZE
     del settings["training"]["validation"]
     if validation is not None and validation.patience is not None:
         kept = section.training.checkpoints

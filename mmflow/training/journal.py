@@ -105,13 +105,17 @@ def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None]) -> Iterator[None]:
     """Report a journal's progress from a thread while the block runs, from the lines written meanwhile: neither an
     earlier run nor this one's start counts in how long it takes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     ended = threading.Event()
 
-    def follow() -> None:
-        note, rest = "starting", b""
+    def follow(position: int) -> None:
+        note = "starting"
         while not ended.wait(1.0):
-            whole, _, rest = (rest + stream.read()).rpartition(b"\n")  # the rest is a line that is not whole yet
+            # Opened anew each time: a handle that stays open sees what other nodes wrote late on a network disk.
+            whole = b""
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+                stream.seek(position)
+                whole = stream.read().rpartition(b"\n")[0]  # without a line that is not whole yet
+            position += len(whole) + bool(whole)
             lines = list(_parsed(whole.split(b"\n")))
             for line in lines:
                 metrics = line.get("metrics", {})
@@ -120,14 +124,14 @@ def watch(path: Path, total_steps: int, report: Callable[[int, int, str], None])
             if lines:
                 report(lines[-1]["step"], total_steps, note)
 
-    with path.open("a+b") as stream:  # at its end
-        thread = threading.Thread(target=follow, name="journal-watch", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+    size = path.stat().st_size if path.exists() else 0
+    thread = threading.Thread(target=follow, args=(size,), name="journal-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # --- journals in object stores --------------------------------------------------------------------------------------

@@ -211,11 +211,12 @@ def free_memory_share(device: torch.device) -> float:
     """The free share of the machine's, the container's or the accelerator's memory, whichever is least."""
     machine = psutil.virtual_memory()
     shares = [machine.available / machine.total]
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):  # no container, or one without a limit ("max")
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        # The kernel gives back memory that only caches files.
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-        cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+        cached = 0  # memory that only caches files, which the kernel gives back
+        with contextlib.suppress(OSError):
+            lines = (CGROUP / "memory.stat").read_text().splitlines()
+            cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
         shares.append(1 - (used - cached) / limit)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

@@ -58,8 +58,8 @@ def test_a_section_that_no_model_can_be_examined_in_is_refused_by_its_key(
     asked, trained = settings(**{section: SECTIONS[section]}), {"pretrain": pretrain(MODELS[model], text="questions")}
     with pytest.raises(RecipeError) as caught:
         check_evaluation(asked, trained)
-    refusal = f"evaluate.{section}: pretrain.model cannot be examined in it; it takes {remedy}: name them, or leave "
-    assert str(caught.value) == f"{refusal}{section} out"
+    refusal = f"evaluate.{section}: pretrain.model cannot be examined in it; it needs {remedy}: add them, or remove "
+    assert str(caught.value) == f"{refusal}{section}"
     with pytest.raises(RecipeError, match=rf"^evaluate\.{section}: teacher cannot be examined in it"):
         check_possible(asked, {"teacher": MODELS[model].gives})
 
@@ -67,7 +67,7 @@ def test_a_section_that_no_model_can_be_examined_in_is_refused_by_its_key(
 def test_what_compares_nothing_and_what_measures_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"^evaluate\.attention: teacher cannot be examined in it"):
         check_possible(settings(attention={}, captions={}), {"teacher": MODELS["captioner"].gives})
-    with pytest.raises(RecipeError, match=r"^evaluate: nothing to measure of teacher without a shared space"):
+    with pytest.raises(RecipeError, match=r"^evaluate: .* nothing to measure of teacher; add one of"):
         check_possible(settings(), {"teacher": MODELS["captioner"].gives})
     both = {"teacher": MODELS["captioner"].gives, "student": MODELS["dual"].gives}
     check_possible(settings(captions={}, attention={}), both)

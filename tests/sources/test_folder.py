@@ -38,10 +38,19 @@ def test_sidecars_of_the_same_stem(tmp_path: Path) -> None:
         d___e__jpg=b"",
         d___e__jpg__txt="by its whole name",
         f__gif=b"",
+        g__jpg=b"",
+        g__json='{"key": "my-id-7"}',
         notes__pdf=b"",
     )
     rows = {row["source"]: row for row in read(photos, language="en")}
-    assert sorted(rows) == ["photos/a.jpg", "photos/b.PNG", "photos/c.webp", "photos/d/e.jpg", "photos/f.gif"]
+    assert sorted(rows) == [
+        "photos/a.jpg",
+        "photos/b.PNG",
+        "photos/c.webp",
+        "photos/d/e.jpg",
+        "photos/f.gif",
+        "photos/g.jpg",
+    ]
     assert rows["photos/a.jpg"]["captions"] == [{"language": "en", "text": "a fox"}]
     b = rows["photos/b.PNG"]
     assert (b["captions"], b["split"], b["metadata"]) == (
@@ -53,6 +62,7 @@ def test_sidecars_of_the_same_stem(tmp_path: Path) -> None:
     assert texts(rows["photos/d/e.jpg"]) == ["by its whole name"]
     assert rows["photos/d/e.jpg"]["images"] == ["d/e.jpg"]
     assert rows["photos/f.gif"]["captions"] == []
+    assert rows["photos/g.jpg"]["key"] == "my-id-7"
     assert {row["root"] for row in rows.values()} == {str(photos)}
     assert {row["reason"] for row in rows.values()} == {None}
     assert all(KEY.fullmatch(row["key"]) for row in rows.values())

@@ -49,6 +49,11 @@ def test_braces(text: str, alternatives: list[str]) -> None:
     assert sorted(expand_braces(text)) == sorted(alternatives)
 
 
+def test_a_range_that_runs_backwards_is_refused() -> None:
+    with pytest.raises(MisuseError, match=r"\{127\.\.000\} runs backwards"):
+        expand_braces("s3://b/{127..000}.tar")
+
+
 def test_globs_and_ranges_name_their_files(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / f"x{number}" / "part" / "r.jsonl", "a")

@@ -61,6 +61,7 @@ def test_a_teacher_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None
     records = tmp_path / "records.jsonl"
     records.touch()
     fields: dict[str, Any] = tiny_fields(tmp_path / "workspace", str(records))
-    distill = fields["distill"] | {"teachers": [{"package": str(tmp_path / "nowhere")}]}
-    with pytest.raises(MissingArtifactError, match=r"^distill\.teachers\.0: .*/nowhere: no mmflow\.json, so no model"):
+    teachers = [{"model": "registered", "version": 1}, {"package": str(tmp_path / "nowhere")}]
+    distill = fields["distill"] | {"teachers": teachers}
+    with pytest.raises(MissingArtifactError, match=r"^distill\.teachers\.1: .*/nowhere: no mmflow\.json, so no model"):
         loop_of(tmp_path, shard=fields["shard"], distill=distill).check(["distill"])
