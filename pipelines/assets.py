@@ -17,7 +17,7 @@ from dagster import (
 
 from mmflow.core.errors import MmflowError
 from mmflow.recipe import Recipe
-from mmflow.report.run import write_report
+from mmflow.report.figures import write_report
 from mmflow.stages.loop import STAGES, Loop
 from pipelines.schedule import schedules_of
 

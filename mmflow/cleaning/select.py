@@ -18,7 +18,7 @@ import ray.exceptions
 
 from mmflow.cleaning.config import DuplicatesConfig
 from mmflow.cleaning.duplicates import Hashes, Places, alike_owners, group_buckets, near_owners, run_here, shingles
-from mmflow.cleaning.rounds import (
+from mmflow.cleaning.selection_tasks import (
     EVALUATION,
     HELD_OUT,
     KNOWN,

@@ -16,7 +16,7 @@ from typing import Literal
 from mmflow.core.errors import RecipeError
 from mmflow.evaluation.classification import predicted
 from mmflow.evaluation.examination import SEED, Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
-from mmflow.inference.writing import WritingConfig, write_texts
+from mmflow.inference.generation import WritingConfig, write_texts
 from mmflow.training.config import tasks_of
 
 MOST_ANSWERS = 40  # commonest answers, each with its accuracy

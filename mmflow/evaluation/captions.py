@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.evaluation.examination import SEED, Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
-from mmflow.inference.writing import WritingConfig, write_texts
+from mmflow.inference.generation import WritingConfig, write_texts
 
 Words = list[str]
 References = Sequence[Sequence[str]]  # the texts of people, at least one a caption

@@ -16,7 +16,7 @@ from mmflow.evaluation.classification import CLASSIFICATION, ZERO_SHOT, Classifi
 from mmflow.evaluation.examination import Examination, Gives, Trained
 from mmflow.evaluation.masked_language import MASKED_LANGUAGE, MaskedLanguageConfig
 from mmflow.evaluation.retrieval import LONG_TEXT, MATCHING, RETRIEVAL, LongTextConfig, MatchingConfig
-from mmflow.inference.writing import WritingConfig
+from mmflow.inference.generation import WritingConfig
 
 EXAMINATIONS: dict[str, Examination] = {
     "retrieval": RETRIEVAL,

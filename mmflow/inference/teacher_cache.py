@@ -23,7 +23,7 @@ from mmflow.dataset.format import ShardInfo
 from mmflow.dataset.opened import open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.inference.runner import Task, Write, run, shards_of
-from mmflow.learning.cached import DTYPES, KIND, checksum, file_uri, open_rows
+from mmflow.learning.cached_embeddings import DTYPES, KIND, checksum, file_uri, open_rows
 from mmflow.learning.distillation import CacheConfig
 from mmflow.loading.batches import ViewSettings, assemble, load_slots, normalise
 from mmflow.loading.config import LoaderConfig

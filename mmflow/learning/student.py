@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmflow.core.errors import RecipeError
-from mmflow.learning.cached import CachedTeacher
+from mmflow.learning.cached_embeddings import CachedTeacher
 from mmflow.learning.distillation import (
     DistillationLossesConfig,
     InitialiseConfig,

@@ -12,7 +12,8 @@ from torch import nn
 
 from mmflow.core.errors import RecipeError
 from mmflow.loading.tokens import LAST, PAD, SPECIAL
-from mmflow.models.checkpoints import (
+from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
+from mmflow.models.pretrained import (
     DUAL,
     checkpoint_config,
     fit_pixels,
@@ -22,7 +23,6 @@ from mmflow.models.checkpoints import (
     one_line,
     option_errors,
 )
-from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 
 SideConfig = ImageEncoderConfig | TextEncoderConfig
 

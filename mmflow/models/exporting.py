@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.loading.tokens import pad, special_tokens, tokenise
-from mmflow.models.checkpoints import one_line
 from mmflow.models.encoders import ImageEncoder, TextEncoder
 from mmflow.models.model import Model
 from mmflow.models.package import PREPROCESSOR, TOKENIZER, LoadedModel, preprocessor
+from mmflow.models.pretrained import one_line
 
 # Shapes: B batch, T tokens, S side of a picture in pixels, E width of the shared space.
 

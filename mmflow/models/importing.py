@@ -15,11 +15,11 @@ from mmflow.core.errors import MisuseError
 from mmflow.core.storage import exists, file_sha256, join, local_path, read_json
 from mmflow.loading.tokens import load_tokenizer
 from mmflow.models.backbones import encoder_config
-from mmflow.models.checkpoints import DUAL, one_line
 from mmflow.models.config import ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import Model, build
 from mmflow.models.package import CARD, CONFIG, MODEL_TYPE, PREPROCESSOR, Package, portable, write_package
+from mmflow.models.pretrained import DUAL, one_line
 
 SHARED = ("visual_projection.weight", "text_projection.weight", "logit_scale", "logit_bias")
 # Their positions start after that of padding.

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from mmflow.core.errors import MisuseError, RecipeError
 from mmflow.loading.tokens import special_tokens
 from mmflow.models.backbones import OWN_IDS, depths, encoder_config, load_backbone
-from mmflow.models.checkpoints import num_positions, stretch_text
 from mmflow.models.config import HEADS, ImageEncoderConfig, ModelConfig, TextEncoderConfig, VideoConfig
 from mmflow.models.decoder import Cache, Decoder, decoder_tokens
 from mmflow.models.encoders import Encoded, Encoder, Fused, ImageEncoder, TextEncoder, TextTower, WindowEncoder
 from mmflow.models.fusion import Fusion, build_fusion
 from mmflow.models.heads import build_head
+from mmflow.models.pretrained import num_positions, stretch_text
 from mmflow.models.video import ImageTower, TightSimilarity, VideoEncoder
 
 # Shapes: B batch, A captions, T tokens, R regions, W width, H and S height and width in pixels, E the width of the

@@ -15,7 +15,7 @@ from mmflow.core.listing import File, extension, fingerprint, is_image, open_str
 from mmflow.core.storage import join, local_path
 from mmflow.sources.config import SourceConfig
 from mmflow.sources.fields import SIDECARS, read_sidecars
-from mmflow.sources.lists import read_csv, read_jsonl
+from mmflow.sources.jsonl_csv import read_csv, read_jsonl
 from mmflow.sources.reasons import Reason, Rejected, malformed
 from mmflow.sources.records import UNREADABLE, Fields, Kind, Record, Unit, attempt, unreadable
 

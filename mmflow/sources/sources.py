@@ -15,7 +15,7 @@ from mmflow.core import listing
 from mmflow.core.errors import MisuseError
 from mmflow.core.listing import extension
 from mmflow.core.storage import join
-from mmflow.sources import folder, html, huggingface, img2dataset, lists, parquet, webdataset
+from mmflow.sources import folder, html, huggingface, img2dataset, jsonl_csv, parquet, webdataset
 from mmflow.sources.config import SourceConfig, SourceKind
 from mmflow.sources.records import (
     CHUNK,
@@ -39,8 +39,8 @@ KINDS: Mapping[SourceKind, Kind] = {
     "img2dataset": img2dataset.KIND,
     "webdataset": webdataset.KIND,
     "folder": folder.KIND,
-    "jsonl": lists.JSONL,
-    "csv": lists.CSV,
+    "jsonl": jsonl_csv.JSONL,
+    "csv": jsonl_csv.CSV,
     "parquet": parquet.KIND,
     "html": html.KIND,
 }

@@ -103,8 +103,8 @@ def fingerprints_of(key: str, section: Section) -> dict[str, str]:
     """Fingerprints of what a section names: datasets, checkpoints and packages. `key` is the recipe's, for errors."""
     from mmflow.core.listing import fingerprint
     from mmflow.loading.opening import open_mixed
-    from mmflow.models.checkpoints import checkpoint_directory
     from mmflow.models.package import read_package
+    from mmflow.models.pretrained import checkpoint_directory
     from mmflow.training.config import PretrainConfig, tasks_of
 
     fingerprints = {}

@@ -24,11 +24,11 @@ from mmflow.loading.opening import open_mixed, open_readers
 from mmflow.loading.plan import LoaderState
 from mmflow.loading.tokens import load_tokenizer, read_tokenizer
 from mmflow.models.backbones import encoder_config
-from mmflow.models.checkpoints import checkpoint_directory
 from mmflow.models.config import VOCABULARY_SIZE, ModelConfig, TextEncoderConfig
 from mmflow.models.lora import check_lora
 from mmflow.models.model import build, with_special_tokens
 from mmflow.models.package import Package, check_start, fresh_parts, read_config, read_package, read_vocabulary
+from mmflow.models.pretrained import checkpoint_directory
 from mmflow.training.config import DistillConfig, PretrainConfig, Task, TrainingConfig, tasks_of
 from mmflow.training.engine import descend, engine_settings, prepare_deepspeed, rows_of, whole_state
 from mmflow.training.validation import validation_metrics

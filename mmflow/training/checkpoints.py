@@ -25,10 +25,7 @@ from mmflow.core.errors import CorruptArtifactError, TrainingError
 from mmflow.core.storage import local_path, scratch_directory
 from mmflow.loading.plan import LoaderState
 from mmflow.models.encoders import parameter_count
-from mmflow.training.config import CheckpointsConfig
-from mmflow.training.engine import average_buffers, random_state, set_random_state
-from mmflow.training.journal import Journal
-from mmflow.training.store import (
+from mmflow.training.checkpoint_store import (
     STAGING,
     Saved,
     best_first,
@@ -42,6 +39,9 @@ from mmflow.training.store import (
     superfluous,
     verify,
 )
+from mmflow.training.config import CheckpointsConfig
+from mmflow.training.engine import average_buffers, random_state, set_random_state
+from mmflow.training.journal import Journal
 from mmflow.training.zero import layout, load_reshaped, state_hash
 
 STATE = "state"

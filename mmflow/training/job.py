@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from mmflow.core.errors import RecipeError
 from mmflow.dataset.opened import open_dataset
-from mmflow.learning.cached import CachedTeacher
+from mmflow.learning.cached_embeddings import CachedTeacher
 from mmflow.learning.distillation import DistillationLossesConfig, InitialiseConfig
 from mmflow.learning.learner import Learner
 from mmflow.learning.objectives import check_objectives

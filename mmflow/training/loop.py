@@ -36,7 +36,7 @@ Save = Callable[[int, LoaderState, Mapping[str, float], str], bool]
 
 
 @dataclass(kw_only=True)
-class Loop:
+class TrainingLoop:
     """A training's loop as one rank runs it. Every rank runs it in step.
 
     The engine's module takes a batch and the step, and returns the loss to descend, (), and the parts to report by

@@ -20,14 +20,14 @@ from mmflow.models.encoders import parameter_count
 from mmflow.models.lora import adapter_count, merged
 from mmflow.models.model import with_special_tokens
 from mmflow.models.package import portable, write_package
+from mmflow.training.checkpoint_store import Saved
 from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.engine import average_buffers, prepare_deepspeed, whole_state
 from mmflow.training.guards import Guards, Pulse, Rewind, Trouble
 from mmflow.training.job import Built, TrainingJob, build, open_source, open_validation, total_steps
 from mmflow.training.journal import Journal, appended
-from mmflow.training.loop import PREEMPTION, Due, Loop
+from mmflow.training.loop import PREEMPTION, Due, TrainingLoop
 from mmflow.training.metrics import peak_flops
-from mmflow.training.store import Saved
 
 GUARDS = "guards.json"  # beside the checkpoints
 
@@ -100,7 +100,7 @@ class _Rank:
                 journal.flush()
             return is_begun
 
-        loop = Loop(
+        loop = TrainingLoop(
             engine=engine,
             total_steps=steps,
             log_every=config.log_every_steps,

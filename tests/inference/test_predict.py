@@ -13,8 +13,8 @@ import torch
 from mmflow.core.errors import MisuseError
 from mmflow.dataset.reader import Sample
 from mmflow.inference import predict
+from mmflow.inference.generation import WritingConfig, text_of, write_texts
 from mmflow.inference.predict import Predictor
-from mmflow.inference.writing import WritingConfig, text_of, write_texts
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.decoder import decoder_tokens
 from mmflow.models.model import Model

@@ -19,7 +19,7 @@ from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.dataset.opened import Dataset
 from mmflow.inference.runner import ShardWorker
 from mmflow.inference.teacher_cache import TeacherCache, cache_stage, with_caches
-from mmflow.learning.cached import KIND, CachedTeacher, file_uri
+from mmflow.learning.cached_embeddings import KIND, CachedTeacher, file_uri
 from mmflow.learning.distillation import CacheConfig, DistillationLossesConfig
 from mmflow.learning.learner import Learner
 from mmflow.learning.objectives import ObjectivesConfig

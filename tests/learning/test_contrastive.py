@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from mmflow.learning import strips
+from mmflow.learning import pair_losses
 from mmflow.learning.objectives import ObjectivesConfig, check_objectives, total
 from mmflow.learning.objectives.contrastive import Contrastive, contrastive_loss, pair_score_loss
+from mmflow.learning.pair_losses import sigmoid_loss
 from mmflow.learning.rows import GlobalRows
-from mmflow.learning.strips import sigmoid_loss
 from mmflow.models.config import ModelConfig
 from mmflow.models.model import build
 from tests.learning.tiny import (
@@ -75,9 +75,9 @@ LOSSES = {
 }
 
 
-@pytest.fixture(params=[1, 40, strips.STRIP_ELEMENTS], ids=["a row a strip", "some rows", "one strip"])
+@pytest.fixture(params=[1, 40, pair_losses.STRIP_ELEMENTS], ids=["a row a strip", "some rows", "one strip"])
 def strip_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips, "STRIP_ELEMENTS", request.param)
+    monkeypatch.setattr(pair_losses, "STRIP_ELEMENTS", request.param)
 
 
 def assert_same_gradients(ours: Leaves, theirs: Leaves, scale: float = 1.0) -> None:
@@ -190,7 +190,7 @@ def test_padded_rows_change_nothing(
             long[places] = short
     expected = dense(plain, smoothing)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strips, "STRIP_ELEMENTS", strip_elements)
+        patch.setattr(pair_losses, "STRIP_ELEMENTS", strip_elements)
         loss = loss_of(padded, rows_of(real), smoothing)
         loss.backward()
     torch.testing.assert_close(loss, expected, **CLOSE)

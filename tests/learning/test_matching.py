@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmflow.learning import strips
+from mmflow.learning import pair_losses
 from mmflow.learning.objectives.matching import Matching
+from mmflow.learning.pair_losses import draw_negatives
 from mmflow.learning.rows import uniform
-from mmflow.learning.strips import draw_negatives
 from mmflow.models.encoders import Encoded
 from tests.learning.tiny import TinyModel, all_real, alone, batch, gradients, outputs_of, rows_of, unit
 
@@ -36,7 +36,7 @@ def test_own_partner_padding_and_equals_are_never_drawn(
     embeddings = unit(rows, WIDTH, seed), unit(rows, WIDTH, seed + 1)
     chance = uniform(seed, torch.arange(rows), 1)[:, 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strips, "STRIP_ELEMENTS", strip_elements)
+        patch.setattr(pair_losses, "STRIP_ELEMENTS", strip_elements)
         drawn = draw_negatives(*embeddings, torch.tensor([scale]), identities, identities, real, chance)
     for row, other in enumerate(drawn.tolist()):
         may_be = [

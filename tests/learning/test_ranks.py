@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from mmflow.learning import strips
+from mmflow.learning import pair_losses
 from mmflow.learning.objectives import ObjectivesConfig, total
 from mmflow.learning.rows import all_ranks, gather_rows, global_rows, ring_shift
 from tests.learning.tiny import TinyModel, batch, gradients, outputs_of, rows_of
@@ -66,7 +66,7 @@ def loss_and_gradients(
 
 def one_of_many(rank: int, world_size: int, directory: str) -> None:
     torch.set_num_threads(1)
-    strips.STRIP_ELEMENTS = 16  # several strips a rank
+    pair_losses.STRIP_ELEMENTS = 16  # several strips a rank
     store = dist.FileStore(f"{directory}/store", world_size)
     timeout = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)

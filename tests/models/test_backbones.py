@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmflow.core.errors import RecipeError
-from mmflow.models.checkpoints import num_positions, resampled, stretched
 from mmflow.models.model import learning_rate_factors
+from mmflow.models.pretrained import num_positions, resampled, stretched
 from tests.models.backbones import IMAGE, TEXT, image_encoder, text_encoder
 
 LEARNED = ("bert", "roberta", "clip_text_model", "siglip_text_model")

@@ -25,11 +25,11 @@ from mmflow.loading.config import LoaderConfig
 from mmflow.loading.plan import LoaderState
 from mmflow.models.config import ModelConfig
 from mmflow.training import job as training_job
+from mmflow.training.checkpoint_store import saved_checkpoints
 from mmflow.training.config import Task, TrainingConfig
 from mmflow.training.job import TrainingJob
-from mmflow.training.loop import Loop
+from mmflow.training.loop import TrainingLoop
 from mmflow.training.rank import run_rank
-from mmflow.training.store import saved_checkpoints
 from tests.tiny import SMALLEST_MODEL
 from tests.training.ranks import begin_rank, dual_encoder, transformer
 
@@ -117,22 +117,22 @@ def run(plan: Training, directory: Path, preempted: Callable[[], bool] = lambda:
     Poisoned.poison = plan.poison
     with (here / f"seen-{dist.get_rank()}.jsonl").open("a", buffering=1) as seen:
         job = job_of(plan, directory)
-        Loop.run = watched(plan, job, here, seen.write)  # type: ignore[method-assign]
+        TrainingLoop.run = watched(plan, job, here, seen.write)  # type: ignore[method-assign]
         os.replace = dying_replace(plan)
         try:
             run_rank(job, preempted)
         finally:
-            os.replace, Loop.run = REPLACE, RUN  # type: ignore[method-assign]
+            os.replace, TrainingLoop.run = REPLACE, RUN  # type: ignore[method-assign]
 
 
-RUN, REPLACE = Loop.run, os.replace
+RUN, REPLACE = TrainingLoop.run, os.replace
 
 
 def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str], Any]) -> Callable[..., int]:
-    """`Loop.run` with batches that are written down, and with this rank's fault."""
+    """`TrainingLoop.run` with batches that are written down, and with this rank's fault."""
     halts = [step for step in plan.halts if not any(here.glob(halted(step, "*")))]
 
-    def run(loop: Loop, source: Iterator[Batch], *, first_step: int, state: LoaderState) -> int:
+    def run(loop: TrainingLoop, source: Iterator[Batch], *, first_step: int, state: LoaderState) -> int:
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(source, first_step + 1):
                 if plan.die == (dist.get_rank(), step):

@@ -18,10 +18,7 @@ from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError
 from mmflow.training import zero
-from mmflow.training.checkpoints import Checkpoints
-from mmflow.training.config import CheckpointsConfig
-from mmflow.training.journal import Journal, read_journal
-from mmflow.training.store import (
+from mmflow.training.checkpoint_store import (
     Saved,
     copy,
     directory_of,
@@ -33,6 +30,9 @@ from mmflow.training.store import (
     superfluous,
     verify,
 )
+from mmflow.training.checkpoints import Checkpoints
+from mmflow.training.config import CheckpointsConfig
+from mmflow.training.journal import Journal, read_journal
 from mmflow.training.zero import element_hash
 
 RANKS = 3

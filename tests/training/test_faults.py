@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from mmflow.training.checkpoint_store import directory_of, saved_checkpoints
 from mmflow.training.journal import read_journal
-from mmflow.training.store import directory_of, saved_checkpoints
 from tests.training.faulty_ranks import EPOCHS, VICTIM
 from tests.training.ranks import assert_bit_equal
 from tests.training.trainings import (

@@ -23,7 +23,7 @@ from mmflow.training.config import CheckpointsConfig, GuardsConfig, TrainingConf
 from mmflow.training.engine import build_engine, whole_state
 from mmflow.training.guards import Guards
 from mmflow.training.journal import Journal, curves, read_journal
-from mmflow.training.loop import Due, Loop
+from mmflow.training.loop import Due, TrainingLoop
 from tests.tiny import SMALLEST_MODEL
 from tests.training.ranks import assert_bit_equal, fresh_learner, main, perform, random_batch
 
@@ -75,7 +75,7 @@ def run(engine: Any, directory: Path, step: int = 0, state: LoaderState | None =
     checkpoints = checkpoints_in(directory)
     with contextlib.closing(Journal(directory / "journal.jsonl")) as journal:
         state = state or LoaderState()
-        loop = Loop(
+        loop = TrainingLoop(
             engine=engine,
             total_steps=TOTAL_STEPS,
             log_every=LOG_EVERY,

@@ -32,7 +32,7 @@ from mmflow.training.engine import build_engine, whole_state
 from mmflow.training.guards import Guards
 from mmflow.training.job import TrainingJob
 from mmflow.training.journal import Journal, curves, read_journal
-from mmflow.training.loop import Due, Loop
+from mmflow.training.loop import Due, TrainingLoop
 from mmflow.training.rank import run_rank
 from mmflow.training.zero import places_of
 from tests.dataset.handmade import Handmade, write_dataset
@@ -89,7 +89,7 @@ def turns() -> Iterator[Batch]:
 def take_turns(engine: Any, journal: Path) -> None:
     """A step of each turn's task, a line of the journal for every two."""
     with contextlib.closing(Journal(journal if dist.get_rank() == 0 else None)) as lines:
-        loop = Loop(
+        loop = TrainingLoop(
             engine=engine,
             total_steps=len(TURNS),
             log_every=2,
@@ -203,9 +203,9 @@ def straight(directory: Path) -> None:
 
 def stopped(directory: Path) -> None:
     """Ended before a step, with a checkpoint behind it."""
-    run = Loop.run
+    run = TrainingLoop.run
 
-    def run_until(loop: Loop, source: Iterator[Batch], **settings: Any) -> int:
+    def run_until(loop: TrainingLoop, source: Iterator[Batch], **settings: Any) -> int:
         def until() -> Iterator[Batch]:
             for step, batch in enumerate(source, 1):
                 if step == STOPPED_BEFORE:
@@ -214,7 +214,7 @@ def stopped(directory: Path) -> None:
 
         return run(loop, until(), **settings)
 
-    Loop.run = run_until  # type: ignore[method-assign]
+    TrainingLoop.run = run_until  # type: ignore[method-assign]
     for stage in JOBS:
         with contextlib.suppress(TrainingError):
             run_rank(job_of(directory, f"stopped-{stage}", stage))

@@ -22,10 +22,10 @@ from mmflow.loading.config import AugmentConfig, CropConfig, LoaderConfig
 from mmflow.loading.loader import Loader
 from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
+from mmflow.training.checkpoint_store import directory_of, saved_checkpoints
 from mmflow.training.config import CheckpointsConfig, ValidationConfig
 from mmflow.training.journal import curves, read_journal
 from mmflow.training.metrics import known_peak
-from mmflow.training.store import directory_of, saved_checkpoints
 from mmflow.training.validation import Best
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, MODEL, OPTIONS

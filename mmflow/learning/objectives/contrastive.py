@@ -52,7 +52,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The loss, (). `image_BE` and `text_BE` are of unit length; `logit_scale` (1,) multiplies their cosines."""
-    from mmflow.learning.strips import pair_surprisals
+    from mmflow.learning.pair_losses import pair_surprisals
 
     by_image_B, by_text_B = pair_surprisals(image_BE, text_BE, logit_scale, rows, gather)
     per_row_B = 0.5 * (by_image_B + by_text_B)

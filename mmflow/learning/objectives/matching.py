@@ -66,7 +66,7 @@ class Matching(Objective):
         """For each image a caption and for each caption an image, (B,) int64 each, −1 where there is none."""
         import torch
 
-        from mmflow.learning.strips import draw_negatives
+        from mmflow.learning.pair_losses import draw_negatives
 
         rows = outputs.rows
         if self.negatives == "hard":

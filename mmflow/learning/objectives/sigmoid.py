@@ -27,7 +27,7 @@ class Sigmoid(Objective):
         return SHARED_SPACE | {"bias": "give the model a bias (SigLIP's is -10)"}
 
     def loss(self, outputs: Outputs) -> Tensor:
-        from mmflow.learning.strips import sigmoid_loss
+        from mmflow.learning.pair_losses import sigmoid_loss
 
         scale, bias = outputs.scale
         assert bias is not None, "needs() names it"

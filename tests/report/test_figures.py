@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from mmflow.report.figures import share_of_teacher
 from mmflow.report.page import metric_words
-from mmflow.report.run import share_of_teacher
 from mmflow.report.run_page import kept_view
 
 

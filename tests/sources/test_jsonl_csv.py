@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.sources import lists
+from mmflow.sources import jsonl_csv
 from mmflow.sources.reasons import Reason
 from tests.sources.reading import read, reasons, texts
 
@@ -28,7 +28,7 @@ def test_jsonl_rows_number_their_lines_and_lose_none(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_one_malformed_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lists, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl_csv, "MAX_LINE_BYTES", 100)
     good = b'{"image": "a.png"}\n'
     (tmp_path / "a.jsonl").write_bytes(good + b"x" * 1000 + b"\n" + good)
     rows = read(tmp_path / "a.jsonl")

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmflow.core.errors import RecipeError
-from mmflow.models.checkpoints import checkpoint_directory
 from mmflow.models.config import ImageEncoderConfig, TextEncoderConfig
 from mmflow.models.model import build_image_encoder, build_text_encoder
 from mmflow.models.package import without_checkpoint
+from mmflow.models.pretrained import checkpoint_directory
 from tests.models.backbones import IMAGE, PIXELS, TEXT, VOCABULARY
 
 
