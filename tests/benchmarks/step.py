@@ -50,21 +50,21 @@ def _rate(program: Callable[[], float]) -> float:
 
 
 def ours() -> float:
-    """`training.loop.Loop` with a DeepSpeed engine, of one rank."""
+    """`training.loop.TrainingLoop` with a DeepSpeed engine, of one rank."""
     import torch.distributed as dist
 
     from mmflow.loading.plan import LoaderState
     from mmflow.training.config import GuardsConfig, TrainingConfig
     from mmflow.training.guards import Guards
     from mmflow.training.journal import Journal
-    from mmflow.training.loop import Due, Loop
+    from mmflow.training.loop import Due, TrainingLoop
 
     training = TrainingConfig.model_validate(_section()["training"])
     engine = engine_of(_learner(), training.model_copy(update={"precision": "fp32"}))
     clock = Clock(_batches())
     with tempfile.TemporaryDirectory() as directory:
         journal = Journal(Path(directory) / "journal.jsonl")
-        loop = Loop(
+        loop = TrainingLoop(
             engine=engine,
             total_steps=WARM_STEPS + STEPS,
             log_every=LOG_EVERY,
