@@ -1,4 +1,4 @@
-"""What tests of distillation share: small teachers and students that attend, batches, and losses of a student."""
+"""Shared by tests of distillation: small transformer teachers and students, batches, and embeddings."""
 
 from __future__ import annotations
 
@@ -61,13 +61,9 @@ def loaded(fields: dict[str, Any], seed: int = 3) -> LoadedModel:
 
 
 def student_of(
-    fields: dict[str, Any],
-    losses: dict[str, Any],
-    *teachers: Teacher,
-    weight: float = 0.0,
-    ranks: Ranks = ALONE,
+    fields: dict[str, Any], losses: dict[str, Any], *teachers: Teacher, weight: float = 0.0, ranks: Ranks = ALONE
 ) -> Student:
-    """A student whose own objective weighs nothing unless told."""
+    """A student; its own objective has weight 0 by default."""
     config = ModelConfig.model_validate(fields)
     objectives = ObjectivesConfig.model_validate({"contrastive": {"weight": weight}})
     learner = Learner(build("model", config, VOCABULARY, seed=0), config, [objectives], SPECIAL, seed=0, ranks=ranks)

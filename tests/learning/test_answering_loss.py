@@ -57,7 +57,7 @@ def test_index_loss_and_gradient_equal_those_of_transformers_lxmert() -> None:
         torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_an_answer_is_written_from_what_the_model_remembers_of_the_question() -> None:
+def test_answers_are_generated_from_the_memory_of_the_question() -> None:
     class Remembering(TinyModel):
         def memory(self, image, text=None):  # type: ignore[no-untyped-def]
             return text._replace(sequence_BTW=self.fuse(image, text).text_BTW)
@@ -85,7 +85,7 @@ def test_smoothed_labels_cost_what_the_equation_says(smoothing: float) -> None:
     torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-6, rtol=1e-5)
 
 
-def test_batches_without_the_target_are_named() -> None:
+def test_a_missing_target_is_named() -> None:
     model, arguments = TinyModel(), batch(2)
     del arguments["targets"]["label"]
     with pytest.raises(TrainingError, match=r"no target 'label'.*answer, answer_ids.*loader"):

@@ -63,7 +63,7 @@ def test_every_word_counts_alike_and_padding_nowhere() -> None:
     torch.testing.assert_close(next_token_loss(logits.bfloat16(), ids, there, alone), loss, atol=0.02, rtol=0.01)
 
 
-def test_captions_of_one_token_have_nothing_to_guess() -> None:
+def test_captions_of_one_token_have_no_loss() -> None:
     loss = next_token_loss(
         torch.randn(2, 1, 9, requires_grad=True), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1).bool(), alone
     )
@@ -72,7 +72,7 @@ def test_captions_of_one_token_have_nothing_to_guess() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_the_picture_is_what_the_decoder_reads(smoothing: float) -> None:
+def test_the_decoder_reads_the_picture(smoothing: float) -> None:
     model, arguments = TinyModel(), batch(4)
     config = Captioning(label_smoothing=smoothing)
     outputs = outputs_of(model, arguments, all_real(4))

@@ -1,4 +1,4 @@
-"""A student begins with exactly those of its teacher's weights that were asked for."""
+"""A student starts with exactly the teacher weights that the recipe asks for."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_shorter_student_takes_the_first_positions() -> None:
     assert torch.equal(student.state_dict()[name], teacher.state_dict()[name][:10])
 
 
-def test_what_does_not_fit_keeps_what_it_was_drawn_with() -> None:
+def test_weights_that_do_not_fit_keep_their_initial_values() -> None:
     fields = attending(image_pixels=24)  # other numbers of patches: its positions are not the teacher's
     student, teacher, fresh = model(0, fields), model(1, attending()), model(0, fields)
     kept = begin(student, teacher)

@@ -1,4 +1,4 @@
-"""Losses of layers and of orders against plain loops, and which layer goes with which."""
+"""Attention, hidden-state and ranking losses against plain loops, and which layers are paired."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_hidden_equals_a_plain_loop() -> None:
         torch.testing.assert_close(gradient, torch.autograd.grad(total / count, ours, retain_graph=True)[0])
 
 
-def test_nothing_there_costs_nothing() -> None:
+def test_masks_without_places_cost_nothing() -> None:
     nothing = torch.zeros(3, 3, dtype=torch.bool)
     ours, hidden = maps(2, 0), torch.randn(3, 3, 4, requires_grad=True)
     loss = attention_loss([(ours, maps(2, 1).detach())], "same", nothing, alone)

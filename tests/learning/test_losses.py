@@ -1,5 +1,4 @@
-"""Losses of embeddings against their equations written as plain loops, in value and gradient; padding and agreement
-cost nothing."""
+"""Distillation losses of embeddings against plain loops, in value and gradient. Padding and agreement cost nothing."""
 
 from __future__ import annotations
 
@@ -59,36 +58,35 @@ def divergence_of_mean(rows: Sequence[tuple[float, Sequence[Tensor]]], ours: Seq
     return sum(p * (p / q).log() for p, q in zip(taught, ours, strict=True))  # type: ignore[union-attr]
 
 
+def mean_divergence(
+    student: Embeddings, teachers: Teachers, probabilities: Callable[[Embeddings, int, int], list[Tensor]]
+) -> Tensor:
+    """The mean over both sides and all rows."""
+    total, num_rows = torch.zeros(()).double(), len(student.image_BE)
+    for side in range(2):
+        for row in range(num_rows):
+            theirs = [(share, probabilities(teacher, side, row)) for share, teacher in teachers]
+            total = total + divergence_of_mean(theirs, probabilities(student, side, row))
+    return total / (2 * num_rows)
+
+
 def plain_soft_labels(student: Embeddings, teachers: Teachers, temperature: float = 2.0) -> Tensor:
     """Hinton's equation 1 and the sum over candidates, a number at a time."""
-    total, rows = torch.zeros(()).double(), len(student.image_BE)
-    for direction in range(2):
-        for row in range(rows):
 
-            def probabilities(of: Embeddings, direction: int = direction, row: int = row) -> list[Tensor]:
-                here, there = both_ways(of)[direction]
-                return softmax([of.logit_scale[0].double() * (here[row] @ other) / temperature for other in there])
+    def probabilities(model: Embeddings, side: int, row: int) -> list[Tensor]:
+        anchors, candidates = both_ways(model)[side]
+        scale = model.logit_scale[0].double() / temperature
+        return softmax([scale * (anchors[row] @ candidate) for candidate in candidates])
 
-            theirs = [(share, probabilities(teacher)) for share, teacher in teachers]
-            total = total + divergence_of_mean(theirs, probabilities(student))
-    return temperature**2 * total / (2 * rows)
+    return temperature**2 * mean_divergence(student, teachers, probabilities)
 
 
 def plain_similarities(student: Embeddings, teachers: Teachers, temperature: float = 0.5) -> Tensor:
-    total, rows = torch.zeros(()).double(), len(student.image_BE)
-    for side in ("image_BE", "text_BE"):
-        for row in range(rows):
-            others = [number for number in range(rows) if number != row]
+    def probabilities(model: Embeddings, side: int, row: int) -> list[Tensor]:
+        vectors, _ = both_ways(model)[side]
+        return softmax([vectors[row] @ other / temperature for place, other in enumerate(vectors) if place != row])
 
-            def probabilities(
-                of: Embeddings, side: str = side, row: int = row, others: Sequence[int] = others
-            ) -> list[Tensor]:
-                vectors = getattr(of, side).double()
-                return softmax([vectors[row] @ vectors[other] / temperature for other in others])
-
-            theirs = [(share, probabilities(teacher)) for share, teacher in teachers]
-            total = total + divergence_of_mean(theirs, probabilities(student))
-    return total / (2 * rows)
+    return mean_divergence(student, teachers, probabilities)
 
 
 def plain_features(student: Embeddings, teachers: Teachers) -> Tensor:

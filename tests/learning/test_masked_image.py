@@ -63,7 +63,7 @@ def test_loss_and_gradient_equal_those_of_transformers() -> None:
         torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_hidden_cannot_be_seen() -> None:
+def test_hidden_pixels_do_not_reach_the_model() -> None:
     """Other pixels under the hidden squares change what is asked, not what is painted."""
     seen = []
 

@@ -54,7 +54,7 @@ def test_special_tokens_and_padding_are_never_hidden(rows: int, first: int, shar
 
 
 @given(padding=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
-def test_what_is_hidden_of_a_row_depends_on_no_other(padding: int, seed: int) -> None:
+def test_hidden_words_of_a_row_do_not_depend_on_other_rows(padding: int, seed: int) -> None:
     """Neither on the rows beside it nor on what they are padded to."""
     arguments = batch(6)
     ids, there = arguments["token_ids"], arguments["token_mask"].bool()

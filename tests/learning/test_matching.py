@@ -1,4 +1,4 @@
-"""Wrong partners are wrong and drawn as the paper says, and the loss is its equation."""
+"""Negatives are really negative and drawn as in the paper, and the loss is the paper's equation."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_own_partner_padding_and_equals_are_never_drawn(
 
 
 @pytest.mark.parametrize("chance", [2.0**-24, 1 - 2.0**-24])
-def test_the_ends_of_chance_draw_what_may_be(chance: float) -> None:
+def test_extreme_random_numbers_draw_allowed_candidates(chance: float) -> None:
     """The last candidates, and the first, are barred: rounding must not fall on them."""
     rows = 300
     embeddings = unit(rows, WIDTH, 0), unit(rows, WIDTH, 1)
@@ -111,14 +111,10 @@ def test_loss_and_gradient_equal_the_paper_s_equation(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("negatives", ["hard", "uniform"])
-@pytest.mark.parametrize("pool", ["batch", "rank"])
-def test_on_one_rank_the_pool_makes_no_difference(negatives: str, pool: str) -> None:
-    model, arguments, rows = TinyModel(), batch(6), rows_of(torch.arange(6) != 2)
-    losses = [
-        Matching(negatives=negatives, pool=each).loss(outputs_of(model, arguments, rows))  # type: ignore[arg-type]
-        for each in ("batch", pool)
-    ]
-    torch.testing.assert_close(*losses)
+def test_on_one_rank_the_pool_makes_no_difference(negatives: Any) -> None:
+    outputs = [outputs_of(TinyModel(), batch(6), rows_of(torch.arange(6) != 2)) for _ in range(2)]
+    of_batch, of_rank = Matching(negatives=negatives, pool="batch"), Matching(negatives=negatives, pool="rank")
+    torch.testing.assert_close(of_batch.loss(outputs[0]), of_rank.loss(outputs[1]))
 
 
 def test_rows_of_one_key_or_one_caption_are_no_partners() -> None:

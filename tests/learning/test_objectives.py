@@ -1,4 +1,4 @@
-"""Weights by step, what a recipe may ask of a model, and one order of calls whatever is in the batch."""
+"""Weights by step, which objectives fit which model, and the order of module calls, which no batch changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmflow.learning.outputs import MaskingTokens
 from mmflow.models.config import ModelConfig
 from tests.learning.test_on_a_model import EVERYTHING as ALL_OF_A_MODEL
 from tests.learning.test_on_a_model import MODEL
-from tests.learning.tiny import SPECIAL, TinyModel, all_real, batch, gradients, outputs_of, rows_of
+from tests.learning.tiny import SPECIAL, TinyModel, all_real, batch, outputs_of, rows_of
 
 EVERYTHING = {name: {} for name in ObjectivesConfig.model_fields}
 
@@ -45,7 +45,7 @@ def test_a_number_is_the_weight_of_every_step(step: int, weight: float) -> None:
         ([], "increasing steps"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(weight: Any, message: str) -> None:
+def test_invalid_weights_are_refused(weight: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Contrastive.model_validate({"weight": weight})
 
@@ -87,7 +87,7 @@ def test_each_output_of_the_model_is_computed_once() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_modules_are_called_in_one_order_whatever_the_batch_and_the_weights(weight: float) -> None:
-    """ZeRO-3 gathers by that order: a rank of padding, a text without words to hide, partners that cannot be."""
+    """ZeRO-3 gathers in that order: a rank of padding, a text without words to hide, rows without negatives."""
 
     def calls(real: torch.Tensor, share: float, keys: tuple[str, ...], weight: float) -> list[str]:
         model, arguments = TinyModel(), batch(6)
@@ -120,15 +120,8 @@ def test_the_same_generator_gives_the_same_loss_and_another_not() -> None:
 
 
 ALL = {
-    "embeddings",
-    "fused",
-    "matching_logits",
-    "masked_language_logits",
-    "masked_image_pixels",
-    "class_logits",
-    "decoded",
-    "decoded from the image",
-    "bias",
+    *("embeddings", "bias", "fused", "matching_logits", "masked_language_logits", "masked_image_pixels"),
+    *("class_logits", "decoded", "decoded from the image"),
 }
 
 
@@ -149,7 +142,7 @@ ALL = {
         ({"classification": {}}, set(), "recipe.classification: needs class_logits; add classes"),
     ],
 )
-def test_what_the_model_does_not_give_is_named_with_the_key_and_the_remedy(
+def test_a_missing_output_is_named_with_the_key_and_the_remedy(
     objectives: dict[str, Any], gives: set[str], message: str
 ) -> None:
     config = ObjectivesConfig.model_validate(objectives)
@@ -166,25 +159,13 @@ def test_a_tokenizer_without_a_mask_cannot_hide_words() -> None:
         check_objectives("recipe", config, ALL, bare)
 
 
-def test_what_is_given_passes() -> None:
+def test_objectives_that_fit_the_model_pass() -> None:
     config = ObjectivesConfig.model_validate(EVERYTHING)
     check_objectives("recipe", config, ALL, SPECIAL)
     uniform = ObjectivesConfig.model_validate({"matching": {"negatives": "uniform"}})
     check_objectives("recipe", uniform, {"fused", "matching_logits"}, SPECIAL)
     written = ObjectivesConfig.model_validate({"answering": {"by": "generation"}})
     check_objectives("recipe", written, {"fused", "decoded", "decoded from the question"}, SPECIAL)
-
-
-def test_the_loss_can_be_descended() -> None:
-    model = TinyModel()
-    config = ObjectivesConfig.model_validate(EVERYTHING)
-    loss, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
-    gradient = gradients(loss, model)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight -= 0.05 * gradient[name]
-    lower, _ = total(outputs_of(model, batch(6), all_real(6)), config.named, step=0)
-    assert lower < loss
 
 
 # --- parts of the model that nothing trains ---------------------------------------------------------------------------
@@ -203,43 +184,30 @@ def trained(objectives: dict[str, Any], by_losses: tuple[str, ...] = (), **chang
         (
             {"captioning": {}},
             {"decoder": DECODER},
-            "model.embedding_width: no objective trains it; name contrastive or sigmoid under pretrain.objectives, or "
-            "set it to null",
+            "model.embedding_width: .* contrastive or sigmoid .* null",
         ),
-        (
-            {"contrastive": {}},
-            {"bias": -10.0},
-            "model.bias: no objective trains it; name sigmoid under pretrain.objectives, or leave it out",
-        ),
-        (
-            {"contrastive": {}},
-            {"decoder": DECODER},
-            "model.decoder: no objective trains it; name captioning or answering with by: generation under "
-            "pretrain.objectives, or leave it out",
-        ),
+        ({"contrastive": {}}, {"bias": -10.0}, "model.bias: .* sigmoid .* leave it out"),
+        ({"contrastive": {}}, {"decoder": DECODER}, "model.decoder: .* captioning or answering with by: generation"),
         (
             {"contrastive": {}, "matching": {}},
             {"fusion": MODEL["fusion"], "heads": ["matching", "masked_language"]},
-            "model.heads: masked_language: no objective trains it; name masked_language under pretrain.objectives, or "
-            "leave it out",
+            "model.heads: masked_language: .* leave it out",
         ),
         (
             {"answering": {"by": "generation"}},
             {"fusion": MODEL["fusion"], "heads": ["classes"], "decoder": DECODER, "embedding_width": None},
-            "model.heads: classes: no objective trains it; name answering with by: classes or classification under "
-            "pretrain.objectives, or leave it out",
+            "model.heads: classes: .* answering with by: classes or classification",
         ),
     ],
 )
 def test_an_untrained_part_is_named_with_what_trains_it(
     objectives: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError, match=rf"^pretrain\.{message}"):
         trained(objectives, **changes)
-    assert str(caught.value) == f"pretrain.{message}"
 
 
-def test_what_is_trained_passes() -> None:
+def test_models_with_only_trained_parts_pass() -> None:
     trained({"contrastive": {}})
     trained({"sigmoid": {}}, bias=-10.0)
     trained(ALL_OF_A_MODEL, **MODEL)

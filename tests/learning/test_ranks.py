@@ -1,4 +1,4 @@
-"""Every objective over two and three ranks: the mean of the ranks' losses is that of one process, gradients too."""
+"""Every objective on two and three ranks: the mean of the ranks' losses and gradients is that of one process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cases() -> Iterator[tuple[str, str]]:
 def loss_and_gradients(
     objective: str, real: str, rank: int, world_size: int
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Of the rows that fall to a rank, their texts padded to the longest among them alone."""
+    """Of one rank's rows, with texts padded to the longest of that rank."""
     model, whole = TinyModel(), batch(ROWS)
     mine = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     longest = int(whole["token_mask"][mine].sum(1).max())
@@ -104,7 +104,7 @@ def test_mean_over_ranks_equals_one_process(ranks: list[dict[str, Any]], objecti
         torch.testing.assert_close(gradients_of_ranks.mean(0), gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_what_is_passed_on_comes_from_the_rank_before(ranks: list[dict[str, Any]]) -> None:
+def test_ring_shift_receives_from_the_rank_before(ranks: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(ranks):
         assert (rank["passed"] == (number - 1) % len(ranks)).all()
 

@@ -1,7 +1,8 @@
-"""Retrieval by hand-computed cases, with one right answer and several; what cannot be told apart counts against the
-model."""
+"""Retrieval metrics against hand-computed cases, with one right answer and several. Ties count against the model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,28 +23,22 @@ from mmflow.learning.retrieval import (
 NAN = float("nan")
 
 
-def test_rank_is_one_more_than_the_number_that_score_higher() -> None:
-    similarity = np.array(
-        [
-            [0.9, 0.1, 0.2, 0.3],  # first
-            [0.8, 0.5, 0.4, 0.3],  # second
-            [0.9, 0.8, 0.1, 0.2],  # last
-            [0.1, 0.9, 0.4, 0.5],  # second
-        ]
-    )
-    assert ranks_of_right(similarity).tolist() == [1, 2, 4, 2]
-    assert ranks_of_right(similarity.T).tolist() == [2, 3, 4, 1]
+SCORES = np.array([[0.9, 0.1, 0.2, 0.3], [0.8, 0.5, 0.4, 0.3], [0.9, 0.8, 0.1, 0.2], [0.1, 0.9, 0.4, 0.5]])
 
 
-def test_ties_count_against_the_model() -> None:
-    assert ranks_of_right(np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5], [0.1, 0.1, 0.5]])).tolist() == [2, 3, 1]
-
-
-def test_what_is_not_a_number_ranks_last() -> None:
-    similarity = np.array([[NAN, 0.1, 0.2], [0.3, 0.9, NAN], [0.1, 0.2, 0.9]])
-    assert ranks_of_right(similarity).tolist() == [3, 2, 1]
-    assert ranks_of_right(np.full((4, 4), NAN)).tolist() == [4, 4, 4, 4]
-    assert ranks_of_right(np.full((3, 3), -np.inf)).tolist() == [3, 3, 3]
+@pytest.mark.parametrize(
+    ("similarity", "ranks"),
+    [
+        (SCORES, [1, 2, 4, 2]),
+        (SCORES.T, [2, 3, 4, 1]),
+        (np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5], [0.1, 0.1, 0.5]]), [2, 3, 1]),
+        (np.array([[NAN, 0.1, 0.2], [0.3, 0.9, NAN], [0.1, 0.2, 0.9]]), [3, 2, 1]),
+        (np.full((4, 4), NAN), [4, 4, 4, 4]),
+        (np.full((3, 3), -np.inf), [3, 3, 3]),
+    ],
+)
+def test_rank_counts_higher_scores_and_ties_and_nan_ranks_last(similarity: Any, ranks: list[int]) -> None:
+    assert ranks_of_right(similarity).tolist() == ranks
 
 
 def test_the_nearest_are_taken_along_either_axis() -> None:
@@ -54,7 +49,7 @@ def test_the_nearest_are_taken_along_either_axis() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9))
-def test_a_reordering_sorts_the_chosen_by_their_scores_and_leaves_the_others_behind_them(seed: int, count: int) -> None:
+def test_reordering_sorts_the_chosen_by_score_and_keeps_the_others_behind_them(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
     similarity = random.uniform(-1, 1, (5, 8))
     scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8))
@@ -66,7 +61,7 @@ def test_a_reordering_sorts_the_chosen_by_their_scores_and_leaves_the_others_beh
         assert np.argsort(-order[row], kind="stable").tolist() == [*first, *then]
 
 
-def test_a_reordering_by_what_is_not_a_number_puts_it_last() -> None:
+def test_reordering_puts_nan_last() -> None:
     similarity, scores = np.array([[0.9, 0.8, 0.1]]), np.array([[NAN, -3.0, 0.0]])
     order = reordered(similarity, scores, nearest(similarity, 2, axis=1))
     assert [int(ranks_of_right(order, np.array([right]))[0]) for right in range(3)] == [3, 2, 3]
@@ -100,7 +95,7 @@ def test_metrics_by_hand() -> None:
     }
 
 
-def test_a_picture_has_found_its_captions_as_soon_as_one_of_them_comes_up() -> None:
+def test_a_picture_has_the_rank_of_its_first_right_caption() -> None:
     pictures = np.array([[0.9, 0.1, 0.8, 0.5, 0.7], [0.9, 0.1, 0.2, 0.3, 0.8]])
     result = rank_several(pictures, np.array([0, 0, 1, 1, 1]))
     # The first picture's captions are first and last of five; of the second's, places two, three and four.
@@ -113,7 +108,7 @@ def test_a_caption_finds_its_picture_wherever_that_stands() -> None:
     assert rank_one(captions, np.array([0, 0, 1])).ranks.tolist() == [1, 2, 1]
 
 
-def test_right_captions_do_not_stand_in_each_others_way_and_wrong_ones_that_tie_do() -> None:
+def test_ties_with_wrong_captions_lower_the_rank_and_ties_with_right_ones_do_not() -> None:
     owner = np.array([0, 0, 1])
     assert rank_several(np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.5]]), owner).ranks.tolist() == [1, 3]
     assert rank_several(np.array([[NAN, 0.5, 0.4], [0.1, NAN, 0.9]]), owner).ranks.tolist() == [1, 2]
@@ -138,22 +133,19 @@ def test_chance_by_hand_and_by_guessing() -> None:
     }
     three = {"R@1": pytest.approx(1 / 3), "R@5": 1.0, "R@10": 1.0, "mAP": pytest.approx(11 / 18), "mean_rank": 2}
     assert chance_metrics(3) == {**three, "median_rank": 2}
-    guessed = [rank_one(np.random.default_rng(seed).random((20, 20))) for seed in range(500)]
-    assert_near(guessed, chance_metrics(20))
+    guesses = [rank_one(np.random.default_rng(seed).random((20, 20))) for seed in range(500)]
+    assert mean_metrics(guesses) == pytest.approx(chance_metrics(20), rel=0.1)
 
 
 def test_chance_with_several_right_captions_by_guessing() -> None:
     owner = np.array([0] * 7 + [1] * 6 + [2] * 1 + [3] * 1 + [4] * 5)
-    guessed = [rank_several(np.random.default_rng(seed).random((5, 20)), owner) for seed in range(1500)]
-    assert_near(guessed, chance_metrics(20, np.bincount(owner)))
+    guesses = [rank_several(np.random.default_rng(seed).random((5, 20)), owner) for seed in range(1500)]
+    assert mean_metrics(guesses) == pytest.approx(chance_metrics(20, np.bincount(owner)), rel=0.1)
 
 
-def assert_near(guessed: list[QueryRanks], expected: dict[str, float]) -> None:
-    together = QueryRanks(
-        np.concatenate([guess.ranks for guess in guessed]), np.concatenate([guess.precision for guess in guessed])
-    )
-    for name, value in retrieval_metrics(together).items():
-        assert value == pytest.approx(expected[name], rel=0.1), name
+def mean_metrics(guesses: list[QueryRanks]) -> dict[str, float]:
+    ranks, precision = zip(*((guess.ranks, guess.precision) for guess in guesses), strict=True)
+    return retrieval_metrics(QueryRanks(np.concatenate(ranks), np.concatenate(precision)))
 
 
 def plain_search(scores: list[float], right: set[int]) -> tuple[int, float]:

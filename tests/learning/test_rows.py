@@ -1,4 +1,4 @@
-"""Random numbers that belong to a place do not depend on who draws them, and look like chance."""
+"""The random number of a place does not depend on which rank draws it, and passes statistical tests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_draw_has_another_seed_and_equal_generators_the_same() -> None:
     assert len(set(seeds)) == 50
 
 
-def test_text_hashess_tell_texts_apart_and_not_their_padding() -> None:
+def test_text_hashes_differ_between_texts_and_ignore_padding() -> None:
     ids = torch.tensor([[5, 6, 7], [5, 7, 6], [5, 6, 0], [6, 5, 0], [5, 0, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 0, 0]])
     hashes = text_hashes(ids, mask)

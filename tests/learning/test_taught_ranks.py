@@ -1,4 +1,4 @@
-"""Every loss over two ranks: the mean of the ranks' losses is that of one process, gradients too."""
+"""Every distillation loss on two ranks: the mean of the ranks' losses and gradients is that of one process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def student(ranks: Ranks = ALONE) -> Student:
 
 
 def losses_and_gradients(module: Student, real: str, mine: slice) -> Found:
-    """By loss; zeros for a weight that it does not reach."""
+    """By loss; zeros for weights without a gradient."""
     whole = batch(ROWS, real=REALS[real])
     _, parts = module(replace(whole.map_tensors(lambda tensor: tensor[mine]), keys=whole.keys[mine]), 0)
     weights = list(module.parameters())

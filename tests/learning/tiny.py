@@ -1,4 +1,4 @@
-"""What tests of objectives share: a model of a few hundred weights that gives everything, and batches for it."""
+"""Shared by tests of objectives: a model of a few hundred weights with every output, and batches for it."""
 
 from __future__ import annotations
 
@@ -122,12 +122,7 @@ def batch(rows: int, seed: int = 0) -> dict[str, Any]:
 
 
 def outputs_of(
-    model: Any,
-    arguments: dict[str, Any],
-    rows: GlobalRows,
-    *,
-    ranks: Ranks = ALONE,
-    seed: int = 3,
+    model: Any, arguments: dict[str, Any], rows: GlobalRows, *, ranks: Ranks = ALONE, seed: int = 3
 ) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
     return Outputs(model=model, **arguments, rows=rows, ranks=ranks, special=SPECIAL, generator=generator)

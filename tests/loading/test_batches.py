@@ -1,4 +1,4 @@
-"""Batches: what a sample and its epoch put into a slot, how rows become tensors, and what happens to bad samples."""
+"""Batches: a slot depends only on its sample and epoch, rows become tensors, and bad samples stop or are skipped."""
 
 from __future__ import annotations
 
@@ -289,17 +289,13 @@ def test_a_batch_holds_its_rows_padded_to_the_longest_text() -> None:
     assert {name: target.tolist() for name, target in labelled.targets.items()} == {"label": [-1, 1]}
 
 
-def test_a_batch_keeps_its_pixels_when_the_buffer_is_filled_again() -> None:
-    batch, buffer = batch_of(1, 2)
-    before = batch.pixels.clone()
-    buffer[:] = 0
-    assert torch.equal(batch.pixels, before)
-
-
 def test_a_batch_without_answers_has_answers_of_one_padding_token() -> None:
-    batch, _ = batch_of(1, 1)
+    batch, buffer = batch_of(1, 1)
     assert batch.targets["answer_ids"].tolist() == [[PAD], [PAD]]
     assert batch.targets["answer_mask"].tolist() == [[0], [0]]
+    before = batch.pixels.clone()
+    buffer[:] = 0  # filled again for a later batch
+    assert torch.equal(batch.pixels, before)
 
 
 def test_clips_have_a_frame_axis_and_a_mask_of_their_frames() -> None:

@@ -1,4 +1,4 @@
-"""The order of samples: every one once an epoch, the same batches for every number of ranks, found without walking."""
+"""The order of samples: each one once an epoch, and the same batches for every number of ranks."""
 
 from __future__ import annotations
 
@@ -57,6 +57,13 @@ def dealt(order: Order, epoch: int = 0) -> list[Sample]:
     return [sample for batch in epoch_of(order, epoch) for sample in real(batch)]
 
 
+def lengths(dataset: int, shard: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Caption lengths like those of corpora, most short and a few long: 2 to 65, logarithms uniform."""
+    words = mix(rows.astype(np.uint64) + key_of(dataset, shard))
+    uniform = (words >> np.uint64(11)).astype(np.float64) / 2**53
+    return (12 * np.exp(1.7 * (2 * uniform - 1))).astype(np.int64)
+
+
 def stored(state: LoaderState) -> LoaderState:
     """The state as a checkpoint gives it back."""
     return LoaderState(**json.loads(json.dumps(asdict(state))))
@@ -65,9 +72,14 @@ def stored(state: LoaderState) -> LoaderState:
 # --- an epoch ---------------------------------------------------------------------------------------------------------
 
 
-@given(order=orders, epoch=epochs)
-def test_every_sample_comes_once_an_epoch_and_only_the_last_batch_is_padded(order: Order, epoch: int) -> None:
-    batches = epoch_of(order, epoch)
+buckets = st.none() | st.builds(Buckets, st.integers(2, 6), st.just(lengths))
+
+
+@given(order=orders, buckets=buckets, epoch=epochs)
+def test_every_sample_comes_once_an_epoch_and_only_the_last_batch_is_padded(
+    order: Order, buckets: Buckets | None, epoch: int
+) -> None:
+    batches = epoch_of(replace(order, buckets=buckets), epoch)
     assert sorted(sample for batch in batches for sample in real(batch)) == samples(order)
     assert all(len(batch) == order.global_batch_size for batch in batches)
     assert all(batch.real.all() for batch in batches[:-1])
@@ -77,7 +89,7 @@ def test_every_sample_comes_once_an_epoch_and_only_the_last_batch_is_padded(orde
 
 @given(order=orders, epoch=epochs, data=st.data())
 def test_a_batch_may_begin_at_any_position(order: Order, epoch: int, data: st.DataObject) -> None:
-    """A training that goes on with another batch size repeats nothing and loses nothing either."""
+    """A training that continues with another batch size neither repeats nor loses samples."""
     stop = data.draw(st.integers(0, len(samples(order)) - 1))
     before = replace(order, global_batch_size=max(1, stop)).batch(LoaderState(epoch))
     seen = real(before)[: stop or -len(before)]
@@ -177,7 +189,7 @@ def test_a_rank_reads_the_windows_of_its_own_lanes_alone(
 
 
 @given(order=orders, epoch=epochs, world_size=worlds, data=st.data())
-def test_what_is_read_ahead_covers_the_batches_of_a_window(
+def test_read_ahead_covers_the_batches_of_a_window(
     order: Order, epoch: int, world_size: int, data: st.DataObject
 ) -> None:
     """From one call until a window later, the rows that the rank's lanes give are among those asked for."""
@@ -224,7 +236,7 @@ def test_order_follows_seed_and_epoch_alone() -> None:
 
 
 def test_neighbours_of_a_shard_do_not_stay_together() -> None:
-    """Rows next to each other come from one source; batch and epoch must part them as chance would."""
+    """Neighbouring rows come from one source; batches must separate them as a random order would."""
     order = Order(shard_samples=(4_096,), global_batch_size=64, seed=7, window=256, lanes=4)
     batches = [np.sort(batch.row) for batch in epoch_of(order)]
     # Of 64 samples 16 come from each lane's window of 256: a given row's follower is there for 15 of 255.
@@ -284,12 +296,11 @@ def test_a_state_of_other_data_is_refused(state: LoaderState) -> None:
 
 
 @given(order=orders, epoch=epochs, data=st.data())
-def test_a_position_is_found_without_the_ones_before_it(order: Order, epoch: int, data: st.DataObject) -> None:
+def test_a_position_is_located_without_the_positions_before_it(order: Order, epoch: int, data: st.DataObject) -> None:
     plan = EpochPlan(order.shard_samples, order.seed, epoch, order.window, order.lanes)
-    every = list(zip(*(found.tolist() for found in plan.locate(np.arange(plan.num_samples))), strict=True))
+    places = np.stack(plan.locate(np.arange(plan.num_samples)))
     positions = data.draw(st.lists(st.integers(0, plan.num_samples - 1), min_size=1, max_size=20))
-    found = zip(*(found.tolist() for found in plan.locate(np.array(positions))), strict=True)
-    assert list(found) == [every[position] for position in positions]
+    assert np.array_equal(np.stack(plan.locate(np.array(positions))), places[:, positions])
 
 
 def test_windows_and_lanes_of_an_epoch_are_shuffled_each_in_its_own_way() -> None:
@@ -312,30 +323,14 @@ def test_shards_are_read_in_another_order_each_epoch() -> None:
 # --- buckets ----------------------------------------------------------------------------------------------------------
 
 
-def lengths(dataset: int, shard: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Captions' lengths as corpora have them, most short and a few long: from 2 to 65, their logarithms even."""
-    words = mix(rows.astype(np.uint64) + key_of(dataset, shard))
-    uniform = (words >> np.uint64(11)).astype(np.float64) / 2**53
-    return (12 * np.exp(1.7 * (2 * uniform - 1))).astype(np.int64)
-
-
-def waste(order: Order) -> float:
-    """Share of the tokens of an epoch that is padding to the longest of its batch."""
+def waste(batches: Sequence[Slots]) -> float:
+    """The share of tokens that is padding to the longest text of its batch."""
     kept = padded = 0
-    for batch in epoch_of(order):
-        token_counts = np.array([int(lengths(0, shard, np.array([row]))[0]) for shard, row in real(batch)])
-        kept, padded = kept + int(token_counts.sum()), padded + int(token_counts.max()) * len(token_counts)
+    for batch in batches:
+        places = zip(*(column[batch.real].tolist() for column in (batch.dataset, batch.shard, batch.row)), strict=True)
+        counts = [int(lengths(dataset, shard, np.array([row]))[0]) for dataset, shard, row in places]
+        kept, padded = kept + sum(counts), padded + max(counts) * len(counts)
     return 1 - kept / padded
-
-
-@given(order=orders, num_batches=st.integers(2, 6), epoch=epochs)
-def test_every_sample_still_comes_once_an_epoch_and_only_the_last_batch_is_padded(
-    order: Order, num_batches: int, epoch: int
-) -> None:
-    order = replace(order, buckets=Buckets(num_batches, lengths))
-    batches = epoch_of(order, epoch)
-    assert sorted(sample for batch in batches for sample in real(batch)) == samples(order)
-    assert all(batch.real.all() for batch in batches[:-1])
 
 
 @given(order=orders, num_batches=st.integers(2, 6), data=st.data())
@@ -361,13 +356,13 @@ def test_a_group_holds_the_samples_that_it_had_without_buckets(order: Order, num
 
 def test_buckets_cut_the_waste_of_padding_to_less_than_a_third() -> None:
     order = Order(shard_samples=(500,) * 4, global_batch_size=32, seed=3)
-    plain = waste(order)
+    plain = waste(epoch_of(order))
     assert plain > 0.5
-    assert waste(replace(order, buckets=Buckets(16, lengths))) < plain / 3
+    assert waste(epoch_of(replace(order, buckets=Buckets(16, lengths)))) < plain / 3
 
 
 def test_batches_of_a_group_come_in_no_order_of_length() -> None:
-    """Were the short ones first, the loss would go up and down with every group."""
+    """If the short ones came first, the loss would rise and fall with every group."""
     order = Order(shard_samples=(2_000,), global_batch_size=10, seed=3, buckets=Buckets(20, lengths))
     means = np.array([np.mean([lengths(0, 0, np.array([row]))[0] for _, row in real(b)]) for b in epoch_of(order)])
     ranks = np.argsort(np.argsort(means.reshape(10, 20), axis=1), axis=1)

@@ -1,4 +1,4 @@
-"""Batches of several tasks: whose turn it is follows from the weights, and each task goes on where it was."""
+"""Batches of several tasks: the weights decide the turns, and each task continues where it was."""
 
 from __future__ import annotations
 
@@ -32,14 +32,9 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def datasets(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, ...]:
     samples = [Handmade(key=f"other-{n}", captions=[{"language": "en", "text": f"other {n}"}]) for n in range(6)]
-    return write_dataset(tmp_path_factory.mktemp("tasks") / "dataset", [("train", samples)])
-
-
-@pytest.fixture(scope="module")
-def datasets(small_dataset: Dataset, other_dataset: Dataset) -> tuple[Dataset, ...]:
-    return small_dataset, other_dataset
+    return small_dataset, write_dataset(tmp_path_factory.mktemp("tasks") / "dataset", [("train", samples)])
 
 
 def loader_of(

@@ -1,4 +1,4 @@
-"""Which words a view shows: captions by language, questions with their answers, tokens left out."""
+"""The words of a view: captions by language, questions with their answers, dropped tokens, windows of sentences."""
 
 from __future__ import annotations
 
@@ -31,12 +31,6 @@ QUESTIONS = {
 }
 
 
-def chosen(weights: dict[str, float], languages: tuple[str, ...], draws: int = 4000) -> Counter[str]:
-    captions = tuple(Caption(f"{number} {language}", language) for number, language in enumerate(languages))
-    random = np.random.default_rng(0)
-    return Counter(choose_caption(captions, weights, random) for _ in range(draws))
-
-
 @pytest.mark.parametrize(
     ("weights", "languages", "shares"),
     [
@@ -51,13 +45,15 @@ def chosen(weights: dict[str, float], languages: tuple[str, ...], draws: int = 4
 def test_captions_are_drawn_by_their_language_s_weight(
     weights: dict[str, float], languages: tuple[str, ...], shares: dict[str, float]
 ) -> None:
-    counts = chosen(weights, languages)
+    captions = tuple(Caption(f"{number} {language}", language) for number, language in enumerate(languages))
+    random = np.random.default_rng(0)
+    counts = Counter(choose_caption(captions, weights, random) for _ in range(4000))
     assert set(counts) == set(shares)
     for text, share in shares.items():
         assert abs(counts[text] / 4000 - share) < 0.03  # four deviations
 
 
-def test_choosing_draws_as_much_whatever_there_is_to_choose_from() -> None:
+def test_every_choice_draws_equally_many_numbers() -> None:
     after = []
     for languages in (("en",), ("en", "zh"), ("zh",)):
         random = np.random.default_rng(5)
@@ -93,10 +89,7 @@ def test_answers_are_drawn_as_often_as_people_gave_them() -> None:
         ({"questions": []}, "has none"),
         ({"questions": "what?"}, "has none"),
         ({"questions": ["what?"]}, "sample key-1: 'what?' is not a question"),
-        (
-            {"questions": [{"question": "what?", "answers": "red"}]},
-            "key-1: answers 'red' are not a list of texts",
-        ),
+        ({"questions": [{"question": "what?", "answers": "red"}]}, "key-1: answers 'red' are not a list of texts"),
     ],
 )
 def test_a_sample_without_questions_is_named(metadata: dict[str, object], message: str) -> None:
@@ -145,7 +138,7 @@ def test_tokens_are_dropped_at_their_share() -> None:
         [""],
     ],
 )
-def test_sentences_are_told_apart(sentences: list[str]) -> None:
+def test_text_is_split_into_sentences(sentences: list[str]) -> None:
     text = "".join(sentences)
     starts = sentence_starts(text)
     assert [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)] == sentences
@@ -164,8 +157,7 @@ lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 @given(lengths=lengths, room=st.integers(1, 40), draw=st.floats(0, 1, exclude_max=True))
 def test_a_window_is_a_run_of_whole_sentences_as_long_as_fits(lengths: list[int], room: int, draw: float) -> None:
-    total = sum(lengths)
-    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    total, starts = sum(lengths), [sum(lengths[:number]) for number in range(len(lengths))]
     first, end = sentence_window(starts, total, room, draw)
     assert 0 <= first < end <= total
     assert end - first <= room
@@ -182,16 +174,12 @@ def test_a_window_is_a_run_of_whole_sentences_as_long_as_fits(lengths: list[int]
 
 @given(lengths=lengths, room=st.integers(1, 40))
 def test_every_token_is_met_by_some_draw(lengths: list[int], room: int) -> None:
-    total = sum(lengths)
-    starts = [sum(lengths[:number]) for number in range(len(lengths))]
-    met: set[int] = set()
-    for number in range(1000):
-        first, end = sentence_window(starts, total, room, number / 1000)
-        met |= set(range(first, end))
-    assert met == set(range(total))
+    total, starts = sum(lengths), [sum(lengths[:number]) for number in range(len(lengths))]
+    windows = [sentence_window(starts, total, room, number / 1000) for number in range(1000)]
+    assert {token for window in windows for token in range(*window)} == set(range(total))
 
 
-def test_starts_that_no_token_has_or_two_share_are_no_sentences_of_their_own() -> None:
+def test_sentence_starts_without_a_token_of_their_own_are_ignored() -> None:
     """A tokenizer may drop what a sentence is made of, or a sentence may begin past the last token."""
     assert sentence_window([0, 4, 4, 10], 10, 5, 0.0) == (0, 4)
     assert sentence_window([0, 4, 4, 10], 10, 6, 0.9) == (4, 10)

@@ -230,7 +230,7 @@ def test_names_of_special_tokens_within_a_text_are_plain_text_in_every_process(k
         assert not {special.pad, special.first, special.last, special.mask} & set(row[1:-1])
 
 
-def test_a_tokenizer_that_is_not_there_or_is_none_names_the_key_and_the_file(tmp_path: Path) -> None:
+def test_a_missing_or_invalid_tokenizer_names_the_key_and_the_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^pretrain.tokenizer: .*tokenizer.json: No such file or directory; give"):
         load_tokenizer(tmp_path, "pretrain.tokenizer")
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
@@ -310,7 +310,7 @@ def test_pictures_are_not_read(tmp_path: Path) -> None:
     assert learn(dataset) == whole
 
 
-def test_a_damaged_text_stops_or_is_passed_over_as_the_recipe_says(tmp_path: Path) -> None:
+def test_a_damaged_text_stops_or_is_skipped_as_the_recipe_says(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, {"classes": {"kind": "a"}}, {"classes": {"kind": "b"}})
     flip(dataset, "json", 0)
     with pytest.raises(CorruptArtifactError, match=r"json of row 0 \(key-0\) is not what was written"):

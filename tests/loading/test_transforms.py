@@ -1,4 +1,4 @@
-"""Pictures to views: a seed, a view's number and a key give one view, and each setting changes its own part of it."""
+"""Pictures to views: seed, view number and key determine a view, and each setting only changes its own part."""
 
 from __future__ import annotations
 
@@ -65,26 +65,29 @@ def random_view(body: bytes, side: int, augment: AugmentConfig, view: int, key: 
     return random_views([body], "jpg", side, augment, generator(7, view, key))[0]
 
 
+def drawn(width: int, height: int, augment: AugmentConfig, seed: int) -> View:
+    return draw_view(width, height, augment, np.random.default_rng(seed).random(DRAWS).tolist())
+
+
 def view(pixels: Pixels, side: int, augment: AugmentConfig, seed: int = 0) -> Pixels:
     """The view of decoded pixels."""
     height, width, _ = pixels.shape
-    draws = np.random.default_rng(seed).random(DRAWS).tolist()
-    return show(pixels, side, draw_view(width, height, augment, draws))
+    return show(pixels, side, drawn(width, height, augment, seed))
 
 
-def numbers(drawn: View) -> Mapping[str, object]:
-    """What each setting has made of a view."""
-    warp = drawn.warp
+def numbers(view: View) -> Mapping[str, object]:
+    """The part of a view that each setting decides."""
+    warp = view.warp
     scale = math.hypot(warp.b, warp.e)
     return {
-        "crop": drawn.part,
+        "crop": view.part,
         "max_zoom": round(scale, 9),
         "max_aspect": round(math.hypot(warp.a, warp.d) / scale, 9),
         "max_shift": (warp.c, warp.f),
         "max_rotation_degrees": round(math.atan2(-warp.b, warp.e), 9),
         "flip": warp.a * warp.e - warp.b * warp.d < 0,
-        **drawn.colours._asdict(),
-        "policies": drawn.operations,
+        **view.colours._asdict(),
+        "policies": view.operations,
     }
 
 
@@ -123,13 +126,12 @@ def test_a_view_is_rebuilt_from_its_key_alone() -> None:
 def test_switching_one_setting_on_or_off_leaves_the_others_draws_as_they_were(
     name: str, seed: int, width: int, height: int
 ) -> None:
-    draws = np.random.default_rng(seed).random(DRAWS).tolist()
-    everything = numbers(draw_view(width, height, ALL, draws))
+    everything = numbers(drawn(width, height, ALL, seed))
     without = AugmentConfig(**{other: value for other, value in EACH.items() if other != name})
     alone = AugmentConfig(**{name: EACH[name]})
-    changed = numbers(draw_view(width, height, without, draws))
+    changed = numbers(drawn(width, height, without, seed))
     assert {key for key in everything if changed[key] != everything[key]} <= {name}
-    assert numbers(draw_view(width, height, alone, draws))[name] == everything[name]
+    assert numbers(drawn(width, height, alone, seed))[name] == everything[name]
 
 
 def test_every_setting_changes_the_view() -> None:
@@ -142,18 +144,14 @@ def test_every_setting_changes_the_view() -> None:
 
 
 @given(height=lengths, width=lengths, side=sides, seed=seeds)
-def test_nothing_switched_on_is_the_centre_view(height: int, width: int, side: int, seed: int) -> None:
+def test_views_have_their_side_and_without_augmentation_are_the_centre_view(
+    height: int, width: int, side: int, seed: int
+) -> None:
     pixels = noise(height, width, seed)
-    plain = centre_view(pixels, side)
-    assert plain.shape == (side, side, 3)
-    assert plain.dtype == np.uint8
+    plain, augmented = centre_view(pixels, side), view(pixels, side, ALL, seed)
+    for pixels_of_view in (plain, augmented):
+        assert (pixels_of_view.shape, pixels_of_view.dtype) == ((side, side, 3), np.uint8)
     np.testing.assert_array_equal(view(pixels, side, AugmentConfig(), seed), plain)
-
-
-@given(height=lengths, width=lengths, side=sides, seed=seeds)
-def test_any_picture_gives_a_view_of_the_side(height: int, width: int, side: int, seed: int) -> None:
-    shown = view(noise(height, width), side, ALL, seed)
-    assert (shown.shape, shown.dtype) == ((side, side, 3), np.uint8)
 
 
 def test_the_frames_of_a_clip_share_their_view() -> None:
@@ -165,7 +163,7 @@ def test_the_frames_of_a_clip_share_their_view() -> None:
     assert np.array_equal(frames[3], alone)
 
 
-def test_what_is_no_picture_is_named() -> None:
+def test_bytes_that_are_no_picture_are_an_error() -> None:
     with pytest.raises(CorruptArtifactError, match="cannot be decoded"):
         random_view(b"nothing", 32, ALL, 0)
 
@@ -183,9 +181,7 @@ def test_centre_view_is_the_middle_square_of_a_picture_that_is_not_square(height
 @given(width=st.integers(20, 400), height=st.integers(20, 400), seed=seeds)
 def test_crops_keep_to_their_area_and_aspect_and_lie_within_the_picture(width: int, height: int, seed: int) -> None:
     augment = AugmentConfig(crop=CropConfig(area=(0.3, 0.6), aspect=(0.5, 2)))
-    left, top, share_x, share_y = draw_view(
-        width, height, augment, np.random.default_rng(seed).random(DRAWS).tolist()
-    ).part
+    left, top, share_x, share_y = drawn(width, height, augment, seed).part
     assert min(left, top) >= 0
     assert max(left + share_x, top + share_y) <= 1 + 1e-9
     assert 0.5 - 1e-9 <= share_x * width / (share_y * height) <= 2 + 1e-9
@@ -195,9 +191,7 @@ def test_crops_keep_to_their_area_and_aspect_and_lie_within_the_picture(width: i
 
 def test_crops_cover_the_whole_picture_and_all_areas() -> None:
     augment = AugmentConfig(crop=CropConfig(area=(0.1, 1.0)))
-    parts = np.array(
-        [draw_view(80, 72, augment, np.random.default_rng(seed).random(DRAWS).tolist()).part for seed in range(2000)]
-    )
+    parts = np.array([drawn(80, 72, augment, seed).part for seed in range(2000)])
     areas = parts[:, 2] * parts[:, 3]
     assert np.histogram(areas, 3, (0.1, 0.7))[0].min() > 350  # even but for shapes that do not fit
     assert parts[:, 0].min() < 0.01
@@ -206,8 +200,7 @@ def test_crops_cover_the_whole_picture_and_all_areas() -> None:
 
 def test_a_crop_that_cannot_fit_is_the_centre_at_the_nearest_aspect() -> None:
     augment = AugmentConfig(crop=CropConfig(area=(0.9, 1.0), aspect=(1.0, 1.0)))
-    part = draw_view(100, 20, augment, np.random.default_rng(0).random(DRAWS).tolist()).part
-    assert part == pytest.approx((0.4, 0.0, 0.2, 1.0))
+    assert drawn(100, 20, augment, seed=0).part == pytest.approx((0.4, 0.0, 0.2, 1.0))
 
 
 def test_a_crop_is_decoded_at_the_scale_that_it_needs() -> None:
@@ -239,15 +232,14 @@ def test_zoomed_out_view_is_white_around_the_picture() -> None:
 # --- colours --------------------------------------------------------------------------------------------------------
 
 
-def test_brightness_and_contrast_stay_within_their_bounds() -> None:
-    grey = np.full((16, 16, 3), 100, np.uint8)
-    levels = np.array([view(grey, 16, AugmentConfig(brightness=0.2), seed)[8, 8, 0] for seed in range(300)])
-    assert 79 <= levels.min() < 85
-    assert 115 < levels.max() <= 120
-    light = np.full((16, 16, 3), 227, np.uint8)
-    levels = np.array([view(light, 16, AugmentConfig(contrast=0.2), seed)[8, 8, 0] for seed in range(300)])
-    assert 206 <= levels.min() < 211
-    assert 242 < levels.max() <= 247
+@pytest.mark.parametrize(
+    ("setting", "grey", "lowest", "highest"), [("brightness", 100, 79, 120), ("contrast", 227, 206, 247)]
+)
+def test_brightness_and_contrast_use_their_range(setting: str, grey: int, lowest: int, highest: int) -> None:
+    pixels, augment = np.full((16, 16, 3), grey, np.uint8), AugmentConfig.model_validate({setting: 0.2})
+    levels = np.array([view(pixels, 16, augment, seed)[8, 8, 0] for seed in range(300)])
+    assert lowest <= levels.min() < lowest + 5
+    assert highest - 5 < levels.max() <= highest
 
 
 def test_saturation_and_hue_keep_greys_and_luma() -> None:
@@ -301,12 +293,12 @@ def test_evaluation_takes_the_middles(total: int, count: int, expected: list[int
     assert choose_frames(total, count) == expected
 
 
-def test_training_comes_to_every_frame() -> None:
+def test_training_draws_every_frame() -> None:
     random = np.random.default_rng(0)
     assert {frame for _ in range(300) for frame in choose_frames(20, 4, random)} == set(range(20))
 
 
-def test_a_short_clip_draws_as_much_as_a_long_one() -> None:
+def test_short_and_long_clips_draw_equally_many_numbers() -> None:
     after = []
     for total in (2, 100):
         random = np.random.default_rng(0)
@@ -334,7 +326,7 @@ def test_operations_are_drawn_evenly_both_ways_and_as_many_as_asked() -> None:
     assert all(1300 < count < 1700 for count in counts.values())
 
 
-def test_no_strength_changes_nothing_but_what_has_none() -> None:
+def test_strength_zero_changes_nothing_unless_the_operation_has_no_strength() -> None:
     pixels = noise(32, 32)
     for operation in get_args(Operation):
         chosen = [Chosen(operation, 0.0)]
@@ -367,7 +359,7 @@ def test_ranges_are_those_of_the_paper() -> None:
     assert warp_of([Chosen("rotate", 1.0)]).d == pytest.approx(0.5)  # the sine of 30 degrees
 
 
-def test_two_warps_are_one_after_the_other() -> None:
+def test_folded_warps_equal_warps_in_turn() -> None:
     """Folded into one map they show what Pillow shows that applies them in turn, but for the second resampling."""
     pixels = np.asarray(Image.fromarray(noise(8, 8)).resize((96, 96), Image.Resampling.BICUBIC))
     chosen = [Chosen("rotate", 0.8), Chosen("translate_x", 0.4), Chosen("shear_y", -0.7)]
@@ -403,6 +395,6 @@ def test_default_operations_keep_a_red_apple_red() -> None:
         ({"crop": {"aspect": [2, 1]}}, r"aspect \[2.0, 1.0\] is not a range above 0"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AugmentConfig.model_validate(settings)

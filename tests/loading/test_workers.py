@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -25,25 +25,15 @@ from mmflow.core.errors import CorruptArtifactError, TrainingError
 from mmflow.loading import workers as module
 from mmflow.loading.batches import Row
 from mmflow.loading.plan import Slots
-from mmflow.loading.workers import NAME, Task, on_device, prefetch, start
+from mmflow.loading.workers import Task, on_device, prefetch, start
+from tests.loading.conftest import worker_processes
+
+pytestmark = pytest.mark.usefixtures("no_worker_is_left")
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (2, 12, 1, 2, 2, 3)  # two buffers of twelve rows
 Kind = Literal["threads", "processes"]
 each_kind = pytest.mark.parametrize("kind", ["threads", "processes"])
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    yield
-    assert [thread for thread in threading.enumerate() if thread.name.startswith(NAME)] == []
-    assert processes() == []
-
-
-def processes() -> list[int]:
-    """The worker processes of this one."""
-    servers = [child for child in psutil.Process().children() if "multiprocessing.forkserver" in str(child.cmdline())]
-    return [worker.pid for server in servers for worker in server.children()]
 
 
 def slots(*rows: int) -> Slots:
@@ -127,7 +117,7 @@ def test_a_killed_process_is_named_within_seconds_with_the_rows_it_was_loading()
         workers.submit(task(0, 0))
         workers.submit(task(7, 1, 2, 3))
         victim = int(workers.result()[0].key)
-        assert [victim] == processes()
+        assert [victim] == worker_processes()
         threading.Timer(0.3, os.kill, (victim, signal.SIGKILL)).start()
         began = time.monotonic()
         with pytest.raises(TrainingError) as caught:
@@ -225,6 +215,7 @@ def counting(made: list[int], closed: list[bool]) -> Generator[int, None, None]:
 
 
 def test_items_come_in_order_and_a_consumer_that_stops_closes_the_source() -> None:
+    assert list(prefetch(number for number in range(1, 4))) == [1, 2, 3]
     closed: list[bool] = []
     source = counting([], closed)  # held here: otherwise its deletion would close it
     ready = prefetch(source)
@@ -256,10 +247,6 @@ def test_the_source_s_error_is_raised_after_the_items_before_it() -> None:
     assert list(islice(ready, 2)) == [1, 2]
     with pytest.raises(ZeroDivisionError, match="in the thread"):
         next(ready)
-
-
-def test_a_source_that_ends_ends() -> None:
-    assert list(prefetch(number for number in range(1, 4))) == [1, 2, 3]
 
 
 def test_the_copying_thread_works_on_its_rank_s_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every kind of backbone as small as possible, for the tests of encoders."""
+"""The smallest backbone of each kind, for tests of encoders."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ VITS = ("vit", "clip_vision_model", "siglip_vision_model", "dinov2")
 
 
 def image_encoder(model_type: str, video: VideoConfig | None = None, **settings: Any) -> Any:
-    """Of pictures of 16 pixels; `options` are laid over the smallest."""
+    """For pictures of 16 pixels; `options` override those of the smallest backbone."""
     options = IMAGE.get(model_type, {}) | settings.pop("options", {})
     config = ImageEncoderConfig(type=model_type, options=options, **settings)
     return build_image_encoder("m.image", config, PIXELS, video)
 
 
 def text_encoder(model_type: str, max_tokens: int = 12, **settings: Any) -> Any:
-    """Of a vocabulary of 64; `options` are laid over the smallest."""
+    """For a vocabulary of 64; `options` override those of the smallest backbone."""
     options = TEXT.get(model_type, {}) | settings.pop("options", {})
     config = TextEncoderConfig.model_validate({"type": model_type, "options": options, **settings})
     return build_text_encoder("m.text", config, VOCABULARY, max_tokens)

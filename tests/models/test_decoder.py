@@ -1,5 +1,5 @@
-"""The decoder reads the past and the image and nothing else, in pieces as in one call; and its searches equal plain
-ones over a vocabulary small enough to list every text."""
+"""The decoder reads only earlier tokens and the image; searches equal plain ones over a vocabulary small enough to
+list every text."""
 
 from __future__ import annotations
 
@@ -225,17 +225,6 @@ def test_a_row_is_written_in_a_batch_as_alone(search: str) -> None:
             assert text_of(write(row_of(memory, row))[0]) == text
             lengths.add(len(text))
     assert len(lengths) > 2  # rows did end at different steps
-
-
-def test_a_wider_beam_never_finds_a_worse_text_than_greedy() -> None:
-    num_better = 0
-    for seed in range(40):
-        decoder, memory = writer(seed), memory_of(2)
-        narrow = greedy(decoder, memory, TOKENS, 5).log_probability_B
-        wide = beam(decoder, memory, TOKENS, 5, width=16).log_probability_B
-        assert bool((wide >= narrow - 1e-5).all())
-        num_better += int((wide > narrow + 1e-3).sum())
-    assert num_better > 0
 
 
 def test_a_tiny_nucleus_is_greedy() -> None:

@@ -1,4 +1,4 @@
-"""Every encoder has one signature and gives what transformers gives, in evaluation and in training."""
+"""Every encoder has one signature and the outputs of transformers, in evaluation and in training."""
 
 from __future__ import annotations
 
@@ -272,17 +272,12 @@ SWIN = {"patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], 
         ("text", "modernbert", {"pooling": "pooler"}, "m.text.pooling: modernbert has no pooler of its own; use"),
         # RoBERTa's positions start at pad + 1, so it can use one fewer than it states.
         *[
-            (
-                "text",
-                name,
-                {"options": {"max_position_embeddings": 9}},
-                f"m.max_tokens: 12 tokens, .* {limit} positions",
-            )
+            ("text", name, {"options": {"max_position_embeddings": 9}}, f"m.max_tokens: 12 tokens, .* {limit} pos")
             for name, limit in (("bert", 9), ("clip_text_model", 9), ("roberta", 8))
         ],
     ],
 )
-def test_what_an_encoder_cannot_do_is_refused(side: str, model_type: str, settings: Any, message: str) -> None:
+def test_unsupported_settings_are_refused(side: str, model_type: str, settings: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=f"^{message}") as caught:
         (image_encoder if side == "image" else text_encoder)(model_type, **settings)
     assert "\n" not in str(caught.value)
@@ -304,7 +299,7 @@ def test_as_many_tokens_as_positions_are_read(model_type: str) -> None:
         ({"type": "vit", "checkpoint": "/somewhere"}, "give either type, for fresh weights, or checkpoint"),
     ],
 )
-def test_settings_of_an_encoder_that_mean_nothing_are_refused(fields: dict[str, object], message: str) -> None:
+def test_invalid_encoder_settings_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageEncoderConfig.model_validate(fields)
 

@@ -1,4 +1,4 @@
-"""Dual encoders from and to transformers, and to ONNX: the same numbers and weights, or a line that says why not."""
+"""Dual encoders from and to transformers, and to ONNX: the same outputs and weights, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -191,30 +191,25 @@ MEAN_TEXT = {"type": "bert", "options": SIZES, "pooling": "mean"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": MEAN_TEXT}, r"model\.text\.pooling: mean, but transformers' dual encoders read bert's pooler"),
+        ({"text": MEAN_TEXT}, r"model\.text\.pooling: mean, .* bert's pooler"),
         ({"image": RESNET}, r"model\.image: resnet gives a map"),
-        (
-            {"text": {"type": "siglip_text_model", "options": SIZES, "pooling": "pooler"}},
-            r"model: transformers' VisionTextDualEncoder cannot hold \('vit', 'siglip_text_model'\)",
-        ),
+        ({"text": {"type": "siglip_text_model", "options": SIZES, "pooling": "pooler"}}, "cannot hold .*'siglip_text"),
         ({"bias": -10.0}, r"model\.bias: only SigLIP's layout has one"),
         ({"video": {"kind": "mean"}}, "leave out video and text.windows"),
     ],
 )
-def test_what_no_layout_holds_is_named_and_nothing_is_written(
+def test_a_model_without_a_layout_is_refused_and_nothing_is_written(
     changes: dict[str, Any], message: str, tiny_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
+    loaded = trained(tiny_tokenizer, **changes)
     with pytest.raises(MisuseError, match=message):
-        export_transformers(trained(tiny_tokenizer, **changes), tmp_path / "exported")
+        export_transformers(loaded, tmp_path / "exported")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_existing_directory_is_not_overwritten(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match="exists; name a new directory"):
-        export_transformers(trained(tiny_tokenizer), tmp_path)
+        export_transformers(loaded, tmp_path)
 
 
-def test_what_cannot_be_imported_is_named(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_reason_an_import_fails_is_named(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     def refusal(directory: Path) -> str:
         with pytest.raises(MisuseError) as caught:
             import_checkpoint(str(tmp_path / "package"), directory)
@@ -248,7 +243,7 @@ def test_the_default_special_tokens_of_a_type_are_kept(tiny_tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize("export", [export_transformers, export_onnx])
-def test_other_numbers_are_refused_and_nothing_is_written(
+def test_an_export_with_other_outputs_is_refused_and_nothing_is_written(
     export: Any, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if export is export_onnx:

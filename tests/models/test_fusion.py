@@ -1,4 +1,4 @@
-"""Every fusion: what is missing or padded changes nothing, maps are what was read, every parameter gets a gradient."""
+"""Every fusion: missing and padded rows change nothing, maps show what was read, every parameter gets a gradient."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_read(kind: str, reads: froz
 
 
 @pytest.mark.parametrize("kind", ATTENDING)
-def test_maps_are_distributions_over_what_is_there_and_change_nothing(kind: str) -> None:
+def test_maps_are_distributions_over_real_places_and_change_nothing(kind: str) -> None:
     fuse = fusion(kind)
     image, text = encodings()
     image = absent(image)
@@ -236,10 +236,7 @@ def test_mixing_equals_its_equation_by_loops(kind: str) -> None:
         fused = fuse(image, text)
     pairs = [(fused.pooled_BW[row], text.pooled_BW[row], image.pooled_BW[row]) for row in range(4)]
     token, region = text.sequence_BTW[1, 2], image.sequence_BTW[1, 3]
-    pairs += [
-        (fused.text_BTW[1, 2], token, image.pooled_BW[1]),
-        (fused.image_BRW[1, 3], text.pooled_BW[1], region),
-    ]
+    pairs += [(fused.text_BTW[1, 2], token, image.pooled_BW[1]), (fused.image_BRW[1, 3], text.pooled_BW[1], region)]
     for mixed, of_text, of_image in pairs:
         torch.testing.assert_close(mixed, mixed_by_loop(kind, fuse.mix, of_text, of_image), atol=1e-5, rtol=1e-5)
 

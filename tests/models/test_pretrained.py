@@ -1,4 +1,4 @@
-"""Towers of local checkpoints have the saved weights, and every problem of the directory is named in one line."""
+"""Encoders from local checkpoints have the saved weights, and each problem of the directory is named in one line."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_missing_weights_are_an_error(broken: Path) -> None:
         image_tower(broken)
 
 
-def test_what_does_not_fit_the_checkpoint_is_refused(checkpoints: dict[str, Path]) -> None:
+def test_settings_that_do_not_fit_the_checkpoint_are_refused(checkpoints: dict[str, Path]) -> None:
     for vocabulary in (65, 40):
         with pytest.raises(RecipeError, match=f"^m.text.checkpoint: .* vocabulary of 64, the tokenizer {vocabulary};"):
             text_tower(checkpoints["roberta"], vocabulary=vocabulary)
@@ -265,10 +265,6 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def minilm(tokenizer: Tokenizer, max_tokens: int = 128, **settings: object) -> Any:
-    return text_tower(MINILM, tokenizer.get_vocab_size(), max_tokens, pooling="mean", **settings).eval()
-
-
 def embed(encoder: Any, tokenizer: Tokenizer, sentences: list[str]) -> Tensor:
     rows = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -278,16 +274,8 @@ def embed(encoder: Any, tokenizer: Tokenizer, sentences: list[str]) -> Tensor:
 
 
 def test_paraphrases_are_closer_than_other_sentences(tokenizer: Tokenizer) -> None:
-    encoder = minilm(tokenizer)
+    encoder = text_tower(MINILM, tokenizer.get_vocab_size(), max_tokens=128, pooling="mean").eval()
     cosines = embed(encoder, tokenizer, [a for a, _ in PAIRS]) @ embed(encoder, tokenizer, [b for _, b in PAIRS]).T
-    others = cosines[~torch.eye(len(PAIRS), dtype=torch.bool)]
-    assert cosines.diag().min() > others.max() + 0.1
+    of_other_pairs = cosines[~torch.eye(len(PAIRS), dtype=torch.bool)]
+    assert cosines.diag().min() > of_other_pairs.max() + 0.1
     assert encoder.width == 384
-
-
-def test_stretched_positions_do_not_change_short_sentences(tokenizer: Tokenizer) -> None:
-    sentences = [sentence for pair in PAIRS for sentence in pair]
-    stretched = minilm(tokenizer, max_tokens=1004, positions={"stretch": 2, "keep": 20})
-    torch.testing.assert_close(
-        embed(stretched, tokenizer, sentences), embed(minilm(tokenizer), tokenizer, sentences), atol=1e-5, rtol=1e-5
-    )

@@ -1,4 +1,4 @@
-"""Documents read window by window: every token counts, padding does not, and memory does not grow with length."""
+"""Documents read window by window: every token changes the output, padding does not, and memory stays constant."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A rank that goes through whole trainings with faults: `python -m tests.training.faulty_ranks RANK RANKS DIRECTORY
-PLAN`, with the plan as JSON: a list of `Training`s' fields."""
+"""A rank that runs whole trainings with faults: `python -m tests.training.faulty_ranks RANK RANKS DIRECTORY PLAN`. The
+plan is a JSON list with the fields of each `Training`."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Training:
     name: str  # its directory
     dataset: str
     tokenizer: str  # a file
-    tasks: tuple[str, ...] = ()  # several of these names, all alike
+    tasks: tuple[str, ...] = ()  # names of several equal tasks
     unsteady: bool = False  # a model whose random state and batches' statistics matter
     training: dict[str, Any] = field(default_factory=dict)
     checkpoints: str | None = None  # elsewhere than in its directory
     die: tuple[int, int] | None = None  # the rank, and the step at which it kills itself
-    die_while_saving: tuple[int, int] | None = None  # the rank, and which rename of its files it does not survive
+    die_while_saving: tuple[int, int] | None = None  # the rank, and the number of the file rename at which it dies
     sleep: tuple[int, int] | None = None  # the rank, and the step before which it sleeps
-    halts: tuple[int, ...] = ()  # steps before which all ranks wait, once, until they are let go or are no more
+    halts: tuple[int, ...] = ()  # steps before which all ranks wait once, until they are released or killed
     poison: str | None = None  # "loss", "gradient" or "spike", of every batch with the victim in it
 
 
@@ -129,7 +129,7 @@ RUN, REPLACE = TrainingLoop.run, os.replace
 
 
 def watched(plan: Training, job: TrainingJob, here: Path, write: Callable[[str], Any]) -> Callable[..., int]:
-    """`TrainingLoop.run` with batches that are written down, and with this rank's fault."""
+    """`TrainingLoop.run` that records the batches and has this rank's fault."""
     halts = [step for step in plan.halts if not any(here.glob(halted(step, "*")))]
 
     def run(loop: TrainingLoop, source: Iterator[Batch], *, first_step: int, state: LoaderState) -> int:
@@ -170,7 +170,7 @@ def halt(here: Path, step: int) -> None:
 
 
 def wait_for_checkpoint(job: TrainingJob, step: int) -> None:
-    """Wait for the last checkpoint before a step, which is published while the training continues."""
+    """Wait for the last checkpoint before a step. It is published in the background."""
     every = job.training.checkpoint_every_steps
     last = (step - 1) // every * every
     for _ in range(1000):
@@ -180,7 +180,7 @@ def wait_for_checkpoint(job: TrainingJob, step: int) -> None:
 
 
 def dying_replace(plan: Training) -> Callable[..., None]:
-    """`os.replace` that this rank does not survive at some call."""
+    """`os.replace` that kills this rank at one of its calls."""
     calls = 0
 
     def replace(*arguments: Any, **options: Any) -> None:

@@ -1,8 +1,8 @@
-"""Real ranks with DeepSpeed for tests. A test module lists its acts in `main` when it runs as a program, and `perform`
-runs it so, one process a rank.
+"""Real ranks with DeepSpeed for tests. A test module that runs as a program lists its acts in `main`; `perform` runs it
+in one process a rank.
 
-DeepSpeed's import costs seconds, so a process performs several acts, each act goes through all its cases, and leaves
-results to assert on.
+Importing DeepSpeed takes seconds, so a process performs several acts, and each act runs all its cases and saves their
+results for the tests.
 """
 
 from __future__ import annotations

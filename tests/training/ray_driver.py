@@ -38,8 +38,8 @@ def main() -> None:
     import ray
     import ray.train
 
-    # Otherwise Ray asks each minute whether a node has come, every five seconds whether one is to go, and once one is
-    # gone waits a minute for as many workers as before.
+    # By default Ray looks for new nodes every minute and for draining ones every five seconds, and after a loss waits a
+    # minute for as many workers as before.
     ray.train.ScalingConfig = partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=1)
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"

@@ -1,8 +1,8 @@
 """A process that keeps a Ray cluster of several nodes on this machine: `python -m tests.training.ray_nodes`.
 
-A process of its own, because a session has one Ray, and that of the tests has one node. It says the cluster's address,
-then reads one command a line and answers with one line: `add` with the process of the new node's raylet; `drain
-PROCESS SECONDS`, as a cloud does before it takes a machine away, with whether Ray accepts that.
+It is a separate process because a process has one Ray, and that of the test session has one node. It prints the
+cluster's address, then reads one command a line and answers with one line. `add` answers with the process id of the new
+node's raylet. `drain PROCESS SECONDS` announces, as a cloud does, that the node goes, and answers whether Ray accepts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-# A node is dead after two seconds of refused connections, in place of fifteen. One that is slow has ten to answer.
+# A node counts as dead after two seconds of refused connections instead of fifteen. A slow one has ten to answer.
 HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 2}
 
 

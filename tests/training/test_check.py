@@ -1,4 +1,4 @@
-"""What is wrong with a training section is named by its key before anything runs."""
+"""Mistakes in a training section are named by their key before anything runs."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def bert(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
     (directory / "config.json").write_text(json.dumps(fields))
     tokenizer.save(str(directory / "tokenizer.json"))
     return {"checkpoint": str(directory)}
+
+
+def one_sample(directory: Path) -> str:
+    """The URI of a dataset with only a split train."""
+    samples = [Handmade(key="key", captions=[{"language": "en", "text": "text"}])]
+    return write_dataset(directory / "dataset", [("train", samples)]).uri
 
 
 def bare_tokenizer() -> Tokenizer:
@@ -88,7 +94,7 @@ def test_an_objective_is_refused_if_model_or_tokenizer_lacks_what_it_needs(
     assert_refused(refused, f"pretrain.objectives.{objective}", missing)
 
 
-def test_a_part_without_an_objective_that_trains_it_is_refused() -> None:
+def test_a_part_that_no_objective_trains_is_refused() -> None:
     assert_refused(section({"heads": ["masked_language"]}), "pretrain.model.heads", "masked_language")
     fields = {"model": SMALLEST_MODEL | {"heads": ["masked_language"]}, "objectives": {"masked_language": {}}}
     check_training("distill", DistillConfig.model_validate(fields))  # its losses compare embeddings
@@ -156,13 +162,12 @@ def test_each_part_may_be_trained_by_one_of_the_tasks() -> None:
         ((PAIRS, VQA, LABELS), "2.loader"),  # two kinds of targets
     ],
 )
-def test_what_is_wrong_with_a_task_is_named_by_its_key(tasks: tuple[dict[str, Any], ...], key: str) -> None:
+def test_a_mistake_in_a_task_is_named_by_its_key(tasks: tuple[dict[str, Any], ...], key: str) -> None:
     assert_refused(with_tasks(*tasks), f"pretrain.tasks.{key}")
 
 
 def test_a_task_s_dataset_and_split_must_exist(tmp_path: Path) -> None:
-    samples = [Handmade(key="one", captions=[{"language": "en", "text": "one"}])]
-    uri = write_dataset(tmp_path / "dataset", [("train", samples)]).uri
+    uri = one_sample(tmp_path)
     check_training("pretrain", with_tasks(PAIRS | {"dataset": uri}, VQA))
     with pytest.raises(MissingArtifactError, match=r"^pretrain\.tasks\.0\.dataset: "):
         check_training("pretrain", with_tasks(PAIRS | {"dataset": str(tmp_path / "nowhere")}, VQA))
@@ -204,7 +209,7 @@ def test_evaluation_knows_what_any_task_teaches() -> None:
         (validated(patience=2), "validation.patience", "loss"),
     ],
 )
-def test_a_metric_that_nothing_writes_and_a_split_that_is_trained_on_are_refused(
+def test_unknown_metrics_and_validation_on_the_training_split_are_refused(
     refused: PretrainConfig, key: str, value: str
 ) -> None:
     check_training("pretrain", validated(LOSS, patience=2))
@@ -212,17 +217,15 @@ def test_a_metric_that_nothing_writes_and_a_split_that_is_trained_on_are_refused
     assert_refused(refused, f"pretrain.training.{key}", value)
 
 
-def test_a_split_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    samples = [Handmade(key="one", captions=[{"language": "en", "text": "one"}])]
-    uri = write_dataset(tmp_path / "dataset", [("train", samples)]).uri
+def test_a_missing_validation_split_is_named(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"^pretrain\.training\.validation\.split: .*'held_out'.* train"):
-        check_held_out("pretrain", validated(), uri)
+        check_held_out("pretrain", validated(), one_sample(tmp_path))
 
 
-# --- what makes another training ------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_decide_only_how_do_not_make_another_training() -> None:
+def test_operational_settings_do_not_change_the_identity_of_a_training() -> None:
     plain = identity(section())
     assert identity(section(training={"micro_batch_size": 4, "offload_optimizer": True, "compile": True})) == plain
     assert identity(validated()) == plain  # it only looks
@@ -261,13 +264,7 @@ def test_settings_that_do_not_go_together_are_refused(fields: dict[str, Any], ke
 
 @pytest.mark.parametrize(
     ("error", "largest", "equal"),
-    [
-        (1e-9, 1e-2, True),
-        (1e-5, 1e-2, False),
-        (0.0, 0.0, False),
-        (float("nan"), 1.0, False),
-        (0.0, float("nan"), False),
-    ],
+    [(1e-9, 1e-2, True), (1e-5, 1e-2, False), (0, 0, False), (float("nan"), 1, False), (0, float("nan"), False)],
 )
 def test_gradients_are_equal_up_to_rounding(error: float, largest: float, equal: bool) -> None:
     assert Compared("contrastive", error, largest).equal == equal

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer is given, and what it cannot be asked for."""
+"""The parameter groups of an optimizer, micro-batches, compiled parts, and fp16 only on GPUs."""
 
 from __future__ import annotations
 

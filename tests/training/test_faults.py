@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank_and_named(same: Trainings
     (refused,) = same.events(name, "refused")
     assert refused["step"] == 8
     assert re.search(message, refused["reason"])
-    assert same.events("half", "refused") == []  # it never existed, because a rank did not finish it
+    assert same.events("half", "refused") == []  # without the part of a rank the checkpoint does not exist
 
 
 @each_stage
@@ -267,7 +267,7 @@ def test_a_rank_that_stops_responding_is_named(place: Trainings) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_ranks_killed_at_any_moment_end_at_the_same_weights(trainings: Trainings, seed: int) -> None:
-    """Three deaths, at a step or while a checkpoint is published, each resumed by another number of ranks."""
+    """Three kills, at a step or during a checkpoint, each resumed by a drawn number of ranks."""
     draw = random.Random(seed)
     stage, name = draw.choice(STAGES), f"sweep-{seed}"
     num_ranks = 2

@@ -1,4 +1,4 @@
-"""What counts as a spike, what happens then, when a checkpoint is due, and which rank is blamed for a hang."""
+"""What counts as a spike and what follows, when a checkpoint is due, and which rank is named for a hang."""
 
 from __future__ import annotations
 
@@ -53,11 +53,16 @@ def test_nothing_is_a_spike_before_half_of_the_window_is_known() -> None:
     assert trouble_in([*[1.0] * 10, 50.0]) is not None
 
 
-def test_a_nearly_constant_loss_may_move_a_little() -> None:
-    assert spike_limit([2.0] * 50, 8) == pytest.approx(2.0 * 1.08)
-    assert spike_limit([], 8) == math.inf
-    # median 3, absolute deviations 2 1 0 1 2 with median 1
-    assert spike_limit([1.0, 2.0, 3.0, 4.0, 5.0], 2) == pytest.approx(3 + 2 * 1.4826)
+@pytest.mark.parametrize(
+    ("losses", "deviations", "limit"),
+    [
+        ([2.0] * 50, 8, 2.0 * 1.08),  # a nearly constant loss may move a little
+        ([], 8, math.inf),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 2, 3 + 2 * 1.4826),  # median 3; absolute deviations 2 1 0 1 2 with median 1
+    ],
+)
+def test_the_limit_of_a_spike(losses: list[float], deviations: float, limit: float) -> None:
+    assert spike_limit(losses, deviations) == pytest.approx(limit)
 
 
 def test_a_loss_that_is_not_finite_is_trouble_whatever_the_window() -> None:
@@ -138,7 +143,7 @@ def test_preemption_is_asked_for_every_few_seconds_and_saved_for_once(clock: Clo
     assert reasons == [None, None, None, "preemption", None]
 
 
-# --- which rank is blamed for a hang --------------------------------------------------------------------------------
+# --- which rank is named for a hang ---------------------------------------------------------------------------------
 
 
 def test_the_rank_that_is_behind_is_named() -> None:

@@ -1,4 +1,4 @@
-"""The journal: whole lines, readable while they are written, through kills and restarts, on disks and in stores."""
+"""The journal: whole lines that can be read at once, after kills and restarts, on disks and in object stores."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def test_lines_are_there_at_once_and_in_order(tmp_path: Path) -> None:
     assert steps_in(path) == []
     with opened(path) as journal:
         journal.event(0, "started", epoch=0)
-        journal.metrics(10, {"loss": 2.5})
+        journal.metrics(10, {"loss": 2.5, "rate": math.nan})
         first, second = read_journal(path)  # before it is closed
     assert (first["step"], first["event"], first["epoch"]) == (0, "started", 0)
-    assert (second["step"], second["metrics"]) == (10, {"loss": 2.5})
+    assert (second["step"], second["metrics"]) == (10, pytest.approx({"loss": 2.5, "rate": math.nan}, nan_ok=True))
     assert abs(first["time"] - time.time()) < 60
 
 
@@ -70,13 +70,6 @@ def test_curves_keep_the_last_value_of_a_step_in_order_of_steps() -> None:
     ]
     assert curves(lines) == {"loss": [(10, 3.0), (12, 2.8), (20, 1.9)], "rate": [(10, 0.1)]}
     assert curves([]) == {}
-
-
-def test_not_a_number_survives_the_file(tmp_path: Path) -> None:
-    with opened(tmp_path / "journal.jsonl") as journal:
-        journal.metrics(1, {"loss": math.nan})
-    ((_, loss),) = curves(read_journal(tmp_path / "journal.jsonl"))["loss"]
-    assert math.isnan(loss)
 
 
 def test_watch_reports_only_lines_written_meanwhile(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""Training with a real DeepSpeed engine: a restart is bit-equal at every ZeRO stage, and the journal says what
-happened."""
+"""Training with a real DeepSpeed engine: a restart is bit-equal at every ZeRO stage, and the journal is complete."""
 
 from __future__ import annotations
 
@@ -105,7 +104,7 @@ def straight(directory: Path) -> dict[Any, Any]:
 
 
 def resumed(directory: Path) -> dict[Any, Any]:
-    """From the fourth step's checkpoint on, in a process that knows nothing else."""
+    """From the checkpoint of step 4, in a new process."""
     results = {}
     for stage in STAGES:
         engine = engine_of(stage)
@@ -133,7 +132,7 @@ class Overflowing(Learner):
 
 
 def dropped(directory: Path) -> None:
-    """A step that DeepSpeed drops for its gradients, as it does in fp16, which is for accelerators."""
+    """A step that DeepSpeed drops because of its gradients, as in fp16, which needs accelerators."""
     for stage in DROPPING_STAGES:
         module = dropping_learner()
         module.__class__ = Overflowing

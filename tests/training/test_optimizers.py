@@ -64,10 +64,13 @@ def test_muon_is_torch_s_for_matrices_of_hidden_layers() -> None:
         torch.testing.assert_close(*pair, rtol=0, atol=1e-6)
 
 
-def test_muon_is_adamw_for_all_else() -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "decay", "more"), [(Muon, DECAY, {"muon": False}), (Lamb, 0.0, {})], ids=["muon", "lamb"]
+)
+def test_muon_for_other_parameters_and_lamb_without_decay_are_adamw(optimizer: Any, decay: float, more: Any) -> None:
     mine, theirs = parameters(), parameters()
-    actual = train(Muon([group(mine, muon=False)], RATE, BETAS), mine)
-    expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=DECAY), theirs)
+    actual = train(optimizer([group(mine, **more) | {"weight_decay": decay}], RATE, BETAS), mine)
+    expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=decay), theirs)
     assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
@@ -98,15 +101,11 @@ def test_lamb_is_the_paper_s_algorithm_in_plain_loops() -> None:
         torch.testing.assert_close(updated.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_lamb_leaves_a_length_of_zero_and_what_does_not_decay_to_adam() -> None:
+def test_lamb_moves_weights_of_length_zero() -> None:
     zero = [nn.Parameter(torch.zeros(3, 3))]
     moved = train(Lamb([group(zero)], RATE, BETAS), zero)[0]
     assert moved.isfinite().all()
     assert (moved != 0).all()
-    mine, theirs = parameters(), parameters()
-    actual = train(Lamb([{"params": mine, "lr": RATE, "weight_decay": 0.0}], RATE, BETAS), mine)
-    expected = train(torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=0.0), theirs)
-    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def test_average_by_hand() -> None:
@@ -125,7 +124,7 @@ def test_average_by_hand() -> None:
     assert not math.isclose(expected, now)
 
 
-def test_average_goes_on_from_a_saved_state() -> None:
+def test_average_continues_from_a_saved_state() -> None:
     def averages(stop: int) -> Tensor:
         """Six steps, the optimizer made anew after `stop` of them."""
         trained = [nn.Parameter(torch.zeros(3))]
@@ -153,19 +152,13 @@ def schedule(total_steps: int, **settings: Any) -> list[float]:
     return [factor(step) for step in range(total_steps + 3)]
 
 
-def test_cosine() -> None:
-    factors = schedule(12, final_learning_rate=0.001, warmup_steps=4)
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[8] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down
-    assert factors[6] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_cosine_and_linear_warm_up_and_fall_to_the_final_rate(kind: str) -> None:
+    factors = schedule(12, final_learning_rate=0.001, warmup_steps=4, schedule=kind)
+    shares = [0.5 * (1 + math.cos(math.pi * step / 8)) if kind == "cosine" else 1 - step / 8 for step in range(9)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:13] == pytest.approx([0.1 + 0.9 * share for share in shares])
     assert factors[12:] == pytest.approx([0.1] * 3)
-
-
-def test_linear() -> None:
-    factors = schedule(12, final_learning_rate=0.002, warmup_steps=4, schedule="linear")
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[4:13] == pytest.approx([1.0 - 0.8 * step / 8 for step in range(9)])
-    assert factors[12:] == pytest.approx([0.2] * 3)
 
 
 def test_wsd_is_level_until_its_last_steps() -> None:

@@ -25,13 +25,7 @@ from tests.registry.mlflow_server import free_port, start_server
 from tests.training.faulty_ranks import halted, let_go
 from tests.training.ranks import ROOT, assert_bit_equal
 from tests.training.ray_driver import RUN
-from tests.training.trainings import (
-    STAGES,
-    STEPS,
-    Trainings,
-    assert_each_sample_once_an_epoch,
-    largest_difference,
-)
+from tests.training.trainings import STAGES, STEPS, Trainings, assert_each_sample_once_an_epoch, largest_difference
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -162,10 +156,10 @@ def assert_same_weights(trainings: Trainings, name: str, stage: int) -> None:
 
 
 @pytest.mark.slow
-def test_before_a_node_is_taken_away_there_is_a_checkpoint_that_the_others_resume(
+def test_remaining_nodes_resume_from_the_checkpoint_saved_before_a_node_is_taken_away(
     trainings: Trainings, nodes: Nodes
 ) -> None:
-    """No other checkpoint is written. There is no tracking server either, all the time."""
+    """No other checkpoint is written, and the tracking server is down throughout."""
     training = {"zero_stage": 3, "num_workers": [1, 2], "checkpoint_every_steps": STEPS + 1, "log_every_steps": 1}
     drained, gone = 5, 9
     plan = {"name": "drained", "training": training, "halts": [drained, gone]}
@@ -267,7 +261,7 @@ def test_its_samples_are_seen_once_an_epoch(trainings: Trainings, survivor: tupl
     assert_each_sample_once_an_epoch(trainings.seen(survivor[0]))
 
 
-def test_its_journal_is_whole_in_one_run_although_the_server_was_down_meanwhile(
+def test_its_journal_is_complete_in_one_run_although_the_server_was_down(
     trainings: Trainings, survivor: tuple[str, str]
 ) -> None:
     name, uri = survivor
@@ -286,10 +280,10 @@ def test_its_journal_is_whole_in_one_run_although_the_server_was_down_meanwhile(
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_kill_at_any_step_costs_nothing_whatever_number_resumes(
+def test_a_kill_at_any_step_changes_nothing_for_any_number_of_workers(
     trainings: Trainings, nodes: Nodes, stage: int, kind: str, seed: int
 ) -> None:
-    """Over three seeds, each stage and each kind of kill meets each number of workers that resume."""
+    """Three seeds combine each stage and kind of kill with each number of workers after it."""
     draw = random.Random(f"{stage} {kind} {seed}")
     step = draw.randint(2, STEPS)
     after = list(AFTER)[(stage + KINDS.index(kind) + seed) % len(AFTER)]
@@ -321,10 +315,10 @@ def test_a_kill_at_any_step_costs_nothing_whatever_number_resumes(
     assert_each_sample_once_an_epoch(trainings.seen(name))
 
 
-# --- one after another -----------------------------------------------------------------------------------------------
+# --- time limits of exchanges ----------------------------------------------------------------------------------------
 
 
-def test_the_limit_of_ray_s_exchanges_is_one_training_s_or_the_environment_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_limits_ray_s_exchanges_unless_the_environment_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(COLLECTIVE_TIMEOUT, raising=False)
     for seconds in (5.0, 7.0):
         with limited_exchanges(seconds):

@@ -1,4 +1,4 @@
-"""A training that begins with a package: what it takes of it, what it begins anew, and what it refuses beforehand."""
+"""Training that starts from a package: which weights it takes, which it draws afresh, and what the check refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import Model, build
-from mmflow.models.package import Package, read_package, start_from, weight_shapes, write_package
+from mmflow.models.package import Package, start_from, write_package
 from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry import versions
 from mmflow.stages.loop import Loop
@@ -70,7 +70,7 @@ def section_of(directory: Path, package: Package, **pretrain: Any) -> PretrainCo
     return pretrain_section(resolve(recipe_of(directory, package, **pretrain)))
 
 
-def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tokenizer: Tokenizer) -> None:
+def test_common_parts_are_taken_and_the_others_are_named(package: Package, tokenizer: Tokenizer) -> None:
     theirs = model_of(tokenizer, 1, heads=["classes"]).state_dict()
     model = model_of(tokenizer, 2, embedding_width=None, heads=["classes", "masked_language"])
     drawn = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -82,7 +82,7 @@ def test_what_both_have_is_taken_and_what_one_has_is_named(package: Package, tok
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_head_that_tells_others_apart_begins_anew(package: Package, tokenizer: Tokenizer) -> None:
+def test_a_head_for_other_classes_starts_afresh(package: Package, tokenizer: Tokenizer) -> None:
     model = model_of(tokenizer, 2, heads=["classes"])
     drawn = model.heads["classes"].weight.clone()
     begun = start_from("pretrain.start", model, package, CLASSES[::-1])
@@ -90,7 +90,7 @@ def test_a_head_that_tells_others_apart_begins_anew(package: Package, tokenizer:
     assert torch.equal(model.heads["classes"].weight, drawn)
 
 
-def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_recipe_only_lists_what_changes(package: Package, tokenizer: Tokenizer, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, package, model={"image": {"frozen_layers": "all"}})
     section = pretrain_section(resolve(recipe))
     theirs = ModelConfig.model_validate(SMALLEST_MODEL | {"heads": ["classes"]})
@@ -107,19 +107,10 @@ def test_a_recipe_need_only_say_what_is_otherwise(package: Package, tokenizer: T
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (
-            {"embedding_width": 8},
-            r"start: image_projection\.weight is \[6, 8\] in the package and \[8, 8\]",
-        ),
-        (
-            {"fusion": FUSION | {"width": 16}},
-            r"start: heads\.classes\.weight is \[3, 8\] in the package and \[2, 16\]",
-        ),
+        ({"embedding_width": 8}, r"start: image_projection\.weight is \[6, 8\] .* \[8, 8\]"),
+        ({"fusion": FUSION | {"width": 16}}, r"start: heads\.classes\.weight is \[3, 8\] .* \[2, 16\]"),
         ({"vocabulary_size": 70}, r"model\.vocabulary_size: 70"),
-        (
-            {"image": {"type": None, "checkpoint": "/nowhere"}},
-            r"model\.image\.checkpoint: pretrain\.start",
-        ),
+        ({"image": {"type": None, "checkpoint": "/nowhere"}}, r"model\.image\.checkpoint: pretrain\.start"),
     ],
 )
 def test_a_model_that_the_package_does_not_fit_is_refused(
@@ -140,7 +131,7 @@ def test_a_package_with_nothing_in_common_is_refused(tokenizer: Tokenizer, tmp_p
         check_training("pretrain", changed)
 
 
-def test_a_package_that_is_not_there_is_refused(package: Package, tmp_path: Path) -> None:
+def test_a_missing_package_is_refused(package: Package, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"pretrain\.start: .*/nowhere: no mmflow\.json, so no model package"):
         section_of(tmp_path, package, start={"package": str(tmp_path / "nowhere")})
     with pytest.raises(RecipeError, match=r"pretrain\.start: give either package, a model package's URI, or model and"):
@@ -157,7 +148,7 @@ def test_a_registered_version_is_looked_up(package: Package, tmp_path: Path, mon
     assert fingerprints_of("pretrain", section) == {"start": package.digest}
 
 
-def test_a_registry_that_is_away_is_no_fault_of_the_recipe(
+def test_an_unreachable_registry_is_not_reported_as_a_recipe_error(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
@@ -178,11 +169,6 @@ def test_another_package_is_another_artifact(package: Package, tokenizer: Tokeni
     assert fingerprints_of("pretrain", section.model_copy(update={"start": None})) == {}
 
 
-def test_the_head_of_the_weights_has_their_shapes(package: Package) -> None:
-    expected = read_package(package.uri)
-    assert weight_shapes(expected)["image_projection.weight"] == (6, 8)
-
-
 def test_the_whole_recipe_is_checked_by_the_package(package: Package, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, package)
     source = recipe.shard.model_copy(update={"sources": []})
@@ -201,7 +187,9 @@ def test_the_whole_recipe_is_checked_by_the_package(package: Package, tmp_path: 
         ({"trained": ["head"]}, r"lora\.trained\.0: .*'head'.*fusion"),
     ],
 )
-def test_adapters_that_go_nowhere_are_named(package: Package, tmp_path: Path, lora: dict[str, Any], key: str) -> None:
+def test_adapter_targets_that_match_no_weight_are_named(
+    package: Package, tmp_path: Path, lora: dict[str, Any], key: str
+) -> None:
     model = {"fusion": {"kind": "concatenation", "width": 8}}
     section = section_of(tmp_path, package, model=model, lora=lora)
     if key is None:

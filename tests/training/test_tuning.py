@@ -117,8 +117,8 @@ def tasks(directory: Path) -> dict[Any, Any]:
 
 
 def adapters(directory: Path) -> dict[Any, Any]:
-    """The same by adapters at each ZeRO stage: the weights before, as they are trained, and merged; the sizes of what
-    is trained and of the optimizer's states over all ranks."""
+    """The same with adapters at each ZeRO stage: the weights before, trained and merged; the sizes of the trained
+    weights and of the optimizer's states over all ranks."""
     results = {}
     for stage in (0, 1, 2, 3):
         module = learner()
@@ -151,8 +151,8 @@ def state_numel(engine: Any, stage: int) -> int:
 
 
 def job_of(directory: Path, name: str, zero_stage: int) -> TrainingJob:
-    """A package tuned by adapters on two tasks of one dataset, with a head that it lacks; the running average is
-    packaged. At ZeRO 3 in micro-batches, which make the same step."""
+    """Adapters and a new head are trained on two tasks of one dataset, from a package. The running average is packaged.
+    ZeRO 3 uses micro-batches, which give the same step."""
     model = dual_encoder(
         transformer(),
         vocabulary_size=64,
@@ -202,7 +202,7 @@ def straight(directory: Path) -> None:
 
 
 def stopped(directory: Path) -> None:
-    """Ended before a step, with a checkpoint behind it."""
+    """Stopped before a step, after a checkpoint."""
     run = TrainingLoop.run
 
     def run_until(loop: TrainingLoop, source: Iterator[Batch], **settings: Any) -> int:

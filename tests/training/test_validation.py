@@ -1,4 +1,4 @@
-"""Validation in the midst of a training by real ranks: what it says, what it leaves as it was, and how it ends one."""
+"""Validation during training by real ranks: its values, that it does not change the training, and early stopping."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LOSS = "validation/loss"
 RECALLS = [f"validation/{direction}/R@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5)]
 LOOKS: dict[str, Any] = {"split": "held_out", "every_steps": 4, "max_samples": LOOKED_AT}
 KEEPS = {"checkpoints": {"keep_last": 9, "keep_best": 1, "best_metric": LOSS}}
-# After steps 2, 4, 6 and 8, of which none is better than the first by so much.
+# After steps 2, 4, 6 and 8; no later one is better than the first by so much.
 ENDS = {"validation": {**LOOKS, "every_steps": 2, "patience": 3, "least_gain": 100}, **KEEPS}
 RARELY = {"checkpoint_every_steps": 100}  # but where one is the best
 STAGES = (2, 3)
@@ -129,7 +129,7 @@ def test_values_are_the_same_on_any_number_of_ranks(validated: Trainings) -> Non
 
 
 def packaged(validated: Trainings, name: str, config: LoaderConfig) -> tuple[Learner, Loader]:
-    """The model that a training wrote, and batches as it was shown them."""
+    """The packaged model of a training, and a loader of its batches."""
     loaded = load_package(read_package(str(validated.directory / name / "package")))
     loader = open_loader(
         config,
@@ -145,7 +145,7 @@ def packaged(validated: Trainings, name: str, config: LoaderConfig) -> tuple[Lea
 
 @pytest.mark.parametrize("name", ["values-1", "values-2", "values-3", "last"])
 def test_values_are_those_of_the_package(validated: Trainings, name: str) -> None:
-    """The last of them, taken again by the model that was written: of whole batches as the loader deals them."""
+    """The last values, computed again by the packaged model on the loader's batches."""
     augmented = LoaderConfig(augment=AugmentConfig(crop=CropConfig(), token_dropout=0.5), bucket_batches=2)
     learner, loader = packaged(validated, name, held_out_loader(augmented, "held_out"))
     learner.eval()
@@ -167,10 +167,10 @@ def test_values_are_those_of_the_package(validated: Trainings, name: str) -> Non
             assert by_metric[f"validation/{direction}/R@{k}"][-1][1] == pytest.approx(recalls[f"R@{k}"])
 
 
-def test_each_of_several_tasks_is_looked_at(validated: Trainings) -> None:
+def test_each_task_is_validated(validated: Trainings) -> None:
     by_metric = curves_of(validated, "several")
     assert [step for step, _ in by_metric[LOSS]] == [4, 8, 12, STEPS]  # an epoch of each
-    for task in ("one", "other"):  # alike, and looked at with the same weights
+    for task in ("one", "other"):  # equal tasks, validated with the same weights
         for name in ("loss", "contrastive", "text_to_image/R@1"):
             assert by_metric[f"validation/{task}/{name}"] == by_metric[f"validation/one/{name}"]
         assert by_metric[f"validation/{task}/loss"] == [(step, pytest.approx(value)) for step, value in by_metric[LOSS]]
@@ -199,13 +199,13 @@ def test_the_best_weights_are_those_of_their_step(validated: Trainings) -> None:
     (saved,) = saved_checkpoints(str(store))
     assert saved.step == 2
     assert saved.facts["metrics"][LOSS] == dict(curves_of(validated, "best")[LOSS])[2]
-    # Of one rank, so whole.
+    # The checkpoint of one rank holds the whole state.
     state = torch.load(next(store.rglob("*model_states.pt")), weights_only=False)["module"]
     packaged = validated.weights("best")
     assert [name for name, value in packaged.items() if not torch.equal(state[f"model.{name}"], value)] == []
 
 
-def test_one_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings) -> None:
+def test_a_validation_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings) -> None:
     assert validated.error("cut") == ""
     events = validated.events("cut", "validation_cut")
     assert [line["step"] for line in events] == [4, 8, 12, STEPS]
@@ -217,9 +217,9 @@ def test_one_that_takes_too_long_is_cut_and_decides_nothing(validated: Trainings
     assert best == []
 
 
-def test_hardware_is_told(validated: Trainings) -> None:
+def test_the_journal_reports_hardware_use(validated: Trainings) -> None:
     by_metric = curves_of(validated, "values-1")
-    assert "mfu" not in by_metric  # a processor's peak is nobody's promise
+    assert "mfu" not in by_metric  # the peak of a CPU is not known
     assert all(value > 1e7 for _, value in by_metric["peak_process_bytes"])
     asked = curves_of(validated, "values-2")
     for (_, tflops), (_, mfu) in zip(asked["model_tflops_per_second"], asked["mfu"], strict=True):
@@ -231,7 +231,7 @@ def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> Non
     batch = next(iter(loader))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # in operations that it knows
         learner(batch, 1)[0].backward()
-    # Nobody needs the gradient of the pictures, a large part of so small a model's.
+    # The gradient of the pictures is not computed in training; in so small a model it is a large part.
     of_pictures = 2 * 3 * MODEL.image_pixels**2 * OPTIONS["hidden_size"]
     counted = counter.get_total_flops() / BATCH + of_pictures
     for num_ranks in (1, 2, 3):
@@ -240,7 +240,7 @@ def test_arithmetic_is_that_of_forward_and_backward(validated: Trainings) -> Non
         assert reported == pytest.approx(counted, rel=0.05)
 
 
-def test_peaks_go_by_the_words_of_a_name() -> None:
+def test_peak_flops_are_looked_up_by_the_words_of_a_device_name() -> None:
     assert known_peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert known_peak("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
     assert known_peak("NVIDIA H100 PCIe", "fp32") == 51e12

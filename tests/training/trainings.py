@@ -1,4 +1,4 @@
-"""Whole trainings of a small dataset by real ranks, and what they leave behind."""
+"""Whole trainings of a small dataset by real ranks, and the files that they write."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Trainings:
         tokenizer.save(str(self.tokenizer))
 
     def run(self, num_ranks: int, *plans: dict[str, Any], dies: bool = False, exchange_seconds: float = 60) -> None:
-        """Go through the trainings; with `dies`, rank 0 ends before they do, and the others are not waited for long."""
+        """Run the trainings. With `dies` a rank dies on purpose, so the others are only waited for briefly."""
         self.runs += 1
         shared = {"dataset": self.dataset.uri, "tokenizer": str(self.tokenizer)}
         text = json.dumps([{**shared, **plan} for plan in plans])
@@ -74,7 +74,7 @@ class Trainings:
             assert codes == [0] * num_ranks, "\n".join(log.read_text()[-3000:] for log in logs)
 
     def copy(self, source: str, target: str, *, without: tuple[str, ...] = ("package",)) -> Path:
-        """Another training that has come as far."""
+        """A copy of a training as far as it has come."""
         shutil.copytree(self.directory / source, self.directory / target, ignore=shutil.ignore_patterns(*without))
         return self.directory / target
 
@@ -82,14 +82,14 @@ class Trainings:
         return load_file(self.directory / name / "package" / "model.safetensors")
 
     def error(self, name: str) -> str:
-        """Rank 0's; empty where the training succeeded."""
+        """The error of rank 0; empty if the training succeeded."""
         return (self.directory / name / "error-0.txt").read_text()
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
         return [line for line in read_journal(self.directory / name / "journal.jsonl") if line.get("event") == kind]
 
     def seen(self, name: str) -> dict[int, list[str]]:
-        """Step → keys over all ranks and every time that the step was taken."""
+        """Step → keys over all ranks and all attempts at the step."""
         keys_by_step: dict[int, list[str]] = {}
         for path in sorted((self.directory / name).glob("seen-*.jsonl")):
             for line in map(json.loads, path.read_text().splitlines()):
@@ -114,7 +114,7 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
 
 
 def assert_each_sample_once_an_epoch(seen: dict[int, list[str]]) -> None:
-    """However often a step was taken, and by however many ranks, it was of the same samples."""
+    """A step has the same samples, no matter how often and by how many ranks it was taken."""
     everything = sorted(f"key-{number}" for number in range(sum(SAMPLES)))
     assert sorted(seen) == list(range(1, STEPS + 1))
     for epoch in range(EPOCHS):
