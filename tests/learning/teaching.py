@@ -71,7 +71,7 @@ def student_of(
 
 
 def batch(rows: int = 5, *, side: int = SIDE, real: torch.Tensor | None = None, seed: int = 0, **changes: Any) -> Batch:
-    """Texts of three to seven tokens, padded; the last row is padding unless told which are real."""
+    """Texts of three to seven tokens, padded; without `real` the last row is padding."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, TOKENS, (rows, 1), generator=random)
     mask = (torch.arange(TOKENS - 1) < lengths).long()

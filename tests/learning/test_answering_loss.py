@@ -44,7 +44,7 @@ def test_scores_loss_and_gradient_equal_those_of_transformers_vilt(dtype: torch.
 
 
 def test_index_loss_and_gradient_equal_those_of_transformers_lxmert() -> None:
-    """The mean cross-entropy with which LXMERT learns answers, over the rows whose answer is known."""
+    """The mean cross-entropy with which LXMERT learns answers, over the rows with a known answer."""
     model, arguments = TinyModel(), batch(7)
     arguments["targets"]["answer"] = torch.tensor([0, 2, -1, 1, 1, -1, 2])
     real = torch.arange(7) != 3
@@ -71,7 +71,7 @@ def test_answers_are_generated_from_the_memory_of_the_question() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_smoothed_labels_cost_what_the_equation_says(smoothing: float) -> None:
+def test_label_smoothing_follows_its_equation(smoothing: float) -> None:
     """q = (1 − ε) · right + ε / C, a class at a time."""
     model, arguments = TinyModel(), batch(4)
     arguments["targets"]["label"] = torch.tensor([2, -1, 0, 1])

@@ -38,7 +38,7 @@ def test_layers_are_the_teacher_s(which: str) -> None:
         assert torch.equal(tensor, theirs[name.replace("#", "")]), name
 
 
-def test_a_student_of_its_teacher_s_size_gives_what_it_gives() -> None:
+def test_a_student_of_the_teacher_s_size_has_its_outputs() -> None:
     student, teacher = model(0, attending(**FUSED)), model(1, attending(**FUSED))
     pixels, ids = torch.randn(3, 3, 16, 16), torch.randint(1, VOCABULARY, (3, 5))
     with torch.inference_mode():

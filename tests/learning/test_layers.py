@@ -29,7 +29,7 @@ def maps(heads: int, seed: int) -> Tensor:
 
 
 def plain_attention(layers: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """A number at a time: maps whose heads are paired already."""
+    """A number at a time; the heads are already paired."""
     total, count = torch.zeros(()), 0
     for ours, theirs in layers:
         for row in range(3):

@@ -50,7 +50,7 @@ def test_invalid_weights_are_refused(weight: Any, message: str) -> None:
         Contrastive.model_validate({"weight": weight})
 
 
-def test_contrastive_is_what_an_empty_section_means() -> None:
+def test_an_empty_section_means_contrastive() -> None:
     assert list(ObjectivesConfig().named) == ["contrastive"]
     assert list(ObjectivesConfig.model_validate({"captioning": {}}).named) == ["captioning"]
     again = ObjectivesConfig.model_validate(ObjectivesConfig(captioning={"weight": [(0, 1.0)]}).model_dump(mode="json"))  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def test_each_output_of_the_model_is_computed_once() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_modules_are_called_in_one_order_whatever_the_batch_and_the_weights(weight: float) -> None:
+def test_modules_are_called_in_one_order_for_any_batch_and_weights(weight: float) -> None:
     """ZeRO-3 gathers in that order: a rank of padding, a text without words to hide, rows without negatives."""
 
     def calls(real: torch.Tensor, share: float, keys: tuple[str, ...], weight: float) -> list[str]:

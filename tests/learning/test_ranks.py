@@ -89,7 +89,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize("objective", OBJECTIVE_CASES)
 def test_mean_over_ranks_equals_one_process(ranks: list[dict[str, Any]], objective: str, real: str) -> None:
-    """As DeepSpeed averages; a rank whose rows are all padding has no NaN to add."""
+    """DeepSpeed averages so; a rank with only padding adds no NaN."""
     by_rank = [rank["found"][objective, real] for rank in ranks]
     model = TinyModel()
     config = ObjectivesConfig.model_validate(OBJECTIVE_CASES[objective])

@@ -174,7 +174,7 @@ def test_twice_the_weight_equals_the_same_teacher_twice() -> None:
     torch.testing.assert_close(heavier[0], twice[0])
 
 
-def test_a_loss_uses_only_the_teachers_that_give_what_it_reads() -> None:
+def test_a_loss_uses_only_teachers_with_the_outputs_it_reads() -> None:
     fused, dual = Teacher(loaded=loaded(attending(**FUSED))), Teacher(loaded=loaded(attending(), seed=8))
     losses = {"ranking": {"negatives": 2}}
     alone = student_of(attending(), losses, fused)(batch(), 1)[1]["ranking"]

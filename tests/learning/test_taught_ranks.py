@@ -87,7 +87,7 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]
 def test_mean_over_ranks_equals_one_process(
     of_ranks: list[dict[str, Found]], alone: dict[str, Found], loss: str, real: str
 ) -> None:
-    """As DeepSpeed averages; a rank whose rows are all padding has no NaN to add."""
+    """DeepSpeed averages so; a rank with only padding adds no NaN."""
     expected, expected_gradients = alone[real][loss]
     by_rank = [rank[real][loss] for rank in of_ranks]
     torch.testing.assert_close(torch.stack([loss for loss, _ in by_rank]).mean(), expected, atol=1e-6, rtol=1e-5)

@@ -142,7 +142,7 @@ def test_the_state_counts_consumed_batches_not_prepared_ones(small_dataset: Data
     assert_same(take(loader, 1)[0], batch_at(loader, LoaderState(0, 14)))
 
 
-def test_a_state_goes_through_json_and_resumes_at_any_step(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+def test_a_state_stored_as_json_resumes_at_any_step(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
     expected = straight(loader_of(small_dataset, tokenizer), 2 * STEPS + 2)
     for done in range(2 * STEPS):
         before = loader_of(small_dataset, tokenizer)
@@ -211,7 +211,7 @@ def test_mixed_datasets_have_cursors_of_their_own(
         assert whole([first, second]) == whole([batch])
 
 
-def test_clips_and_labels_are_what_the_recipe_asks_for(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
+def test_clips_and_labels_follow_the_recipe(small_dataset: Dataset, tokenizer: Tokenizer) -> None:
     config = CONFIG.model_copy(update={"frames": 2, "label": "group"})
     loader = loader_of(small_dataset, tokenizer, config, classes=("group 1", "group 0"))
     (batch,) = take(loader, 1)
@@ -232,7 +232,7 @@ def test_settings_of_how_batches_are_made_do_not_change_the_identity() -> None:
 
 
 @pytest.mark.parametrize(("kind", "count"), [("threads", 1), ("threads", 5), ("processes", 1), ("processes", 3)])
-def test_batches_are_bit_equal_whatever_the_workers(
+def test_batches_are_bit_equal_for_all_kinds_of_workers(
     small_dataset: Dataset, tokenizer: Tokenizer, kind: Literal["threads", "processes"], count: int
 ) -> None:
     loader = loader_of(small_dataset, tokenizer, with_workers(kind, count, prefetch_batches=2))

@@ -1,4 +1,4 @@
-"""The computed shuffle: a bijection at every size, and not to be told from a uniform one."""
+"""The computed shuffle: a bijection at every size that statistical tests cannot tell from a uniform one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_all_permutations_of_a_few_elements_are_equally_frequent(size: int) -> N
 @pytest.mark.parametrize(
     "size", [8, 61, 64, 100]
 )  # 61 is prime, 64 a whole grid, 8 and 100 have cells to spare or none
-def test_an_element_goes_everywhere_equally_often(size: int) -> None:
+def test_an_element_is_placed_everywhere_equally_often(size: int) -> None:
     drawn = permutations(size, 20_000, 1)
     counts = np.stack([np.bincount(drawn[:, element], minlength=size) for element in range(size)])
     assert_uniform(counts, (size - 1) ** 2)

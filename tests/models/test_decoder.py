@@ -40,7 +40,7 @@ def tiny_decoder(
     masked=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_text_read_in_pieces_gives_what_one_call_gives(
+def test_text_read_in_pieces_equals_one_call(
     rows: int, regions: int, pieces: list[int], masked: bool, seed: int
 ) -> None:
     decoder = tiny_decoder(seed)
@@ -54,7 +54,7 @@ def test_text_read_in_pieces_gives_what_one_call_gives(
     assert cache.num_tokens == sum(pieces)
 
 
-def test_no_token_reads_what_comes_after_it() -> None:
+def test_no_token_reads_later_tokens() -> None:
     decoder = tiny_decoder()
     tokens, memory = torch.randint(VOCABULARY, (2, 8)), torch.randn(2, 3, MEMORY_WIDTH)
     before = decoder(tokens, memory)
@@ -255,7 +255,7 @@ def test_tokens_outside_the_nucleus_are_never_drawn() -> None:
     assert float(first) == pytest.approx(float(shares[0] / (shares[0] + shares[1])), abs=0.03)
 
 
-def test_the_same_generator_draws_the_same_text_whatever_other_rows_write() -> None:
+def test_the_same_generator_draws_the_same_text_beside_any_rows() -> None:
     decoder, memory = writer(2), memory_of(6)
 
     def draw(memory: Encoded, seed: int) -> list[tuple[int, ...]]:

@@ -138,7 +138,7 @@ def test_padding_changes_nothing(kind: str, tokens: int, extra: int, seed: int) 
     "reads", [frozenset(some) for size in (1, 2, 3) for some in itertools.combinations(sorted(ALL), size)]
 )
 @pytest.mark.parametrize("layers", [1, 2])
-def test_every_parameter_gets_a_gradient_whatever_is_read(kind: str, reads: frozenset[str], layers: int) -> None:
+def test_every_parameter_gets_a_gradient_for_each_set_of_outputs(kind: str, reads: frozenset[str], layers: int) -> None:
     if kind == "cross_attention" and "image" in reads:
         pytest.skip("refused by ModelConfig: no region reads anything")
     fuse = fusion(kind, reads, layers)

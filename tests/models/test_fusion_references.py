@@ -35,7 +35,7 @@ def roughen(module: nn.Module) -> None:
 
 
 def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Text (4, 6, W) with padding, its mask, image (4, 5, W), of which one row only has two regions."""
+    """Text (4, 6, W) with padding, its mask, image (4, 5, W) where one row only has two regions."""
     torch.manual_seed(1)
     text_BT = torch.arange(6) < 6 - torch.arange(4)[:, None]
     image_BR = torch.ones(4, 5, dtype=torch.bool)

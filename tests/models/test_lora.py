@@ -58,7 +58,7 @@ def outputs(model: Model) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_merged_model_computes_what_the_adapted_one_does(name: str) -> None:
+def test_a_merged_model_equals_the_adapted_one(name: str) -> None:
     plain, adapted = model_of(name), model_of(name)
     before = outputs(plain)
     adapt("pretrain.lora", adapted, LORA, [], seed=1)

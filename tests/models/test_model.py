@@ -83,7 +83,7 @@ def test_with_siglips_bias_the_scale_has_no_bound(tiny_config: ModelConfig) -> N
     torch.testing.assert_close(model(*inputs())["logit_scale"], torch.tensor([118.0]))
 
 
-def test_a_seed_gives_the_same_weights_whatever_was_drawn_before(tiny_config: ModelConfig) -> None:
+def test_a_seed_gives_the_same_weights_after_any_other_draws(tiny_config: ModelConfig) -> None:
     first = build_model(tiny_config, 3).state_dict()
     torch.manual_seed(99)
     expected = torch.randn(4)
@@ -137,7 +137,7 @@ def test_a_model_lists_its_outputs_and_has_no_other_part(
     assert (model.text is None) == (changes.get("text", 1) is None)
 
 
-def test_heads_have_the_shapes_of_what_they_predict_and_train_all_weights(tiny_config: ModelConfig) -> None:
+def test_heads_have_the_shapes_of_their_targets_and_train_all_weights(tiny_config: ModelConfig) -> None:
     """DeepSpeed reduces and saves every parameter."""
     model = with_everything(tiny_config)
     pixels, tokens, mask = inputs()

@@ -80,7 +80,7 @@ def original(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dual", "vit"])
-def test_image_tower_gives_what_the_checkpoint_gives(checkpoints: dict[str, Path], name: str) -> None:
+def test_image_encoder_equals_the_checkpoint(checkpoints: dict[str, Path], name: str) -> None:
     pixels = torch.randn(2, 3, PIXELS, PIXELS)
     whole = original(checkpoints[name])
     expected = getattr(whole, "vision_model", whole)(pixel_values=pixels).pooler_output
@@ -88,7 +88,7 @@ def test_image_tower_gives_what_the_checkpoint_gives(checkpoints: dict[str, Path
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dual", "bert", "roberta"])
-def test_text_tower_gives_what_the_checkpoint_gives(checkpoints: dict[str, Path], name: str) -> None:
+def test_text_encoder_equals_the_checkpoint(checkpoints: dict[str, Path], name: str) -> None:
     ids = torch.randint(4, VOCABULARY, (2, 24 if name == "siglip" else 10))
     ids[:, -1] = 3
     whole = original(checkpoints[name])

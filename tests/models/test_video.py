@@ -38,7 +38,7 @@ def test_mean_equals_the_mean_of_frames_encoded_one_by_one(model_type: str) -> N
     torch.testing.assert_close(encoded.pooled_BW, expected.mean(1), atol=1e-6, rtol=1e-5)
 
 
-def test_sequential_adds_what_the_frames_read_of_each_other() -> None:
+def test_sequential_adds_the_output_of_its_transformer() -> None:
     read, pixels = encoder("sequential").eval(), clips(2, 3)
     frames = read.encoder(pixels.flatten(0, 1)).pooled_BW.view(2, 3, -1)
     ordered, _ = read.order(frames, None)

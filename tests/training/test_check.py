@@ -189,7 +189,7 @@ def test_tasks_replace_a_section_s_loader_and_objectives(fields: dict[str, Any],
         section(FUSED, **fields)
 
 
-def test_evaluation_knows_what_any_task_teaches() -> None:
+def test_evaluation_accepts_the_answers_of_any_task() -> None:
     answering = EvaluateConfig.model_validate({"splits": ["test"], "answering": {}})
     check_evaluation(answering, {"pretrain": with_tasks(PAIRS, VQA)})
     with pytest.raises(RecipeError, match=r"pretrain\.tasks\.0\.loader\.text"):

@@ -65,7 +65,7 @@ def test_the_limit_of_a_spike(losses: list[float], deviations: float, limit: flo
     assert spike_limit(losses, deviations) == pytest.approx(limit)
 
 
-def test_a_loss_that_is_not_finite_is_trouble_whatever_the_window() -> None:
+def test_a_loss_that_is_not_finite_is_trouble_for_any_window() -> None:
     trouble = trouble_in([1.0, math.nan, math.inf], on_spike="ignore")
     assert trouble == Trouble("nonfinite", (2, 3), "the loss is nan")
 

@@ -340,7 +340,7 @@ def test_each_task_has_its_share_of_the_steps(directory: Path) -> None:
         assert abs(sum(step <= end for step in vqa) - end / 3) < 1
 
 
-def test_the_package_is_an_ordinary_model_and_the_journal_says_what_it_started_from(directory: Path) -> None:
+def test_the_package_is_an_ordinary_model_and_the_journal_records_its_start(directory: Path) -> None:
     package = read_package(str(directory / "straight-3" / "package"))
     loaded = load_package(package)
     assert package.parameters == parameter_count(loaded.model)
