@@ -264,7 +264,7 @@ def test_a_workspace_in_an_object_store_holds_the_same_after_the_driver_was_kill
     with object_store() as workspace:
         path = write_recipe(tmp_path / "tiny.yaml", {**tiny_fields(tmp_path, records), "workspace": workspace})
         system, directory = filesystem(workspace)
-        trained = pyarrow.fs.FileSelector(f"{directory}/pretrain", recursive=True, allow_not_result=True)
+        trained = pyarrow.fs.FileSelector(f"{directory}/pretrain", recursive=True, allow_not_found=True)
 
         def checkpoints() -> int:
             return sum(file.base_name == "part-0.json" for file in system.get_file_info(trained))
