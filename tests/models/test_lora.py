@@ -64,6 +64,7 @@ def test_a_merged_model_equals_the_adapted_one(name: str) -> None:
     adapt("pretrain.lora", adapted, LORA, [], seed=1)
     adapted.eval()
     torch.testing.assert_close(outputs(adapted), before)
+    torch.manual_seed(3)
     with torch.no_grad():
         for parameter_name, parameter in adapted.named_parameters():
             if ".lora_B." in parameter_name:
@@ -71,7 +72,7 @@ def test_a_merged_model_equals_the_adapted_one(name: str) -> None:
     after = outputs(adapted)
     plain.load_state_dict(merged(adapted.state_dict(), LORA))
     for merged_output, adapted_output, plain_output in zip(outputs(plain), after, before, strict=True):
-        torch.testing.assert_close(merged_output, adapted_output, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged_output, adapted_output, rtol=1e-4, atol=5e-5)
         assert not torch.allclose(merged_output, plain_output, atol=1e-3)
     parts = {weight.split(".")[0] for weight, _ in adapted.named_parameters() if ".lora_" in weight}
     assert parts == {"image", "text"} | {part for part in ("fusion", "decoder") if part in MODELS[name]}
