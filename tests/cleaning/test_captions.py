@@ -78,13 +78,13 @@ def test_clean_text_is_stable_printable_and_encodable(text: str) -> None:
     cleaned.encode()
 
 
-def test_endless_escapes_stay_as_they_are_and_take_no_time() -> None:
+def test_nested_escapes_past_the_limit_are_kept_and_cost_no_time() -> None:
     assert clean_text("&&&#35;108;t;") == "<"
-    text = "&" * 50_000 + "#35;" + "35;" * 49_998 + "108;t;"  # each round would undo one of them
+    text = "&" * 50_000 + "#35;" + "35;" * 49_998 + "108;t;"  # each round would unescape one of them
     assert clean_text(text) == text
 
 
-def test_captions_out_of_bounds_are_dropped_and_repeats_folded() -> None:
+def test_captions_out_of_bounds_and_repeated_captions_are_dropped() -> None:
     captions = [caption("x"), caption("a  fox"), caption("a fox"), caption("a fox", "de"), caption("y" * 50)]
     kept = clean_captions(captions, CaptionConfig(max_characters=20))
     assert kept == [caption("a fox"), caption("a fox", "de")]
@@ -104,20 +104,20 @@ def test_captions_out_of_bounds_are_dropped_and_repeats_folded() -> None:
         (["", "image of", "x"], Reason.caption_boilerplate),
     ],
 )
-def test_a_record_without_a_caption_left_is_rejected_with_the_reason(texts: list[str], reason: Reason) -> None:
+def test_a_record_without_a_usable_caption_is_rejected_with_the_reason(texts: list[str], reason: Reason) -> None:
     with pytest.raises(Rejected) as rejected:
         clean_captions([caption(text) for text in texts], CaptionConfig(max_characters=100))
     assert rejected.value.reason is reason
 
 
 @pytest.mark.parametrize("texts", [[], [" \u200b "], ["IMG_1234.jpg", "x"]])
-def test_a_record_does_without_captions_where_none_is_required(texts: list[str]) -> None:
+def test_records_without_captions_are_kept_when_captions_are_optional(texts: list[str]) -> None:
     settings = CaptionConfig(required=False)
     assert clean_captions([caption(text) for text in texts], settings) == []
     assert clean_captions([caption(text) for text in [*texts, "a fox"]], settings) == [caption("a fox")]
 
 
-def test_token_estimates_are_near_what_tokenizers_give() -> None:
+def test_token_estimates_are_close_to_tokenizer_counts() -> None:
     assert estimate_tokens("坐电动轮椅的女人 中等肤色") in range(11, 15)
     assert estimate_tokens("a woman in a motorized wheelchair, medium skin tone") in range(9, 15)
 
@@ -132,7 +132,7 @@ def test_token_estimates_are_near_what_tokenizers_give() -> None:
         "d41d8cd98f00b204e9800998ecf8427e", "123e4567-e89b-12d3-a456-426614174000",
     ],
 )  # fmt: skip
-def test_file_names_and_words_for_pictures_at_large_are_boilerplate(text: str) -> None:
+def test_file_names_and_generic_words_are_boilerplate(text: str) -> None:
     assert is_boilerplate(text)
 
 
@@ -148,16 +148,14 @@ def test_captions_with_content_are_not_boilerplate(text: str) -> None:
     assert not is_boilerplate(text)
 
 
-def test_masks_are_asked_for_by_name() -> None:
+def test_masks_are_selected_by_name() -> None:
     captions = [caption("joe&#64;example.com, +1\u200b 415 555 2671")]
-    texts = {
-        what: clean_captions(captions, CaptionConfig(mask=what))[0]["text"] for what in ((), ("email",), ("phone",))
-    }
-    assert list(texts.values()) == [
-        "joe@example.com, +1 415 555 2671",
-        "[email], +1 415 555 2671",
-        "joe@example.com, [phone]",
-    ]
+    for masks, text in (
+        ((), "joe@example.com, +1 415 555 2671"),
+        (("email",), "[email], +1 415 555 2671"),
+        (("phone",), "joe@example.com, [phone]"),
+    ):
+        assert clean_captions(captions, CaptionConfig(mask=masks)) == [caption(text)]
     assert set(MASKS) == set(get_args(get_args(CaptionConfig.model_fields["mask"].annotation)[0]))
 
 
@@ -171,21 +169,21 @@ def test_cleaning_twice_changes_nothing(text: str, mask: list[str]) -> None:
     assert clean_captions(cleaned, settings) == cleaned
 
 
-def test_a_megabyte_is_not_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlong_caption_is_rejected_before_cleaning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmflow.cleaning.captions.clean_text", None)
     with pytest.raises(Rejected):
         clean_captions([caption("é<b>" * 300_000)], CaptionConfig())
 
 
-def test_bounds_in_tokens() -> None:
+def test_captions_outside_the_token_bounds_are_dropped() -> None:
     settings = CaptionConfig(min_tokens=3, max_tokens=6)
     kept = clean_captions([caption("fox"), caption("a red fox runs"), caption("word " * 20)], settings)
     assert kept == [caption("a red fox runs")]
-    with pytest.raises(Rejected, match="tokens, at most 6 are allowed"):
+    with pytest.raises(Rejected, match="at most 6"):
         clean_captions([caption("word " * 20)], settings)
 
 
-def test_languages_are_detected_where_unknown_and_filtered_by_their_primary_part() -> None:
+def test_unknown_languages_are_detected_and_filtered_by_primary_subtag() -> None:
     german = "Ein roter Drache fliegt im Herbst über die Dünen an der Nordsee"
     french = "Un cerf-volant rouge vole au-dessus des dunes de la mer du Nord"
     settings = CaptionConfig(detect_language=True, languages=["fr", "en-GB"])
@@ -194,19 +192,16 @@ def test_languages_are_detected_where_unknown_and_filtered_by_their_primary_part
     with pytest.raises(Rejected) as rejected:
         clean_captions([caption(german, "und")], settings)
     assert rejected.value.reason is Reason.caption_language
-    assert rejected.value.detail.startswith("de is not one of fr, en-GB")
+    assert "fr, en-GB" in rejected.value.detail
     assert detect_language("zzz") == detect_language("12345") == "und"
     assert clean_captions([caption("zzz", "und")], CaptionConfig(languages=["fr", "und"])) == [caption("zzz", "und")]
     assert same_language("zh-Hant", "zh")
     assert not same_language("fry", "fr")
 
 
-def test_captions_that_differ_in_case_alone_have_one_hash() -> None:
+def test_captions_that_differ_only_in_case_have_the_same_hash() -> None:
     assert caption_hash("A Red STRASSE") == caption_hash("a red straße")
     assert caption_hash("a red fox") != caption_hash("a red box")
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,10 +211,10 @@ def test_captions_that_differ_in_case_alone_have_one_hash() -> None:
         ("(müller@example.de)", "([email])"),
         ("联系joe@example.com谢谢", "联系[email]谢谢"),
         ("mailto:a@b.cc, c@d.ee", "mailto:[email], [email]"),
-        ("@handle at 5 @ 3.50 and a@b", "@handle at 5 @ 3.50 and a@b"),
+        ("@handle at example.com, 5 @ 3.50 and a@b", "@handle at example.com, 5 @ 3.50 and a@b"),
     ],
 )
-def test_emails(text: str, masked: str) -> None:
+def test_email_addresses_are_masked(text: str, masked: str) -> None:
     assert mask_emails(text) == masked
 
 
@@ -246,6 +241,7 @@ def test_phone_numbers_are_masked(number: str) -> None:
         ("2 rooms, 415-555-2671 2 beds", "2 rooms, [phone] 2 beds"),
         ("in 2024 020 7946 0958 rang", "in 2024 [phone] rang"),
         ("+1 415 555 2671 / +1 415 555 2672", "[phone] / [phone]"),
+        ("555-867-53091", "555-867-53091"),
     ],
 )
 def test_phone_numbers_among_other_numbers(text: str, masked: str) -> None:
@@ -267,20 +263,11 @@ def test_phone_numbers_among_other_numbers(text: str, masked: str) -> None:
         "no. 12345678, order 0123 456 789",
     ],
 )
-def test_dates_prices_isbns_years_and_resolutions_stay(text: str) -> None:
+def test_dates_prices_isbns_years_and_resolutions_are_not_masked(text: str) -> None:
     assert mask_phones(text) == text
 
 
-@pytest.mark.parametrize(
-    ("text", "masked"),
-    [
-        ("write to jane.doe+cats@mail.example.co.uk today", "write to [email] today"),
-        ("@nobody at example.com", "@nobody at example.com"),
-        ("call +49 211 1234567 or (020) 7946 0958", "call [phone] or [phone]"),
-        ("call 555-867-5309, 555.867.5309 or 0211 1234567", "call [phone], [phone] or [phone]"),
-        ("555-867-53091", "555-867-53091"),
-    ],
-)
-def test_both_at_once(text: str, masked: str) -> None:
-    assert mask(text, ["email", "phone"]) == masked
+def test_several_masks_apply_together() -> None:
+    text = "jane.doe@example.com, 555-867-5309"
+    assert mask(text, ["email", "phone"]) == "[email], [phone]"
     assert mask(text, []) == text

@@ -1,4 +1,4 @@
-"""Clips: evenly spaced frames of animations and frame folders, at a bounded cost, whatever a file claims."""
+"""Clips: evenly spaced frames of animations and frame folders, at a bounded cost whatever the header claims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmflow.cleaning.config import ImageConfig
 from mmflow.cleaning.images import PreparedImage, prepare_images
 from mmflow.imaging.decode import evenly_spaced
 from mmflow.sources.reasons import Reason, Rejected
-from tests.imaging.picture_files import chunk, clip_of, file_of, gradient, opened, reds
+from tests.imaging.picture_files import chunk, clip_of, file_of, gif, gradient, opened, overwrite, reds
 
 EXACT = {"GIF": {}, "WEBP": {"lossless": True}, "PNG": {}, "AVIF": {"quality": 100}}
 
@@ -32,18 +32,18 @@ def rejection(*bodies: bytes, **settings: object) -> Rejected:
 
 
 @given(st.integers(1, 10_000), st.integers(1, 100))
-def test_kept_frames_are_evenly_spaced_from_the_first(count: int, most: int) -> None:
-    numbers = evenly_spaced(count, most)
+def test_kept_frames_are_evenly_spaced_from_the_first(count: int, max_frames: int) -> None:
+    numbers = evenly_spaced(count, max_frames)
     assert numbers[0] == 0
     assert numbers[-1] < count
-    assert len(numbers) == min(count, most)
+    assert len(numbers) == min(count, max_frames)
     gaps = np.diff([*numbers, count])
     assert gaps.min() >= 1
     assert gaps.max() - gaps.min() <= 1
 
 
 @pytest.mark.parametrize("format", EXACT)
-def test_animation_becomes_a_picture_and_frames(format: str) -> None:
+def test_an_animation_is_stored_as_an_image_and_frames(format: str) -> None:
     body = clip_of(reds(range(0, 200, 10)), format, **EXACT[format])
     prepared = prepare_images([body], ImageConfig(max_frames=4, side=32))
     assert np.abs(np.array(levels(prepared)) - [0, 50, 100, 150]).max() <= 2
@@ -51,24 +51,20 @@ def test_animation_becomes_a_picture_and_frames(format: str) -> None:
     assert {opened(file).shape for file in (prepared.data, *prepared.frames)} == {(32, 43, 3)}
     assert len(prepare_images([body], ImageConfig(max_frames=16)).frames) == 15
     assert len(prepare_images([body], ImageConfig(max_frames=99)).frames) == 19
+    (first,) = levels(prepare_images([clip_of(reds([90, 10]), format, **EXACT[format])], ImageConfig(max_frames=1)))
+    assert abs(first - 90) <= 2
 
 
-@pytest.mark.parametrize("format", EXACT)
-def test_one_frame_is_the_first_alone(format: str) -> None:
-    prepared = prepare_images([clip_of(reds([90, 10, 200]), format, **EXACT[format])], ImageConfig(max_frames=1))
-    assert prepared.frames == ()
-    assert np.abs(np.array(levels(prepared)) - 90).max() <= 2
-
-
-def test_a_clip_is_not_taken_for_its_first_frame() -> None:
+def test_the_hashes_of_a_clip_cover_all_its_frames() -> None:
     settings = ImageConfig()
-    still, one, other = (
+    frame = gradient(60, 80)
+    still, moving, constant = (
         prepare_images([file_of(frame) for frame in frames], settings)
-        for frames in ([gradient(60, 80)], [gradient(60, 80), gradient(60, 80)[::-1]], [gradient(60, 80)] * 3)
+        for frames in ([frame], [frame, frame[::-1]], [frame] * 3)
     )
-    assert still.data == one.data == other.data
-    assert len({still.pixel_hash, one.pixel_hash, other.pixel_hash}) == 3
-    assert still.perceptual_hash == other.perceptual_hash != one.perceptual_hash
+    assert still.data == moving.data == constant.data
+    assert len({still.pixel_hash, moving.pixel_hash, constant.pixel_hash}) == 3
+    assert still.perceptual_hash == constant.perceptual_hash != moving.perceptual_hash
 
 
 def test_transparent_frames_show_the_background() -> None:
@@ -89,25 +85,25 @@ def test_the_still_picture_of_an_animated_png_is_not_its_first_frame() -> None:
     assert levels(prepare_images([body], ImageConfig())) == [10, 30]
 
 
-def test_pages_of_a_tiff_are_no_frames() -> None:
+def test_pages_of_a_tiff_are_not_frames() -> None:
     prepared = prepare_images([clip_of(reds([10, 60, 200]), "TIFF")], ImageConfig())
     assert levels(prepared) == [10]
 
 
-def test_frame_folder_is_brought_to_the_size_of_its_first() -> None:
+def test_all_frames_of_a_folder_get_the_size_of_the_first() -> None:
     bodies = [file_of(gradient(300, 400), "JPEG"), file_of(gradient(60, 200)), file_of(gradient(900, 600), "WEBP")]
     for resize, size in {"shortest": (128, 96), "longest": (96, 72), "crop": (96, 96), "none": (400, 300)}.items():
         prepared = prepare_images(bodies, ImageConfig(side=96, resize=resize))
         assert (prepared.width, prepared.height) == size
         assert {opened(file).shape for file in (prepared.data, *prepared.frames)} == {(size[1], size[0], 3)}
     wide = opened(prepare_images(bodies, ImageConfig(side=96)).frames[0])
-    assert wide[48, 64].tolist() == pytest.approx([127, 127, 127], abs=4)  # the middle stays in the middle
-    assert 60 < wide[48, 0, 0] < 90  # and what is too wide for the first one's shape is cut off on both sides
+    assert wide[48, 64].tolist() == pytest.approx([127, 127, 127], abs=4)  # the centre stays in the centre
+    assert 60 < wide[48, 0, 0] < 90  # a frame wider than the first is cropped on both sides
 
 
-def test_only_the_frames_that_are_kept_are_looked_at() -> None:
+def test_only_kept_frames_are_decoded() -> None:
     bodies = [file_of(frame) for frame in reds(range(0, 100, 10))]
-    bodies[1] = b"nobody asks"
+    bodies[1] = b"not an image"
     assert levels(prepare_images(bodies, ImageConfig(max_frames=5))) == [0, 20, 40, 60, 80]
     assert levels(prepare_images(bodies, ImageConfig(max_frames=1))) == [0]
     rejected = rejection(*bodies, max_frames=10)
@@ -122,48 +118,39 @@ def test_conforming_frames_keep_their_bytes() -> None:
     assert opened(prepared.frames[1]).shape == (96, 128, 3)
 
 
-def test_a_lie_about_the_number_of_frames_neither_hangs_nor_passes() -> None:
+def test_a_wrong_frame_count_in_the_header_is_rejected_quickly() -> None:
     body = clip_of(reds(range(0, 100, 10)), "PNG")
     control = body.index(b"acTL") + 4
     for claim in (11, 2**31 - 1):
-        lie = chunk(b"acTL", struct.pack(">II", claim, 0))
         start = time.process_time()
-        rejected = rejection(body[: control - 8] + lie + body[control + 12 :])
+        rejected = rejection(overwrite(body, control - 8, chunk(b"acTL", struct.pack(">II", claim, 0))))
         assert time.process_time() - start < 1
         assert rejected.reason is Reason.image_truncated
-        assert rejected.detail == f"10 frames of the {claim} that its header promises"
-    fewer = body[: control - 8] + chunk(b"acTL", struct.pack(">II", 3, 0)) + body[control + 12 :]
+        assert str(claim) in rejected.detail
+    fewer = overwrite(body, control - 8, chunk(b"acTL", struct.pack(">II", 3, 0)))
     assert levels(prepare_images([fewer], ImageConfig())) == [0, 10, 20]
 
 
-def test_an_animation_too_long_to_decode_is_refused_at_once() -> None:
-    frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x4c\x01\x00"
-    screen = b"GIF89a" + struct.pack("<HH", 4000, 3000) + b"\x80\x00\x00" + bytes(6)
-    body = screen + frame * 200 + b";"
+def test_an_animation_with_too_many_pixels_is_rejected_at_once() -> None:
+    body = gif(4000, 3000, [(1, 1)] * 200)
     start = time.process_time()
     rejected = rejection(body, max_pixels=80_000_000)
     assert rejected.reason is Reason.image_too_large
-    assert "188 frames of 4000×3000 pixels" in rejected.detail
+    assert "188 frames" in rejected.detail
     assert time.process_time() - start < 1
     assert prepare_images([body], ImageConfig(max_frames=1)).width == 341
 
 
-def test_a_frame_that_outgrows_the_screen_is_refused() -> None:
-    def frame(width: int, height: int) -> bytes:
-        return b"\x2c" + struct.pack("<HHHHB", 0, 0, width, height, 0) + b"\x02\x02\x4c\x01\x00"
-
-    screen = b"GIF89a" + struct.pack("<HH", 64, 64) + b"\x80\x00\x00" + bytes(6)
+def test_a_frame_larger_than_the_screen_is_rejected() -> None:
+    refusals = (Reason.image_unsupported, Reason.image_too_large)
     for side in (100, 13_000, 65_535):
-        assert rejection(screen + frame(1, 1) + frame(side, side) + b";").reason in (
-            Reason.image_unsupported,
-            Reason.image_too_large,
-        )
+        assert rejection(gif(64, 64, [(1, 1), (side, side)])).reason in refusals
 
 
 @pytest.mark.parametrize("format", EXACT)
-def test_an_animation_cut_short_is_named(format: str) -> None:
+def test_a_truncated_animation_is_rejected(format: str) -> None:
     rng = np.random.default_rng(0)
     frames = [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(6)]
     body = clip_of(frames, format, **EXACT[format])
-    for share in (0.3, 0.55, 0.9):
-        assert rejection(body[: int(len(body) * share)]).reason is Reason.image_truncated, share
+    for fraction in (0.3, 0.55, 0.9):
+        assert rejection(body[: int(len(body) * fraction)]).reason is Reason.image_truncated, fraction

@@ -1,4 +1,4 @@
-"""Selection over pieces: which of the records that are alike stays, and why the others are rejected."""
+"""Selection over pieces: which duplicate record is kept, and why the others are rejected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTHING = DuplicatesConfig(exact=False)
 
 
 def record(place: int, **fields: Any) -> dict[str, Any]:
-    """A row of a piece, like no other unless the fields say so."""
+    """A row of a piece, unlike any other unless the fields say so."""
     texts = fields.pop("texts", [f"caption number {place}"])
     return {
         "place": place,
@@ -51,7 +51,7 @@ def write_pieces(folder: Path, rows: Sequence[dict[str, Any]], num_pieces: int =
 
 
 def write_shard(dataset: Path, rows: Sequence[dict[str, Any]], name: str = "00000") -> str:
-    """An index of the rows, and a tar that has their captions at the offsets that it says."""
+    """An index of the rows, and a tar with their captions at the offsets of the index."""
     (dataset / "index").mkdir(parents=True, exist_ok=True)
     (dataset / "shards").mkdir(exist_ok=True)
     bodies = [row["captions"][0]["text"].encode() for row in rows]
@@ -68,26 +68,26 @@ def write_shard(dataset: Path, rows: Sequence[dict[str, Any]], name: str = "0000
 def verdicts(
     pieces: Sequence[str], duplicates: DuplicatesConfig = NOTHING, **settings: Any
 ) -> dict[int, tuple[str, str]]:
-    """Place → (reason, detail) of what was rejected."""
+    """Place → (reason, detail) of the rejected rows."""
     selection = select_records(pieces, duplicates=duplicates, **{"max_images": None, **settings})
     rows = selection.rejected.to_pylist()
     assert [row["place"] for row in rows] == sorted({row["place"] for row in rows})
     return {row["place"]: (row["reason"], row["detail"]) for row in rows}
 
 
-def test_of_a_repeated_key_the_first_stays(tmp_path: Path) -> None:
+def test_the_first_record_of_a_repeated_key_is_kept(tmp_path: Path) -> None:
     rows = [record(0, key="a", reason="image_missing"), record(7, key="a", split="test"), record(5, key="a"), record(9)]
-    found = verdicts(write_pieces(tmp_path, rows))
-    assert found == {7: ("key_repeated", "an earlier record has this key (records.jsonl:5)")}
+    rejections = verdicts(write_pieces(tmp_path, rows))
+    assert rejections == {7: ("key_repeated", "an earlier record has this key (records.jsonl:5)")}
 
 
-def test_a_sample_of_the_dataset_keeps_its_key(tmp_path: Path) -> None:
+def test_a_record_with_the_key_of_a_known_sample_is_rejected(tmp_path: Path) -> None:
     known = write_shard(tmp_path / "old", [record(0, key="a")])
-    found = verdicts(write_pieces(tmp_path, [record(7, key="a"), record(9)]), known=[known])
-    assert found == {7: ("key_repeated", "a sample of the dataset has this key")}
+    rejections = verdicts(write_pieces(tmp_path, [record(7, key="a"), record(9)]), known=[known])
+    assert rejections == {7: ("key_repeated", "a sample of the dataset has this key")}
 
 
-def test_captions_of_too_many_images_are_named_and_their_records_go(tmp_path: Path) -> None:
+def test_common_captions_are_listed_and_records_with_no_other_are_rejected(tmp_path: Path) -> None:
     rows = [record(place, texts=["Gramastar"]) for place in range(3)]
     rows += [
         record(3, texts=["gramastar", "a red fox"]),
@@ -103,7 +103,7 @@ def test_captions_of_too_many_images_are_named_and_their_records_go(tmp_path: Pa
     assert not select_records(pieces, duplicates=NOTHING, max_images=4).common_captions.size
 
 
-def test_captions_are_counted_without_repeated_keys_and_with_the_dataset(tmp_path: Path) -> None:
+def test_caption_counts_include_the_dataset_but_not_repeated_keys(tmp_path: Path) -> None:
     rows = [record(place, key="same", texts=["a fox"]) for place in range(3)] + [record(3, texts=["a fox"])]
     known = write_shard(tmp_path / "old", [record(0, texts=["a fox"])])
     pieces = write_pieces(tmp_path, rows)
@@ -112,29 +112,29 @@ def test_captions_are_counted_without_repeated_keys_and_with_the_dataset(tmp_pat
     assert grown[3] == ("caption_too_common", "3 images have this caption")
 
 
-def test_of_equal_pixels_held_out_records_stay_before_train(tmp_path: Path) -> None:
+def test_among_equal_pixels_held_out_records_are_kept_over_train(tmp_path: Path) -> None:
     rows = [record(place, pixel_hash=7) for place in range(3)] + [record(3, pixel_hash=7, split="test"), record(4)]
-    found = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig())
-    assert found == dict.fromkeys(range(3), ("duplicate_exact", "the same pixels as key-3"))
+    rejections = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig())
+    assert rejections == dict.fromkeys(range(3), ("duplicate_exact", "the same pixels as key-3"))
 
 
-def test_near_duplicates_go_for_a_survivor_and_are_not_chained(tmp_path: Path) -> None:
+def test_near_duplicates_are_rejected_for_a_survivor_and_do_not_chain(tmp_path: Path) -> None:
     hashes = [0b0, 0b111, 0b111111, 0b0, 2**63 - 1]
     rows = [record(place, perceptual_hash=hash) for place, hash in enumerate(hashes)]
-    found = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig(exact=False, radius=3))
-    assert found == {1: ("duplicate_near", "3 bits from key-0"), 3: ("duplicate_near", "0 bits from key-0")}
+    rejections = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig(exact=False, radius=3))
+    assert rejections == {1: ("duplicate_near", "3 bits from key-0"), 3: ("duplicate_near", "0 bits from key-0")}
 
 
-def test_a_record_equal_to_one_that_goes_names_the_survivor(tmp_path: Path) -> None:
+def test_a_duplicate_of_a_rejected_record_names_the_survivor(tmp_path: Path) -> None:
     rows = [record(0, perceptual_hash=1), record(1, perceptual_hash=3), record(2, perceptual_hash=3)]
-    found = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig(exact=False, radius=1))
-    assert found == {1: ("duplicate_near", "1 bits from key-0"), 2: ("duplicate_near", "1 bits from key-0")}
+    rejections = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig(exact=False, radius=1))
+    assert rejections == {1: ("duplicate_near", "1 bits from key-0"), 2: ("duplicate_near", "1 bits from key-0")}
     rows = [record(0, texts=["a b c d e f"]), record(1, texts=["A b c d e g"]), record(2, texts=["a b c d e g"])]
-    found = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig(exact=False, caption_similarity=0.6))
-    assert found == dict.fromkeys((1, 2), ("duplicate_caption", "caption 60% like that of key-0"))
+    rejections = verdicts(write_pieces(tmp_path, rows), DuplicatesConfig(exact=False, caption_similarity=0.6))
+    assert rejections == dict.fromkeys((1, 2), ("duplicate_caption", "caption 60% like that of key-0"))
 
 
-def test_like_captions_go_and_common_ones_do_not_count(tmp_path: Path) -> None:
+def test_similar_captions_are_rejected_unless_they_are_common(tmp_path: Path) -> None:
     rows = [
         record(0, texts=["A red fox asleep in the snow, at dawn"]),
         record(1, texts=["a red fox asleep in the snow at dawn"]),
@@ -147,7 +147,7 @@ def test_like_captions_go_and_common_ones_do_not_count(tmp_path: Path) -> None:
     assert set(verdicts(pieces, settings)) == {1, 4, 5}
 
 
-def test_records_like_an_evaluation_sample_are_rejected_in_every_split(tmp_path: Path) -> None:
+def test_duplicates_of_an_evaluation_sample_are_rejected_in_every_split(tmp_path: Path) -> None:
     text = "a red fox asleep in the snow at dawn"
     sample = record(0, key="e", pixel_hash=7, perceptual_hash=0, texts=[text])
     evaluation = write_shard(tmp_path / "evaluated", [record(1), sample])
@@ -173,7 +173,7 @@ def test_records_like_an_evaluation_sample_are_rejected_in_every_split(tmp_path:
     }
 
 
-def test_evaluated_samples_that_cannot_be_compared_are_an_error(tmp_path: Path) -> None:
+def test_evaluation_samples_without_hashes_are_an_error(tmp_path: Path) -> None:
     evaluation = write_shard(tmp_path / "adopted", [record(0, pixel_hash=None)])
     pieces = write_pieces(tmp_path, [record(1)])
     with pytest.raises(MisuseError, match="1 samples without pixel_hash"):
@@ -182,7 +182,7 @@ def test_evaluated_samples_that_cannot_be_compared_are_an_error(tmp_path: Path) 
         select_records(pieces, duplicates=NOTHING, max_images=None, evaluation=[evaluation])
 
 
-def test_a_piece_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_piece_is_named_in_the_error(tmp_path: Path) -> None:
     pieces = write_pieces(tmp_path, [record(0), record(1)])
     (tmp_path / "1.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(CorruptArtifactError, match=r"1\.parquet"):
@@ -216,7 +216,7 @@ def crowd(seed: int, number: int) -> list[dict[str, Any]]:
 SETTINGS = {"duplicates": DuplicatesConfig(radius=2, caption_similarity=0.6), "max_images": 20}
 
 
-def test_pieces_tasks_and_parts_in_any_number_and_order_change_nothing(
+def test_the_number_and_order_of_pieces_tasks_and_parts_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = crowd(0, 300)
@@ -227,19 +227,19 @@ def test_pieces_tasks_and_parts_in_any_number_and_order_change_nothing(
     monkeypatch.setattr(select, "FILES_PER_TASK", 2)
     for order, parts in ((many, 128), (many[::-1], 3)):
         monkeypatch.setattr(select, "MAX_PARTS", parts)
-        monkeypatch.setattr(select, "MAX_SEARCHED_HERE", parts)  # in tasks the second time
-        found = select_records(order, known=known, **SETTINGS)
-        assert found.rejected.equals(expected.rejected)
-        assert found.common_captions.tolist() == expected.common_captions.tolist()
+        monkeypatch.setattr(select, "MAX_SEARCHED_HERE", parts)  # the second time in tasks
+        selection = select_records(order, known=known, **SETTINGS)
+        assert selection.rejected.equals(expected.rejected)
+        assert selection.common_captions.tolist() == expected.common_captions.tolist()
 
 
-def like(one: dict[str, Any], other: dict[str, Any]) -> dict[str, bool]:
-    """Reason → whether it holds of the two records, by the settings of the test below."""
-    texts = [shingles(row["captions"][0]["text"]) for row in (one, other)]
+def duplicate_reasons(first: dict[str, Any], second: dict[str, Any]) -> dict[str, bool]:
+    """Reason → whether the two records are duplicates for it, with the settings of the test below."""
+    texts = [shingles(row["captions"][0]["text"]) for row in (first, second)]
     return {
-        "key_repeated": one["key"] == other["key"],
-        "duplicate_exact": one["pixel_hash"] == other["pixel_hash"],
-        "duplicate_near": (one["perceptual_hash"] ^ other["perceptual_hash"]).bit_count() <= 2,
+        "key_repeated": first["key"] == second["key"],
+        "duplicate_exact": first["pixel_hash"] == second["pixel_hash"],
+        "duplicate_near": (first["perceptual_hash"] ^ second["perceptual_hash"]).bit_count() <= 2,
         "duplicate_caption": similarity(*texts) >= 0.6,
     }
 
@@ -252,26 +252,25 @@ def like(one: dict[str, Any], other: dict[str, Any]) -> dict[str, bool]:
         DuplicatesConfig(exact=False, caption_similarity=0.6),
     ],
 )
-def test_every_rejection_has_a_survivor_and_no_two_survivors_are_alike(
+def test_every_rejection_has_a_survivor_and_no_two_survivors_are_duplicates(
     tmp_path: Path, duplicates: DuplicatesConfig
 ) -> None:
     rows = [row for row in crowd(3, 200) if row["reason"] is None]
-    found = verdicts(write_pieces(tmp_path, rows, 3), duplicates)
-    survivors = [row for row in rows if row["place"] not in found]
-    reasons = {"key_repeated"} | {reason for reason, _ in found.values()}
+    rejections = verdicts(write_pieces(tmp_path, rows, 3), duplicates)
+    survivors = [row for row in rows if row["place"] not in rejections]
+    reasons = {"key_repeated"} | {reason for reason, _ in rejections.values()}
     assert len(reasons) == 2
-    for one, other in combinations(survivors, 2):
-        assert not any(like(one, other)[reason] for reason in reasons)
+    for first, second in combinations(survivors, 2):
+        assert not any(duplicate_reasons(first, second)[reason] for reason in reasons)
     for row in rows:
-        reason, detail = found.get(row["place"], ("", ""))
+        reason, detail = rejections.get(row["place"], ("", ""))
         if reason and reason != "key_repeated":
-            (survivor,) = [other for other in survivors if other["key"] == detail.split()[-1]]
-            assert like(row, survivor)[reason]
-            rank, rank_of_survivor = ((each["split"] == "train", each["place"]) for each in (row, survivor))
-            assert rank_of_survivor < rank
+            (survivor,) = [kept for kept in survivors if kept["key"] == detail.split()[-1]]
+            assert duplicate_reasons(row, survivor)[reason]
+            assert (survivor["split"] == "train", survivor["place"]) < (row["split"] == "train", row["place"])
 
 
-def test_rounds_are_reported_as_they_are_done(tmp_path: Path) -> None:
+def test_progress_counts_the_rounds(tmp_path: Path) -> None:
     reported: list[tuple[int, int]] = []
     select_records(
         write_pieces(tmp_path, [record(0)]), progress=lambda done, total: reported.append((done, total)), **SETTINGS

@@ -1,4 +1,4 @@
-"""Corpora written in tests, and packages made for them: .deb files, and archives as `npm pack` writes them."""
+"""Writes corpora, and the packages they are read from: .deb files and archives like those of `npm pack`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pydantic import TypeAdapter
 
@@ -22,7 +23,7 @@ from tests.imaging.picture_files import clip_of, file_of, reds
 
 
 def written(directory: Path, name: str, *, num_steps: int | None = None, **settings: Any) -> list[dict[str, Any]]:
-    """The records of a corpus, written with these settings. The progress must count its `num_steps`."""
+    """Write a corpus with these settings and return its records. Its progress must count `num_steps` steps."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     corpus = TypeAdapter(CorpusConfig).validate_python({"name": name, **settings})
     steps: list[tuple[int, int]] = []
@@ -34,8 +35,38 @@ def written(directory: Path, name: str, *, num_steps: int | None = None, **setti
     return [json.loads(line) for line in lines]
 
 
+def write_files(directory: Path, files: Mapping[str, bytes]) -> Path:
+    for name, body in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(body)
+    return directory
+
+
+def tar_of(files: Mapping[str, bytes | Path], mode: str = "w") -> bytes:
+    """A tar of files by name; a `Path` becomes a symbolic link to it."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, body in files.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(body, Path):
+                info.type, info.linkname = tarfile.SYMTYPE, str(body)
+            else:
+                info.size = len(body)
+            tar.addfile(info, io.BytesIO(body) if isinstance(body, bytes) else None)
+    return stream.getvalue()
+
+
+def deb(files: Mapping[str, bytes | Path], compression: str = "xz") -> bytes:
+    """A Debian package that installs these files; compression is xz, gz or zst."""
+    if compression == "zst":
+        tar = pa.compress(tar_of(files), "zstd", asbytes=True)
+    else:
+        tar = tar_of(files, f"w:{compression}")
+    return ar({"debian-binary": b"2.0\n", "control.tar.gz": b"unused", f"data.tar.{compression}": tar})
+
+
 def ar(members: dict[str, bytes]) -> bytes:
-    """An ar archive, which a .deb is."""
+    """An ar archive, the outer format of a .deb."""
     body = b"!<arch>\n"
     for name, data in members.items():
         body += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
@@ -45,26 +76,17 @@ def ar(members: dict[str, bytes]) -> bytes:
 def write_npm_package(
     directory: Path, name: str, files: Mapping[str, bytes | Path], version: str = "1.0.0"
 ) -> NpmPackage:
-    """Write an archive of files by their names in it; a `Path` is a link to there."""
     directory.mkdir(exist_ok=True)
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
-        for member, body in files.items():
-            info = tarfile.TarInfo(member)
-            if isinstance(body, Path):
-                info.type, info.linkname = tarfile.SYMTYPE, str(body)
-            else:
-                info.size = len(body)
-            tar.addfile(info, io.BytesIO(body) if isinstance(body, bytes) else None)
+    archive = tar_of(files, "w:gz")
     size = sum(len(body) for body in files.values() if isinstance(body, bytes))
-    sha512 = base64.b64encode(hashlib.sha512(stream.getvalue()).digest()).decode()
+    sha512 = base64.b64encode(hashlib.sha512(archive).digest()).decode()
     package = NpmPackage(name, version, sha512, size)
-    (directory / package.archive).write_bytes(stream.getvalue())
+    (directory / package.archive).write_bytes(archive)
     return package
 
 
 def write_emoji_packages(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Small packages in place of the real ones: 11 stills of Google's, 3 of Fluent's, 11 clips and a still."""
+    """Small packages in place of the real ones: 11 Google stills, 3 Fluent stills, and 11 Fluent clips with a still."""
     level = iter(range(1, 256))
 
     def still(format: str) -> bytes:

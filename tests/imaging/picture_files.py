@@ -34,7 +34,7 @@ def clip_of(frames: Sequence[Image.Image], format: str, **options: object) -> by
 
 
 def reds(levels: Iterable[int], width: int = 64, height: int = 48) -> list[Image.Image]:
-    """A frame of plain red for each level, so that a frame can be told by one pixel."""
+    """A frame of plain red for each level, so that one pixel identifies the frame."""
     return [Image.new("RGB", (width, height), (level, 0, 0)) for level in levels]
 
 
@@ -55,6 +55,16 @@ def png(width: int, height: int, colour: int, depth: int, pixels: Iterable[bytes
     return SIGNATURE + head + b"".join(chunks) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
 
 
+def gif(width: int, height: int, frame_sizes: Iterable[tuple[int, int]]) -> bytes:
+    """A GIF of nearly no bytes; its frames may be larger than its screen."""
+    frames = [b"\x2c" + struct.pack("<HHHHB", 0, 0, *size, 0) + b"\x02\x02\x4c\x01\x00" for size in frame_sizes]
+    return b"GIF89a" + struct.pack("<HH", width, height) + b"\x80\0\0" + bytes(6) + b"".join(frames) + b";"
+
+
+def overwrite(data: bytes, position: int, patch: bytes) -> bytes:
+    return data[:position] + patch + data[position + len(patch) :]
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG whose header promises that many pixels, in a hundred bytes."""
     return png(width, height, 2, 8, [])
@@ -66,7 +76,7 @@ def with_chunk(data: bytes, kind: bytes, body: bytes) -> bytes:
 
 
 def tiff(width: int, height: int, bits: int, photometric: int, pixels: bytes) -> bytes:
-    """A TIFF of one channel, little-endian, as scanners write it and Pillow cannot."""
+    """A TIFF of one channel, little-endian, as scanners write them and Pillow cannot."""
     tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (279, len(pixels))])
     directory = struct.pack("<H", len(tags) + 1) + entries + struct.pack("<I", 0)
@@ -74,10 +84,12 @@ def tiff(width: int, height: int, bits: int, photometric: int, pixels: bytes) ->
 
 
 def ycck(image: RGB) -> bytes:
-    """A JPEG of the kind that Photoshop writes: CMYK inverted, its colours turned to luma and chroma."""
+    """A JPEG as Photoshop writes it: inverted CMYK, converted to luma and chroma."""
     cmyk = np.asarray(Image.fromarray(image).convert("CMYK"))
     ycc = np.asarray(Image.fromarray(cmyk[..., :3].copy()).convert("YCbCr"))
-    stored = np.dstack([255 - ycc, cmyk[..., 3]])  # Pillow inverts all four as it writes: three come out as they were
+    stored = np.dstack(
+        [255 - ycc, cmyk[..., 3]]
+    )  # Pillow inverts all four channels when it writes, so three are restored
     data = file_of(Image.frombytes("CMYK", image.shape[1::-1], stored.tobytes()), "JPEG", quality=95)
     adobe = data.index(b"Adobe")
     return data[: adobe + 11] + b"\x02" + data[adobe + 12 :]

@@ -1,4 +1,4 @@
-"""Colours: in every mode, the result is what a viewer shows over the background."""
+"""Colours: in every mode, pixels are what a viewer shows on the background."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rgb(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> np.n
     return flatten(decode_source(data, probe(data), 4096, background), background).astype(np.int64)
 
 
-def test_transparency_shows_the_background_and_not_whatever_lay_beneath() -> None:
+def test_transparent_pixels_show_the_background() -> None:
     alpha = Image.fromarray(gradient(32, 32)).convert("RGBA")
     alpha.putalpha(0)
     assert (rgb(file_of(alpha)) == 255).all()
@@ -38,12 +38,12 @@ def test_transparency_shows_the_background_and_not_whatever_lay_beneath() -> Non
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA"])
-def test_common_modes_keep_their_picture(mode: str) -> None:
+def test_common_modes_match_pillow(mode: str) -> None:
     expected = np.asarray(Image.fromarray(RAMP).convert(mode).convert("RGB")).astype(int)
     assert np.array_equal(rgb(file_of(Image.fromarray(RAMP).convert(mode))), expected)
 
 
-def test_deep_greys_are_scaled_and_not_cut() -> None:
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     deep = Image.fromarray((RAMP[..., 0].astype(np.uint16) << 8) + 77)
     for format in ("PNG", "TIFF", "JPEG2000"):
         assert np.abs(rgb(file_of(deep, format)) - RAMP[..., :1]).max() <= 1
@@ -53,21 +53,21 @@ def test_deep_greys_are_scaled_and_not_cut() -> None:
     assert (rgb(white_is_zero) == 0x0F).all()
     assert (rgb(tiff(16, 16, 12, 1, b"\xff\xff\xff" * 128)) == 255).all()
     row = np.array([0, 1000, 40_000, 65_535], ">u2").tobytes()
-    see_through = png(4, 1, 0, 16, [row], chunk(b"tRNS", (40_000).to_bytes(2, "big")))
-    assert rgb(see_through, (1, 2, 3)).tolist() == [[[0] * 3, [3] * 3, [1, 2, 3], [255] * 3]]
+    translucent = png(4, 1, 0, 16, [row], chunk(b"tRNS", (40_000).to_bytes(2, "big")))
+    assert rgb(translucent, (1, 2, 3)).tolist() == [[[0] * 3, [3] * 3, [1, 2, 3], [255] * 3]]
 
 
-def test_deep_colours_are_scaled_and_not_cut() -> None:
+def test_16_bit_colours_are_scaled_and_not_clipped() -> None:
     rows = [(row.astype(">u2") * 257).tobytes() for row in RAMP]
     assert np.array_equal(rgb(png(64, 64, 2, 16, rows)), RAMP)
     opaque = np.dstack([RAMP, np.full((64, 64), 255, np.uint8)])
     assert np.array_equal(rgb(png(64, 64, 6, 16, [(row.astype(">u2") * 257).tobytes() for row in opaque])), RAMP)
     red, grey = np.array([[60_000, 0, 0], [33_000, 33_000, 33_000]], ">u2")
-    see_through = png(2, 1, 2, 16, [red.tobytes() + grey.tobytes()], chunk(b"tRNS", grey.tobytes()))
-    assert rgb(see_through, (1, 2, 3)).tolist() == [[[234, 0, 0], [1, 2, 3]]]
+    translucent = png(2, 1, 2, 16, [red.tobytes() + grey.tobytes()], chunk(b"tRNS", grey.tobytes()))
+    assert rgb(translucent, (1, 2, 3)).tolist() == [[[234, 0, 0], [1, 2, 3]]]
 
 
-def test_cmyk_and_ycck_of_jpeg_are_not_inverted() -> None:
+def test_cmyk_and_ycck_jpegs_are_not_inverted() -> None:
     for data in (file_of(Image.fromarray(RAMP).convert("CMYK"), "JPEG", quality=95), ycck(RAMP)):
         assert probe(data).mode == "CMYK"
         assert np.abs(rgb(data) - RAMP).mean() < 2
@@ -76,7 +76,7 @@ def test_cmyk_and_ycck_of_jpeg_are_not_inverted() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "I;16", "CMYK"])
 @pytest.mark.parametrize("factor", [1, 3])
-def test_strips_make_no_difference(mode: str, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_strips_changes_nothing(mode: str, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (101, 67, 4), dtype=np.uint8), "RGBA")
     image = (
@@ -92,7 +92,7 @@ def test_strips_make_no_difference(mode: str, factor: int, monkeypatch: pytest.M
 
 def test_hidden_colours_do_not_bleed_when_shrunk() -> None:
     pixels = np.zeros((90, 90, 4), np.uint8)
-    pixels[..., 0] = 255  # red throughout, and all of it hidden
+    pixels[..., 0] = 255  # hidden red
     pixels[::2, ::2] = (0, 0, 255, 255)
     shrunk = flatten(solid(Image.fromarray(pixels), (0, 255, 0), 6), (0, 255, 0))
     assert np.abs(shrunk.astype(int) - [0, 191, 64]).max() <= 1
@@ -104,7 +104,7 @@ from pathlib import Path
 from mmflow.cleaning.config import ImageConfig
 from mmflow.cleaning.images import prepare_images
 prepare_images([Path(sys.argv[1]).read_bytes()], ImageConfig(max_pixels=90_000_000))
-# Not getrusage, which counts what the parent had before the interpreter was its own.
+# Not getrusage, which includes the parent's memory before exec.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
@@ -116,5 +116,5 @@ def test_the_largest_palette_stays_within_a_workers_memory(tmp_path: Path) -> No
     path = tmp_path / "palette.png"
     path.write_bytes(png(side, side, 3, 8, [row] * side, *notes))
     run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
-    # As RGBA the whole alone would be 354 MB; the interpreter and its libraries are some 50.
+    # The whole as RGBA would need 354 MB; the interpreter and its libraries need about 50.
     assert int(run.stdout) < 300_000  # KiB

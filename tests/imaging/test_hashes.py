@@ -1,9 +1,10 @@
-"""Hashes of images: exact ones see every pixel, perceptual ones survive what happens to pictures on the web."""
+"""Image hashes: exact ones cover every pixel, perceptual ones survive common edits of pictures on the web."""
 
 from __future__ import annotations
 
-import io
 import random
+from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from mmflow.imaging.hashes import (
     pixel_hash,
     thumbnail,
 )
-from tests.imaging.picture_files import RGB, file_of, gradient
+from tests.imaging.picture_files import RGB, file_of, gradient, opened
 
 
 def drawing(seed: int, side: int = 256) -> RGB:
@@ -41,38 +42,27 @@ def drawing(seed: int, side: int = 256) -> RGB:
     return np.minimum(pixels, pixels[:, ::-1]) if seed % 2 else pixels
 
 
-def distance(one: RGB, other: RGB) -> int:
-    return (perceptual_hash(one) ^ perceptual_hash(other)).bit_count()
+CHANGES: dict[str, Callable[[RGB], RGB]] = {
+    "quality 75": lambda image: opened(file_of(image, "JPEG", quality=75)).astype(np.uint8),
+    "half size": lambda image: np.asarray(Image.fromarray(image).resize((128, 128), Image.Resampling.LANCZOS)),
+    "200 pixels": lambda image: np.asarray(Image.fromarray(image).resize((200, 200), Image.Resampling.BICUBIC)),
+    "brighter": lambda image: np.minimum(image.astype(int) + 10, 255).astype(np.uint8),
+}
 
 
-def at_quality_75(image: RGB) -> RGB:
-    return np.asarray(Image.open(io.BytesIO(file_of(image, "JPEG", quality=75))))
-
-
-def at_half_size(image: RGB) -> RGB:
-    return np.asarray(
-        Image.fromarray(image).resize((image.shape[1] // 2, image.shape[0] // 2), Image.Resampling.LANCZOS)
-    )
-
-
-def at_200_pixels(image: RGB) -> RGB:
-    return np.asarray(Image.fromarray(image).resize((200, 200), Image.Resampling.BICUBIC))
-
-
-def brighter(image: RGB) -> RGB:
-    return np.minimum(image.astype(int) + 10, 255).astype(np.uint8)
-
-
-@pytest.mark.parametrize("change", [at_quality_75, at_half_size, at_200_pixels, brighter])
-def test_perceptual_hash_survives(change: object) -> None:
-    distances = [distance(image, change(image)) for image in map(drawing, range(40))]  # type: ignore[operator]
+@pytest.mark.parametrize("change", CHANGES)
+def test_perceptual_hash_survives_common_edits(change: str) -> None:
+    distances = [
+        (perceptual_hash(image) ^ perceptual_hash(CHANGES[change](image))).bit_count()
+        for image in map(drawing, range(40))
+    ]
     assert max(distances) <= 6
     assert np.mean(distances) <= 1
 
 
-def test_different_drawings_are_far_apart() -> None:
+def test_different_drawings_have_distant_hashes() -> None:
     hashes = [perceptual_hash(drawing(seed)) for seed in range(40)]
-    distances = [(one ^ other).bit_count() for number, one in enumerate(hashes) for other in hashes[:number]]
+    distances = [(first ^ second).bit_count() for first, second in combinations(hashes, 2)]
     assert min(distances) > 4
     assert np.percentile(distances, 5) > 10
     assert 24 < np.median(distances) < 36
@@ -80,7 +70,7 @@ def test_different_drawings_are_far_apart() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (31, 33), (77, 131), (256, 341)])
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (200, 30, 31)])
-def test_a_uniform_image_has_no_structure_to_hash(size: tuple[int, int], colour: tuple[int, int, int]) -> None:
+def test_uniform_images_have_one_perceptual_hash(size: tuple[int, int], colour: tuple[int, int, int]) -> None:
     image = np.full((*size, 3), colour, np.uint8)
     cells = thumbnail(image)
     assert cells.min() == cells.max() == 2 * (38 * colour[0] + 75 * colour[1] + 15 * colour[2])
@@ -103,7 +93,7 @@ def test_thumbnail_is_the_average_of_equal_areas(image: RGB) -> None:
 
 @given(st.integers(1, 2000), st.integers(1, 60))
 @settings(max_examples=30, deadline=None)
-def test_thumbnail_leaves_no_pixel_out(height: int, width: int) -> None:
+def test_the_thumbnail_covers_the_corner_pixels(height: int, width: int) -> None:
     image = np.full((height, width, 3), 128, np.uint8)
     before = thumbnail(image)
     image[0, 0] = image[-1, -1] = 255
@@ -114,33 +104,31 @@ def test_thumbnail_leaves_no_pixel_out(height: int, width: int) -> None:
 
 def test_hashes_are_the_same_on_every_machine() -> None:
     image = gradient(256, 341)
-    # Pinned: these stand in files that other machines compare with. A change of the algorithm changes every dataset.
+    # Pinned: other machines compare with stored hashes, so a changed algorithm would change every dataset.
     assert pixel_hash(image) == xxhash.xxh3_64_intdigest(np.array(image.shape, "<u4").tobytes() + image.tobytes())
     assert f"{perceptual_hash(drawing(2)):016x}" == "6b0f9c7070d4974c"
     assert f"{perceptual_hash(drawing(3)):016x}" == "1bece613934e6c9b"
     assert f"{UNIFORM:016x}" == "3366cc993366cc99"
 
 
-def test_sums_are_exact_so_that_their_order_cannot_matter() -> None:
+def test_sums_are_exact_so_their_order_does_not_matter() -> None:
     image = np.random.default_rng(0).integers(0, 256, (301, 263, 3), dtype=np.uint8)
     exact = _cosines().astype(int).astype(object)
     spectrum = (exact @ thumbnail(image).astype(object) @ exact.T).ravel()
     gap, median = int(GAP_SCALED), sorted(spectrum[1:])[31]
-    thresholds = [median - gap if one else median + gap for one in NO_DIFFERENCE.ravel()]
+    thresholds = [median - gap if favoured else median + gap for favoured in NO_DIFFERENCE.ravel()]
     bits = "".join(str(int(value > at)) for value, at in zip(spectrum[1:], thresholds[1:], strict=True))
     assert perceptual_hash(image) == int(bits, 2)
     assert gap == GAP_SCALED
 
 
-def test_a_gradient_shows_whichever_way_it_runs() -> None:
+def test_gradients_in_four_directions_have_different_hashes() -> None:
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 256, axis=0).repeat(3, axis=2)
-    ways = [
-        perceptual_hash(turned) for turned in (ramp, ramp[:, ::-1], ramp.swapaxes(0, 1), ramp[:, ::-1].swapaxes(0, 1))
-    ]
-    assert len({UNIFORM, *ways}) == 5
+    rotations = (ramp, ramp[:, ::-1], ramp.swapaxes(0, 1), ramp[:, ::-1].swapaxes(0, 1))
+    assert len({UNIFORM, *map(perceptual_hash, rotations)}) == 5
 
 
-def test_pixel_hash_tells_every_pixel_and_the_shape() -> None:
+def test_the_pixel_hash_covers_every_pixel_and_the_shape() -> None:
     image = gradient(40, 60)
     assert pixel_hash(image) == pixel_hash(np.asfortranarray(image)) == pixel_hash(image.copy())
     changed = image.copy()
@@ -149,6 +137,6 @@ def test_pixel_hash_tells_every_pixel_and_the_shape() -> None:
     assert pixel_hash(image.reshape(60, 40, 3)) != pixel_hash(image)
 
 
-def test_clip_hash_covers_all_frames_in_their_order() -> None:
+def test_the_clip_hash_covers_all_frames_in_order() -> None:
     assert clip_pixel_hash([5]) == 5
     assert len({clip_pixel_hash(frames) for frames in ([5, 6], [6, 5], [5, 6, 6], [5])}) == 4

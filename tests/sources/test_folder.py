@@ -1,4 +1,4 @@
-"""Folders of images: sidecars, captions files, clips, and what people's folders have in them besides."""
+"""Folders of images: sidecars, captions files, clips, and the stray files of real folders."""
 
 from __future__ import annotations
 
@@ -52,12 +52,8 @@ def test_sidecars_of_the_same_stem(tmp_path: Path) -> None:
         "photos/g.jpg",
     ]
     assert rows["photos/a.jpg"]["captions"] == [{"language": "en", "text": "a fox"}]
-    b = rows["photos/b.PNG"]
-    assert (b["captions"], b["split"], b["metadata"]) == (
-        [{"language": "de", "text": "ein Fuchs"}],
-        "test",
-        {"size": 3},
-    )
+    assert rows["photos/b.PNG"]["captions"] == [{"language": "de", "text": "ein Fuchs"}]
+    assert (rows["photos/b.PNG"]["split"], rows["photos/b.PNG"]["metadata"]) == ("test", {"size": 3})
     assert texts(rows["photos/c.webp"]) == ["both"]
     assert texts(rows["photos/d/e.jpg"]) == ["by its whole name"]
     assert rows["photos/d/e.jpg"]["images"] == ["d/e.jpg"]
@@ -71,14 +67,13 @@ def test_sidecars_of_the_same_stem(tmp_path: Path) -> None:
 def test_keys_and_fingerprints_are_the_same_elsewhere(tmp_path: Path) -> None:
     for place in ("x", "y/z"):
         write(tmp_path / place / "photos", a__jpg=b"1", a__txt="x", b___c__jpg=b"2")
-    one, other = (SourceConfig(uri=str(tmp_path / place / "photos")) for place in ("x", "y/z"))
-    assert [(unit.name, unit.fingerprint) for unit in list_units([one])] == [
-        (unit.name, unit.fingerprint) for unit in list_units([other])
-    ]
-    assert [row["key"] for row in read(one.uri)] == [row["key"] for row in read(other.uri)]
+    first, second = (SourceConfig(uri=str(tmp_path / place / "photos")) for place in ("x", "y/z"))
+    names = [[(unit.name, unit.fingerprint) for unit in list_units([source])] for source in (first, second)]
+    assert names[0] == names[1]
+    assert [row["key"] for row in read(first.uri)] == [row["key"] for row in read(second.uri)]
 
 
-def test_a_caption_changed_to_one_of_the_same_length_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_a_changed_caption_of_the_same_length_changes_the_fingerprint(tmp_path: Path) -> None:
     source = SourceConfig(uri=str(tmp_path))
     write(tmp_path, a__jpg=b"", a__txt="fox")
     before = list_units([source])[0].fingerprint
@@ -86,7 +81,7 @@ def test_a_caption_changed_to_one_of_the_same_length_changes_the_fingerprint(tmp
     assert list_units([source])[0].fingerprint != before
 
 
-def test_bad_sidecars_reject_their_own_record_only(tmp_path: Path) -> None:
+def test_a_bad_sidecar_rejects_only_its_own_record(tmp_path: Path) -> None:
     write(tmp_path, a__jpg=b"", a__txt=b"\xff\xfe", b__jpg=b"", b__json="{", c__jpg=b"", c__txt="fine", d__txt="alone")
     name = tmp_path.name
     assert reasons(read(tmp_path)) == {
@@ -97,20 +92,19 @@ def test_bad_sidecars_reject_their_own_record_only(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_captions_file_lists_records_and_the_rest_is_still_there(tmp_path: Path, kind: str) -> None:
-    write(tmp_path / "p", a__jpg=b"", sub___b__jpg=b"", c__jpg=b"", c__txt="beside")
-    if kind == "jsonl":
-        write(
-            tmp_path / "p",
-            metadata__jsonl='{"file_name": "a.jpg", "text": "one"}\n{"file_name": "./sub/b.jpg", "text": "two"}\n{\n'
+@pytest.mark.parametrize(
+    ("name", "captions"),
+    [
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "text": "one"}\n{"file_name": "./sub/b.jpg", "text": "two"}\n{\n'
             '{"file_name": "gone.jpg", "text": "three"}\n{"file_name": "http://h/x.jpg", "text": "four"}',
-        )
-    else:
-        write(
-            tmp_path / "p",
-            captions__csv="file_name,text\na.jpg,one\nsub/b.jpg,two\nx,y,z\ngone.jpg,three\nhttp://h/x.jpg,four\n",
-        )
+        ),
+        ("captions.csv", "file_name,text\na.jpg,one\nsub/b.jpg,two\nx,y,z\ngone.jpg,three\nhttp://h/x.jpg,four\n"),
+    ],
+)
+def test_a_captions_file_lists_records_and_other_images_are_read_too(tmp_path: Path, name: str, captions: str) -> None:
+    write(tmp_path / "p", a__jpg=b"", sub___b__jpg=b"", c__jpg=b"", c__txt="beside", **{name: captions})
     rows = read(tmp_path / "p")
     assert [(row["images"], texts(row)) for row in rows if row["reason"] is None] == [
         (["a.jpg"], ["one"]),
@@ -123,7 +117,7 @@ def test_a_captions_file_lists_records_and_the_rest_is_still_there(tmp_path: Pat
     assert rows[-1]["source"] == "p/c.jpg"
 
 
-def test_a_captions_file_that_cannot_be_read_costs_no_image_beside_it(tmp_path: Path) -> None:
+def test_an_unreadable_captions_file_does_not_reject_the_images_beside_it(tmp_path: Path) -> None:
     folder = tmp_path / "p"
     write(folder, a__jpg=b"", a__txt="a fox", b__jpg=b"", sub___c__jpg=b"")
     (folder / "captions.jsonl").symlink_to(folder / "nowhere")
@@ -137,7 +131,7 @@ def test_a_captions_file_that_cannot_be_read_costs_no_image_beside_it(tmp_path: 
     assert texts(rows[1]) == ["a fox"]
 
 
-def test_two_sidecars_that_differ_in_case_are_one_record_and_one_rejection(tmp_path: Path) -> None:
+def test_sidecars_that_differ_only_in_case_give_one_record_and_one_rejection(tmp_path: Path) -> None:
     write(tmp_path / "p", a__jpg=b"", a__txt="read", a__TXT="lost", b__jpg=b"", b__txt="same", b__TXT="same")
     rows = read(tmp_path / "p")
     assert reasons(rows) == {"p/a.jpg": None, "p/b.jpg": None, "p/a.TXT": "record_malformed"}
@@ -145,7 +139,7 @@ def test_two_sidecars_that_differ_in_case_are_one_record_and_one_rejection(tmp_p
     assert "a.txt" in rows[2]["detail"]
 
 
-def test_a_captions_file_further_down_is_for_what_lies_below_it(tmp_path: Path) -> None:
+def test_a_captions_file_in_a_subfolder_applies_to_that_subfolder(tmp_path: Path) -> None:
     write(
         tmp_path / "p",
         a__jpg=b"",
@@ -163,7 +157,7 @@ def test_a_captions_file_further_down_is_for_what_lies_below_it(tmp_path: Path) 
         read(tmp_path / "p")
 
 
-def test_circular_links_end_and_repeat_nothing(tmp_path: Path) -> None:
+def test_circular_links_end_without_repeated_records(tmp_path: Path) -> None:
     folder = tmp_path / "p"
     write(folder, b___cat__jpg=b"")
     (folder / "b" / "up").symlink_to(folder)
@@ -180,7 +174,7 @@ def test_circular_links_end_and_repeat_nothing(tmp_path: Path) -> None:
     }
 
 
-def test_hidden_files_are_no_records(tmp_path: Path) -> None:
+def test_hidden_files_are_skipped(tmp_path: Path) -> None:
     write(tmp_path / "p", a__jpg=b"")
     (tmp_path / "p" / "._a.jpg").write_bytes(b"")
     (tmp_path / "p" / ".trash").mkdir()
@@ -197,7 +191,7 @@ def test_a_file_name_that_is_not_text_is_a_malformed_record(tmp_path: Path) -> N
     assert sorted(row["reason"] or "" for row in read(tmp_path / "p")) == ["", "record_malformed"]
 
 
-def test_units_are_bounded_and_keep_records_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_are_bounded_and_never_split_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_source, "FILES_PER_UNIT", 5)
     for number in range(7):
         write(tmp_path / "p", **{f"{number}__jpg": b"", f"{number}__txt": "x", f"sub___{number}__jpg": b""})
@@ -208,7 +202,7 @@ def test_units_are_bounded_and_keep_records_whole(tmp_path: Path, monkeypatch: p
     assert [texts(row) for row in read(tmp_path / "p")] == [["x"]] * 7 + [[]] * 7
 
 
-def test_a_folder_that_is_added_leaves_other_units_as_they_were(tmp_path: Path) -> None:
+def test_an_added_folder_does_not_change_other_units(tmp_path: Path) -> None:
     write(tmp_path / "p", b___1__jpg=b"", d___1__jpg=b"")
     source = SourceConfig(uri=str(tmp_path / "p"))
     before = {(unit.name, unit.fingerprint) for unit in list_units([source])}

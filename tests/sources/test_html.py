@@ -1,4 +1,4 @@
-"""Figures of HTML pages: captions, sections, and addresses that a page has no business with."""
+"""Figures of HTML pages: captions, sections, and addresses that a page may not use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def page(tmp_path: Path, html: str, name: str = "site/a/page.html") -> Path:
     return tmp_path / "site"
 
 
-def test_a_figure_has_its_caption_and_its_section(tmp_path: Path) -> None:
+def test_a_figure_gets_its_caption_and_its_section(tmp_path: Path) -> None:
     site = page(
         tmp_path,
         f"""<html><head><title>no</title><script>var x = "<img src=no.jpg>";</script></head><body><p>Outside.
@@ -55,7 +55,7 @@ def test_a_caption_before_its_image_and_a_page_without_sections(tmp_path: Path) 
         ("", "./../x.jpg", "x.jpg"),
     ],
 )
-def test_addresses(tmp_path: Path, head: str, src: str, image: str) -> None:
+def test_image_addresses_are_resolved(tmp_path: Path, head: str, src: str, image: str) -> None:
     (row,) = read(page(tmp_path, f"{head}<img src='{src}'>"), kind="html")
     assert row["images"] == [image]
 
@@ -64,12 +64,12 @@ def test_addresses(tmp_path: Path, head: str, src: str, image: str) -> None:
     "src",
     ["../../etc/passwd", "/../x.jpg", "%2e%2e/../../x.jpg", "file:///etc/passwd", "javascript:x", "", "#", "C:/x"],
 )
-def test_addresses_outside_of_the_source_are_missing_images(tmp_path: Path, src: str) -> None:
+def test_addresses_outside_the_source_are_missing_images(tmp_path: Path, src: str) -> None:
     (row,) = read(page(tmp_path, f"<img src='{src}' alt=x>"), kind="html")
     assert (row["reason"], row["images"]) == ("image_missing", None)
 
 
-def test_data_urls_are_bodies(tmp_path: Path) -> None:
+def test_data_urls_are_image_bodies(tmp_path: Path) -> None:
     body = base64.b64encode(b"GIF89a").decode()
     site = page(tmp_path, f"<img src='data:image/gif;base64,{body}'><img src='data:image/gif;base64,x'>")
     rows = read(site, kind="html")
@@ -91,17 +91,17 @@ def test_lazy_images_are_found_by_data_src(tmp_path: Path) -> None:
         ("\ufeff<p>狐".encode(), "狐"),
     ],
 )
-def test_encodings(data: bytes, text: str) -> None:
+def test_page_encodings_are_detected(data: bytes, text: str) -> None:
     assert parse_page(data).text == [text]
 
 
-def test_a_page_too_large_or_gone_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_is_too_large_is_a_rejected_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html_source, "MAX_PAGE_BYTES", 100)
     page(tmp_path, "<img src=x.jpg>" + " " * 100)
     site = page(tmp_path, "<img src=x.jpg>", "site/b.html")
     assert reasons(read(site, kind="html")) == {"site/a/page.html": "record_malformed", "site/b.html:1": None}
 
 
-def test_deep_nesting_costs_bounded_time(tmp_path: Path) -> None:
+def test_deep_nesting_takes_bounded_time(tmp_path: Path) -> None:
     site = page(tmp_path, "<div>" * 100_000 + "<img src=x.jpg alt=deep>" + "</div>" * 100_000)
     assert texts(read(site, kind="html")[0]) == ["deep"]

@@ -1,7 +1,8 @@
-"""JSONL and CSV: a bad line is one rejected record, and the lines around it are read."""
+"""JSONL and CSV: a bad line is one rejected record, and the lines around it are still read."""
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mmflow.sources.reasons import Reason
 from tests.sources.reading import read, reasons, texts
 
 
-def test_jsonl_rows_number_their_lines_and_lose_none(tmp_path: Path) -> None:
+def test_jsonl_rows_carry_their_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     good = b'{"key": "a", "image": "a.png", "caption": "x"}'
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\n\n" + b"nonsense\n" + good + b"\r\n" + good)
@@ -27,7 +28,7 @@ def test_jsonl_rows_number_their_lines_and_lose_none(tmp_path: Path) -> None:
     assert {row["root"] for row in rows} == {str(tmp_path)}
 
 
-def test_a_line_without_end_is_one_malformed_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overlong_line_is_one_malformed_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl_csv, "MAX_LINE_BYTES", 100)
     good = b'{"image": "a.png"}\n'
     (tmp_path / "a.jsonl").write_bytes(good + b"x" * 1000 + b"\n" + good)
@@ -36,7 +37,7 @@ def test_a_line_without_end_is_one_malformed_record(tmp_path: Path, monkeypatch:
     assert "1001 bytes" in rows[1]["detail"]
 
 
-def test_csv_with_cells_of_several_lines(tmp_path: Path) -> None:
+def test_csv_cells_may_span_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('image,caption,artist\nb.png,"one\ntwo, ""three""",Ann\n\nc.png,four,\n')
     first, second = read(path, license="CC0")
@@ -48,7 +49,7 @@ def test_csv_with_cells_of_several_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "delimiter", "bom"), [("a.tsv", "\t", b""), ("a.csv", ";", b"\xef\xbb\xbf"), ("a.csv", "|", b"")]
 )
-def test_other_delimiters_and_marks(tmp_path: Path, name: str, delimiter: str, bom: bytes) -> None:
+def test_delimiters_and_byte_order_marks_are_detected(tmp_path: Path, name: str, delimiter: str, bom: bytes) -> None:
     (tmp_path / name).write_bytes(bom + delimiter.join(["url", "title"]).encode() + b"\r\nhttp://a/b.jpg")
     (tmp_path / name).open("ab").write(delimiter.encode() + b"a, b\r\n")
     (row,) = read(tmp_path / name)
@@ -79,7 +80,7 @@ def test_bad_csv_lines_do_not_affect_their_neighbours(tmp_path: Path) -> None:
     assert len(texts(next(row for row in rows if row["images"] == ["h.png"]))[0]) == 1_000_000
 
 
-def test_a_quote_that_is_never_closed_costs_bounded_time(tmp_path: Path) -> None:
+def test_an_unclosed_quote_takes_bounded_time(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n" + 'a.png,"open\n' + "b.png,fine\n" * 5000)
     rows = read(tmp_path / "a.csv")
     assert [row["reason"] for row in rows] == ["record_malformed"] + [None] * 5000
@@ -94,7 +95,7 @@ def test_a_csv_without_an_image_column_rejects_every_row(tmp_path: Path) -> None
 
 
 @given(st.lists(st.sampled_from([b'{"image":"a.png"}', b"{", b"", b" ", b"\xff", b"null", b"[]"]), max_size=20))
-def test_every_line_but_blank_ones_is_a_row(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+def test_every_line_except_blank_ones_is_a_row(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(lines))
     assert [row["source"] for row in read(path)] == [
@@ -103,11 +104,9 @@ def test_every_line_but_blank_ones_is_a_row(tmp_path_factory: pytest.TempPathFac
 
 
 @given(st.lists(st.lists(st.text(max_size=12), min_size=2, max_size=2), max_size=8))
-def test_csv_as_written_by_the_standard_library_is_read_back(
+def test_csv_written_by_the_standard_library_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, cells: list[list[str]]
 ) -> None:
-    import csv
-
     cells = [[f"{number}.png", text.replace("\0", "")] for number, (_, text) in enumerate(cells)]
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:

@@ -1,4 +1,4 @@
-"""Parquet, Hugging Face datasets on disk and img2dataset's output, each as its own writer leaves it."""
+"""Parquet, Hugging Face datasets on disk and img2dataset's output, written by their own tools."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def parquet(path: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
         ([{"bytes": b"one", "path": None}], None, [b"one"]),
     ],
 )
-def test_images_in_parquet(tmp_path: Path, image: Any, images: Any, bodies: Any) -> None:
+def test_paths_and_bodies_of_images_in_parquet(tmp_path: Path, image: Any, images: Any, bodies: Any) -> None:
     parquet(tmp_path / "part-0.parquet", [{"key": 7, "image": image, "caption": ["x", "y"]}])
     (row,) = read(tmp_path / "part-0.parquet")
     assert (row["source"], row["key"], row["images"], row["bodies"]) == ("part-0.parquet:1", "7", images, bodies)
     assert texts(row) == ["x", "y"]
 
 
-def test_values_that_json_lacks_are_converted(tmp_path: Path) -> None:
+def test_values_without_a_json_type_are_converted(tmp_path: Path) -> None:
     when = datetime.datetime(2024, 2, 29, 12, tzinfo=datetime.UTC)
     row = {"image": "a", "when": when, "score": float("nan"), "blob": b"\xff", "day": when.date()}
     parquet(tmp_path / "a.parquet", [row])
@@ -56,7 +56,7 @@ def test_values_that_json_lacks_are_converted(tmp_path: Path) -> None:
     }
 
 
-def test_row_groups_are_units_and_rows_count_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_are_units_with_continuous_row_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_source, "BYTES_PER_UNIT", 1)
     monkeypatch.setattr(parquet_source, "ROWS_PER_READ", 2)
     parquet(tmp_path / "a.parquet", [{"image": f"{n}.jpg"} for n in range(12)], row_group_size=5)
@@ -69,13 +69,13 @@ def test_row_groups_are_units_and_rows_count_on(tmp_path: Path, monkeypatch: pyt
     ]
 
 
-def test_a_string_that_is_not_utf8_rejects_its_row_only(tmp_path: Path) -> None:
+def test_invalid_utf8_rejects_only_its_row(tmp_path: Path) -> None:
     captions = pa.array([b"one", b"\xff", b"three"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"image": ["a", "b", "c"], "caption": captions}), tmp_path / "a.parquet")
     assert [row["reason"] for row in read(tmp_path / "a.parquet")] == [None, "record_malformed", None]
 
 
-def test_a_damaged_row_group_is_one_row_and_the_next_is_read(tmp_path: Path) -> None:
+def test_a_damaged_row_group_is_one_rejected_row_and_the_next_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet(path, [{"image": f"{n:0400}"} for n in range(30)], row_group_size=10, compression="zstd")
     chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
@@ -90,7 +90,7 @@ def test_a_damaged_row_group_is_one_row_and_the_next_is_read(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cut", [0, 100, -4])
-def test_a_cut_parquet_file_is_one_row(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_parquet_file_is_one_rejected_row(tmp_path: Path, cut: int) -> None:
     parquet(tmp_path / "a.parquet", [{"image": "a"}] * 10)
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data[:cut])
@@ -121,7 +121,7 @@ def test_huggingface_datasets_saved_on_disk(tmp_path: Path) -> None:
     assert {row["split"] for row in rows} == {None}
 
 
-def test_a_dictionary_of_datasets_gives_splits(tmp_path: Path) -> None:
+def test_a_dataset_dict_gives_splits(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": dataset_of(3), "Test.A": dataset_of(2)}).save_to_disk(tmp_path / "pets")
     rows = read(tmp_path / "pets")
     assert sorted((row["split"], row["source"]) for row in rows) == [
@@ -133,19 +133,19 @@ def test_a_dictionary_of_datasets_gives_splits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [0.3, 0.8, -8])
-def test_a_cut_arrow_file_keeps_what_is_whole(tmp_path: Path, left: float) -> None:
+def test_a_truncated_arrow_file_keeps_its_complete_rows(tmp_path: Path, left: float) -> None:
     dataset_of(3000).save_to_disk(tmp_path / "pets")
     file = tmp_path / "pets" / "data-00000-of-00001.arrow"
     data = file.read_bytes()
     file.write_bytes(data[: int(left * len(data)) if left > 0 else int(left)])
     rows = read(tmp_path / "pets")
-    assert [row["reason"] for row in rows[-1:]] == ["source_damaged"]
+    assert rows[-1]["reason"] == "source_damaged"
     assert all(row["reason"] is None for row in rows[:-1])
     if left == -8:
         assert len(rows) == 3001
 
 
-def test_a_lost_arrow_file_is_a_row(tmp_path: Path) -> None:
+def test_a_missing_arrow_file_is_a_rejected_row(tmp_path: Path) -> None:
     dataset_of(4).save_to_disk(tmp_path / "pets", num_shards=2)
     (tmp_path / "pets" / "data-00000-of-00002.arrow").unlink()
     assert [row["reason"] for row in read(tmp_path / "pets")] == ["source_damaged", None, None]
@@ -159,14 +159,15 @@ INPUTS = [
 ]
 
 
-def inputs(**more: Any) -> list[dict[str, Any]]:
-    return [{**row, "url": f"http://h/{n}", "caption": f"text {n}", **more} for n, row in enumerate(INPUTS)]
+def write_img2dataset(folder: Path, **more: Any) -> Path:
+    rows = [{**row, "url": f"http://h/{n}", "caption": f"text {n}", **more} for n, row in enumerate(INPUTS)]
+    parquet(folder / "00000.parquet", rows)
+    (folder / "00000_stats.json").write_text("{}")
+    return folder
 
 
 def test_img2dataset_tars_account_for_every_input(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    parquet(folder / "00000.parquet", inputs())
-    (folder / "00000_stats.json").write_text("{}")
+    folder = write_img2dataset(tmp_path / "out")
     with webdataset.TarWriter(str(folder / "00000.tar")) as writer:
         writer.write({"__key__": "000000000", "jpg": b"J", "txt": "text 0", "json": {"caption": "text 0", "url": "u"}})
     rows = read(folder)
@@ -181,9 +182,7 @@ def test_img2dataset_tars_account_for_every_input(tmp_path: Path) -> None:
 
 
 def test_img2dataset_folders_of_files(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    parquet(folder / "00000.parquet", inputs())
-    (folder / "00000_stats.json").write_text("{}")
+    folder = write_img2dataset(tmp_path / "out")
     (folder / "00000").mkdir()
     (folder / "00000" / "000000002.jpg").write_bytes(b"J")
     (folder / "00000" / "000000002.txt").write_bytes(b"text 2")
@@ -192,10 +191,8 @@ def test_img2dataset_folders_of_files(tmp_path: Path) -> None:
     assert (rows[2]["images"], texts(rows[2]), rows[2]["key"]) == (["00000/000000002.jpg"], ["text 2"], "000000002")
 
 
-def test_img2dataset_folders_without_a_table_are_read_with_their_sidecars(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    parquet(folder / "00000.parquet", inputs())
-    (folder / "00000_stats.json").write_text("{}")
+def test_img2dataset_images_missing_from_the_table_are_read_with_their_sidecars(tmp_path: Path) -> None:
+    folder = write_img2dataset(tmp_path / "out")
     for shard, key in (("00000", 2), ("00000", 9), ("00001", 10), ("00001", 11), ("00002", 12)):
         (folder / shard).mkdir(exist_ok=True)
         (folder / shard / f"{key:09d}.jpg").write_bytes(b"J")
@@ -223,7 +220,7 @@ def test_img2dataset_folders_without_a_table_are_read_with_their_sidecars(tmp_pa
     assert unlisted["metadata"] == {"url": "u"}
 
 
-def test_a_caption_changed_beside_an_image_of_img2dataset_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_a_changed_img2dataset_sidecar_changes_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "out" / "00000").mkdir(parents=True)
     (tmp_path / "out" / "00000" / "1.jpg").write_bytes(b"J")
     source = SourceConfig(uri=str(tmp_path / "out"), kind="img2dataset")
@@ -244,26 +241,23 @@ def test_a_caption_changed_beside_an_image_of_img2dataset_changes_the_fingerprin
         (["http://h/x.jpg"] * 2, False),
     ],
 )
-def test_a_table_of_bodies_names_no_urls(tmp_path: Path, image: Any, expected: bool) -> None:
-    parquet(tmp_path / "a.parquet", [{"image": each, "url": "http://h/y.jpg"} for each in image], row_group_size=1)
+def test_a_table_of_bodies_has_no_urls(tmp_path: Path, image: Any, expected: bool) -> None:
+    parquet(tmp_path / "a.parquet", [{"image": value, "url": "http://h/y.jpg"} for value in image], row_group_size=1)
     (unit,) = list_units([SourceConfig(uri=str(tmp_path / "a.parquet"))])
     assert parquet_source.holds_bodies(unit, FieldsConfig()) == expected
     assert parquet_source.holds_bodies(unit, FieldsConfig(image="url")) is False
 
 
 def test_img2dataset_tables_with_bodies(tmp_path: Path) -> None:
-    parquet(tmp_path / "out" / "00000.parquet", [{**row, "jpg": b"J"} for row in inputs()])
-    (tmp_path / "out" / "00000_stats.json").write_text("{}")
-    rows = read(tmp_path / "out")
+    rows = read(write_img2dataset(tmp_path / "out", jpg=b"J"))
     assert [row["reason"] for row in rows] == [None, "fetch_failed", None, "image_unreadable"]
     assert rows[0]["bodies"] == [b"J"]
     assert "jpg" not in rows[0]["metadata"]
     assert rows[0]["metadata"]["url"] == "http://h/0"
 
 
-def test_a_message_that_is_not_text_costs_one_row_of_img2datasets_table(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    parquet(folder / "00000.parquet", inputs())
+def test_an_invalid_utf8_error_message_rejects_only_its_img2dataset_row(tmp_path: Path) -> None:
+    folder = write_img2dataset(tmp_path / "out")
     table = pq.read_table(folder / "00000.parquet")
     messages = pa.array([b"x", b"\xff", b"x", b"gone"], pa.binary()).view(pa.string())
     pq.write_table(table.set_column(2, "error_message", messages), folder / "00000.parquet")

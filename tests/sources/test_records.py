@@ -1,4 +1,4 @@
-"""Fields, keys and chunks: what every kind of source has in common."""
+"""Fields, keys and chunks, which all kinds of sources share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parse(line: bytes, source: SourceConfig) -> Fields | Rejected:
     return attempt(lambda: fields_of(parse_object(line), source.fields))
 
 
-def test_fields_and_metadata_of_our_own_format() -> None:
+def test_our_own_format_is_read() -> None:
     assert row(line(split="test", license="CC0", size={"b": 1, "a": 2})) == {
         "source": "x.jsonl:1",
         "root": "/data",
@@ -81,13 +81,13 @@ def test_fields_and_metadata_of_our_own_format() -> None:
         ({"image": "", "url": "file:///d/c.jpg", "caption": None}, ["file:///d/c.jpg"], []),
     ],
 )
-def test_usual_names_are_found(record: dict[str, Any], images: list[str], captions: list[str]) -> None:
+def test_common_column_names_are_recognised(record: dict[str, Any], images: list[str], captions: list[str]) -> None:
     fields = fields_of(record, FieldsConfig())
     assert list(fields.images) == images
     assert [text for _, text in fields.captions] == captions
 
 
-def test_named_fields_come_before_usual_ones_and_languages_with_them() -> None:
+def test_configured_fields_take_precedence_over_common_names() -> None:
     names = FieldsConfig(key="id", image="photo", captions={"zh": "zh", "title": "en"}, split="part")
     record = {"id": 7, "photo": "p.jpg", "image": "no", "title": "fox", "zh": ["狐"], "caption": "no", "part": "Test"}
     fields = fields_of(record, names)
@@ -96,13 +96,13 @@ def test_named_fields_come_before_usual_ones_and_languages_with_them() -> None:
     assert fields.metadata == {"image": "no", "caption": "no"}
 
 
-def test_captions_without_a_tag_take_the_sources_language() -> None:
+def test_captions_without_a_language_get_the_language_of_the_source() -> None:
     record = line(captions=["ein Fuchs", {"text": "noch einer"}, {"text": "a fox", "language": "en"}])
     assert [caption["language"] for caption in row(record, language="de")["captions"]] == ["de", "de", "en"]
     assert row(line(captions="x"))["captions"] == [{"language": "und", "text": "x"}]
 
 
-def test_the_sources_licence_is_for_records_without_one() -> None:
+def test_records_without_a_license_get_the_license_of_the_source() -> None:
     assert json.loads(row(line(), license="CC0")["metadata"]) == {"license": "CC0"}
     assert json.loads(row(line(license="MIT"), license="CC0")["metadata"]) == {"license": "MIT"}
 
@@ -130,14 +130,14 @@ def test_the_sources_licence_is_for_records_without_one() -> None:
         b'{"key": "a", "image": "a.png", "captions": [], "score": NaN}',
     ],
 )
-def test_malformed_lines_are_rejected_in_one_line(bad: bytes) -> None:
+def test_malformed_lines_are_rejected_with_a_short_message(bad: bytes) -> None:
     rejected = row(bad)
     assert rejected["reason"] == Reason.record_malformed
     assert "\n" not in rejected["detail"]
     assert len(rejected["detail"]) <= 300
 
 
-def test_a_record_without_an_image_says_which_columns_there_are() -> None:
+def test_a_record_without_an_image_lists_its_columns() -> None:
     rejected = row(b'{"key": "a", "picture": "a.png"}')
     assert (rejected["reason"], rejected["key"]) == (Reason.image_missing, "a")
     assert "key, picture" in rejected["detail"]
@@ -146,7 +146,7 @@ def test_a_record_without_an_image_says_which_columns_there_are() -> None:
 
 
 @given(st.dictionaries(NAMES, JSON, max_size=6))
-def test_any_json_is_a_row_that_arrow_can_hold(record: dict[str, Any]) -> None:
+def test_any_json_object_becomes_a_valid_arrow_row(record: dict[str, Any]) -> None:
     (table,) = tables_of([Record("x.jsonl:1", parse(json.dumps(record).encode(), SOURCE))], SOURCE, UNIT)
     (row,) = table.to_pylist()
     if row["reason"] is None:
@@ -158,20 +158,20 @@ def test_any_json_is_a_row_that_arrow_can_hold(record: dict[str, Any]) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_row_of_their_line(text: bytes) -> None:
+def test_any_bytes_become_a_row(text: bytes) -> None:
     result = row(text.replace(b"\n", b""))
     assert result.get("reason") is not None or result["images"]
 
 
 @pytest.mark.parametrize("key", ["a.b", "../x", "a/b", "A", "x" * 81, "-a", "a b", "ä", "a\n", "_x"])
-def test_keys_that_tars_cannot_carry(key: str) -> None:
+def test_keys_that_tars_cannot_hold_are_respelled_or_rejected(key: str) -> None:
     assert row(line(key=key), keys="strict")["reason"] == Reason.key_invalid
     kept = row(line(key=key))
     assert KEY.fullmatch(kept["key"])
     assert json.loads(kept["metadata"])["source_key"] == key
 
 
-def test_an_empty_key_counts_as_no_key() -> None:
+def test_an_empty_key_counts_as_missing() -> None:
     assert row(line(key=""))["key"] == row(line(key=None))["key"] == respell("x.jsonl:1")
 
 
@@ -181,17 +181,16 @@ def test_respelled_keys_stay_readable() -> None:
 
 
 @given(st.lists(st.text() | st.from_regex(KEY, fullmatch=True), unique=True, max_size=20))
-def test_any_key_becomes_a_valid_one_and_different_keys_stay_different(keys: list[str]) -> None:
+def test_respelled_keys_are_valid_and_stay_different(keys: list[str]) -> None:
     spelled = [key_of(None, key, "strict") for key in keys]
     assert all(KEY.fullmatch(key) for key in spelled)
     assert len(set(spelled)) == len(keys)
     valid = [key for key in keys if KEY.fullmatch(key)]
-    assert [key_of(key, "x", policy) for key in valid for policy in ("strict", "normalize")] == [
-        key for key in valid for _ in range(2)
-    ]
+    for policy in ("strict", "normalize"):
+        assert [key_of(key, "x", policy) for key in valid] == valid
 
 
-def test_the_weight_takes_its_share_by_the_key_alone(tmp_path: Path) -> None:
+def test_the_weight_samples_records_by_their_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(line(key=f"k{number}") for number in range(2000)))
     rows = read(path, weight=0.25)

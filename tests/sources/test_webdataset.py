@@ -1,4 +1,4 @@
-"""Tars of others: every writer's headers, and damage that is named while its neighbours are kept."""
+"""Tars of other writers: all header formats, and damage that rejects only the samples it hits."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def add(tar: tarfile.TarFile, name: str, body: bytes) -> None:
     tar.addfile(info, io.BytesIO(body))
 
 
-def positions(data: bytes, name: str) -> int:
-    """Where the header of a member begins."""
+def header_offset(data: bytes, name: str) -> int:
+    """The offset of a member's header."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         return tar.getmember(name).offset
 
 
-def test_samples_of_webdataset(tmp_path: Path) -> None:
+def test_tars_of_the_webdataset_library_are_read(tmp_path: Path) -> None:
     write(tmp_path / "00000.tar", [sample(0), sample(1, json={"caption": "text 1", "license": "CC0"})])
     first, second = read(tmp_path / "00000.tar", language="en")
     assert (first["source"], first["key"], first["bodies"]) == ("00000.tar:k0", "k0", [b"J" * 700])
@@ -50,7 +50,7 @@ def test_samples_of_webdataset(tmp_path: Path) -> None:
     assert first["images"] is None
 
 
-def test_our_own_samples_come_back(tmp_path: Path) -> None:
+def test_our_own_tars_are_read(tmp_path: Path) -> None:
     captions = [{"language": "en", "text": "a fox"}, {"language": "zh", "text": "狐"}]
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         add(tar, "k.jpg", b"first")
@@ -64,7 +64,7 @@ def test_our_own_samples_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_headers_of_every_writer(tmp_path: Path, format: int) -> None:
+def test_all_header_formats_are_read(tmp_path: Path, format: int) -> None:
     folder = "d" * 60 if format == tarfile.USTAR_FORMAT else "d" * 160
     with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
         info = tarfile.TarInfo("./x")
@@ -91,7 +91,7 @@ def test_headers_of_every_writer(tmp_path: Path, format: int) -> None:
         ("d/._y.jpg", None),
     ],
 )
-def test_a_name_without_a_dot_or_a_key_belongs_to_no_sample(name: str, expected: tuple[str, str] | None) -> None:
+def test_names_are_split_into_key_and_extension_like_in_webdataset(name: str, expected: tuple[str, str] | None) -> None:
     assert split_name(name) == expected
     if "._" in name:
         return  # a hidden file in a folder is to webdataset a sample of the folder's name
@@ -99,14 +99,14 @@ def test_a_name_without_a_dot_or_a_key_belongs_to_no_sample(name: str, expected:
     assert (expected or (None, None)) == (theirs[0], theirs[1] and theirs[1].lower())
 
 
-def test_repeated_keys_are_records_each(tmp_path: Path) -> None:
+def test_each_repetition_of_a_key_is_a_record(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("k.jpg", "k.txt", "k.jpg", "k.txt", "j.jpg", "k.jpg"):
             add(tar, name, b"x")
     assert [row["key"] for row in read(tmp_path / "a.tar")] == ["k", "k", "j", "k"]
 
 
-def test_incomplete_samples_are_rejected_alone(tmp_path: Path) -> None:
+def test_an_incomplete_sample_rejects_no_other(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         bodies = {"c.txt": b"\xff", "d.json": b"[1]"}
         for name in ("a.txt", "b.jpg", "c.jpg", "c.txt", "d.png", "d.json", "e.jpg", "e.cls"):
@@ -123,7 +123,7 @@ def test_incomplete_samples_are_rejected_alone(tmp_path: Path) -> None:
     assert [rows[1]["captions"], rows[4]["captions"]] == [[], []]
 
 
-def test_a_member_too_large_rejects_its_sample_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_with_an_overlarge_member_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webdataset_source, "MAX_MEMBER_BYTES", 1000)
     write(tmp_path / "a.tar", [sample(0), sample(1, jpg=b"J" * 1001), sample(2)])
     assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k0": None, "a.tar:k1": "image_too_large", "a.tar:k2": None}
@@ -140,10 +140,10 @@ def test_a_member_too_large_rejects_its_sample_unread(tmp_path: Path, monkeypatc
         ("k0.txt", 3, []),
     ],
 )
-def test_a_cut_tar_keeps_what_was_whole(tmp_path: Path, member: str, shift: int, kept: list[int]) -> None:
+def test_a_truncated_tar_keeps_its_complete_samples(tmp_path: Path, member: str, shift: int, kept: list[int]) -> None:
     path = tmp_path / "a.tar"
     data = write(path, [sample(number) for number in range(5)])
-    cut = positions(data, member) + shift
+    cut = header_offset(data, member) + shift
     path.write_bytes(data[:cut])
     rows = read(path)
     assert [row["key"] for row in rows if row["reason"] is None] == [f"k{number}" for number in kept]
@@ -154,48 +154,44 @@ def test_a_cut_tar_keeps_what_was_whole(tmp_path: Path, member: str, shift: int,
         assert "k3" in damage["detail"]
 
 
-@pytest.mark.parametrize(
-    ("member", "lost"),
-    [("k2.jpg", ["k2"]), ("k2.txt", ["k2"]), ("k2.json", ["k2"]), ("k0.jpg", ["k0"]), ("k1.jpg", ["k1"])],
-)
-def test_a_flipped_header_byte_costs_one_sample(tmp_path: Path, member: str, lost: list[str]) -> None:
+@pytest.mark.parametrize("member", ["k2.jpg", "k2.txt", "k2.json", "k0.jpg", "k1.jpg"])
+def test_a_flipped_header_byte_rejects_one_sample(tmp_path: Path, member: str) -> None:
     path = tmp_path / "a.tar"
-    order = ("jpg", "json", "txt")
+    lost = member.partition(".")[0]
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number in range(5):
-            for extension in order:
+            for extension in ("jpg", "json", "txt"):
                 add(tar, f"k{number}.{extension}", b'{"n": 1}' if extension == "json" else b"x" * 600)
     data = bytearray(path.read_bytes())
-    start = positions(bytes(data), member)
+    start = header_offset(bytes(data), member)
     data[start + 2] ^= 0x10
     path.write_bytes(data)
     rows = read(path)
-    assert [row["key"] for row in rows if not row["reason"]] == [f"k{n}" for n in range(5) if f"k{n}" not in lost]
+    assert [row["key"] for row in rows if not row["reason"]] == [f"k{n}" for n in range(5) if f"k{n}" != lost]
     (damage,) = [row for row in rows if row["reason"]]
     assert damage["reason"] == "source_damaged"
     assert f"byte {start}:" in damage["detail"]
-    assert f"not whole: {', '.join(lost)}" in damage["detail"]
+    assert lost in damage["detail"]
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar", b"\x1f\x8b" + bytes(2000), bytes(range(256)) * 40])
-def test_a_file_that_is_not_a_tar_is_one_row(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_tar_is_one_rejected_row(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     (row,) = read(tmp_path / "a.tar")
     assert (row["source"], row["reason"]) == ("a.tar", "source_damaged")
 
 
 def test_concatenated_tars_are_read_to_the_end(tmp_path: Path) -> None:
-    one, two = (write(tmp_path / "x", [sample(number)]) for number in (1, 2))
-    (tmp_path / "a.tar").write_bytes(one + two)
+    (tmp_path / "a.tar").write_bytes(b"".join(write(tmp_path / "x", [sample(number)]) for number in (1, 2)))
     assert reasons(read(tmp_path / "a.tar")) == {"a.tar:k1": None, "a.tar:k2": None}
 
 
 @given(st.integers(0, 6), st.data())
-def test_no_cut_or_flip_goes_unnoticed_or_fails(number: int, data: st.DataObject) -> None:
+def test_every_cut_and_flip_is_reported(num_samples: int, data: st.DataObject) -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for each in range(number):
-            add(tar, f"k{each}.jpg", b"x" * data.draw(st.integers(0, 1100)))
+        for row in range(num_samples):
+            add(tar, f"k{row}.jpg", b"x" * data.draw(st.integers(0, 1100)))
     archive = bytearray(stream.getvalue())
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         members = tar.getmembers()
