@@ -1,4 +1,4 @@
-"""A small corpus with one of every defect, and the dataset built from it."""
+"""A small corpus with one record of every defect, and the dataset built from it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS = ShardConfig(
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where the records lie, what becomes of each bad one, and what the good ones say."""
+    """The records, the rejection reason of each bad one, and the captions of the good ones."""
 
     uri: str
     reason_of_line: dict[int, str]
@@ -44,7 +44,7 @@ class Corpus:
 
 
 def write_corpus(directory: Path) -> Corpus:
-    """120 good records in three splits and one of every defect among them, the same bytes at every call."""
+    """120 good records in three splits and one record of every defect; the same bytes at every call."""
     random = np.random.default_rng(0)
     (directory / "images").mkdir(parents=True)
     good: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes,
     ]
     records = [(json.dumps({**template, **change}).encode(), reason) for change, reason in changes]
     raw = [(b"{not json", "record_malformed"), (b'{"key": "\xff"}', "record_malformed")]
-    # After the good ones that they repeat: once within a split, once in another.
+    # These come after the good records that they repeat: once in the same split, once in another.
     repeated = [
         (json.dumps({**template, "captions": [{"text": "twice"}]}).encode(), "key_repeated"),
         (json.dumps({**template, "captions": [{"text": "elsewhere"}], "split": "dev"}).encode(), "key_repeated"),
@@ -144,7 +144,7 @@ def build_and_commit(directory: Path | str, *uris: str, settings: ShardConfig = 
     from mmflow.dataset.build import build_dataset
 
     uri = str(directory)
-    sources = [SourceConfig(uri=each, keys="strict") for each in uris]
+    sources = [SourceConfig(uri=source_uri, keys="strict") for source_uri in uris]
     fields = build_dataset(
         uri,
         sources=sources,
@@ -164,7 +164,7 @@ Build = Callable[..., Dataset]
 
 @pytest.fixture(scope="session")
 def build(ray_cluster: None) -> Build:
-    """Builds and commits the dataset of sources, with `SETTINGS` unless others are given."""
+    """Builds and commits the dataset of sources, with `SETTINGS` by default."""
     return build_and_commit
 
 

@@ -36,7 +36,7 @@ from mmflow.dataset.tar import TarWriter
 
 @dataclass(frozen=True, kw_only=True)
 class Handmade:
-    """A sample to be; its pictures are noise of its own unless given."""
+    """A sample to write; its pictures are noise seeded by its key."""
 
     key: str
     captions: Sequence[Mapping[str, str]]
@@ -46,7 +46,7 @@ class Handmade:
 
 
 def picture(seed: int, size: tuple[int, int], format: str = "JPEG") -> bytes:
-    """Coarse noise of some width and height, the same for the same seed."""
+    """Coarse noise of this (width, height), the same for the same seed."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     target = io.BytesIO()
     Image.fromarray(cells).resize(size, Image.Resampling.NEAREST).save(target, format)
@@ -54,7 +54,7 @@ def picture(seed: int, size: tuple[int, int], format: str = "JPEG") -> bytes:
 
 
 def handmade(number: int) -> Handmade:
-    """Sample number so-and-so: one caption or two, every seventh a clip of three frames."""
+    """The sample with this number: one caption or two, every seventh a clip of three frames."""
     captions = [{"language": "en", "text": f"picture {number}"}, {"language": "zh", "text": f"图片 {number}"}]
     return Handmade(
         key=f"key-{number}",
@@ -68,7 +68,7 @@ def handmade(number: int) -> Handmade:
 def write_dataset(
     directory: Path, shards: Sequence[tuple[str, Sequence[Handmade]]], rejected: Sequence[Mapping[str, str]] = ()
 ) -> Dataset:
-    """Commit (split, samples) as one shard each; the rejected records lie beside the first."""
+    """Write and commit one shard for each (split, samples); the rejected records belong to the first."""
     uri = str(directory)
     (directory / "shards").mkdir(parents=True)
     infos = []
@@ -146,7 +146,7 @@ SHARD_SAMPLES = (9, 14, 0, 8)  # of split train; the third shard's records were 
 
 
 def small_sample(number: int) -> Handmade:
-    """Its picture is a pattern of its own, its first caption names its number."""
+    """A sample with its own picture; its first caption contains its number."""
     captions = [{"language": "en", "text": f"picture {number}"}, {"language": "zh", "text": f"图片 {number}"}]
     return Handmade(
         key=f"key-{number}",

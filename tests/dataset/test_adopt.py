@@ -1,7 +1,8 @@
-"""Adopting others' tars: they become a dataset, unchanged; bad samples are quarantined, damaged tars refused."""
+"""Adopting foreign tars: they become a dataset unchanged, bad samples are quarantined, damaged tars are refused."""
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError, MisuseError, MmflowError
+from mmflow.dataset import adopt as adopt_module
 from mmflow.dataset.adopt import adopt
 from mmflow.dataset.format import quarantine_files
 from mmflow.dataset.opened import Dataset, open_dataset
@@ -50,7 +52,7 @@ def good(count: int, start: int = 0) -> list[tuple[str, bytes]]:
 
 
 def rejected(dataset: Dataset) -> dict[str, str]:
-    """Key → reason of what is in quarantine."""
+    """Key → reason of the quarantined samples."""
     rows = [row for uri in quarantine_files(dataset.uri) for row in pq.read_table(uri).to_pylist()]
     assert len(rows) == dataset.manifest["totals"]["quarantined"]
     return {row["key"]: row["reason"] for row in rows}
@@ -62,7 +64,7 @@ def adopted(uri: Path, *tars: Path, **options: object) -> Dataset:
     return open_dataset(str(uri))
 
 
-def test_tars_of_another_writer_become_a_dataset_that_trains(tmp_path: Path) -> None:
+def test_foreign_tars_become_a_readable_dataset(tmp_path: Path) -> None:
     tars = [write(tmp_path / f"theirs/part-{number}.tar", good(5, 5 * number)) for number in range(2)]
     before = [tar.read_bytes() for tar in tars]
     dataset = adopted(tmp_path / "ours", *tars, split="held_out", license="CC-BY-4.0")
@@ -81,7 +83,7 @@ def test_tars_of_another_writer_become_a_dataset_that_trains(tmp_path: Path) -> 
     assert dataset.manifest["adopted"] is True
 
 
-def test_keys_are_those_that_webdataset_gives(tmp_path: Path) -> None:
+def test_keys_match_webdataset(tmp_path: Path) -> None:
     stems = ("IMG_1.JPG", "sub/dir/a.png", "v1.2/x.jpg", "./y.jpg")
     names = [name for stem in stems for name in (stem, stem[:-3] + "txt")]
     long = "folder/" * 20 + "z" * 120
@@ -91,13 +93,13 @@ def test_keys_are_those_that_webdataset_gives(tmp_path: Path) -> None:
         tar = write(tmp_path / f"{number}.tar", members, format)
         dataset = adopted(tmp_path / f"dataset-{number}", tar)
         keys = [sample.key for sample in Reader(dataset, "train")]
-        theirs = [each["__key__"] for each in webdataset.WebDataset(str(tar), shardshuffle=False)]
-        assert keys == [key.removeprefix("./") for key in theirs]
+        samples = webdataset.WebDataset(str(tar), shardshuffle=False)
+        assert keys == [sample["__key__"].removeprefix("./") for sample in samples]
         assert keys == ["IMG_1", "sub/dir/a", "v1.2/x", "y", long]
 
 
-def test_captions_are_found_where_writers_put_them(tmp_path: Path) -> None:
-    found = {
+def test_captions_are_read_from_all_usual_members(tmp_path: Path) -> None:
+    texts_of_key = {
         "txt": [("txt", b" a  caption\n")],
         "caption": [("caption", b"a caption")],
         "json-caption": [("json", b'{"caption": "a caption"}')],
@@ -110,19 +112,19 @@ def test_captions_are_found_where_writers_put_them(tmp_path: Path) -> None:
         "ours": [("txt", b"x"), ("json", b'{"captions":[{"language":"en","text":"a caption"}],"metadata":{"a":1}}')],
     }
     members = []
-    for key, texts in found.items():
+    for key, texts in texts_of_key.items():
         members += [(f"{key}.jpg", JPEG), (f"{key}.cls", b"7"), *((f"{key}.{suffix}", body) for suffix, body in texts)]
         members += [(f"{key}.npy", b"\x93NUMPY"), (f"{key}.__key__", key.encode())]
     dataset = adopted(tmp_path / "dataset", write(tmp_path / "a.tar", members), license="CC0")
     samples = {sample.key: sample for sample in Reader(dataset, "train")}
-    assert {key: sample.captions[0].text for key, sample in samples.items()} == dict.fromkeys(found, "a caption")
+    assert {key: sample.captions[0].text for key, sample in samples.items()} == dict.fromkeys(texts_of_key, "a caption")
     assert samples["json-list"].captions == (Caption("a caption", "und"), Caption("zwei", "de"))
     assert samples["ours"].captions == (Caption("a caption", "en"),)
     assert [samples[key].metadata for key in ("ours", "broken-json", "list-json")] == [{"a": 1}, {}, {"json": [1, 2]}]
     assert dataset.index(dataset.shards("train")[0])["license"].to_pylist().count("PD") == 1
 
 
-def test_pictures_without_a_caption_are_samples_where_none_is_required(tmp_path: Path) -> None:
+def test_captions_may_be_optional(tmp_path: Path) -> None:
     questions = {"questions": [{"question": "what colour is it", "answers": ["red"]}]}
     members = [
         *good(1),
@@ -148,7 +150,7 @@ def test_pictures_without_a_caption_are_samples_where_none_is_required(tmp_path:
         adopt(dataset.uri, [str(tar)])
 
 
-def test_bad_samples_go_to_quarantine_and_their_neighbours_stay(tmp_path: Path) -> None:
+def test_bad_samples_are_quarantined_and_their_neighbours_kept(tmp_path: Path) -> None:
     bad = {
         "no-image": [("txt", b"text")],
         "no-caption": [("jpg", JPEG)],
@@ -184,15 +186,15 @@ def test_bad_samples_go_to_quarantine_and_their_neighbours_stay(tmp_path: Path) 
     assert (totals["records"], totals["samples"], totals["quarantined"]) == (16, 4, 12)
 
 
-def test_a_cut_or_damaged_tar_is_refused_naming_the_byte(tmp_path: Path) -> None:
+def test_a_truncated_or_damaged_tar_is_refused_with_the_byte_offset(tmp_path: Path) -> None:
     whole, tar = write(tmp_path / "a.tar", good(3)), tmp_path / "b.tar"
-    sound = write(tar, good(3, 3), tarfile.USTAR_FORMAT).read_bytes()
+    intact = write(tar, good(3, 3), tarfile.USTAR_FORMAT).read_bytes()
     second = 512 + len(JPEG) + -len(JPEG) % 512
-    flipped = bytearray(sound)
+    flipped = bytearray(intact)
     flipped[second + 3] ^= 1
-    for damaged, said in (
-        (sound[:second], f"byte {second}: ends without an end of archive"),
-        (sound[: second - 600], "ends within 000003.jpg"),
+    for damaged, message in (
+        (intact[:second], f"byte {second}: ends without an end of archive"),
+        (intact[: second - 600], "ends within 000003.jpg"),
         (bytes(flipped), f"byte {second}: damaged header"),
         (b"", "byte 0: ends without an end of archive"),
         (b"no tar" * 1000, "byte 0: damaged header"),
@@ -202,7 +204,7 @@ def test_a_cut_or_damaged_tar_is_refused_naming_the_byte(tmp_path: Path) -> None
         with pytest.raises(CorruptArtifactError) as caught:
             adopt(str(uri), [str(whole), str(tar)])
         assert str(caught.value).startswith(f"{tar}: ")
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert "--skip-damaged" in str(caught.value)
         assert not (uri / "manifest.json").exists()
     dataset = adopted(tmp_path / "dataset", tar, whole, skip_damaged=True)
@@ -213,10 +215,10 @@ def test_a_cut_or_damaged_tar_is_refused_naming_the_byte(tmp_path: Path) -> None
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 20_000))
-def test_every_cut_of_a_tar_is_an_error(tmp_path: Path, cut: int) -> None:
+def test_every_truncation_of_a_tar_is_an_error(tmp_path: Path, cut: int) -> None:
     tar = tmp_path / "a.tar"
-    sound = write(tar, good(3), tarfile.USTAR_FORMAT).read_bytes().rstrip(b"\0")
-    tar.write_bytes(sound[: min(cut, len(sound))])
+    intact = write(tar, good(3), tarfile.USTAR_FORMAT).read_bytes().rstrip(b"\0")
+    tar.write_bytes(intact[: min(cut, len(intact))])
     with pytest.raises(MmflowError):
         adopt(str(tmp_path / f"dataset-{cut}"), [str(tar)])
 
@@ -227,35 +229,33 @@ def test_a_rerun_returns_at_once_and_other_tars_are_refused(tmp_path: Path, monk
     assert adopt(uri, [str(tar)]).built
     monkeypatch.setattr("mmflow.dataset.adopt.index_tar", None)
     assert not adopt(uri, [str(tmp_path / "[a].tar")]).built
-    for arguments, options in (([tar, other], {}), ([tar], {"split": "dev"}), ([tar], {"license": "MIT"})):
+    for paths, options in (([tar, other], {}), ([tar], {"split": "dev"}), ([tar], {"license": "MIT"})):
         with pytest.raises(MisuseError, match="name a new directory"):
-            adopt(uri, [str(each) for each in arguments], **options)  # type: ignore[arg-type]
+            adopt(uri, [str(path) for path in paths], **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("killed_at", range(1, 12))
-def test_a_killed_adoption_goes_on_to_the_same_dataset(
+def test_a_resumed_adoption_gives_the_same_dataset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
     tars = [write(tmp_path / f"{number}.tar", [*good(3, 2 * number), ("x.txt", b"x")]) for number in range(3)]
     expected = adopted(tmp_path / "expected", *tars)
     calls = 0
 
-    def dying(name: str) -> None:
-        import mmflow.dataset.adopt as module
-
-        sound = getattr(module, name)
+    def interrupt(name: str) -> None:
+        original = getattr(adopt_module, name)
 
         def call(*arguments: object, **options: object) -> object:
             nonlocal calls
             calls += 1
             if calls == killed_at:
                 raise KeyboardInterrupt
-            return sound(*arguments, **options)
+            return original(*arguments, **options)
 
-        monkeypatch.setattr(module, name, call)
+        monkeypatch.setattr(adopt_module, name, call)
 
     for name in ("bring", "write_parquet", "write_index", "commit"):
-        dying(name)
+        interrupt(name)
     try:
         adopt(str(tmp_path / "dataset"), [str(tar) for tar in tars])
     except KeyboardInterrupt:
@@ -265,44 +265,40 @@ def test_a_killed_adoption_goes_on_to_the_same_dataset(
     assert dataset.manifest == expected.manifest
     assert rejected(dataset) == rejected(expected)
     for folder in ("shards", "index", "quarantine"):
-        ours, theirs = (sorted(Path(each.uri, folder).iterdir()) for each in (dataset, expected))
-        assert [path.name for path in ours] == [path.name for path in theirs]
-        assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
+        files = [Path(uri, folder).iterdir() for uri in (dataset.uri, expected.uri)]
+        resumed, unbroken = ({path.name: path.read_bytes() for path in paths} for paths in files)
+        assert resumed == unbroken
 
 
 def test_leftovers_of_an_abandoned_adoption_are_removed(tmp_path: Path) -> None:
-    """Among other tars, other rows repeat."""
+    """Which keys repeat depends on the tars, so nothing of another list of tars may be reused."""
     first, second, third = (write(tmp_path / f"{number}.tar", good(3, 2 * number)) for number in range(3))
     cut = tmp_path / "cut.tar"
     cut.write_bytes(first.read_bytes()[:2000])
     uri = str(tmp_path / "dataset")
     with pytest.raises(CorruptArtifactError):
-        adopt(uri, [str(each) for each in (first, second, third, cut)])
+        adopt(uri, [str(tar) for tar in (first, second, third, cut)])
     dataset = adopted(Path(uri), second, third)
     assert [sample.key for sample in Reader(dataset, "train")] == [f"{number:06d}" for number in range(2, 7)]
     assert sorted(path.name for path in Path(uri, "shards").iterdir()) == ["00000.tar", "00001.tar"]
 
 
-def test_tars_are_copied_where_they_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", ["cross-device", "remote"])
+def test_tars_that_cannot_be_linked_are_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     tar = write(tmp_path / "a.tar", good(3))
 
     def refuse(*arguments: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "link", refuse)
-    dataset = adopted(tmp_path / "dataset", tar)
-    copy = Path(dataset.tar_uri(dataset.shards("train")[0]))
-    assert copy.read_bytes() == tar.read_bytes()
-    assert not os.path.samefile(copy, tar)
-
-
-def test_remote_tars_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tar = write(tmp_path / "a.tar", good(3))
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     def remote(uri: str) -> Path | None:
         return None if uri == str(tar) else Path(uri)
 
-    monkeypatch.setattr("mmflow.dataset.grow.local_path", remote)  # so the object stores' way is taken
+    if reason == "remote":
+        monkeypatch.setattr("mmflow.dataset.grow.local_path", remote)
+    else:
+        monkeypatch.setattr(os, "link", refuse)
     dataset = adopted(tmp_path / "dataset", tar)
     (copy,) = Path(dataset.uri, "shards").iterdir()
     assert copy.read_bytes() == tar.read_bytes()
@@ -321,24 +317,24 @@ def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_missing_tars_are_named(tmp_path: Path) -> None:
-    for tars, said in (
+    for tars, message in (
         ([str(tmp_path / "nowhere.tar")], "nowhere.tar"),
         ([str(tmp_path)], "not a file"),
         ([], "no tars"),
     ):
-        with pytest.raises(MisuseError, match=said):
+        with pytest.raises(MisuseError, match=message):
             adopt(str(tmp_path / "dataset"), tars)
     with pytest.raises(MmflowError, match="no sample in 1 tars"):
         adopt(str(tmp_path / "none"), [str(write(tmp_path / "a.tar", [("a.txt", b"x")]))])
 
 
-def test_damage_after_adoption_is_found(tmp_path: Path) -> None:
+def test_damage_after_adoption_is_reported(tmp_path: Path) -> None:
     tar = write(tmp_path / "a.tar", good(3))
     dataset = adopted(tmp_path / "dataset", tar)
     offset = dataset.index(dataset.shards("train")[0])["txt_offset"][1].as_py()
     data = bytearray(tar.read_bytes())
     data[offset - 400] ^= 1
     tar.write_bytes(data)
-    wrong = verify_dataset(dataset.uri)
-    assert any("00000.tar" in line and "the manifest has" in line for line in wrong)
-    assert any(f"byte {offset - 512}: damaged header" in line for line in wrong), wrong
+    errors = verify_dataset(dataset.uri)
+    assert any("00000.tar" in line and "the manifest has" in line for line in errors)
+    assert any(f"byte {offset - 512}: damaged header" in line for line in errors), errors

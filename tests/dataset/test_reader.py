@@ -1,11 +1,11 @@
-"""Samples by shard and row: what was written, or an error that says where it is damaged."""
+"""Samples by shard and row: what was written, or an error that says where the dataset is damaged."""
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import threading
@@ -26,6 +26,7 @@ from mmflow.dataset.format import MEMBERS, read_index, write_index
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Caption, Reader
 from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
+from tests.dataset.test_adopt import write as write_tar
 
 STARTS = (0, 9, 23)  # the first number in each shard that has samples
 
@@ -74,11 +75,11 @@ def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:
     return table.set_column(position, table.schema.field(position), pa.array(values, table.schema.field(position).type))
 
 
-def test_every_sample_comes_back_as_it_was_recorded(small_dataset: Dataset) -> None:
+def test_every_sample_is_read_as_written(small_dataset: Dataset) -> None:
     reader = Reader(small_dataset, "train")
     samples = list(reader)
     assert len(samples) == len(reader) == 31
-    assert [shard.samples for shard in reader.shards] == [9, 14, 8]  # the shard without samples is passed over
+    assert [shard.samples for shard in reader.shards] == [9, 14, 8]  # the shard without samples is skipped
     for number, sample in enumerate(samples):
         english, chinese = Caption(f"picture {number}", "en"), Caption(f"图片 {number}", "zh")
         assert sample.key == f"key-{number}"
@@ -87,7 +88,7 @@ def test_every_sample_comes_back_as_it_was_recorded(small_dataset: Dataset) -> N
         assert sample.extension == "jpg"
 
 
-def test_rows_in_any_order_are_read_from_the_tar(small_dataset: Dataset) -> None:
+def test_rows_are_read_in_any_order(small_dataset: Dataset) -> None:
     reader = Reader(small_dataset, "train")
     for ordinal, row in ((2, 7), (0, 0), (1, 13), (0, 8)):
         sample, members = reader.read(ordinal, row), reader.read_members(ordinal, row)
@@ -99,18 +100,18 @@ def test_rows_in_any_order_are_read_from_the_tar(small_dataset: Dataset) -> None
 
 
 @pytest.mark.parametrize("scan_bytes", [1, 4_000, 10_000, 1 << 30])
-def test_a_pass_in_requests_of_any_size_gives_what_single_reads_give(
+def test_scans_with_any_request_size_equal_single_reads(
     clips: Dataset, monkeypatch: pytest.MonkeyPatch, scan_bytes: int
 ) -> None:
     monkeypatch.setattr(reading, "SCAN_BYTES", scan_bytes)
     reader = Reader(clips, "train")
-    away = Reader(Dataset(f"fsspec+file://{clips.uri}", clips.manifest), "train")
+    remote = Reader(Dataset(f"fsspec+file://{clips.uri}", clips.manifest), "train")
     for first, stop in ((0, 10), (3, 4), (6, 9), (5, 5)):
         expected = [reader.read(1, row) for row in range(first, stop)]
-        assert list(reader.samples(1, first, stop)) == list(away.samples(1, first, stop)) == expected
+        assert list(reader.samples(1, first, stop)) == list(remote.samples(1, first, stop)) == expected
 
 
-def test_the_frames_of_a_clip_come_back_in_their_order(clips: Dataset) -> None:
+def test_the_frames_of_a_clip_are_read_in_order(clips: Dataset) -> None:
     samples = list(Reader(clips, "train"))
     assert [len(sample.frames) for sample in samples] == [2 if number % 7 == 6 else 0 for number in range(20)]
     with tarfile.open(clips.tar_uri(clips.shards("train")[0])) as tar:
@@ -121,7 +122,7 @@ def test_the_frames_of_a_clip_come_back_in_their_order(clips: Dataset) -> None:
     assert [sample.image for sample in stills] == [sample.image for sample in samples]
 
 
-def test_lengths_are_those_of_the_index_and_need_no_tar(copy: Dataset) -> None:
+def test_lengths_come_from_the_index_without_the_tars(copy: Dataset) -> None:
     shutil.rmtree(Path(copy.uri, "shards"))
     reader = Reader(copy, "train")
     lengths = reader.lengths(1)
@@ -129,7 +130,7 @@ def test_lengths_are_those_of_the_index_and_need_no_tar(copy: Dataset) -> None:
     assert lengths.tolist() == [estimate_tokens(f"picture {number}") for number in range(9, 23)]
 
 
-def test_splits_are_apart(small_dataset: Dataset) -> None:
+def test_a_reader_reads_one_split(small_dataset: Dataset) -> None:
     assert [sample.key for sample in Reader(small_dataset, "dev")] == [f"key-{number}" for number in range(31, 36)]
     with pytest.raises(MisuseError, match="no split 'test'; there are dev, train"):
         Reader(small_dataset, "test")
@@ -141,11 +142,11 @@ def test_a_missing_row_is_misuse(small_dataset: Dataset, row: int) -> None:
         Reader(small_dataset, "train").read(0, row)
 
 
-def test_adopted_tars_in_any_order_of_members_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adopted_tars_may_order_their_members_freely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg, png = picture(1, (64, 48)), picture(2, (30, 40), "PNG")
     members = [
         ("a.json", b'{"caption": "from json"}'),
-        ("a.npy", b"x" * 5_000),  # unknown to the index, amid the sample
+        ("a.npy", b"x" * 5_000),  # unknown to the index, inside the sample
         ("a.png", png),
         ("readme.md", b"not a sample"),
         ("b.txt", "ünï".encode()),
@@ -154,44 +155,39 @@ def test_adopted_tars_in_any_order_of_members_are_read(tmp_path: Path, monkeypat
         ("sub/ü.txt", b"deep"),
         ("sub/ü.json", b"[1, 2]"),
     ]
-    with tarfile.open(tmp_path / "theirs.tar", "w") as tar:
-        for name, body in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(body)
-            tar.addfile(info, io.BytesIO(body))
+    write_tar(tmp_path / "theirs.tar", members)
     adopt(str(tmp_path / "ours"), [str(tmp_path / "theirs.tar")])
     reader = Reader(open_dataset(str(tmp_path / "ours")), "train")
-    found = [(each.key, each.extension, each.image, each.captions[0].text, each.metadata) for each in reader]
-    assert found == [
+    samples = [(s.key, s.extension, s.image, s.captions[0].text, s.metadata) for s in reader]
+    assert samples == [
         ("a", "png", png, "from json", {"caption": "from json"}),
         ("b", "jpg", jpeg, "ünï", {}),
         ("sub/ü", "jpg", jpeg, "deep", {"json": [1, 2]}),
     ]
     assert [reader.read(0, row).image for row in (2, 0, 1)] == [jpeg, png, jpeg]
-    read: list[int] = []
+    sizes: list[int] = []
     pread = os.pread
-    monkeypatch.setattr(reading.os, "pread", lambda file, size, offset: read.append(size) or pread(file, size, offset))
+    monkeypatch.setattr(reading.os, "pread", lambda file, size, offset: sizes.append(size) or pread(file, size, offset))
     reader.read(0, 0)
     reader.read(0, 1)
-    assert sorted(read) == sorted([len(png), len(members[0][1]), len(jpeg), len("ünï".encode())])  # and nothing else
+    assert sorted(sizes) == sorted([len(png), len(members[0][1]), len(jpeg), len("ünï".encode())])  # and nothing else
 
 
 @pytest.mark.parametrize("member", MEMBERS)
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_a_corrupted_byte_is_refused_naming_shard_row_and_key(copy: Dataset, member: str, place: str) -> None:
+def test_a_corrupted_byte_is_an_error_with_shard_row_and_key(copy: Dataset, member: str, place: str) -> None:
     entry = copy.index(copy.shards("train")[1]).slice(3, 1).to_pylist()[0]
     tar = flip(copy, 1, entry[f"{member}_offset"] + (0 if place == "first" else entry[f"{member}_bytes"] - 1))
     reader = Reader(copy, "train")
-    expected = f"{tar}: {member} of row 3 ({entry['key']}) is not what was written; run `mmflow verify {copy.uri}`"
+    expected = re.escape(f"{tar}: {member} of row 3 ({entry['key']})") + ".*mmflow verify"
     for read in (lambda: reader.read(1, 3), lambda: list(reader.samples(1, 0, 14)), lambda: list(reader)):
-        with pytest.raises(CorruptArtifactError) as caught:
+        with pytest.raises(CorruptArtifactError, match=expected):
             read()
-        assert str(caught.value) == expected
-    assert reader.read(1, 2).key == "key-11"  # its neighbours are sound
+    assert reader.read(1, 2).key == "key-11"  # its neighbours are intact
     assert reader.read(1, 4).key == "key-13"
 
 
-def test_a_corrupted_frame_is_refused_by_its_number(clips: Dataset, tmp_path: Path) -> None:
+def test_a_corrupted_frame_is_an_error_with_its_number(clips: Dataset, tmp_path: Path) -> None:
     shutil.copytree(clips.uri, tmp_path / "copy")
     copy = open_dataset(str(tmp_path / "copy"))
     frames = copy.index(copy.shards("train")[0])["frames"][6].as_py()
@@ -202,20 +198,18 @@ def test_a_corrupted_frame_is_refused_by_its_number(clips: Dataset, tmp_path: Pa
 
 
 @pytest.mark.parametrize("change", [-1, +512])
-def test_a_tar_of_another_length_is_refused_at_once(copy: Dataset, change: int) -> None:
+def test_a_tar_of_another_size_is_refused_when_opened(copy: Dataset, change: int) -> None:
     shard = copy.shards("train")[0]
     tar = Path(copy.tar_uri(shard))
     tar.write_bytes((tar.read_bytes() + bytes(512))[: shard.bytes + change])
     reader = Reader(copy, "train")
-    said = f"{tar}: {shard.bytes + change} bytes, the manifest says {shard.bytes}: it was altered after its commit"
     for read in (lambda: reader.read(0, 0), reader.check):
-        with pytest.raises(CorruptArtifactError) as caught:
+        with pytest.raises(CorruptArtifactError, match=f"{tar}: {shard.bytes + change} bytes.*{shard.bytes}"):
             read()
-        assert str(caught.value).startswith(said)
     assert reader.read(1, 0).key == "key-9"
 
 
-def test_a_tar_cut_while_it_is_open_is_refused_by_row(copy: Dataset) -> None:
+def test_a_tar_truncated_while_open_is_an_error_with_the_row(copy: Dataset) -> None:
     reader = Reader(copy, "train")
     assert reader.read(0, 8).key == "key-8"
     tar = Path(copy.tar_uri(reader.shards[0]))
@@ -226,7 +220,7 @@ def test_a_tar_cut_while_it_is_open_is_refused_by_row(copy: Dataset) -> None:
         reader.read(0, 8)
 
 
-def test_a_disk_that_fails_is_named(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_names_the_tar_and_the_byte(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -235,18 +229,8 @@ def test_a_disk_that_fails_is_named(small_dataset: Dataset, monkeypatch: pytest.
         Reader(small_dataset, "train").read(0, 0)
 
 
-def test_an_index_of_another_length_is_refused(copy: Dataset) -> None:
-    change_index(copy, "00000", lambda table: table.slice(0, 8))
-    with pytest.raises(CorruptArtifactError, match=r"00000\.parquet: 8 rows, the manifest says 9; run `mmflow verify"):
-        Reader(copy, "train").read(0, 0)
-
-
-def test_an_index_whose_rows_are_not_its_tar_s_is_refused(copy: Dataset) -> None:
-    change_index(
-        copy,
-        "00000",
-        lambda table: set_column(table.take(list(range(9))[::-1]), "row", list(range(9))),
-    )
+def test_an_index_with_the_offsets_of_other_rows_is_refused(copy: Dataset) -> None:
+    change_index(copy, "00000", lambda table: set_column(table.take(range(8, -1, -1)), "row", list(range(9))))
     assert Reader(copy, "train").read(0, 4).key == "key-4"  # the same row from both ends
     change_index(
         copy, "00000", lambda table: set_column(table, "image_offset", table["image_offset"].to_pylist()[::-1])
@@ -262,12 +246,12 @@ def test_the_index_of_another_tar_is_refused(copy: Dataset) -> None:
     table, _ = read_index(f"{copy.uri}/index/00001.parquet")
     _, commit = read_index(f"{copy.uri}/index/00003.parquet")
     write_index(f"{copy.uri}/index/00001.parquet", table, commit)
-    with pytest.raises(CorruptArtifactError, match=r"00001\.parquet: belongs to a tar of .* the manifest's is another"):
+    with pytest.raises(CorruptArtifactError, match=r"00001\.parquet: belongs to a tar of"):
         Reader(copy, "train").read(1, 0)
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "said"),
+    ("column", "value", "message"),
     [
         ("txt_offset", 1 << 40, "row 3 lies outside of its tar"),
         ("image_offset", -5, "row 3 lies outside of its tar"),
@@ -276,41 +260,37 @@ def test_the_index_of_another_tar_is_refused(copy: Dataset) -> None:
         ("image_xxh3", None, "image_xxh3 with empty cells"),
     ],
 )
-def test_an_inconsistent_index_is_refused(copy: Dataset, column: str, value: int | None, said: str) -> None:
+def test_an_inconsistent_index_is_refused(copy: Dataset, column: str, value: int | None, message: str) -> None:
     def change(table: pa.Table) -> pa.Table:
         values = table[column].to_pylist()
         values[3] = value
         return set_column(table, column, values)
 
     change_index(copy, "00000", change)
-    with pytest.raises(CorruptArtifactError, match=rf"00000\.parquet: {said}.*mmflow verify"):
+    with pytest.raises(CorruptArtifactError, match=rf"00000\.parquet: {message}.*mmflow verify"):
         Reader(copy, "train").read(0, 0)
 
 
-def test_a_missing_tar_or_index_is_named(copy: Dataset) -> None:
+def test_the_error_of_a_missing_tar_or_index_names_the_file(copy: Dataset) -> None:
     reader = Reader(copy, "train")
     reader.check()
-    Path(copy.uri, "index", "00001.parquet").unlink()
-    with pytest.raises(MissingArtifactError, match=r"00001\.parquet"):
-        reader.check()
-    with pytest.raises(MissingArtifactError, match=r"00001\.parquet"):
-        reader.read(1, 0)
-    Path(copy.uri, "shards", "00000.tar").unlink()
-    with pytest.raises(MissingArtifactError, match=r"00000\.tar: no such file"):
-        reader.check()
-    with pytest.raises(MissingArtifactError, match=r"00000\.tar: no such file"):
-        reader.read(0, 0)
+    for name, ordinal in (("index/00001.parquet", 1), ("shards/00000.tar", 0)):
+        Path(copy.uri, name).unlink()
+        with pytest.raises(MissingArtifactError, match=name):
+            reader.check()
+        with pytest.raises(MissingArtifactError, match=name):
+            reader.read(ordinal, 0)
 
 
 def test_reader_is_safe_between_threads(small_dataset: Dataset) -> None:
     reader = Reader(small_dataset, "train")
-    wanted = [(ordinal, row) for row in range(8) for ordinal in range(3)] * 10
+    places = [(ordinal, row) for row in range(8) for ordinal in range(3)] * 10
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda place: reader.read(*place).key, wanted))
-    assert found == [f"key-{STARTS[ordinal] + row}" for ordinal, row in wanted]
+        keys = list(threads.map(lambda place: reader.read(*place).key, places))
+    assert keys == [f"key-{STARTS[ordinal] + row}" for ordinal, row in places]
 
 
-def test_more_shards_than_stay_open_are_read(clips: Dataset, tmp_path: Path) -> None:
+def test_only_a_limited_number_of_shards_stays_open(clips: Dataset, tmp_path: Path) -> None:
     shards = [
         ("train", [Handmade(key=f"k{number}", captions=[{"language": "en", "text": "one"}])]) for number in range(5)
     ]
@@ -319,13 +299,13 @@ def test_more_shards_than_stay_open_are_read(clips: Dataset, tmp_path: Path) -> 
     assert [reader.read(shard, 0).key for shard in (0, 4, 1, 3, 2, 0)] == ["k0", "k4", "k1", "k3", "k2", "k0"]
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 2
     del reader
-    assert len(list(Path("/proc/self/fd").iterdir())) == before  # at once, not at the next garbage collection
+    assert len(list(Path("/proc/self/fd").iterdir())) == before  # at once, without a garbage collection
 
 
-def test_a_reader_pickles_into_another_process(clips: Dataset) -> None:
+def test_a_reader_can_be_pickled(clips: Dataset) -> None:
     reader = Reader(clips, "train", frames=False)
     reader.read(0, 0)
-    again = pickle.loads(pickle.dumps(reader))  # noqa: S301 — written a moment ago
+    again = pickle.loads(pickle.dumps(reader))  # noqa: S301 - our own
     assert [sample.key for sample in again] == [sample.key for sample in reader]
     assert again.read(0, 6).frames == ()
 
@@ -344,9 +324,6 @@ def test_a_remote_dataset_is_read_without_a_cache(remote: Dataset, small_dataset
         Reader(remote, "train").read(1, 0)
 
 
-# --- read-ahead -------------------------------------------------------------------------------------------------------
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
     while not condition():
@@ -354,23 +331,23 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_rows_read_ahead_are_asked_of_the_kernel_once(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(reading.os, "posix_fadvise", lambda file, *rest: asked.append(rest))
+def test_read_ahead_advises_the_kernel_once(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(reading.os, "posix_fadvise", lambda file, *rest: advised.append(rest))
     reader = Reader(small_dataset, "train")
     for _ in range(3):
         reader.read_ahead(1, 2, 5)
     reader.read_ahead(0, 0, 8)
-    wait_until(lambda: len(asked) >= 2)
+    wait_until(lambda: len(advised) >= 2)
     index = small_dataset.index(reader.shards[1])
     start = index["image_offset"][2].as_py()
     stop = index["json_offset"][5].as_py() + index["json_bytes"][5].as_py()
-    assert (start, stop - start, reading.os.POSIX_FADV_WILLNEED) in asked
+    assert (start, stop - start, reading.os.POSIX_FADV_WILLNEED) in advised
     time.sleep(0.05)
-    assert len(asked) == 2
+    assert len(advised) == 2
 
 
-def test_an_error_of_reading_ahead_reaches_the_reader_of_that_shard_once(
+def test_a_read_ahead_error_is_raised_once_by_the_next_read_of_that_shard(
     copy: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = Reader(copy, "train")
@@ -395,7 +372,7 @@ def test_an_error_of_reading_ahead_reaches_the_reader_of_that_shard_once(
         list(reader.samples(2, 0, 1))
 
 
-def test_threads_that_read_ahead_end_with_their_reader(small_dataset: Dataset) -> None:
+def test_read_ahead_threads_end_with_their_reader(small_dataset: Dataset) -> None:
     def running() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name == "mmflow-read-ahead"}
 

@@ -1,4 +1,4 @@
-"""Verify: silent on a sound dataset; on a damaged one it names the shard and what is wrong."""
+"""Verify: no errors for an intact dataset; for a damaged one it names the shard and the damage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from mmflow.dataset.verify import Repeat, repeated_keys, verify_dataset
 from tests.dataset.handmade import Handmade, handmade, write_dataset
 
 REJECTED = [
-    {"source": f"records.jsonl:{number}", "key": f"bad-{number}", "reason": reason, "detail": "as told"}
+    {"source": f"records.jsonl:{number}", "key": f"bad-{number}", "reason": reason, "detail": "unusable"}
     for number, reason in enumerate(("image_missing", "image_missing", "caption_missing"))
 ]
 
@@ -47,50 +46,51 @@ def tar_of(dataset: Dataset, number: int = 0) -> Path:
     return Path(dataset.tar_uri(dataset.shards("train")[number]))
 
 
+def index_of(dataset: Dataset, number: int = 0) -> Path:
+    return Path(dataset.uri, "index", f"{dataset.shards('train')[number].name}.parquet")
+
+
 def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 0x40
     path.write_bytes(data)
 
 
-def test_sound_dataset_has_nothing_wrong(dataset: Dataset) -> None:
+def test_an_intact_dataset_has_no_errors(dataset: Dataset) -> None:
     assert verify_dataset(dataset.uri) == []
     assert verify_dataset(dataset.uri, decoded_samples=None) == []
     assert verify_dataset(dataset.uri, decoded_samples=0) == []
 
 
-def test_flipped_byte_in_a_header_a_body_or_the_padding(copy: Dataset) -> None:
+def test_a_flipped_byte_in_a_header_body_or_padding_is_reported(copy: Dataset) -> None:
     tar = tar_of(copy)
     sound = tar.read_bytes()
     offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
-    for position, said in ((offset - 500, "damaged header"), (offset + 9, "checksum"), (len(sound) - 1, "checksum")):
+    for position, message in ((offset - 500, "damaged header"), (offset + 9, "checksum"), (len(sound) - 1, "checksum")):
         flip(tar, position)
-        wrong = verify_dataset(copy.uri, decoded_samples=None)
-        assert wrong
-        assert all(tar.name in line for line in wrong)
-        assert any(said in line or "bytes" in line for line in wrong), wrong
+        errors = verify_dataset(copy.uri, decoded_samples=None)
+        assert errors
+        assert all(tar.name in line for line in errors)
+        assert any(message in line or "bytes" in line for line in errors), errors
         tar.write_bytes(sound)
 
 
-def test_tar_cut_at_a_member_and_within_one(copy: Dataset) -> None:
+def test_a_truncated_tar_is_reported(copy: Dataset) -> None:
     tar = tar_of(copy, 1)
     sound = tar.read_bytes()
     offset = copy.index(copy.shards("train")[1])["txt_offset"][2].as_py()
-    for end, said in ((offset - 512, "without an end of archive"), (offset + 1, "within"), (0, "0 bytes")):
+    for end, message in ((offset - 512, "without an end of archive"), (offset + 1, "within"), (0, "0 bytes")):
         tar.write_bytes(sound[:end])
-        wrong = verify_dataset(copy.uri)
-        assert any(tar.name in line and said in line for line in wrong), wrong
+        errors = verify_dataset(copy.uri)
+        assert any(tar.name in line and message in line for line in errors), errors
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda copy: tar_of(copy).unlink(), "no such file"),
-        (lambda copy: Path(copy.uri, "index", tar_of(copy).stem + ".parquet").unlink(), "no such file"),
-        (
-            lambda copy: Path(copy.uri, "index", tar_of(copy).stem + ".parquet").write_bytes(b"PAR1"),
-            "not a shard's index",
-        ),
+        (lambda copy: index_of(copy).unlink(), "no such file"),
+        (lambda copy: index_of(copy).write_bytes(b"PAR1"), "not a shard's index"),
         (lambda copy: shutil.copy(tar_of(copy), tar_of(copy).with_name("09999.tar")), "not in the manifest"),
         (lambda copy: shutil.rmtree(Path(copy.uri, "quarantine")), "totals.quarantined"),
         (lambda copy: Path(copy.uri, "manifest.json").unlink(), "nothing was committed"),
@@ -107,11 +107,11 @@ def test_tar_cut_at_a_member_and_within_one(copy: Dataset) -> None:
         (lambda copy: edit_index(copy, lambda rows: rows.pop()), "is not in the index"),
     ],
 )
-def test_missing_and_wrong_files_are_named(copy: Dataset, damage: Callable[[Dataset], object], said: str) -> None:
+def test_missing_and_wrong_files_are_reported(copy: Dataset, damage: Callable[[Dataset], object], message: str) -> None:
     damage(copy)
-    wrong = verify_dataset(copy.uri)
-    assert any(said in line for line in wrong), wrong
-    assert all(copy.uri in line and "\n" not in line for line in wrong)
+    errors = verify_dataset(copy.uri)
+    assert any(message in line for line in errors), errors
+    assert all(copy.uri in line and "\n" not in line for line in errors)
 
 
 def edit_manifest(dataset: Dataset, change: Callable[[dict[str, object]], object]) -> None:
@@ -121,8 +121,8 @@ def edit_manifest(dataset: Dataset, change: Callable[[dict[str, object]], object
     path.write_text(json.dumps(fields))
 
 
-def edit_index(dataset: Dataset, change: Callable[[list[dict[str, object]]], object]) -> None:
-    path = str(Path(dataset.uri, "index", "00000.parquet"))
+def edit_index(dataset: Dataset, change: Callable[[list[dict[str, object]]], object], number: int = 0) -> None:
+    path = str(index_of(dataset, number))
     table, commit = read_index(path)
     rows = table.to_pylist()
     change(rows)
@@ -136,19 +136,18 @@ def test_prepared_pieces_of_a_build_are_not_reported(copy: Dataset) -> None:
     assert verify_dataset(copy.uri) == []
 
 
-def test_swapped_shards_and_repeated_keys(copy: Dataset) -> None:
+def test_swapped_shards_and_repeated_keys_are_reported(copy: Dataset) -> None:
     first, second = copy.shards("train")[:2]
     shutil.copy(copy.tar_uri(first), copy.tar_uri(second))
-    index = Path(copy.uri, "index")
-    shutil.copy(index / f"{first.name}.parquet", index / f"{second.name}.parquet")
+    shutil.copy(index_of(copy, 0), index_of(copy, 1))
     edit_manifest(copy, lambda fields: fields["shards"][1].update(samples=25))  # type: ignore[index]
-    wrong = verify_dataset(copy.uri)
-    assert any("belongs to another tar" in line for line in wrong)
-    assert any(f"{second.name}.tar" in line and "of its shards" not in line for line in wrong)
-    assert any(f"{second.name}.tar: and " in line for line in wrong)
+    errors = verify_dataset(copy.uri)
+    assert any("belongs to another tar" in line for line in errors)
+    assert any(f"{second.name}.tar" in line and "of its shards" not in line for line in errors)
+    assert any(f"{second.name}.tar: and " in line for line in errors)
 
 
-def test_a_repeated_key_is_named_with_both_places(tmp_path: Path) -> None:
+def test_a_repeated_key_is_reported_with_both_places(tmp_path: Path) -> None:
     samples = [handmade(number) for number in range(6)]
     twice = write_dataset(tmp_path / "twice", [("train", samples[:4]), ("dev", [*samples[4:], samples[2]])])
     (line,) = verify_dataset(twice.uri)
@@ -157,31 +156,29 @@ def test_a_repeated_key_is_named_with_both_places(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["Upper", "a.b", "../x", "a/b", "ä", "x" * 81, "key\n", ""])
-def test_keys_that_tars_cannot_carry_are_named(key: str, tmp_path: Path) -> None:
-    found = write_dataset(tmp_path / "keys", [("train", [handmade(1), Handmade(key=key, captions=[CAPTION])])])
-    assert any(f"00000.tar: row 1: key {key!r} is not lower-case" in line for line in verify_dataset(found.uri))
+def test_keys_that_tars_cannot_hold_are_reported(key: str, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "keys", [("train", [handmade(1), Handmade(key=key, captions=[CAPTION])])])
+    assert any(f"00000.tar: row 1: key {key!r} is not lower-case" in line for line in verify_dataset(dataset.uri))
 
 
 CAPTION = {"language": "en", "text": "a picture"}
 
 
-def test_index_that_points_elsewhere_is_found(copy: Dataset) -> None:
+def test_an_index_with_wrong_offsets_or_hashes_is_reported(copy: Dataset) -> None:
     def lie(rows: list[dict[str, object]]) -> None:
         rows[2]["txt_offset"] += 1  # type: ignore[operator]
         rows[3]["json_xxh3"] ^= 1  # type: ignore[operator]
 
     edit_index(copy, lie)
-    wrong = verify_dataset(copy.uri, decoded_samples=None)
-    assert any("00000.tar: row 2: no member key-2.txt of" in line for line in wrong)
-    assert any("00000.tar: row 3" in line and "json is not what was written" in line for line in wrong)
+    errors = verify_dataset(copy.uri, decoded_samples=None)
+    assert any("00000.tar: row 2: no member key-2.txt of" in line for line in errors)
+    assert any("00000.tar: row 3" in line and "json is not what was written" in line for line in errors)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_the_quick_pass_accepts_no_header_that_the_slow_one_refuses(
-    dataset: Dataset, tmp_path: Path, data: st.DataObject
-) -> None:
-    """And so for a tar that was cut or that has more behind its end."""
+def test_the_fast_pass_accepts_no_damaged_tar(dataset: Dataset, tmp_path: Path, data: st.DataObject) -> None:
+    """Also for a truncated tar and for a tar with trailing bytes."""
     shard = dataset.shards("train")[0]
     layout = layout_of(dataset.index(shard), ours=True)
     tar = bytearray(Path(dataset.tar_uri(shard)).read_bytes())
@@ -201,41 +198,34 @@ def test_the_quick_pass_accepts_no_header_that_the_slow_one_refuses(
     assert list(check_members(str(path), layout)) == []
 
 
-def test_remote_tars_are_streamed_and_found_damaged_alike(copy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmflow.dataset.tar.local_path", lambda uri: None)  # so the object stores' way is taken
+def test_damage_of_remote_tars_is_reported(copy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmflow.dataset.tar.local_path", lambda uri: None)  # takes the code path of object stores
     assert verify_dataset(copy.uri, decoded_samples=0) == []
     offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
     flip(tar_of(copy), offset - 500)
-    wrong = verify_dataset(copy.uri, decoded_samples=0)
-    assert any(f"00000.tar: byte {offset - 512}: damaged header" in line for line in wrong)
+    errors = verify_dataset(copy.uri, decoded_samples=0)
+    assert any(f"00000.tar: byte {offset - 512}: damaged header" in line for line in errors)
 
 
-def test_samples_to_decode_are_spread_over_the_shards(copy: Dataset) -> None:
-    """Not the first of every shard: of 100,000 shards that would be 100,000 pictures."""
-    for shard in copy.shards("train"):
-        path = str(Path(copy.uri, "index", f"{shard.name}.parquet"))
-        table, commit = read_index(path)
-        rows = [{**row, "image_xxh3": 0} for row in table.to_pylist()]
-        write_index(path, table.from_pylist(rows, table.schema), commit)
-    wrong = verify_dataset(copy.uri, decoded_samples=3)
-    assert sum("image is not what was written" in line for line in wrong) in (2, 3)
+def test_decoded_samples_are_spread_over_the_shards(copy: Dataset) -> None:
+    """Decoding one sample of every shard would decode 100,000 pictures for 100,000 shards."""
+    for number in range(len(copy.shards("train"))):
+        edit_index(copy, lambda rows: [row.update(image_xxh3=0) for row in rows], number)
+    errors = verify_dataset(copy.uri, decoded_samples=3)
+    assert sum("image is not what was written" in line for line in errors) in (2, 3)
 
 
-def test_many_lines_of_one_shard_do_not_hide_the_others(copy: Dataset) -> None:
+def test_many_errors_of_one_shard_do_not_hide_those_of_others(copy: Dataset) -> None:
     first, second = copy.shards("train")[:2]
-    path = str(Path(copy.uri, "index", f"{first.name}.parquet"))
-    table, commit = read_index(path)
-    write_index(path, table.take(list(reversed(range(table.num_rows)))), commit)
+    edit_index(copy, lambda rows: rows.reverse())
     tar_of(copy, 1).write_bytes(b"")
-    wrong = verify_dataset(copy.uri)
-    assert sum(f"{first.name}.tar" in line for line in wrong) <= 11
-    assert any(f"{second.name}.tar" in line for line in wrong)
+    errors = verify_dataset(copy.uri)
+    assert sum(f"{first.name}.tar" in line for line in errors) <= 11
+    assert any(f"{second.name}.tar" in line for line in errors)
 
 
-def test_verifying_is_much_quicker_than_reading_with_webdataset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without decoding on either side, in CPU time; side by side it is 8 to 10 times, see tests/benchmarks."""
+def test_verifying_is_much_faster_than_reading_with_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU time without decoding. tests/benchmarks measures a factor of 8 to 10."""
     body = bytes(range(256)) * 117  # 30 KB
     monkeypatch.setattr("tests.dataset.handmade.picture", lambda seed, size: body)
     samples = [Handmade(key=f"{number:08d}", captions=[CAPTION]) for number in range(1500)]
@@ -252,7 +242,7 @@ def test_verifying_is_much_quicker_than_reading_with_webdataset(
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The quickest of five, which is the least disturbed."""
+    """The fastest of five runs."""
     times = []
     for _ in range(5):
         start = time.process_time()
@@ -261,53 +251,45 @@ def seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-# --- repeated keys ---------------------------------------------------------------------------------------------------
-
-
 SHARDS = st.lists(st.lists(st.sampled_from([f"key-{number}" for number in range(30)]), max_size=12), max_size=6)
 
 
-def plain(shards: list[list[str]]) -> set[Repeat]:
+def repeats_by_dict(shards: list[list[str]]) -> set[Repeat]:
     first: dict[str, tuple[int, int]] = {}
-    found = set()
+    repeats = set()
     for shard, keys in enumerate(shards):
         for row, key in enumerate(keys):
             if key in first:
-                found.add(Repeat(shard, row, key, *first[key]))
+                repeats.add(Repeat(shard, row, key, *first[key]))
             first.setdefault(key, (shard, row))
-    return found
+    return repeats
 
 
 @given(SHARDS, st.integers(1, 100))
-def test_repeats_are_those_a_dict_would_find(shards: list[list[str]], per_pass: int) -> None:
-    found = list(
-        repeated_keys(
-            lambda shard: pa.array(shards[shard], pa.string()), [len(each) for each in shards], per_pass=per_pass
-        )
-    )
-    assert len(found) == len(set(found))
-    assert set(found) == plain(shards)
+def test_repeated_keys_match_a_dict(shards: list[list[str]], per_pass: int) -> None:
+    columns = [pa.array(keys, pa.string()) for keys in shards]
+    repeats = list(repeated_keys(columns.__getitem__, [len(keys) for keys in shards], per_pass=per_pass))
+    assert len(repeats) == len(set(repeats))
+    assert set(repeats) == repeats_by_dict(shards)
 
 
-def test_two_keys_with_one_hash_are_not_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_keys_with_the_same_hash_are_not_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "hash_texts", lambda texts: np.zeros(len(texts), np.uint64))
-    shards = [["a", "b"], ["c", "a"]]
-    found = list(repeated_keys(lambda shard: pa.array(shards[shard], pa.string()), [2, 2]))
-    assert found == [Repeat(1, 1, "a", 0, 0)]
+    shards = [pa.array(["a", "b"]), pa.array(["c", "a"])]
+    assert list(repeated_keys(shards.__getitem__, [2, 2])) == [Repeat(1, 1, "a", 0, 0)]
 
 
-def test_no_pass_holds_more_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_pass_holds_a_bounded_number_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     held = []
-    sound = module.repeated_values
+    original = module.repeated_values
 
     def measure(parts: object) -> object:
         parts = list(parts)  # type: ignore[call-overload]
         held.append(sum(len(part) for part in parts))
-        return sound(parts)
+        return original(parts)
 
     monkeypatch.setattr(module, "repeated_values", measure)
-    number = count()
-    shards = [pa.array([f"key-{next(number)}" for _ in range(500)]) for _ in range(8)]
+    shards = [pa.array([f"key-{shard}-{row}" for row in range(500)]) for shard in range(8)]
     assert list(repeated_keys(shards.__getitem__, [500] * 8, per_pass=1000)) == []
     assert len(held) == 4
     assert sum(held) == 4000
