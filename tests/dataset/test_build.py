@@ -1,4 +1,4 @@
-"""The build: every record is accounted for, bytes do not depend on who builds, and a kill only costs time."""
+"""The build: every record is counted, bytes do not depend on the workers, and a kill costs only time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read(dataset: Dataset, shard: ShardInfo, row: int) -> Sample:
     return reader.read(reader.shards.index(shard), row)
 
 
-def test_every_bad_record_is_in_quarantine_with_its_reason(dataset: Dataset, corpus: Corpus) -> None:
+def test_every_bad_record_is_quarantined_with_its_reason(dataset: Dataset, corpus: Corpus) -> None:
     rows = [row for path in Path(dataset.uri, "quarantine").iterdir() for row in pq.read_table(path).to_pylist()]
     assert {row["source"]: row["reason"] for row in rows} == {
         f"records.jsonl:{line}": reason for line, reason in corpus.reason_of_line.items()
@@ -57,8 +57,8 @@ def test_every_bad_record_is_in_quarantine_with_its_reason(dataset: Dataset, cor
     assert sum(totals["reasons"].values()) == len(rows)
 
 
-def test_every_good_record_is_a_sample_of_its_split(dataset: Dataset, corpus: Corpus) -> None:
-    seen = {}
+def test_every_good_record_becomes_a_sample_of_its_split(dataset: Dataset, corpus: Corpus) -> None:
+    captions_of_key = {}
     for split in dataset.splits:
         for shard in dataset.shards(split):
             keys = dataset.index(shard)["key"].to_pylist()
@@ -68,22 +68,18 @@ def test_every_good_record_is_a_sample_of_its_split(dataset: Dataset, corpus: Co
                 assert sample.key == key == f"key-{number}"
                 assert split == ("train", "train", "train", "dev", "test")[number % 5]
                 assert sample.image[:2] == b"\xff\xd8"
-                seen[key] = [{"language": caption.language, "text": caption.text} for caption in sample.captions]
-    assert seen == corpus.captions_of_key
+                captions_of_key[key] = [
+                    {"language": caption.language, "text": caption.text} for caption in sample.captions
+                ]
+    assert captions_of_key == corpus.captions_of_key
+    entry = dataset.index(dataset.shards("train")[0]).to_pylist()[1]
+    assert (entry["row"], entry["width"], entry["height"], entry["image_extension"]) == (1, 64, 48, "jpg")
+    assert entry["caption_tokens"] in range(2, 6)
     assert dataset.manifest["totals"]["splits"] == {"dev": 24, "test": 24, "train": 72}
     assert [dataset.samples(split) for split in dataset.splits] == [24, 24, 72]
 
 
-def test_index_describes_the_stored_image(dataset: Dataset) -> None:
-    shard = dataset.shards("train")[0]
-    entry = dataset.index(shard).slice(1, 1).to_pylist()[0]
-    assert (entry["row"], entry["width"], entry["height"], entry["image_extension"]) == (1, 64, 48, "jpg")
-    assert entry["caption_tokens"] in range(2, 6)
-
-
-def test_bytes_do_not_depend_on_how_records_fall_into_pieces(
-    dataset: Dataset, corpus: Corpus, tmp_path: Path, ray_cluster: None
-) -> None:
+def test_bytes_do_not_depend_on_the_pieces(dataset: Dataset, corpus: Corpus, tmp_path: Path, ray_cluster: None) -> None:
     sources = [SourceConfig(uri=corpus.uri, keys="strict")]
     records = pa.concat_tables(read_unit(list_units(sources)[0], sources[0])).sort_by("source")
     preparation = Preparation(
@@ -99,7 +95,7 @@ def test_bytes_do_not_depend_on_how_records_fall_into_pieces(
     selection = select_records(pieces, duplicates=SETTINGS.duplicates, max_images=None)
     rows = read_group(pieces, selection.rejected)
     shards = shards_of_splits(extents_of_splits(rows), SETTINGS.samples_per_shard, SETTINGS.bytes_per_shard)
-    numbers = range(max(each.stop for each in shards.values()))
+    numbers = range(max(shard_range.stop for shard_range in shards.values()))
     write_shards(
         str(tmp_path),
         list(numbers),
@@ -130,7 +126,7 @@ build_and_commit(*sys.argv[1:], progress=lambda done, total, note: print(note, d
 
 
 @pytest.mark.parametrize("moment", ["records 1", "shards 2 "])
-def test_killed_driver_then_rerun_gives_the_bytes_of_an_unbroken_build(
+def test_a_rerun_after_a_killed_driver_gives_the_same_bytes(
     moment: str, dataset: Dataset, build: Build, corpus: Corpus, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path), corpus.uri]
@@ -144,7 +140,7 @@ def test_killed_driver_then_rerun_gives_the_bytes_of_an_unbroken_build(
     assert not (tmp_path / "manifest.json").exists()
     left = set((tmp_path / "index").glob("*.parquet")) | set((tmp_path / "prepared").glob("*.parquet"))
     assert left
-    (tmp_path / "prepared" / ".staging-x").write_bytes(b"what a kill amid a write leaves")
+    (tmp_path / "prepared" / ".staging-x").write_bytes(b"of a killed write")
     before = {path: path.stat().st_mtime_ns for path in left}
     written: dict[Path, int] = {}
 
@@ -152,11 +148,11 @@ def test_killed_driver_then_rerun_gives_the_bytes_of_an_unbroken_build(
         written.update({path: path.stat().st_mtime_ns for path in left})
 
     assert contents(build(tmp_path, corpus.uri, progress=watch).uri) == contents(dataset.uri)
-    assert written == before, "what was finished was written again"
+    assert written == before, "finished files were written again"
 
 
-def is_at_work(process: psutil.Process) -> bool:
-    """Whether it is a worker of this session's Ray amid a task of the build; its agents, which are none, are spared."""
+def is_build_worker(process: psutil.Process) -> bool:
+    """Whether the process is a worker of this session's Ray that runs a task of the build (not one of Ray's agents)."""
     with contextlib.suppress(psutil.Error):
         tasks = ("MapBatches", "StreamingRepartition", "read_hashes", "deal_", "find_", "measure_group", "write_shards")
         title = " ".join(process.cmdline()).removeprefix("ray::")
@@ -165,10 +161,12 @@ def is_at_work(process: psutil.Process) -> bool:
 
 
 def kill_workers(stop: threading.Event, seed: int) -> list[int]:
-    """Kill a task's worker now and then, at seeded moments, until told to stop; the pids."""
+    """Kill up to four workers at seeded random times until `stop` is set. Returns their pids."""
     random, killed = np.random.default_rng(seed), []
     while not stop.wait(random.uniform(0.0, 0.2)):
-        workers = [] if len(killed) == 4 else [process.pid for process in psutil.process_iter() if is_at_work(process)]
+        workers = (
+            [] if len(killed) == 4 else [process.pid for process in psutil.process_iter() if is_build_worker(process)]
+        )
         if workers:
             killed.append(int(random.choice(workers)))
             with contextlib.suppress(ProcessLookupError):
@@ -187,11 +185,11 @@ def test_killed_workers_change_no_byte(
             built = build(tmp_path, corpus.uri)
         finally:
             stop.set()
-    assert killer.result(), "nobody was killed"
+    assert killer.result(), "no worker was killed"
     assert contents(built.uri) == contents(dataset.uri)
 
 
-def test_a_shard_that_lost_its_tar_or_index_is_written_again(
+def test_a_shard_without_its_tar_or_index_is_written_again(
     dataset: Dataset, build: Build, corpus: Corpus, tmp_path: Path
 ) -> None:
     build(tmp_path, corpus.uri)
@@ -203,25 +201,25 @@ def test_a_shard_that_lost_its_tar_or_index_is_written_again(
     assert contents(build(tmp_path, corpus.uri).uri) == contents(dataset.uri)
 
 
-# 120 pictures of 4 KB: the disk is full amid the pieces, then amid the shards.
+# 120 pictures of 4 KB: the disk fills up while writing pieces (200k) or shards (900k).
 @pytest.mark.parametrize("size", ["200k", "900k"])
-def test_a_full_disk_fails_clearly_and_a_rerun_with_room_completes(
+def test_a_full_disk_is_an_error_and_a_rerun_with_space_completes(
     size: str, small_disk: Callable[[str], Path], dataset: Dataset, build: Build, corpus: Corpus
 ) -> None:
     directory = small_disk(size) / "dataset"
-    with pytest.raises(MmflowError, match=r"No space left on device.*fix the cause and rerun: .* kept"):
+    with pytest.raises(MmflowError, match=r"No space left on device.*rerun"):
         build(directory, corpus.uri)
     assert not (directory / "manifest.json").exists()
     small_disk("64m")
     assert contents(build(directory, corpus.uri).uri) == contents(dataset.uri)
 
 
-def test_changed_settings_or_rows_are_another_plan() -> None:
+def test_changed_settings_or_rows_change_the_plan() -> None:
     row: dict[str, Any] = {"place": 1, "key": "a", "captions": [{"language": "en", "text": "one"}], "frames": []}
     row |= {"image_bytes": 10, "pixel_hash": 7, "pack": "here", "image_offset": 0, "shard": 0}
     assert plan_of([row], "s") == plan_of([{**row, "place": 2, "pack": "there", "image_offset": 99}], "s")
-    others = [{**row, "pixel_hash": 8}, {**row, "captions": []}, {**row, "frames": [{"offset": 0, "bytes": 1}]}]
-    assert len({plan_of([row], "s"), plan_of([row], "t"), *(plan_of([other], "s") for other in others)}) == 5
+    changed = [{**row, "pixel_hash": 8}, {**row, "captions": []}, {**row, "frames": [{"offset": 0, "bytes": 1}]}]
+    assert len({plan_of([row], "s"), plan_of([row], "t"), *(plan_of([other_row], "s") for other_row in changed)}) == 5
 
 
 def test_splits_fingerprint_and_misuse(dataset: Dataset) -> None:
@@ -238,16 +236,16 @@ def test_a_corpus_without_usable_records_is_an_error(build: Build, tmp_path: Pat
         (tmp_path / "records.jsonl").write_text(text)
         build(tmp_path / "d", str(tmp_path / "records.jsonl"))
 
-    with pytest.raises(MmflowError, match=r"none of 2 records gave a sample: {'record_malformed': 2}; see quarantine/"):
+    with pytest.raises(MmflowError, match=r"none of 2 records .*'record_malformed': 2.*quarantine/"):
         attempt("not\njson\n")
     assert len(list((tmp_path / "d/quarantine").iterdir())) == 1
-    with pytest.raises(MmflowError, match=r"none of 1 records gave a sample: {'image_missing': 1}"):
+    with pytest.raises(MmflowError, match=r"none of 1 records .*'image_missing': 1"):
         attempt(json.dumps({"key": "a", "image": "a.png", "captions": [{"text": "a fox"}]}))
     with pytest.raises(MmflowError, match="the sources hold no record"):
         attempt("\n\n")
 
 
-def test_splits_are_drawn_by_group_and_survive_another_seed(build: Build, tmp_path: Path) -> None:
+def test_splits_are_drawn_by_group_and_do_not_depend_on_the_seed(build: Build, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     records = []
     for number in range(200):
@@ -266,14 +264,14 @@ def test_splits_are_drawn_by_group_and_survive_another_seed(build: Build, tmp_pa
             for split in dataset.splits
         }
         pages = {split: {int(key[1:]) // 4 for key in keys[split]} for split in keys}
-        assert not pages["train"] & pages["validation"], "a page was parted"
+        assert not pages["train"] & pages["validation"], "a page is in both splits"
         assert 4 <= len(pages["validation"]) <= 18  # of 50, a fifth expected
         return pages["validation"]
 
     assert held_out(1) == held_out(2)
 
 
-def test_shards_are_bounded_by_bytes_too(build: Build, corpus: Corpus, tmp_path: Path) -> None:
+def test_shards_are_also_bounded_by_bytes(build: Build, corpus: Corpus, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"samples_per_shard": 1000, "bytes_per_shard": 64 << 10})
     dataset = build(tmp_path, corpus.uri, settings=settings)
     shards = dataset.shards("train")
@@ -282,7 +280,7 @@ def test_shards_are_bounded_by_bytes_too(build: Build, corpus: Corpus, tmp_path:
     assert dataset.samples("train") == 72
 
 
-def test_a_common_caption_is_dropped_and_records_without_another_are_rejected(build: Build, tmp_path: Path) -> None:
+def test_common_captions_are_dropped_and_records_with_no_other_are_rejected(build: Build, tmp_path: Path) -> None:
     records = []
     for number in range(6):
         Image.effect_noise((32, 32), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
@@ -297,14 +295,14 @@ def test_a_common_caption_is_dropped_and_records_without_another_are_rejected(bu
     assert dataset.manifest["totals"]["reasons"] == {"caption_too_common": 1}
 
 
-def test_no_record_needs_a_caption_where_none_is_required(build: Build, tmp_path: Path) -> None:
-    asked = [{"question": "is it noise?", "answers": ["yes"]}]
+def test_optional_captions_keep_records_without_captions(build: Build, tmp_path: Path) -> None:
+    questions = [{"question": "is it noise?", "answers": ["yes"]}]
     records: list[dict[str, Any]] = []
     for number in range(9):
         Image.effect_noise((32, 32), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
         captions: list[dict[str, str]] = [{"text": "clip art"}] if number >= 3 else []  # too common
         captions += [{"text": f"drawing {number}"}] if number >= 6 else [{"text": "x"}]  # too short
-        records.append({"key": f"k{number}", "image": f"{number}.png", "captions": captions, "questions": asked})
+        records.append({"key": f"k{number}", "image": f"{number}.png", "captions": captions, "questions": questions})
     del records[0]["captions"]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
     captions_settings = SETTINGS.captions.model_copy(update={"required": False, "max_images": 5})

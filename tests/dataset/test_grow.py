@@ -1,4 +1,4 @@
-"""Growing a dataset: old shards keep every byte, and new records join them once."""
+"""Growing a dataset: old shards keep every byte, and new records are added once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_folder(directory: Path, name: str, pictures: int, seed: int) -> None:
 
 
 def grow(build: Build, base: Dataset, directory: Path, folder: Path, settings: ShardConfig = SETTINGS) -> Dataset:
-    """As the shard stage does it."""
+    """Grow the dataset like the shard stage."""
     sources = [SourceConfig(uri=str(folder), keys="strict")]
     units = list_units(sources)
     parts = parts_of(units, sources)
@@ -43,7 +43,7 @@ def keys(dataset: Dataset) -> set[str]:
     return {key for shard in shards for key in dataset.index(shard)["key"].to_pylist()}
 
 
-def test_new_files_become_new_shards_and_the_old_keep_every_byte(build: Build, tmp_path: Path) -> None:
+def test_new_files_become_new_shards_and_old_shards_keep_every_byte(build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 30, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     before = contents(base.uri)
@@ -59,7 +59,7 @@ def test_new_files_become_new_shards_and_the_old_keep_every_byte(build: Build, t
     assert grown.manifest["grown_from"] == base.fingerprint != grown.fingerprint
     assert verify_dataset(grown.uri) == []
     assert contents(base.uri) == before
-    shutil.rmtree(base.uri)  # the grown one stands by itself
+    shutil.rmtree(base.uri)  # the grown dataset does not need its base
     assert verify_dataset(grown.uri) == []
 
 
@@ -74,7 +74,7 @@ def test_a_picture_of_the_old_dataset_is_not_added_again(build: Build, tmp_path:
     assert verify_dataset(grown.uri) == []
 
 
-def test_a_dataset_with_changed_files_or_other_settings_is_not_grown(build: Build, tmp_path: Path) -> None:
+def test_changed_files_or_settings_prevent_growing(build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 6, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     sources = [SourceConfig(uri=str(tmp_path / "photos"), keys="strict")]
@@ -93,7 +93,7 @@ def test_a_dataset_with_changed_files_or_other_settings_is_not_grown(build: Buil
     assert base_for() is None
 
 
-def test_growing_by_rejected_records_alone_keeps_the_samples_and_says_why(build: Build, tmp_path: Path) -> None:
+def test_growing_with_only_rejected_records_keeps_the_samples(build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 6, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     (tmp_path / "photos/empty").mkdir()
@@ -106,7 +106,7 @@ def test_growing_by_rejected_records_alone_keeps_the_samples_and_says_why(build:
 
 
 @pytest.mark.parametrize("lost", ["index", "shards"])
-def test_a_killed_growth_is_continued(lost: str, build: Build, tmp_path: Path) -> None:
+def test_a_killed_growth_is_resumed(lost: str, build: Build, tmp_path: Path) -> None:
     add_folder(tmp_path / "photos", "cats", 20, seed=1)
     base = build(tmp_path / "first", str(tmp_path / "photos"))
     add_folder(tmp_path / "photos", "dogs", 20, seed=2)
@@ -116,14 +116,14 @@ def test_a_killed_growth_is_continued(lost: str, build: Build, tmp_path: Path) -
     (again / "manifest.json").unlink()
     newest = max((again / lost).iterdir())
     newest.unlink()
-    (again / "shards/00000.tar").unlink()  # the file is the base's too
-    (again / "shards/00000.tar").write_bytes(b"of a build that was killed before its time")
+    (again / "shards/00000.tar").unlink()  # a hard link: the base has the same file
+    (again / "shards/00000.tar").write_bytes(b"of a killed build")
     grown = grow(build, base, again, tmp_path / "photos")
     assert contents(grown.uri) == contents(whole.uri)
     assert json.loads((again / "manifest.json").read_text())["fingerprint"] == whole.fingerprint
 
 
-def test_a_caption_that_was_too_common_stays_so(build: Build, tmp_path: Path) -> None:
+def test_a_too_common_caption_stays_too_common(build: Build, tmp_path: Path) -> None:
     captions = SETTINGS.captions.model_copy(update={"max_images": 4})
     settings = SETTINGS.model_copy(update={"captions": captions})
     add_folder(tmp_path / "photos", "cats", 8, seed=1)

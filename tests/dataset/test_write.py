@@ -21,7 +21,7 @@ from mmflow.dataset.write import (
 
 
 def rows_of(keys: list[str], splits: list[str | None]) -> pa.Table:
-    """A row for each key; one without a split is rejected."""
+    """A row for each key; rows without a split are rejected."""
     rows = [
         {
             "place": place,
@@ -51,7 +51,7 @@ def test_shards_are_even_and_shuffled() -> None:
     assert sizes.min() > 850
     assert sizes.max() < 1150
     neighbours = np.diff(assigned["shard"].to_numpy())
-    assert (neighbours == 0).mean() < 0.08  # a twentieth by chance: nothing of the source's order is left
+    assert (neighbours == 0).mean() < 0.08  # 0.05 by chance: the order of the source is gone
     other = assign(rows_of(keys, ["train"] * len(keys)), {"train": range(20)}, seed=6)
     assert (other["shard"].to_numpy() != assigned["shard"].to_numpy()).mean() > 0.9
 
@@ -61,15 +61,15 @@ def test_shards_are_even_and_shuffled() -> None:
     st.integers(1, 4),
     st.sampled_from([0, 17]),
 )
-def test_every_row_is_dealt_to_one_shard_of_its_split(
-    drawn: list[tuple[str, str | None]], num_buckets: int, first: int
+def test_every_row_goes_to_one_shard_of_its_split(
+    keys_and_splits: list[tuple[str, str | None]], num_buckets: int, first: int
 ) -> None:
-    table = rows_of([key for key, _ in drawn], [split for _, split in drawn])
+    table = rows_of([key for key, _ in keys_and_splits], [split for _, split in keys_and_splits])
     shards = shards_of_splits(extents_of_splits(table), 2, 1 << 30, first) or {"train": range(first, first + 1)}
     num_buckets = min(num_buckets, max(numbers.stop for numbers in shards.values()) - first)
     buckets = [part.to_pylist() for part in deal(table, shards, 0, num_buckets)]
     rows = [row for bucket in buckets for row in bucket]
-    assert sorted(row["place"] for row in rows) == list(range(len(drawn)))
+    assert sorted(row["place"] for row in rows) == list(range(len(keys_and_splits)))
     for row in rows:
         everywhere = range(first, max(numbers.stop for numbers in shards.values()))
         assert row["shard"] in (everywhere if row["reason"] else shards[row["split"]])
@@ -77,7 +77,7 @@ def test_every_row_is_dealt_to_one_shard_of_its_split(
     assert numbers == sorted({row["shard"] for row in rows}), "a shard's rows are in one bucket"
 
 
-def test_verdicts_reach_their_rows_and_no_other() -> None:
+def test_rejections_are_applied_to_their_rows_only() -> None:
     rows = rows_of(["a", "b", "c", "d"], ["train", None, "train", "train"])
     rejected = pa.table(
         {
@@ -86,13 +86,13 @@ def test_verdicts_reach_their_rows_and_no_other() -> None:
             "detail": ["an earlier record has this key", "of another group"],
         }
     )
-    judged = with_verdicts(rows, rejected).to_pylist()
-    assert [row["reason"] for row in judged] == [None, "image_missing", "key_repeated", None]
-    assert [row["detail"] for row in judged] == [None, "gone", "an earlier record has this key", None]
+    with_reasons = with_verdicts(rows, rejected).to_pylist()
+    assert [row["reason"] for row in with_reasons] == [None, "image_missing", "key_repeated", None]
+    assert [row["detail"] for row in with_reasons] == [None, "gone", "an earlier record has this key", None]
     assert with_verdicts(rows, rejected.slice(0, 0)).equals(rows)
 
 
-def test_extents_count_frames_and_leave_out_what_is_rejected() -> None:
+def test_extents_include_frames_and_exclude_rejected_rows() -> None:
     rows = rows_of(["a", "b", "c"], ["train", None, "dev"]).to_pylist()
     rows[2]["frames"] = [{"offset": 0, "bytes": 1000}, {"offset": 1000, "bytes": 24}]
     extents = extents_of_splits(pa.Table.from_pylist(rows, PIECE))
@@ -103,7 +103,7 @@ def test_extents_count_frames_and_leave_out_what_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
-def test_a_rows_shard_depends_on_its_key_alone(seed: int) -> None:
+def test_the_shard_of_a_row_depends_only_on_its_key(seed: int) -> None:
     keys = [f"k{number}" for number in range(200)]
     together = assign(rows_of(keys, ["train"] * 200), {"train": range(7)}, seed)
     alone = assign(rows_of(keys[50:60], ["train"] * 10), {"train": range(7)}, seed)

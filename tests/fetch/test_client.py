@@ -1,4 +1,4 @@
-"""Whatever a server does, every URL ends in one result, within bounds of time, bytes and politeness."""
+"""Whatever a server does, each URL gets one result within limits of time, bytes and politeness."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fetch_one(url: str, **settings: Any) -> Result:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_arrive_whole_whatever_their_type_is_said_to_be(server: Server) -> None:
+def test_bodies_are_complete_whatever_their_content_type(server: Server) -> None:
     server.routes["/a.jpg"] = respond(200, IMAGE, Content_Type="text/html", ETag='"v1"', Last_Modified="yesterday")
     server.routes["/b.jpg"] = raw(head(200, Transfer_Encoding="chunked") + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
     server.routes["/empty.jpg"] = respond(200, b"")
@@ -62,7 +62,7 @@ def test_bytes_arrive_whole_whatever_their_type_is_said_to_be(server: Server) ->
     assert fetch_one(server.url("/empty.jpg")).body == b""
 
 
-def test_requests_name_the_user_agent_and_have_no_cookies(server: Server) -> None:
+def test_requests_send_the_user_agent_and_no_cookies(server: Server) -> None:
     server.routes["/a"] = respond(200, IMAGE, Set_Cookie="id=1; Path=/")
     fetch_all([server.url("/a?1"), server.url("/a?2")], per_host=1, user_agent="our-bot/2 (+https://a.example)")
     for hit in server.hits:
@@ -71,7 +71,7 @@ def test_requests_name_the_user_agent_and_have_no_cookies(server: Server) -> Non
         assert "cookie" not in hit.headers
 
 
-def test_a_proxy_of_the_environment_is_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_of_the_environment_are_ignored(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9/")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
     server.routes["/a"] = respond(200, IMAGE)
@@ -82,7 +82,7 @@ def test_an_announced_huge_body_is_not_read(server: Server) -> None:
     server.routes["/huge"] = endless(server, head(200, Content_Length="900000000000"), bytes(10_000), seconds=0.01)
     result = fetch_one(server.url("/huge"), max_bytes=100_000)
     assert (result.reason, result.status) == (Reason.fetch_too_large, 200)
-    assert "900000000000 bytes announced, at most 100000" in result.detail
+    assert "900000000000 bytes" in result.detail
     assert server.sent < 1_000_000
     assert server.counts["/huge"] == 1
 
@@ -90,25 +90,24 @@ def test_an_announced_huge_body_is_not_read(server: Server) -> None:
 @pytest.mark.parametrize(
     "first", [head(200, Connection="close"), head(200, Transfer_Encoding="chunked")], ids=["close", "chunked"]
 )
-def test_an_endless_body_is_cut_at_the_bound(server: Server, first: bytes) -> None:
+def test_an_endless_body_is_stopped_at_the_limit(server: Server, first: bytes) -> None:
     block = bytes(9_984)
     chunk = b"2700\r\n" + block + b"\r\n" if b"chunked" in first else block
     server.routes["/endless"] = endless(server, first, chunk, seconds=0.002)
     result = fetch_one(server.url("/endless"), max_bytes=100_000)
     assert result.reason is Reason.fetch_too_large
-    assert server.sent < 10_000_000  # what socket buffers took in, and no more
+    assert server.sent < 10_000_000  # what the socket buffers hold
 
 
-def test_a_body_of_exactly_the_bound_is_kept(server: Server) -> None:
+def test_a_body_of_exactly_the_limit_is_kept(server: Server) -> None:
     server.routes["/a"] = respond(200, bytes(1000))
     server.routes["/b"] = raw(head(200, Connection="close") + bytes(1000))
-    assert fetch_one(server.url("/a"), max_bytes=1000).body == bytes(1000)
-    assert fetch_one(server.url("/b"), max_bytes=1000).body == bytes(1000)
-    assert fetch_one(server.url("/a"), max_bytes=999).reason is Reason.fetch_too_large
-    assert fetch_one(server.url("/b"), max_bytes=999).reason is Reason.fetch_too_large
+    for path in ("/a", "/b"):
+        assert fetch_one(server.url(path), max_bytes=1000).body == bytes(1000)
+        assert fetch_one(server.url(path), max_bytes=999).reason is Reason.fetch_too_large
 
 
-def test_a_compressed_body_is_unfolded_within_the_bound(server: Server) -> None:
+def test_a_compressed_body_is_decompressed_within_the_limit(server: Server) -> None:
     small, bomb = gzip.compress(IMAGE), gzip.compress(bytes(50_000_000))
     server.routes["/small"] = respond(200, small, Content_Encoding="gzip")
     server.routes["/bomb"] = respond(200, bomb, Content_Encoding="gzip")
@@ -117,7 +116,7 @@ def test_a_compressed_body_is_unfolded_within_the_bound(server: Server) -> None:
     server.routes["/br"] = respond(200, b"brotli", Content_Encoding="br")
     assert fetch_one(server.url("/small")).body == IMAGE
     assert fetch_one(server.url("/bomb"), max_bytes=1_000_000).reason is Reason.fetch_too_large
-    assert fetch_one(server.url("/cut"), retries=0).detail == "compressed body ends early"
+    assert fetch_one(server.url("/cut"), retries=0).reason is Reason.fetch_failed
     assert fetch_one(server.url("/junk"), retries=0).reason is Reason.fetch_failed
     assert fetch_one(server.url("/br")).reason is Reason.fetch_gone
 
@@ -128,13 +127,12 @@ def test_a_body_shorter_than_announced_is_retried_and_never_kept(server: Server)
     server.routes["/once"] = in_turn(half, respond(200, IMAGE))
     server.routes["/chunk"] = raw(head(200, Transfer_Encoding="chunked") + b"400\r\nabc")
     result = fetch_one(server.url("/half?secret"), retries=1)
-    assert (result.reason, result.detail) == (Reason.fetch_failed, "body broken off or damaged")
-    assert server.counts["/half"] == 2
+    assert (result.reason, server.counts["/half"]) == (Reason.fetch_failed, 2)
     assert fetch_one(server.url("/once")).body == IMAGE
     assert fetch_one(server.url("/chunk"), retries=0).reason is Reason.fetch_failed
 
 
-def test_a_body_longer_than_announced_is_cut_there_and_spoils_no_later_answer(server: Server) -> None:
+def test_bytes_after_the_announced_length_do_not_reach_later_responses(server: Server) -> None:
     async def liar(request: Any, writer: asyncio.StreamWriter) -> bool:
         writer.write(head(200, Content_Length="10") + b"0123456789" + head(200, Content_Length="4") + b"evil")
         return True
@@ -150,7 +148,7 @@ def test_a_body_longer_than_announced_is_cut_there_and_spoils_no_later_answer(se
 # --- time -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_silent_and_a_dripping_server_cost_the_timeout_and_no_more(server: Server) -> None:
+def test_silent_and_slow_servers_cost_at_most_the_timeout(server: Server) -> None:
     server.routes["/silent"] = silence
     server.routes["/body"] = endless(server, head(200, Content_Length="5000"), b"x", seconds=0.02)
     server.routes["/head"] = endless(server, b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", seconds=0.02)
@@ -159,9 +157,7 @@ def test_a_silent_and_a_dripping_server_cost_the_timeout_and_no_more(server: Ser
     results = {result.url: result for result in fetch_all(urls, timeout=0.4, retries=1, robots=False, per_host=3)}
     assert time.monotonic() - began < 3
     assert [results[url].reason for url in urls] == [Reason.fetch_failed] * 3
-    assert [results[url].detail for url in urls] == [
-        f"no whole {what} within 0.4 s" for what in ("answer", "body", "answer")
-    ]
+    assert all("0.4 s" in results[url].detail for url in urls)
     assert [server.counts[path] for path in ("/silent", "/body", "/head")] == [2, 2, 2]
 
 
@@ -179,7 +175,7 @@ def test_a_silent_and_a_dripping_server_cost_the_timeout_and_no_more(server: Ser
         bytes(1000),
     ],
 )
-def test_an_answer_that_is_not_http_fails_its_url_alone(server: Server, answer: bytes) -> None:
+def test_a_response_that_is_not_http_fails_only_its_url(server: Server, answer: bytes) -> None:
     server.routes["/odd"] = raw(answer)
     server.routes["/good"] = respond(200, IMAGE)
     urls = [server.url("/odd?secret"), server.url("/good")]
@@ -198,11 +194,10 @@ def test_redirects_are_followed_up_to_their_limit(server: Server) -> None:
     server.routes["/3"] = respond(200, IMAGE)
     assert fetch_one(server.url("/1")).body == IMAGE
     assert fetch_one(server.url("/1"), max_redirects=2).body == IMAGE
-    result = fetch_one(server.url("/1"), max_redirects=1)
-    assert (result.reason, result.detail) == (Reason.fetch_refused, "more than 1 redirects")
+    assert fetch_one(server.url("/1"), max_redirects=1).reason is Reason.fetch_refused
 
 
-def test_a_redirect_in_circles_ends(server: Server) -> None:
+def test_a_circular_redirect_ends(server: Server) -> None:
     server.routes["/loop"] = respond(302, b"", Location="/loop?secret")
     assert fetch_one(server.url("/loop"), max_redirects=3).reason is Reason.fetch_refused
     assert server.counts["/loop"] == 4
@@ -216,7 +211,7 @@ def test_a_redirect_in_circles_ends(server: Server) -> None:
         *("http://user:secret@example.com/", "http://127.0.0.1:22/", "//10.0.0.1/", "http://[::1", "javascript:secret"),
     ],
 )
-def test_a_redirect_is_guarded_like_a_first_address(server: Server, target: str) -> None:
+def test_redirect_targets_are_checked_like_urls(server: Server, target: str) -> None:
     server.routes["/go"] = respond(302, b"", Location=target)
     result = fetch_one(server.url("/go"))
     assert result.reason is Reason.fetch_refused
@@ -226,7 +221,7 @@ def test_a_redirect_is_guarded_like_a_first_address(server: Server, target: str)
 # --- addresses ------------------------------------------------------------------------------------------------------
 
 
-def test_this_machine_is_refused_by_default(server: Server) -> None:
+def test_loopback_is_refused_by_default(server: Server) -> None:
     urls = [server.url("/a"), server.url("/a", "localhost"), server.url("/a", "[::1]")]
     results = fetch_all(urls, loopback=False)
     assert [result.reason for result in results] == [Reason.fetch_refused] * 3
@@ -235,28 +230,28 @@ def test_this_machine_is_refused_by_default(server: Server) -> None:
 
 
 def test_a_name_that_becomes_private_is_not_followed(server: Server) -> None:
-    """DNS rebinding: the first name is public (here: loopback), then its redirect names another, which is not."""
-    asked: list[str] = []
+    """DNS rebinding: the first name is public (here: loopback); a redirect leads to a private one."""
+    lookups: list[str] = []
 
     async def lookup(host: str, port: int) -> list[Address]:
-        asked.append(host)
-        inside = host == "inside.example" or asked.count(host) > 1
-        return [(*each[:4], (each[4][0], port)) for each in answers("169.254.169.254" if inside else "127.0.0.1")]
+        lookups.append(host)
+        inside = host == "inside.example" or lookups.count(host) > 1
+        return answers("169.254.169.254" if inside else "127.0.0.1", port=port)
 
     server.routes["/a"] = respond(200, IMAGE)
     server.routes["/go"] = respond(302, b"", Location=server.url("/a", "inside.example"))
     urls = [*(server.url(f"/a?{n}", "rebinding.example") for n in range(5)), server.url("/go", "rebinding.example")]
     results = {result.url: result for result in asyncio.run(collect(urls, lookup=lookup))}
-    # One lookup serves all: the addresses that were checked are those connected to, and a second answer has no say.
+    # There is only one lookup: connections use the checked addresses, so a second DNS answer has no effect.
     assert [results[url].body for url in urls[:5]] == [IMAGE] * 5
-    assert asked == ["rebinding.example", "inside.example"]
+    assert lookups == ["rebinding.example", "inside.example"]
     refused = results[urls[5]]
     assert refused.reason is Reason.fetch_refused
     assert "inside.example resolves to 169.254.169.254" in refused.detail
     assert all("inside" not in hit.headers["host"] for hit in server.hits)
 
 
-def test_a_name_without_an_address_fails_for_now(server: Server) -> None:
+def test_a_failed_name_lookup_is_retryable(server: Server) -> None:
     async def lookup(host: str, port: int) -> list[Address]:
         raise OSError(-2, "Name or service not known")
 
@@ -276,9 +271,9 @@ def test_a_permanent_failure_is_not_retried(server: Server, status: int) -> None
     assert server.counts["/a"] == 1
 
 
-@pytest.mark.parametrize("passing", [respond(500), respond(503), respond(429), respond(408), CUT])
-def test_a_temporary_failure_is_retried(server: Server, passing: Handler) -> None:
-    server.routes["/a"] = in_turn(passing, passing, respond(200, IMAGE))
+@pytest.mark.parametrize("failure", [respond(500), respond(503), respond(429), respond(408), CUT])
+def test_a_temporary_failure_is_retried(server: Server, failure: Handler) -> None:
+    server.routes["/a"] = in_turn(failure, failure, respond(200, IMAGE))
     assert fetch_one(server.url("/a"), retries=2).body == IMAGE
     assert server.counts["/a"] == 3
     server.counts.clear()
@@ -289,15 +284,15 @@ def test_a_temporary_failure_is_retried(server: Server, passing: Handler) -> Non
 def test_a_connection_closed_without_an_answer_is_retried_a_limited_number_of_times(server: Server) -> None:
     server.routes["/a"] = raw(b"")
     result = fetch_one(server.url("/a?secret"), retries=2)
-    assert (result.retryable, result.detail) == (True, "connection dropped")
-    assert server.counts["/a"] <= 6  # the client itself asks twice
+    assert result.retryable
+    assert server.counts["/a"] <= 6  # the HTTP client itself tries twice
 
 
-def test_retry_after_is_waited_for_by_all_requests_to_the_host(server: Server) -> None:
-    asked: list[float] = []
+def test_all_requests_to_a_host_wait_for_retry_after(server: Server) -> None:
+    times: list[float] = []
 
     async def timed(request: Any, writer: asyncio.StreamWriter) -> bool | None:
-        asked.append(time.monotonic())
+        times.append(time.monotonic())
         await asyncio.sleep(0.02)
         return await respond(200, IMAGE)(request, writer)
 
@@ -308,30 +303,30 @@ def test_retry_after_is_waited_for_by_all_requests_to_the_host(server: Server) -
     results = fetch_all(urls, per_host=2, retries=1)
     assert [result.body for result in results] == [IMAGE] * 9
     assert 1 <= time.monotonic() - began < 4
-    pauses = [later - earlier for earlier, later in itertools.pairwise(sorted(asked))]
-    assert max(pauses, default=0) > 0.8 or asked[0] - began > 0.8  # nobody asked meanwhile
+    pauses = [later - earlier for earlier, later in itertools.pairwise(sorted(times))]
+    assert max(pauses, default=0) > 0.8 or times[0] - began > 0.8  # no request during the pause
     assert len([pause for pause in pauses if pause < 0.5]) >= len(pauses) - 1
 
 
-def test_a_host_that_asks_for_a_long_pause_is_left_alone(server: Server) -> None:
+def test_a_host_that_requests_a_long_pause_is_given_up(server: Server) -> None:
     server.routes["/a"] = respond(503, b"", Retry_After="7200")
     results = fetch_all([server.url(f"/a?{n}") for n in range(20)], per_host=1)
     assert all(result.retryable for result in results)
     assert server.counts["/a"] == 1
-    assert results[-1].detail == "the host asked for a pause of 7200 s"
+    assert "7200 s" in results[-1].detail
 
 
 def test_a_dead_host_is_given_up_and_does_not_delay_others(server: Server) -> None:
     server.routes["/a"] = respond(200, IMAGE)
-    dead = [f"http://127.0.0.2:{server.port}/{n}" for n in range(300)]  # nobody listens there
+    dead = [f"http://127.0.0.2:{server.port}/{n}" for n in range(300)]  # nothing listens there
     results = {result.url: result for result in fetch_all([*dead, server.url("/a")], robots=False, concurrency=4)}
     assert results[server.url("/a")].body == IMAGE
     assert all(results[url].retryable for url in dead)
-    given_up = [url for url in dead if results[url].detail == "the host gave no answer 10 times in a row"]
+    given_up = [url for url in dead if "10 times" in results[url].detail]
     assert len(given_up) > 280
 
 
-def test_pauses_grow_are_random_and_respect_retry_after() -> None:
+def test_pauses_grow_randomly_and_respect_retry_after() -> None:
     for tries in range(1, 12):
         drawn = [backoff(tries, None) for _ in range(200)]
         bound = min(politeness.LONGEST_PAUSE, politeness.FIRST_PAUSE * 2 ** (tries - 1))
@@ -344,7 +339,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert parse_retry_after(" 120 ") == 120
     assert parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert (parse_retry_after("Fri, 31 Dec 2399 23:59:59 GMT") or 0) > 1e9
-    assert [parse_retry_after(each) for each in (None, "", "soon", "-5", "1.5")] == [None] * 5
+    assert [parse_retry_after(value) for value in (None, "", "soon", "-5", "1.5")] == [None] * 5
     assert parse_retry_after("9" * 400) == 999_999_999
 
 
@@ -374,7 +369,7 @@ def test_robots_txt_of_a_redirect_target_is_obeyed(server: Server) -> None:
 @pytest.mark.parametrize(
     "no_rules", [respond(404), respond(403), respond(200, b"<html>"), respond(302, b"", Location="/robots.txt")]
 )
-def test_without_a_robots_txt_all_is_allowed(server: Server, no_rules: Handler) -> None:
+def test_without_a_robots_txt_everything_is_allowed(server: Server, no_rules: Handler) -> None:
     server.routes["/robots.txt"] = no_rules
     server.routes["/a"] = respond(200, IMAGE)
     assert fetch_one(server.url("/a")).body == IMAGE
@@ -386,11 +381,11 @@ def test_nothing_is_fetched_while_robots_txt_is_unavailable(server: Server, brok
     server.routes["/a"] = respond(200, IMAGE)
     results = fetch_all([server.url(f"/a?{n}") for n in range(30)], retries=2)
     assert all(result.retryable and result.detail.startswith("robots.txt: ") for result in results)
-    assert server.paths() == []
+    assert {hit.path for hit in server.hits} == {"/robots.txt"}
     assert server.counts["/robots.txt"] == 3
 
 
-def test_robots_txt_may_be_hostile(server: Server) -> None:
+def test_a_hostile_robots_txt_is_bounded(server: Server) -> None:
     rules = b"User-agent: *\nDisallow: /private\n"
     server.routes["/robots.txt"] = endless(server, head(200, Connection="close") + rules, b"Disallow: /%s\n" * 99)
     server.routes["/private"] = server.routes["/a"] = respond(200, IMAGE)
@@ -419,7 +414,7 @@ def test_an_opt_out_is_obeyed_before_a_byte_is_read(server: Server, headers: dic
 # --- conditional requests -------------------------------------------------------------------------------------------
 
 
-def test_unchanged_bytes_are_not_sent_again(server: Server) -> None:
+def test_unchanged_bodies_are_not_sent_again(server: Server) -> None:
     async def conditional(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         known = request.headers.get("if-none-match") == '"v1"' and request.headers.get("if-modified-since") == "then"
         answer = respond(304, ETag='"v1"') if known else respond(200, IMAGE, ETag='"v2"')
@@ -439,7 +434,7 @@ def test_unchanged_bytes_are_not_sent_again(server: Server) -> None:
 # --- many at once ---------------------------------------------------------------------------------------------------
 
 
-def test_every_url_has_one_result_and_a_host_its_limit(server: Server) -> None:
+def test_every_url_has_one_result_and_hosts_keep_their_limit(server: Server) -> None:
     async def slowly(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         await asyncio.sleep(0.01)
         return await respond(200, request.path.encode())(request, writer)
@@ -452,20 +447,21 @@ def test_every_url_has_one_result_and_a_host_its_limit(server: Server) -> None:
     bodies = {result.url: result.body for result in results}
     assert all(bodies[url] == f"/a?{n}".encode() for n, url in enumerate(urls))
     assert all(result.reason is Reason.fetch_refused for result in results if result.url in strange)
-    assert server.most_under_way == 3
+    assert server.max_under_way == 3
 
 
-def test_a_common_redirect_target_keeps_its_limit(server: Server) -> None:
-    under_way: list[int] = [0, 0]
+def test_a_shared_redirect_target_keeps_its_host_limit(server: Server) -> None:
+    under_way = max_under_way = 0
 
     async def lookup(host: str, port: int) -> list[Address]:
-        return [(*each[:4], (each[4][0], port)) for each in answers("127.0.0.1")]
+        return answers("127.0.0.1", port=port)
 
     async def target(request: Any, writer: asyncio.StreamWriter) -> bool | None:
-        under_way[0] += 1
-        under_way[1] = max(under_way)
+        nonlocal under_way, max_under_way
+        under_way += 1
+        max_under_way = max(max_under_way, under_way)
         await asyncio.sleep(0.02)
-        under_way[0] -= 1
+        under_way -= 1
         return await respond(200, IMAGE)(request, writer)
 
     server.routes["/go"] = respond(302, b"", Location=server.url("/target", "target.example"))
@@ -473,7 +469,7 @@ def test_a_common_redirect_target_keeps_its_limit(server: Server) -> None:
     urls = [server.url("/go", f"host{n}.example") for n in range(20)]
     results = asyncio.run(collect(urls, lookup=lookup, per_host=2))
     assert [result.body for result in results] == [IMAGE] * 20
-    assert under_way == [0, 2]
+    assert (under_way, max_under_way) == (0, 2)
 
 
 def test_stopping_early_leaves_no_request_running(server: Server) -> None:
@@ -493,7 +489,7 @@ def test_stopping_early_leaves_no_request_running(server: Server) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_bug_is_raised_and_not_a_verdict(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_raised_instead_of_a_fetch_failure(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a fault")
 
@@ -504,7 +500,7 @@ def test_a_bug_is_raised_and_not_a_verdict(server: Server, monkeypatch: pytest.M
         fetch_all([server.url("/a"), server.url("/slow", "localhost")])
 
 
-def test_bodies_wait_for_memory_in_the_order_of_asking() -> None:
+def test_bodies_get_memory_in_request_order() -> None:
     async def main() -> list[str]:
         budget, order = Budget(100), list[str]()
 
@@ -521,10 +517,10 @@ def test_bodies_wait_for_memory_in_the_order_of_asking() -> None:
     assert asyncio.run(main()) == ["a", "large", "b", "larger than all", "c"]
 
 
-def test_bodies_past_the_budget_take_turns(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_beyond_the_memory_budget_take_turns(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmflow.fetch.request.BODY_BUDGET", 25_000)
     server.routes["/a"] = respond(200, IMAGE)
-    server.routes["/b"] = raw(head(200, Connection="close") + IMAGE)  # says nothing of its size
+    server.routes["/b"] = raw(head(200, Connection="close") + IMAGE)  # without a content length
     urls = [server.url(f"/{name}?{n}") for n in range(15) for name in "ab"]
     results = fetch_all(urls, per_host=10)
     assert [result.body for result in results] == [IMAGE] * 30

@@ -1,4 +1,4 @@
-"""Images that are URLs are fetched once, again where something may be learnt, and a dataset knows when it has been."""
+"""URLs of images are fetched once, temporary failures again, and a recipe knows when all its URLs are settled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class Recipe:
-    """A JSONL of URLs, and the store that they are fetched into."""
+    """A JSONL file of URLs and the store for their bodies."""
 
     def __init__(self, folder: Path, urls: Sequence[str]) -> None:
         lines = [json.dumps({"url": url, "caption": "x"}) for url in (*urls, "beside.jpg")]
@@ -34,14 +34,14 @@ class Recipe:
         self.identity = content_hash([unit.fingerprint for unit in list_units(self.sources)])
 
     def fetch(self, **settings: Any) -> str | None:
-        """One run; what is known behind it."""
+        """One run. Returns the fingerprint of the known images."""
         fetched = FetchConfig(loopback=True, retries=0, num_tasks=1, **settings)
         if not is_settled(self.store, self.identity, fetched):
             fetch_images(self.store, self.sources, list_units(self.sources), self.identity, fetched, no_progress)
         return known_images(self.store, self.identity)
 
 
-def test_a_long_list_is_read_by_ray_and_gives_the_same_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_reads_the_same_urls_of_a_long_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(tmp_path, [f"https://a.example/{number % 150}.jpg" for number in range(300)])
     units = list_units(recipe.sources)
     urls = urls_of(units, recipe.sources)
@@ -50,23 +50,23 @@ def test_a_long_list_is_read_by_ray_and_gives_the_same_urls(tmp_path: Path, monk
     assert urls_of(units, recipe.sources) == urls
 
 
-def test_urls_are_fetched_once_and_a_failed_one_again(server: Server, tmp_path: Path) -> None:
+def test_urls_are_fetched_once_and_failed_urls_again(server: Server, tmp_path: Path) -> None:
     server.routes["/a"] = respond(200, b"A")
     server.routes["/b"] = in_turn(respond(500), respond(500), respond(200, b"B"))
     recipe = Recipe(tmp_path, [server.url("/a"), server.url("/b"), server.url("/a"), server.url("/gone")])
     assert known_images(recipe.store, recipe.identity) is None
     first = recipe.fetch()
     assert first is not None
-    assert recipe.fetch() == first  # /b failed once more: nothing new is known
+    assert recipe.fetch() == first  # /b failed again, so nothing changed
     assert (server.counts["/a"], server.counts["/b"], server.counts["/gone"]) == (1, 2, 1)
 
     third = recipe.fetch()
     assert third not in (None, first)
     opened = FetchedStore(recipe.store)
     assert [opened.load(server.url(path)) for path in ("/a", "/b")] == [b"A", b"B"]
-    asked = len(server.hits)
+    num_hits = len(server.hits)
     assert recipe.fetch() == third  # all are settled
-    assert len(server.hits) == asked
+    assert len(server.hits) == num_hits
     assert server.counts["/a"] == 1
 
 
@@ -78,7 +78,7 @@ def test_a_settled_recipe_is_not_read_again(server: Server, tmp_path: Path, monk
     assert recipe.fetch(max_bytes=FetchConfig().max_bytes + 1) == known  # none was too large
 
 
-def test_a_raised_bound_fetches_what_was_too_large_and_nothing_else(server: Server, tmp_path: Path) -> None:
+def test_a_raised_size_limit_fetches_only_the_bodies_that_were_too_large(server: Server, tmp_path: Path) -> None:
     server.routes["/large"], server.routes["/small"] = respond(200, b"L" * 5000), respond(200, b"S")
     recipe = Recipe(tmp_path, [server.url("/large"), server.url("/small")])
     small = recipe.fetch(max_bytes=1000)
@@ -91,7 +91,7 @@ def test_a_raised_bound_fetches_what_was_too_large_and_nothing_else(server: Serv
     assert FetchedStore(recipe.store).load(server.url("/large")) == b"L" * 5000
 
 
-def test_a_refresh_asks_about_every_url_and_unchanged_bytes_change_nothing(server: Server, tmp_path: Path) -> None:
+def test_a_refresh_requests_every_url_and_unchanged_bodies_change_nothing(server: Server, tmp_path: Path) -> None:
     server.routes["/same"] = in_turn(respond(200, b"same", ETag='"v1"'), respond(304))
     server.routes["/new"] = in_turn(respond(200, b"old"), respond(200, b"old"), respond(200, b"new"))
     recipe = Recipe(tmp_path, [server.url("/same"), server.url("/new")])

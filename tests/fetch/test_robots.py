@@ -1,4 +1,4 @@
-"""robots.txt as RFC 9309 reads it, and the headers that opt out."""
+"""robots.txt by RFC 9309, and the opt-out headers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def allows(text: str, path: str, robot: str = "mmflow") -> bool:
         ("Disallow: /robots.txt", "/robots.txt", True),
     ],
 )
-def test_a_rule_matches_its_paths(rules: str, path: str, allowed: bool) -> None:
+def test_rules_match_their_paths(rules: str, path: str, allowed: bool) -> None:
     assert allows(f"User-agent: *\n{rules}\n", path) is allowed
 
 
@@ -64,17 +64,17 @@ def test_all_groups_that_name_us_count_as_one() -> None:
     assert [allows(text, path) for path in ("/a", "/b", "/c")] == [False, True, False]
 
 
-def test_a_name_that_only_begins_like_ours_is_another() -> None:
+def test_a_robot_name_with_our_prefix_is_not_ours() -> None:
     assert allows("User-agent: mmflowbot\nDisallow: /", "/a")
     assert allows("User-agent: mm\nDisallow: /", "/a")
 
 
-def test_rules_before_any_group_and_other_files_forbid_nothing() -> None:
+def test_rules_outside_a_group_and_html_pages_forbid_nothing() -> None:
     assert allows("Disallow: /\n", "/a")
     assert allows("<html><body>User-agent: everyone</body></html>", "/a")
 
 
-def test_line_ends_byte_order_marks_and_bytes_that_are_not_text_do_no_harm() -> None:
+def test_line_ends_byte_order_marks_and_invalid_utf8_are_accepted() -> None:
     assert not parse_robots(b"\xef\xbb\xbfUser-agent: *\r\rDisallow: /a\r\n\xff\xfe: \x00\n", "mmflow").allows("/a")
 
 
@@ -91,7 +91,7 @@ def test_bytes_past_the_limit_are_not_read_and_no_line_is_cut(comment: int) -> N
     [b"User-agent: *\nDisallow: /" + b"*a" * 200 + b"b$\n", b"User-agent: a%d\n" * 15_000 + b"Disallow: /\n" * 20_000],
     ids=["pattern", "group"],
 )
-def test_a_hostile_file_costs_no_time(body: bytes) -> None:
+def test_a_hostile_file_is_parsed_quickly(body: bytes) -> None:
     body = re.sub(rb"%d", lambda match: b"%x" % match.start(), body)  # names that differ
     began = time.process_time()
     assert parse_robots(body, "mmflow").allows("/" + "a" * 7_000)
@@ -99,7 +99,7 @@ def test_a_hostile_file_costs_no_time(body: bytes) -> None:
 
 
 @given(st.binary(max_size=300), st.text("/ab*$%2F?é", min_size=1, max_size=12))
-def test_any_bytes_are_rules(body: bytes, path: str) -> None:
+def test_any_bytes_can_be_parsed(body: bytes, path: str) -> None:
     assert parse_robots(b"User-agent: *\nDisallow: " + body, "mmflow").allows(f"/{path}") in (True, False)
 
 
@@ -134,5 +134,7 @@ def test_the_first_word_of_the_user_agent_is_our_name() -> None:
         ([], [], None),
     ],
 )
-def test_an_opt_out_is_found_if_it_addresses_us(tags: list[str], reservations: list[str], header: str | None) -> None:
+def test_opt_out_headers_that_address_us_are_recognised(
+    tags: list[str], reservations: list[str], header: str | None
+) -> None:
     assert opt_out(tags, reservations, "mmflow") == header

@@ -1,4 +1,4 @@
-"""What is known of each URL outlives kills and reruns, and is never half of anything."""
+"""The results of fetched URLs survive kills and reruns, and are never incomplete."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def write(store: str, results: Sequence[Result], run: int = 1, task: int = 0, ma
 
 
 def verdict(store: str, url: str) -> tuple[Reason, str]:
-    with pytest.raises(Rejected) as caught:
+    with pytest.raises(Rejected) as rejected:
         FetchedStore(store).load(url)
-    return caught.value.reason, caught.value.detail
+    return rejected.value.reason, rejected.value.detail
 
 
 def fetch(urls: Sequence[str], store: str, settings: FetchConfig = SETTINGS, *, refresh: bool = False) -> int:
-    """One run in this process; how many results it published."""
+    """One run in this process. Returns the number of published results."""
 
     async def run() -> int:
         steps = fetch_into(urls, store, settings, run=next_run(store), task=0, refresh=refresh)
@@ -57,10 +57,7 @@ def fetch(urls: Sequence[str], store: str, settings: FetchConfig = SETTINGS, *, 
     return asyncio.run(run())
 
 
-# --- the store ------------------------------------------------------------------------------------------------------
-
-
-def test_bytes_and_verdicts_come_back(tmp_path: Path) -> None:
+def test_bodies_and_failures_are_read_back(tmp_path: Path) -> None:
     store = str(tmp_path)
     bodies = {f"http://a.example/{n}": bytes([n]) * n for n in range(200)}
     gone = Result(url="http://a.example/gone", reason=Reason.fetch_gone, detail="HTTP 404", status=404)
@@ -69,13 +66,13 @@ def test_bytes_and_verdicts_come_back(tmp_path: Path) -> None:
     assert {url: opened.load(url) for url in bodies} == bodies
     assert verdict(store, gone.url) == (Reason.fetch_gone, "HTTP 404")
     assert verdict(store, "http://a.example/never") == (Reason.fetch_pending, "not fetched yet")
-    again = pickle.loads(pickle.dumps(opened))  # noqa: S301 - our own, as it travels to a worker
-    assert again.load("http://a.example/7") == b"\x07" * 7
+    pickled = pickle.loads(pickle.dumps(opened))  # noqa: S301 - our own, like for a Ray worker
+    assert pickled.load("http://a.example/7") == b"\x07" * 7
     urls = [*bodies, *bodies, gone.url, "http://a.example/never"]
     assert opened.counts(urls) == {"ok": 200, "fetch_gone": 1, "fetch_pending": 1}
 
 
-def test_an_empty_store_knows_nothing(tmp_path: Path) -> None:
+def test_an_empty_store_has_no_results(tmp_path: Path) -> None:
     store = str(tmp_path / "none")
     opened = FetchedStore(store)
     assert opened.counts(["a", "b"]) == {"fetch_pending": 2}
@@ -85,7 +82,7 @@ def test_an_empty_store_knows_nothing(tmp_path: Path) -> None:
     assert opened.fingerprint([]) == FetchedStore(str(tmp_path / "other")).fingerprint([])
 
 
-def test_keys_with_equal_first_halves_stay_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_with_a_half_equal_hash_stay_different(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(data: bytes) -> bytes:
         return bytes(8) + xxh3(data)[8:]
 
@@ -97,7 +94,7 @@ def test_keys_with_equal_first_halves_stay_different(tmp_path: Path, monkeypatch
     assert opened.counts([*urls, "other"]) == {"fetch_pending": 1, "ok": 50}
 
 
-def test_strange_urls_and_headers_are_kept(tmp_path: Path) -> None:
+def test_unusual_urls_and_details_are_kept(tmp_path: Path) -> None:
     store, urls = str(tmp_path), ["", "\x00", "http://\ud800.example", "ü" * 9_000]
     write(store, [Result(url=url, reason=Reason.fetch_refused, detail=f"bad \udcff {n}") for n, url in enumerate(urls)])
     assert [verdict(store, url)[1] for url in urls] == [f"bad ? {n}" for n in range(4)]
@@ -113,25 +110,26 @@ def test_the_newest_row_counts(tmp_path: Path) -> None:
     assert verdict(store, url) == (Reason.fetch_opted_out, "X-Robots-Tag: noai")
 
 
-def test_the_fingerprint_changes_exactly_with_verdicts_and_bytes(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_only_with_results_and_bytes(tmp_path: Path) -> None:
     store, urls = str(tmp_path), ["a", "b", "c"]
 
     def now(of: Sequence[str] = urls) -> str:
         return FetchedStore(store).fingerprint(of)
 
     prints = [now()]
-    write(store, [ok("a", b"1")], run=1)
-    prints.append(now())
-    write(store, [Result(url="b", reason=Reason.fetch_failed, detail="HTTP 500")], run=2)
-    prints.append(now())
-    write(store, [Result(url="b", reason=Reason.fetch_gone, detail="HTTP 404")], run=3)
-    prints.append(now())
-    write(store, [ok("a", b"2")], run=4)
-    prints.append(now())
+    changes = [
+        ok("a", b"1"),
+        Result(url="b", reason=Reason.fetch_failed, detail="HTTP 500"),
+        Result(url="b", reason=Reason.fetch_gone, detail="HTTP 404"),
+        ok("a", b"2"),
+    ]
+    for run, result in enumerate(changes, 1):
+        write(store, [result], run=run)
+        prints.append(now())
     assert len(set(prints)) == len(prints)
     assert len({now(["a"]), now(["b"]), now(["c"]), now(["a", "b"])}) == 4
 
-    write(store, [ok("a", b"2", etag="new"), ok("other", b"3")], run=5)  # the same bytes, another place
+    write(store, [ok("a", b"2", etag="new"), ok("other", b"3")], run=5)  # the same bytes at another offset
     write(store, [Result(url="b", reason=Reason.fetch_gone, detail="HTTP 410")], run=6)  # the same verdict
     assert now() == prints[-1]
     assert now(["c", "a", "b", "a"]) == prints[-1]  # neither order nor repeats matter
@@ -139,18 +137,18 @@ def test_the_fingerprint_changes_exactly_with_verdicts_and_bytes(tmp_path: Path)
     assert FetchedStore(str(moved)).fingerprint(urls) == prints[-1]
 
 
-def test_only_results_that_may_change_are_pending(tmp_path: Path) -> None:
+def test_only_temporary_failures_and_new_urls_are_pending(tmp_path: Path) -> None:
     store = str(tmp_path)
-    lasting = [Reason.fetch_refused, Reason.fetch_opted_out, Reason.fetch_gone, Reason.fetch_too_large]
-    write(store, [Result(url=str(reason), reason=reason) for reason in [*lasting, Reason.fetch_failed]])
+    permanent = [Reason.fetch_refused, Reason.fetch_opted_out, Reason.fetch_gone, Reason.fetch_too_large]
+    write(store, [Result(url=str(reason), reason=reason) for reason in [*permanent, Reason.fetch_failed]])
     write(store, [ok("ok", b"x")], run=2)
-    urls = ["new", "ok", *map(str, lasting), "fetch_failed"]
+    urls = ["new", "ok", *map(str, permanent), "fetch_failed"]
     assert FetchedStore(store).pending(urls, max_bytes=1000) == ["new", "fetch_failed"]
     assert FetchedStore(store).pending(urls, max_bytes=1001) == ["new", "fetch_too_large", "fetch_failed"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
-def test_damaged_bytes_are_never_handed_out(tmp_path: Path, damage: str) -> None:
+def test_damaged_bytes_are_an_error(tmp_path: Path, damage: str) -> None:
     write(str(tmp_path), [ok("a", b"first"), ok("b", b"second")])
     (pack,) = (tmp_path / "packs").iterdir()
     data = pack.read_bytes()
@@ -159,13 +157,13 @@ def test_damaged_bytes_are_never_handed_out(tmp_path: Path, damage: str) -> None
     else:
         pack.write_bytes(data[:-1] if damage == "cut" else data[:-1] + b"X")
     opened = FetchedStore(str(tmp_path))
-    with pytest.raises(CorruptArtifactError, match=f"{pack.name}.*delete it and known/{pack.stem}.parquet"):
+    with pytest.raises(CorruptArtifactError, match=f"{pack.name}.*delete it and .*{pack.stem}.parquet"):
         opened.load("b")
     if damage != "missing":
         assert opened.load("a") == b"first"
 
 
-def test_unpublished_results_leave_no_trace(tmp_path: Path) -> None:
+def test_unpublished_results_leave_no_files(tmp_path: Path) -> None:
     with KnownWriter(str(tmp_path), 1, 0) as writer:
         writer.add(ok("a", b"x"), max_bytes=1)
         assert len(list((tmp_path / "packs").iterdir())) == 1
@@ -173,7 +171,7 @@ def test_unpublished_results_leave_no_trace(tmp_path: Path) -> None:
     assert FetchedStore(str(tmp_path)).counts(["a"]) == {"fetch_pending": 1}
 
 
-def test_a_pack_without_its_table_is_unknown_and_removed_in_time(tmp_path: Path) -> None:
+def test_an_old_pack_without_its_table_is_removed(tmp_path: Path) -> None:
     write(str(tmp_path), [ok("a", b"x")], run=1)
     write(str(tmp_path), [ok("b", b"y")], run=2)
     (stray,) = (tmp_path / "packs").glob("000002-*")
@@ -182,7 +180,7 @@ def test_a_pack_without_its_table_is_unknown_and_removed_in_time(tmp_path: Path)
     half = tmp_path / "known" / ".staging-killed"
     half.write_bytes(b"half")
     remove_strays(str(tmp_path))
-    assert stray.exists()  # it may be a live task's, whose table comes next
+    assert stray.exists()  # it may belong to a live task that has not written its table yet
     for path in (tmp_path / "packs").iterdir():
         os.utime(path, (0, 0))
     os.utime(half, (0, 0))
@@ -192,33 +190,7 @@ def test_a_pack_without_its_table_is_unknown_and_removed_in_time(tmp_path: Path)
     assert FetchedStore(str(tmp_path)).load("a") == b"x"
 
 
-# --- fetching into it -----------------------------------------------------------------------------------------------
-
-
-def test_a_later_run_fetches_only_what_may_change(server: Server, tmp_path: Path) -> None:
-    store = str(tmp_path)
-    server.routes["/good"] = respond(200, b"good")
-    server.routes["/late"] = in_turn(respond(500), respond(200, b"late"))
-    server.routes["/large"] = respond(200, bytes(2000))
-    urls = [server.url(path) for path in ("/good", "/late", "/gone", "/large")]
-    small = SETTINGS.model_copy(update={"max_bytes": 1000})
-    assert fetch(urls, store, small) == 4
-    opened = FetchedStore(store)
-    assert opened.counts(urls) == {"fetch_failed": 1, "fetch_gone": 1, "fetch_too_large": 1, "ok": 1}
-    before = opened.fingerprint(urls)
-
-    pending = opened.pending(urls, max_bytes=small.max_bytes)
-    assert pending == [urls[1]]
-    assert fetch(pending, store, small) == 1
-    opened = FetchedStore(store)
-    assert (opened.load(urls[0]), opened.load(urls[1])) == (b"good", b"late")
-    assert opened.fingerprint(urls) != before
-    assert [server.counts[path] for path in ("/good", "/late", "/gone", "/large")] == [1, 2, 1, 1]
-
-
-def test_a_refresh_keeps_unchanged_bytes_and_loses_nothing_to_a_temporary_failure(
-    server: Server, tmp_path: Path
-) -> None:
+def test_a_refresh_keeps_unchanged_bodies_and_survives_temporary_failures(server: Server, tmp_path: Path) -> None:
     async def dated(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         assert request.number == 1 or request.headers["if-none-match"] == '"v1"'
         answer = respond(200, b"same", ETag='"v1"') if request.number == 1 else respond(304)
@@ -247,7 +219,7 @@ def test_a_refresh_keeps_unchanged_bytes_and_loses_nothing_to_a_temporary_failur
     assert server.counts["/same"] == 3
 
 
-def test_results_are_published_in_time(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_published_periodically(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SECONDS_PER_TABLE", 0.2)
 
     async def late(request: Any, writer: asyncio.StreamWriter) -> None:
@@ -312,7 +284,7 @@ asyncio.run(main(sys.argv[1], sys.argv[2:]))
 """
 
 
-def test_kill_9_at_any_moment_loses_and_halves_nothing(server: Server, tmp_path: Path) -> None:
+def test_kill_9_loses_no_published_result_and_leaves_no_partial_one(server: Server, tmp_path: Path) -> None:
     async def picture(request: Any, writer: asyncio.StreamWriter) -> bool:
         body = request.path.encode() * 2_000
         writer.write(head(200, Content_Length=str(len(body))) + body[:7_000])
@@ -344,11 +316,8 @@ def test_kill_9_at_any_moment_loses_and_halves_nothing(server: Server, tmp_path:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     opened = FetchedStore(store)
     assert [opened.load(url) for url in urls] == [f"/a?{n}".encode() * 2_000 for n in range(120)]
-    # Asked for again was only what was under way, or waiting for its table, at the two kills.
+    # Only URLs that were in progress or not yet in a table at the two kills were requested again.
     assert server.counts["/a"] <= len(urls) + 2 * 60
-
-
-# --- on Ray ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_host_belongs_to_one_task() -> None:
@@ -363,50 +332,49 @@ def test_each_host_belongs_to_one_task() -> None:
     assert deal_hosts(urls[:1], 4) == [urls[:1]]
 
 
-def test_a_store_in_use_is_not_fetched_into(tmp_path: Path) -> None:
+def test_a_store_in_use_is_refused(tmp_path: Path) -> None:
     with exclusive(str(tmp_path)), pytest.raises(BusyArtifactError):
         fetch_urls(["http://a.example/"], str(tmp_path), SETTINGS, progress=no_progress)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_hosts_are_fetched_by_tasks_and_a_second_run_asks_for_nothing(server: Server, tmp_path: Path) -> None:
+def test_tasks_fetch_their_hosts_and_a_second_run_sends_no_request(server: Server, tmp_path: Path) -> None:
     async def echo(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         return await respond(200, request.path.encode())(request, writer)
 
     server.routes["/a"] = echo
     hosts = ["127.0.0.1", "localhost"]
     urls = [server.url(f"/a?{n}", host) for n in range(30) for host in hosts]
-    others = [server.url("/gone"), "http://10.0.0.1/", urls[0]]
+    unavailable = [server.url("/gone"), "http://10.0.0.1/", urls[0]]
     settings = FetchConfig(loopback=True, num_tasks=2)
-    seen: list[tuple[int, int]] = []
+    steps: list[tuple[int, int]] = []
     counts = fetch_urls(
-        [*urls, *others], str(tmp_path), settings, progress=lambda done, total, note: seen.append((done, total))
+        [*urls, *unavailable], str(tmp_path), settings, progress=lambda done, total, note: steps.append((done, total))
     )
     assert counts == {"fetch_gone": 1, "fetch_refused": 1, "ok": 60}
-    assert seen[0] == (0, 62)
-    assert seen[-1] == (62, 62)
+    assert (steps[0], steps[-1]) == ((0, 62), (62, 62))
     opened = FetchedStore(str(tmp_path))
     assert all(opened.load(url) == f"/a?{n // 2}".encode() for n, url in enumerate(urls))
-    asked = len(server.hits)
-    assert fetch_urls([*urls, *others], str(tmp_path), settings, progress=no_progress) == counts
-    assert len(server.hits) == asked
+    num_hits = len(server.hits)
+    assert fetch_urls([*urls, *unavailable], str(tmp_path), settings, progress=no_progress) == counts
+    assert len(server.hits) == num_hits
     assert {path.name.split("-")[1] for path in (tmp_path / "known").iterdir()} == {"0000", "0001"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_task_that_cannot_write_says_so(server: Server, tmp_path: Path) -> None:
+def test_a_task_that_cannot_write_is_an_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "packs").symlink_to(tmp_path / "nowhere")
     server.routes["/a"] = respond(200, b"a")
-    with pytest.raises(MmflowError, match=r"fetching failed: .*packs.*run it again"):
+    with pytest.raises(MmflowError, match=r"packs.*run it again"):
         fetch_urls([server.url("/a")], str(tmp_path), SETTINGS, progress=no_progress)
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_task_that_is_killed_is_started_again(server: Server, tmp_path: Path) -> None:
+def test_a_killed_task_is_restarted(server: Server, tmp_path: Path) -> None:
     async def deadly(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         if request.number == 2:
-            for process in psutil.Process().children(recursive=True):  # this test's own Ray, and no other
-                with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+            for process in psutil.Process().children(recursive=True):  # only this test's own Ray
+                with contextlib.suppress(psutil.Error):  # it may have ended meanwhile
                     if "ray::fetch_part" in " ".join(process.cmdline()):
                         process.kill()
         return await respond(200, request.path.encode())(request, writer)
@@ -414,8 +382,8 @@ def test_a_task_that_is_killed_is_started_again(server: Server, tmp_path: Path) 
     server.routes["/a"] = deadly
     urls = [server.url(f"/a?{n}") for n in range(20)]
     settings = FetchConfig(loopback=True, num_tasks=1, per_host=1)
-    seen: list[int] = []
-    counts = fetch_urls(urls, str(tmp_path), settings, progress=lambda done, total, note: seen.append(done))
+    steps: list[int] = []
+    counts = fetch_urls(urls, str(tmp_path), settings, progress=lambda done, total, note: steps.append(done))
     assert counts == {"ok": 20}
-    assert seen[-1] == 20
+    assert steps[-1] == 20
     assert server.counts["/robots.txt"] == 2

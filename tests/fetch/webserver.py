@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that can misbehave in every way: handlers write raw bytes, and may lie about them."""
+"""A web server on 127.0.0.1 that can misbehave: handlers write any raw bytes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import pytest
 class Request:
     path: str  # with its query
     headers: dict[str, str]  # names in lower case
-    number: int  # how often the path was asked for, this time included
+    number: int  # how often the path was requested, including this request
 
 
 Handler = Callable[[Request, asyncio.StreamWriter], Awaitable[bool | None]]
-"""Writes an answer; the connection stays open where it returns True."""
+"""Writes a response; the connection stays open if it returns True."""
 
 
 @dataclass
 class Server:
-    """Answers 404 where it has no handler, so that robots.txt forbids nothing until a test says so."""
+    """Answers 404 for paths without a handler, so robots.txt forbids nothing by default."""
 
     port: int = 0
     routes: dict[str, Handler] = field(default_factory=dict)
@@ -33,13 +33,10 @@ class Server:
     counts: Counter[str] = field(default_factory=Counter)
     sent: int = 0
     under_way: int = 0
-    most_under_way: int = 0
+    max_under_way: int = 0
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.port}{path}"
-
-    def paths(self, *, robots: bool = False) -> list[str]:
-        return [hit.path for hit in self.hits if robots or hit.path != "/robots.txt"]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -58,7 +55,7 @@ class Server:
         request = Request(path, headers, self.counts[bare])
         self.hits.append(request)
         self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.max_under_way = max(self.max_under_way, self.under_way)
         try:
             keep = await self.routes.get(bare, respond(404, b"no"))(request, writer)
             await writer.drain()
@@ -68,7 +65,7 @@ class Server:
 
 
 def respond(status: int = 200, body: bytes = b"", **headers: str) -> Handler:
-    """An honest answer; `_` in a header's name stands for `-`."""
+    """A correct response; `_` in header names stands for `-`."""
 
     async def handler(request: Request, writer: asyncio.StreamWriter) -> bool:
         writer.write(head(status, Content_Length=str(len(body)), **headers) + body)
@@ -83,7 +80,7 @@ def head(status: int, **headers: str) -> bytes:
 
 
 def raw(data: bytes) -> Handler:
-    """These bytes, and then the connection is closed."""
+    """Writes these bytes and closes the connection."""
 
     async def handler(request: Request, writer: asyncio.StreamWriter) -> None:
         writer.write(data)
@@ -92,7 +89,7 @@ def raw(data: bytes) -> Handler:
 
 
 def in_turn(*handlers: Handler) -> Handler:
-    """The first request gets the first answer, and so on; the last answer is for all that come later."""
+    """The first handler answers the first request, and so on; the last answers all later requests."""
 
     async def handler(request: Request, writer: asyncio.StreamWriter) -> bool | None:
         return await handlers[min(request.number, len(handlers)) - 1](request, writer)
@@ -101,7 +98,7 @@ def in_turn(*handlers: Handler) -> Handler:
 
 
 def endless(server: Server, first: bytes, block: bytes, seconds: float = 0.0) -> Handler:
-    """A beginning, and then a block again and again for as long as anyone listens (at most 64 MB)."""
+    """Writes `first`, then `block` again and again while the client listens (at most 64 MB)."""
 
     async def handler(request: Request, writer: asyncio.StreamWriter) -> None:
         writer.write(first)
@@ -115,13 +112,13 @@ def endless(server: Server, first: bytes, block: bytes, seconds: float = 0.0) ->
 
 
 async def silence(request: Request, writer: asyncio.StreamWriter) -> None:
-    """No answer for longer than any test waits."""
+    """No response for longer than any test waits."""
     await asyncio.sleep(30)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """The server in a thread of its own, so that other processes can be its clients too."""
+    """The server in its own thread, so that other processes can be its clients too."""
     server = Server()
     loop = asyncio.new_event_loop()
     listening = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0))
@@ -131,10 +128,10 @@ def server() -> Iterator[Server]:
 
     async def stop() -> None:
         listening.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
+        connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in connections:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*connections, return_exceptions=True)
 
     try:
         yield server
@@ -146,4 +143,4 @@ def server() -> Iterator[Server]:
 
 
 def no_progress(done: int, total: int, note: str) -> None:
-    """A report that nobody reads."""
+    """Ignores the progress."""
