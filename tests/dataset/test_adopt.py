@@ -23,7 +23,7 @@ from mmflow.dataset.format import quarantine_files
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Caption, Reader
 from mmflow.dataset.verify import verify_dataset
-from tests.dataset.handmade import picture
+from tests.dataset.handmade import flip_bit, picture
 
 JPEG, PNG = picture(1, (64, 48)), picture(2, (30, 40), "PNG")
 Members = Sequence[tuple[str, bytes]]
@@ -165,7 +165,7 @@ def test_bad_samples_are_quarantined_and_their_neighbours_kept(tmp_path: Path) -
     members = good(2)
     for key, parts in bad.items():
         members += [(f"{key}.{suffix}", body) for suffix, body in parts]
-    members += [*good(1, 2), *good(1, 0), ("README", b"nobody's sample")]
+    members += [*good(1, 2), *good(1, 0), ("README", b"not a sample")]
     dataset = adopted(tmp_path / "dataset", write(tmp_path / "a.tar", members), write(tmp_path / "b.tar", good(3, 1)))
     assert rejected(dataset) == {
         "no-image": "image_missing",
@@ -332,9 +332,7 @@ def test_damage_after_adoption_is_reported(tmp_path: Path) -> None:
     tar = write(tmp_path / "a.tar", good(3))
     dataset = adopted(tmp_path / "dataset", tar)
     offset = dataset.index(dataset.shards("train")[0])["txt_offset"][1].as_py()
-    data = bytearray(tar.read_bytes())
-    data[offset - 400] ^= 1
-    tar.write_bytes(data)
+    flip_bit(tar, offset - 400)
     errors = verify_dataset(dataset.uri)
     assert any("00000.tar" in line and "the manifest has" in line for line in errors)
     assert any(f"byte {offset - 512}: damaged header" in line for line in errors), errors

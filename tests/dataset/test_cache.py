@@ -23,9 +23,9 @@ from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, Misus
 from mmflow.dataset import cache as caching
 from mmflow.dataset.cache import CachedShard, ShardCache, node_cache
 from mmflow.dataset.config import ShardCacheConfig
-from mmflow.dataset.format import read_index, write_index
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
+from tests.dataset.handmade import edit_index, wait_until
 
 SHARD_BYTES = 3_000_000
 
@@ -114,16 +114,6 @@ def start() -> Iterator[Start]:
     for child in children:
         child.kill()
         child.wait()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-# --- fetched once, whole and verified ---------------------------------------------------------------------------------
 
 
 def test_a_shard_is_fetched_once_and_read_unchanged(store: Store, fetched: list[str]) -> None:
@@ -233,9 +223,6 @@ def test_the_error_of_an_unreachable_store_names_the_shard(store: Store, monkeyp
     with pytest.raises(MmflowError, match=r"0\.tar: cannot be fetched \(timed out\)"):
         shard.read(1, 0)
     assert store.files() == []
-
-
-# --- within its bound -------------------------------------------------------------------------------------------------
 
 
 def is_locked(path: Path) -> bool:
@@ -357,9 +344,6 @@ def test_a_shard_larger_than_the_cache_is_misuse(tmp_path: Path) -> None:
         Store(tmp_path, max_bytes=1000).shard(0)
 
 
-# --- the directory ----------------------------------------------------------------------------------------------------
-
-
 def test_a_full_disk_deletes_the_least_recently_read_shard_and_then_fails_clearly(
     tmp_path: Path, small_disk: Callable[[str], Path], fetched: list[str]
 ) -> None:
@@ -403,9 +387,6 @@ def test_the_default_directory_is_the_cache_of_the_user(tmp_path: Path, monkeypa
     assert node_cache(ShardCacheConfig()).directory == tmp_path / "home" / ".cache" / "mmflow" / "shards"
     cache = pickle.loads(pickle.dumps(node_cache(ShardCacheConfig(directory="~/here", max_bytes=5))))  # noqa: S301 - our own
     assert (cache.directory, cache.max_bytes) == (tmp_path / "home" / "here", 5)
-
-
-# --- under a reader ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -455,10 +436,7 @@ def test_a_shard_with_a_flipped_byte_in_the_cache_is_fetched_again(
 def test_a_sample_that_does_not_match_its_index_is_fetched_only_once(
     remote: Dataset, store: Store, fetched: list[str]
 ) -> None:
-    path = f"{remote.uri.removeprefix('fsspec+file://')}/index/00000.parquet"
-    table, commit = read_index(path)
-    field = table.schema.get_field_index("txt_xxh3")
-    write_index(path, table.set_column(field, table.schema.field(field), table["image_xxh3"].combine_chunks()), commit)
+    edit_index(remote, lambda rows: [row.update(txt_xxh3=row["image_xxh3"]) for row in rows])
     reader = Reader(remote, "train", store.cache)
     for row in range(3):
         with pytest.raises(CorruptArtifactError, match=rf"00000\.tar: txt of row {row} \(key-{row}\)"):

@@ -10,12 +10,12 @@ import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
-import pyarrow as pa
 import pytest
 
 from mmflow.cleaning.captions import estimate_tokens
@@ -25,7 +25,7 @@ from mmflow.dataset.adopt import adopt
 from mmflow.dataset.format import MEMBERS, read_index, write_index
 from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Caption, Reader
-from tests.dataset.handmade import Handmade, handmade, picture, write_dataset
+from tests.dataset.handmade import Handmade, edit_index, flip_bit, handmade, picture, wait_until, write_dataset
 from tests.dataset.test_adopt import write as write_tar
 
 STARTS = (0, 9, 23)  # the first number in each shard that has samples
@@ -53,26 +53,6 @@ def remote(small_dataset: Dataset) -> Iterator[Dataset]:
     store.put(small_dataset.uri, "/bucket/dataset", recursive=True)
     yield open_dataset("fsspec+memory:///bucket/dataset")
     store.rm("/bucket", recursive=True)
-
-
-def flip(dataset: Dataset, shard: int, offset: int) -> Path:
-    """Change a bit of a tar of split train."""
-    tar = Path(dataset.tar_uri(Reader(dataset, "train").shards[shard]))
-    data = bytearray(tar.read_bytes())
-    data[offset] ^= 1
-    tar.write_bytes(data)
-    return tar
-
-
-def change_index(dataset: Dataset, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
-    path = f"{dataset.uri}/index/{name}.parquet"
-    table, commit = read_index(path)
-    write_index(path, change(table), commit)
-
-
-def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:
-    position = table.schema.get_field_index(name)
-    return table.set_column(position, table.schema.field(position), pa.array(values, table.schema.field(position).type))
 
 
 def test_every_sample_is_read_as_written(small_dataset: Dataset) -> None:
@@ -177,8 +157,9 @@ def test_adopted_tars_may_order_their_members_freely(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_a_corrupted_byte_is_an_error_with_shard_row_and_key(copy: Dataset, member: str, place: str) -> None:
     entry = copy.index(copy.shards("train")[1]).slice(3, 1).to_pylist()[0]
-    tar = flip(copy, 1, entry[f"{member}_offset"] + (0 if place == "first" else entry[f"{member}_bytes"] - 1))
     reader = Reader(copy, "train")
+    tar = copy.tar_uri(reader.shards[1])
+    flip_bit(tar, entry[f"{member}_offset"] + (0 if place == "first" else entry[f"{member}_bytes"] - 1))
     expected = re.escape(f"{tar}: {member} of row 3 ({entry['key']})") + ".*mmflow verify"
     for read in (lambda: reader.read(1, 3), lambda: list(reader.samples(1, 0, 14)), lambda: list(reader)):
         with pytest.raises(CorruptArtifactError, match=expected):
@@ -191,7 +172,7 @@ def test_a_corrupted_frame_is_an_error_with_its_number(clips: Dataset, tmp_path:
     shutil.copytree(clips.uri, tmp_path / "copy")
     copy = open_dataset(str(tmp_path / "copy"))
     frames = copy.index(copy.shards("train")[0])["frames"][6].as_py()
-    flip(copy, 0, frames[1]["offset"])
+    flip_bit(copy.tar_uri(copy.shards("train")[0]), frames[1]["offset"])
     with pytest.raises(CorruptArtifactError, match=r"00000\.tar: frame 2 of row 6 \(key-6\)"):
         Reader(copy, "train").read(0, 6)
     assert Reader(copy, "train", frames=False).read(0, 6).key == "key-6"  # it is not read
@@ -230,11 +211,16 @@ def test_a_disk_error_names_the_tar_and_the_byte(small_dataset: Dataset, monkeyp
 
 
 def test_an_index_with_the_offsets_of_other_rows_is_refused(copy: Dataset) -> None:
-    change_index(copy, "00000", lambda table: set_column(table.take(range(8, -1, -1)), "row", list(range(9))))
+    def reverse(rows: list[dict[str, Any]]) -> None:
+        rows[:] = [{**row, "row": number} for number, row in enumerate(rows[::-1])]
+
+    def reverse_offsets(rows: list[dict[str, Any]]) -> None:
+        for row, offset in zip(rows, [row["image_offset"] for row in rows[::-1]], strict=True):
+            row["image_offset"] = offset
+
+    edit_index(copy, reverse)
     assert Reader(copy, "train").read(0, 4).key == "key-4"  # the same row from both ends
-    change_index(
-        copy, "00000", lambda table: set_column(table, "image_offset", table["image_offset"].to_pylist()[::-1])
-    )
+    edit_index(copy, reverse_offsets)
     with pytest.raises(CorruptArtifactError, match=r"00000\.tar: image of row 0 \(key-8\)"):
         Reader(copy, "train").read(0, 0)
 
@@ -261,12 +247,7 @@ def test_the_index_of_another_tar_is_refused(copy: Dataset) -> None:
     ],
 )
 def test_an_inconsistent_index_is_refused(copy: Dataset, column: str, value: int | None, message: str) -> None:
-    def change(table: pa.Table) -> pa.Table:
-        values = table[column].to_pylist()
-        values[3] = value
-        return set_column(table, column, values)
-
-    change_index(copy, "00000", change)
+    edit_index(copy, lambda rows: rows[3].update({column: value}))
     with pytest.raises(CorruptArtifactError, match=rf"00000\.parquet: {message}.*mmflow verify"):
         Reader(copy, "train").read(0, 0)
 
@@ -322,13 +303,6 @@ def test_a_remote_dataset_is_read_without_a_cache(remote: Dataset, small_dataset
         Reader(remote, "train").read(0, 0)
     with pytest.raises(CorruptArtifactError, match=r"00001\.tar: 5 bytes, the manifest says"):
         Reader(remote, "train").read(1, 0)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_read_ahead_advises_the_kernel_once(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

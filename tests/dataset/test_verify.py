@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmflow.dataset import verify as module
-from mmflow.dataset.format import read_index, write_index
-from mmflow.dataset.opened import Dataset, open_dataset
+from mmflow.dataset.opened import Dataset
 from mmflow.dataset.tar import check_members, layout_of, pass_over
 from mmflow.dataset.verify import Repeat, repeated_keys, verify_dataset
-from tests.dataset.handmade import Handmade, handmade, write_dataset
+from tests.dataset.handmade import Handmade, edit_index, flip_bit, handmade, write_dataset
 
 REJECTED = [
     {"source": f"records.jsonl:{number}", "key": f"bad-{number}", "reason": reason, "detail": "unusable"}
@@ -36,24 +35,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return write_dataset(tmp_path_factory.mktemp("verify") / "dataset", shards, REJECTED)
 
 
-@pytest.fixture
-def copy(dataset: Dataset, tmp_path: Path) -> Dataset:
-    shutil.copytree(dataset.uri, tmp_path / "copy")
-    return open_dataset(str(tmp_path / "copy"))
-
-
 def tar_of(dataset: Dataset, number: int = 0) -> Path:
     return Path(dataset.tar_uri(dataset.shards("train")[number]))
 
 
 def index_of(dataset: Dataset, number: int = 0) -> Path:
     return Path(dataset.uri, "index", f"{dataset.shards('train')[number].name}.parquet")
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x40
-    path.write_bytes(data)
 
 
 def test_an_intact_dataset_has_no_errors(dataset: Dataset) -> None:
@@ -67,7 +54,7 @@ def test_a_flipped_byte_in_a_header_body_or_padding_is_reported(copy: Dataset) -
     sound = tar.read_bytes()
     offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
     for position, message in ((offset - 500, "damaged header"), (offset + 9, "checksum"), (len(sound) - 1, "checksum")):
-        flip(tar, position)
+        flip_bit(tar, position)
         errors = verify_dataset(copy.uri, decoded_samples=None)
         assert errors
         assert all(tar.name in line for line in errors)
@@ -121,14 +108,6 @@ def edit_manifest(dataset: Dataset, change: Callable[[dict[str, object]], object
     path.write_text(json.dumps(fields))
 
 
-def edit_index(dataset: Dataset, change: Callable[[list[dict[str, object]]], object], number: int = 0) -> None:
-    path = str(index_of(dataset, number))
-    table, commit = read_index(path)
-    rows = table.to_pylist()
-    change(rows)
-    write_index(path, table.from_pylist(rows, table.schema), commit)
-
-
 def test_prepared_pieces_of_a_build_are_not_reported(copy: Dataset) -> None:
     Path(copy.uri, "prepared").mkdir()
     Path(copy.uri, "prepared", "00000.pack").write_bytes(b"images")
@@ -165,11 +144,8 @@ CAPTION = {"language": "en", "text": "a picture"}
 
 
 def test_an_index_with_wrong_offsets_or_hashes_is_reported(copy: Dataset) -> None:
-    def lie(rows: list[dict[str, object]]) -> None:
-        rows[2]["txt_offset"] += 1  # type: ignore[operator]
-        rows[3]["json_xxh3"] ^= 1  # type: ignore[operator]
-
-    edit_index(copy, lie)
+    edit_index(copy, lambda rows: rows[2].update(txt_offset=rows[2]["txt_offset"] + 1))
+    edit_index(copy, lambda rows: rows[3].update(json_xxh3=rows[3]["json_xxh3"] ^ 1))
     errors = verify_dataset(copy.uri, decoded_samples=None)
     assert any("00000.tar: row 2: no member key-2.txt of" in line for line in errors)
     assert any("00000.tar: row 3" in line and "json is not what was written" in line for line in errors)
@@ -202,15 +178,15 @@ def test_damage_of_remote_tars_is_reported(copy: Dataset, monkeypatch: pytest.Mo
     monkeypatch.setattr("mmflow.dataset.tar.local_path", lambda uri: None)  # takes the code path of object stores
     assert verify_dataset(copy.uri, decoded_samples=0) == []
     offset = copy.index(copy.shards("train")[0])["image_offset"][3].as_py()
-    flip(tar_of(copy), offset - 500)
+    flip_bit(tar_of(copy), offset - 500)
     errors = verify_dataset(copy.uri, decoded_samples=0)
     assert any(f"00000.tar: byte {offset - 512}: damaged header" in line for line in errors)
 
 
 def test_decoded_samples_are_spread_over_the_shards(copy: Dataset) -> None:
     """Decoding one sample of every shard would decode 100,000 pictures for 100,000 shards."""
-    for number in range(len(copy.shards("train"))):
-        edit_index(copy, lambda rows: [row.update(image_xxh3=0) for row in rows], number)
+    for shard in copy.shards("train"):
+        edit_index(copy, lambda rows: [row.update(image_xxh3=0) for row in rows], shard.name)
     errors = verify_dataset(copy.uri, decoded_samples=3)
     assert sum("image is not what was written" in line for line in errors) in (2, 3)
 

@@ -49,9 +49,6 @@ def fetch_one(url: str, **settings: Any) -> Result:
     return result
 
 
-# --- bodies ---------------------------------------------------------------------------------------------------------
-
-
 def test_bodies_are_complete_whatever_their_content_type(server: Server) -> None:
     server.routes["/a.jpg"] = respond(200, IMAGE, Content_Type="text/html", ETag='"v1"', Last_Modified="yesterday")
     server.routes["/b.jpg"] = raw(head(200, Transfer_Encoding="chunked") + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
@@ -145,9 +142,6 @@ def test_bytes_after_the_announced_length_do_not_reach_later_responses(server: S
     assert [results[url].body for url in urls[1:]] == [IMAGE] * 4
 
 
-# --- time -----------------------------------------------------------------------------------------------------------
-
-
 def test_silent_and_slow_servers_cost_at_most_the_timeout(server: Server) -> None:
     server.routes["/silent"] = silence
     server.routes["/body"] = endless(server, head(200, Content_Length="5000"), b"x", seconds=0.02)
@@ -185,9 +179,6 @@ def test_a_response_that_is_not_http_fails_only_its_url(server: Server, answer: 
     assert good.body == IMAGE
 
 
-# --- redirects ------------------------------------------------------------------------------------------------------
-
-
 def test_redirects_are_followed_up_to_their_limit(server: Server) -> None:
     server.routes["/1"] = respond(302, b"moved", Location="/2?x=1")
     server.routes["/2"] = respond(308, b"moved", Location=server.url("/3", "localhost"))
@@ -195,9 +186,6 @@ def test_redirects_are_followed_up_to_their_limit(server: Server) -> None:
     assert fetch_one(server.url("/1")).body == IMAGE
     assert fetch_one(server.url("/1"), max_redirects=2).body == IMAGE
     assert fetch_one(server.url("/1"), max_redirects=1).reason is Reason.fetch_refused
-
-
-def test_a_circular_redirect_ends(server: Server) -> None:
     server.routes["/loop"] = respond(302, b"", Location="/loop?secret")
     assert fetch_one(server.url("/loop"), max_redirects=3).reason is Reason.fetch_refused
     assert server.counts["/loop"] == 4
@@ -216,9 +204,6 @@ def test_redirect_targets_are_checked_like_urls(server: Server, target: str) -> 
     result = fetch_one(server.url("/go"))
     assert result.reason is Reason.fetch_refused
     assert result.detail.startswith("redirected: ")
-
-
-# --- addresses ------------------------------------------------------------------------------------------------------
 
 
 def test_loopback_is_refused_by_default(server: Server) -> None:
@@ -258,9 +243,6 @@ def test_a_failed_name_lookup_is_retryable(server: Server) -> None:
     (result,) = asyncio.run(collect(["http://nowhere.example/a?secret"], lookup=lookup))
     assert result.retryable
     assert "secret" not in result.detail
-
-
-# --- failures and further tries -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451, 204, 206, 302, 304])
@@ -343,9 +325,6 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert parse_retry_after("9" * 400) == 999_999_999
 
 
-# --- robots.txt and opt-outs ----------------------------------------------------------------------------------------
-
-
 def test_robots_txt_is_fetched_once_and_obeyed(server: Server) -> None:
     server.routes["/robots.txt"] = respond(200, b"User-agent: mmflow\nDisallow: /private/\nAllow: /private/open")
     server.routes["/private/a"] = server.routes["/private/open"] = server.routes["/b"] = respond(200, IMAGE)
@@ -411,9 +390,6 @@ def test_an_opt_out_is_obeyed_before_a_byte_is_read(server: Server, headers: dic
     assert fetch_one(server.url("/a")).body == IMAGE
 
 
-# --- conditional requests -------------------------------------------------------------------------------------------
-
-
 def test_unchanged_bodies_are_not_sent_again(server: Server) -> None:
     async def conditional(request: Any, writer: asyncio.StreamWriter) -> bool | None:
         known = request.headers.get("if-none-match") == '"v1"' and request.headers.get("if-modified-since") == "then"
@@ -429,9 +405,6 @@ def test_unchanged_bodies_are_not_sent_again(server: Server) -> None:
     server.routes["/a"] = respond(304, X_Robots_Tag="noai")
     (opted_out,) = asyncio.run(collect([url], validators={url: Validators('"v1"', "then")}))
     assert opted_out.reason is Reason.fetch_opted_out
-
-
-# --- many at once ---------------------------------------------------------------------------------------------------
 
 
 def test_every_url_has_one_result_and_hosts_keep_their_limit(server: Server) -> None:

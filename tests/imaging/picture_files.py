@@ -66,13 +66,8 @@ def overwrite(data: bytes, position: int, patch: bytes) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises that many pixels, in a hundred bytes."""
+    """A PNG of a hundred bytes with a header that claims this size."""
     return png(width, height, 2, 8, [])
-
-
-def with_chunk(data: bytes, kind: bytes, body: bytes) -> bytes:
-    """A PNG with one more chunk behind its header."""
-    return data[:33] + chunk(kind, body) + data[33:]
 
 
 def tiff(width: int, height: int, bits: int, photometric: int, pixels: bytes) -> bytes:
