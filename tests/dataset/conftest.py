@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,36 +78,28 @@ def write_corpus(directory: Path) -> Corpus:
 
 
 def _bad_records(directory: Path, template: dict[str, Any]) -> list[tuple[bytes, str | None]]:
-    files = {
-        "cut.png": file_of(Image.effect_noise((64, 64), 50))[:2000],
-        "empty.png": b"",
-        "page.png": b"<html>not found</html>",
-        "tiny.png": file_of(Image.new("RGB", (3, 3))),
-        "narrow.png": file_of(Image.new("RGB", (400, 20))),
-        "bomb.png": bomb(30_000, 30_000),
-        "large.png": bomb(1_001, 1_000),
+    images: dict[str, tuple[bytes | None, str]] = {
+        "missing.png": (None, "image_missing"),
+        "cut.png": (file_of(Image.effect_noise((64, 64), 50))[:2000], "image_truncated"),
+        "empty.png": (b"", "image_truncated"),
+        "page.png": (b"<html>not found</html>", "image_not_an_image"),
+        "tiny.png": (file_of(Image.new("RGB", (3, 3))), "image_too_small"),
+        "narrow.png": (file_of(Image.new("RGB", (400, 20))), "image_too_narrow"),
+        "bomb.png": (bomb(30_000, 30_000), "image_too_large"),
+        "large.png": (bomb(1_001, 1_000), "image_too_large"),
+        "folder.png": (None, "image_unreadable"),
+        "loop.png": (None, "image_unreadable"),
+        "nul\0.png": (None, "image_unreadable"),
     }
-    for name, data in files.items():
-        (directory / "images" / name).write_bytes(data)
+    for name, (data, _) in images.items():
+        if data is not None:
+            (directory / "images" / name).write_bytes(data)
     (directory / "images" / "folder.png").mkdir()
     (directory / "images" / "loop.png").symlink_to("loop.png")
-    images = {
-        "missing.png": "image_missing",
-        "cut.png": "image_truncated",
-        "empty.png": "image_truncated",
-        "page.png": "image_not_an_image",
-        "tiny.png": "image_too_small",
-        "narrow.png": "image_too_narrow",
-        "bomb.png": "image_too_large",
-        "large.png": "image_too_large",
-        "folder.png": "image_unreadable",
-        "loop.png": "image_unreadable",
-        "nul\0.png": "image_unreadable",
-    }
     changes: list[tuple[dict[str, Any], str]] = [
         *(
             ({"key": f"bad-image-{number}", "image": f"images/{name}"}, reason)
-            for number, (name, reason) in enumerate(images.items())
+            for number, (name, (_, reason)) in enumerate(images.items())
         ),
         ({"key": "never-fetched", "image": "http://example.com/a.png"}, "fetch_pending"),
         ({"key": "bad-scheme", "image": "gopher://example.com/a.png"}, "image_unsupported"),
@@ -177,6 +170,15 @@ def dataset(build: Build, corpus: Corpus, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def copy(dataset: Dataset, tmp_path: Path) -> Dataset:
-    """A copy of the test file's own `dataset`."""
+    """A copy of the `dataset` of the test file."""
     shutil.copytree(dataset.uri, tmp_path / "copy")
     return open_dataset(str(tmp_path / "copy"))
+
+
+@pytest.fixture
+def remote(dataset: Dataset) -> Iterator[Dataset]:
+    """The `dataset` of the test file in an object store in memory."""
+    store = fsspec.filesystem("memory")
+    store.put(dataset.uri, "/bucket/dataset", recursive=True)
+    yield open_dataset("fsspec+memory:///bucket/dataset")
+    store.rm("/bucket", recursive=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch.utils.data
 import webdataset
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, MisuseError
 from mmflow.dataset.cache import ShardCache
-from mmflow.dataset.opened import RAY_SCHEMA, Dataset, cut, open_dataset
+from mmflow.dataset.opened import RAY_SCHEMA, Dataset, cut
 from mmflow.dataset.reader import Reader
 from tests.dataset.handmade import flip_bit, handmade, write_dataset
 
@@ -31,14 +29,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         tmp_path_factory.mktemp("exports") / "dataset",
         [*shards, ("dev", [handmade(number) for number in range(40, 45)])],
     )
-
-
-@pytest.fixture
-def remote(dataset: Dataset) -> Iterator[Dataset]:
-    store = fsspec.filesystem("memory")
-    store.put(dataset.uri, "/exports/dataset", recursive=True)
-    yield open_dataset("fsspec+memory:///exports/dataset")
-    store.rm("/exports", recursive=True)
 
 
 def keys(samples: Any) -> list[str]:

@@ -10,7 +10,6 @@ import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,9 @@ from tests.dataset.test_adopt import write as write_tar
 STARTS = (0, 9, 23)  # the first number in each shard that has samples
 
 
-@pytest.fixture
-def copy(small_dataset: Dataset, tmp_path: Path) -> Dataset:
-    shutil.copytree(small_dataset.uri, tmp_path / "copy")
-    return open_dataset(str(tmp_path / "copy"))
+@pytest.fixture(scope="module")
+def dataset(small_dataset: Dataset) -> Dataset:
+    return small_dataset
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +44,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     )
 
 
-@pytest.fixture
-def remote(small_dataset: Dataset) -> Iterator[Dataset]:
-    """The dataset in an object store in memory."""
-    store = fsspec.filesystem("memory")
-    store.put(small_dataset.uri, "/bucket/dataset", recursive=True)
-    yield open_dataset("fsspec+memory:///bucket/dataset")
-    store.rm("/bucket", recursive=True)
-
-
-def test_every_sample_is_read_as_written(small_dataset: Dataset) -> None:
-    reader = Reader(small_dataset, "train")
+def test_every_sample_is_read_as_written(dataset: Dataset) -> None:
+    reader = Reader(dataset, "train")
     samples = list(reader)
     assert len(samples) == len(reader) == 31
     assert [shard.samples for shard in reader.shards] == [9, 14, 8]  # the shard without samples is skipped
@@ -68,11 +57,11 @@ def test_every_sample_is_read_as_written(small_dataset: Dataset) -> None:
         assert sample.extension == "jpg"
 
 
-def test_rows_are_read_in_any_order(small_dataset: Dataset) -> None:
-    reader = Reader(small_dataset, "train")
+def test_rows_are_read_in_any_order(dataset: Dataset) -> None:
+    reader = Reader(dataset, "train")
     for ordinal, row in ((2, 7), (0, 0), (1, 13), (0, 8)):
         sample, members = reader.read(ordinal, row), reader.read_members(ordinal, row)
-        with tarfile.open(small_dataset.tar_uri(reader.shards[ordinal])) as tar:
+        with tarfile.open(dataset.tar_uri(reader.shards[ordinal])) as tar:
             stored = [tar.extractfile(f"{sample.key}.{suffix}").read() for suffix in ("jpg", "txt", "json")]  # type: ignore[union-attr]
         assert [members.image, members.txt, members.json] == stored
         assert sample.key == f"key-{STARTS[ordinal] + row}"
@@ -110,16 +99,16 @@ def test_lengths_come_from_the_index_without_the_tars(copy: Dataset) -> None:
     assert lengths.tolist() == [estimate_tokens(f"picture {number}") for number in range(9, 23)]
 
 
-def test_a_reader_reads_one_split(small_dataset: Dataset) -> None:
-    assert [sample.key for sample in Reader(small_dataset, "dev")] == [f"key-{number}" for number in range(31, 36)]
+def test_a_reader_reads_one_split(dataset: Dataset) -> None:
+    assert [sample.key for sample in Reader(dataset, "dev")] == [f"key-{number}" for number in range(31, 36)]
     with pytest.raises(MisuseError, match="no split 'test'; there are dev, train"):
-        Reader(small_dataset, "test")
+        Reader(dataset, "test")
 
 
 @pytest.mark.parametrize("row", [-1, 9, 1 << 40])
-def test_a_missing_row_is_misuse(small_dataset: Dataset, row: int) -> None:
+def test_a_missing_row_is_misuse(dataset: Dataset, row: int) -> None:
     with pytest.raises(MisuseError, match=rf"00000\.tar: no row {row}; it has 9"):
-        Reader(small_dataset, "train").read(0, row)
+        Reader(dataset, "train").read(0, row)
 
 
 def test_adopted_tars_may_order_their_members_freely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,13 +190,13 @@ def test_a_tar_truncated_while_open_is_an_error_with_the_row(copy: Dataset) -> N
         reader.read(0, 8)
 
 
-def test_a_disk_error_names_the_tar_and_the_byte(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_names_the_tar_and_the_byte(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(reading.os, "pread", fail)
     with pytest.raises(CorruptArtifactError, match=r"00000\.tar: byte 512 cannot be read \(Input/output error\)"):
-        Reader(small_dataset, "train").read(0, 0)
+        Reader(dataset, "train").read(0, 0)
 
 
 def test_an_index_with_the_offsets_of_other_rows_is_refused(copy: Dataset) -> None:
@@ -263,8 +252,8 @@ def test_the_error_of_a_missing_tar_or_index_names_the_file(copy: Dataset) -> No
             reader.read(ordinal, 0)
 
 
-def test_reader_is_safe_between_threads(small_dataset: Dataset) -> None:
-    reader = Reader(small_dataset, "train")
+def test_reader_is_safe_between_threads(dataset: Dataset) -> None:
+    reader = Reader(dataset, "train")
     places = [(ordinal, row) for row in range(8) for ordinal in range(3)] * 10
     with ThreadPoolExecutor(8) as threads:
         keys = list(threads.map(lambda place: reader.read(*place).key, places))
@@ -291,11 +280,11 @@ def test_a_reader_can_be_pickled(clips: Dataset) -> None:
     assert again.read(0, 6).frames == ()
 
 
-def test_a_remote_dataset_is_read_without_a_cache(remote: Dataset, small_dataset: Dataset) -> None:
+def test_a_remote_dataset_is_read_without_a_cache(remote: Dataset, dataset: Dataset) -> None:
     reader = Reader(remote, "train")
     reader.check()
-    assert list(reader) == list(Reader(small_dataset, "train"))
-    assert reader.read(2, 7) == Reader(small_dataset, "train").read(2, 7)
+    assert list(reader) == list(Reader(dataset, "train"))
+    assert reader.read(2, 7) == Reader(dataset, "train").read(2, 7)
     store = fsspec.filesystem("memory")
     store.rm("/bucket/dataset/shards/00000.tar")
     store.pipe("/bucket/dataset/shards/00001.tar", b"short")
@@ -305,15 +294,15 @@ def test_a_remote_dataset_is_read_without_a_cache(remote: Dataset, small_dataset
         Reader(remote, "train").read(1, 0)
 
 
-def test_read_ahead_advises_the_kernel_once(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ahead_advises_the_kernel_once(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int, int]] = []
     monkeypatch.setattr(reading.os, "posix_fadvise", lambda file, *rest: advised.append(rest))
-    reader = Reader(small_dataset, "train")
+    reader = Reader(dataset, "train")
     for _ in range(3):
         reader.read_ahead(1, 2, 5)
     reader.read_ahead(0, 0, 8)
     wait_until(lambda: len(advised) >= 2)
-    index = small_dataset.index(reader.shards[1])
+    index = dataset.index(reader.shards[1])
     start = index["image_offset"][2].as_py()
     stop = index["json_offset"][5].as_py() + index["json_bytes"][5].as_py()
     assert (start, stop - start, reading.os.POSIX_FADV_WILLNEED) in advised
@@ -346,12 +335,12 @@ def test_a_read_ahead_error_is_raised_once_by_the_next_read_of_that_shard(
         list(reader.samples(2, 0, 1))
 
 
-def test_read_ahead_threads_end_with_their_reader(small_dataset: Dataset) -> None:
+def test_read_ahead_threads_end_with_their_reader(dataset: Dataset) -> None:
     def running() -> set[threading.Thread]:
         return {thread for thread in threading.enumerate() if thread.name == "mmflow-read-ahead"}
 
     before = running()
-    reader = Reader(small_dataset, "train")
+    reader = Reader(dataset, "train")
     assert not running() - before  # none before they are needed
     reader.read_ahead(0, 0, 3)
     own = running() - before

@@ -82,9 +82,8 @@ def ycck(image: RGB) -> bytes:
     """A JPEG as Photoshop writes it: inverted CMYK, converted to luma and chroma."""
     cmyk = np.asarray(Image.fromarray(image).convert("CMYK"))
     ycc = np.asarray(Image.fromarray(cmyk[..., :3].copy()).convert("YCbCr"))
-    stored = np.dstack(
-        [255 - ycc, cmyk[..., 3]]
-    )  # Pillow inverts all four channels when it writes, so three are restored
+    # Pillow inverts all four channels when it writes, so three are restored.
+    stored = np.dstack([255 - ycc, cmyk[..., 3]])
     data = file_of(Image.frombytes("CMYK", image.shape[1::-1], stored.tobytes()), "JPEG", quality=95)
     adobe = data.index(b"Adobe")
     return data[: adobe + 11] + b"\x02" + data[adobe + 12 :]
