@@ -109,6 +109,8 @@ def test_unit_names_are_unique_and_do_not_change_when_sources_are_added(tmp_path
 def test_source_names_differ_and_have_no_machine_paths() -> None:
     assert source_names(["/data/x/one.jsonl", "s3://bucket/two.jsonl"]) == ["one.jsonl", "two.jsonl"]
     assert source_names(["/data/x/a.jsonl", "/data/y/a.jsonl"]) == ["a.jsonl", "y/a.jsonl"]
+    with pytest.raises(MisuseError, match="named twice"):
+        source_names(["a.jsonl", "a.jsonl"])
 
 
 def test_the_recipe_accepts_every_source_kind() -> None:
@@ -117,7 +119,7 @@ def test_the_recipe_accepts_every_source_kind() -> None:
 
 def test_the_files_of_a_folder_decide_its_kind(tmp_path: Path) -> None:
     def kind_of(*files: str) -> str:
-        folder = tmp_path / "-".join(files).replace("/", "-")
+        folder = tmp_path / f"folder-{len(list(tmp_path.iterdir()))}"
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(b"")
