@@ -47,7 +47,7 @@ def _stage_asset(loop: Loop, name: str) -> AssetsDefinition:
         seconds = f"{artifact.build['seconds']:6.1f} s" if artifact.built else "  reused"
         print(f"{name:<9} {seconds}  {summary}", file=sys.stderr, flush=True)
         metadata: dict[str, Any] = {"uri": artifact.uri, "built": artifact.built, "summary": summary}
-        return MaterializeResult(metadata=metadata, data_version=None)
+        return MaterializeResult(metadata=metadata)
 
     return run_stage
 

@@ -133,7 +133,7 @@ class Beat:
 
 class Pulse:
     """Reports from a thread what this rank is doing, so that a hang has a name: in a collective operation all ranks
-    wait, and none says for which.
+    wait, and nothing shows which rank they wait for.
 
     On rank 0 it writes to the journal once when the run makes no progress for half of `hung_after` seconds: the
     timeout that follows ends the process, on an accelerator without a message.

@@ -73,19 +73,12 @@ class Journal:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a local journal, oldest first."""
-    if path.exists():
-        with path.open() as lines:
-            yield from _parsed(lines)
-
-
 def journal_at(uri: str) -> list[dict[str, Any]]:
     """The lines of the journal at a URI, oldest first; none where there is no journal."""
     return list(_parsed(read_bytes(uri).split(b"\n"))) if exists(uri) else []
 
 
-def _parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The lines' values, without a line that a kill cut off."""
     for line in lines:
         with contextlib.suppress(ValueError):

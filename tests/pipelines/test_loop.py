@@ -27,7 +27,7 @@ from mmflow.recipe import Recipe, load_recipe
 from mmflow.registry.tracking import tracking_uri
 from mmflow.registry.versions import champion, list_versions
 from mmflow.stages.loop import Loop
-from mmflow.training.journal import curves, read_journal
+from mmflow.training.journal import curves, journal_at
 from pipelines.run import run_pipeline
 from tests.object_store import CREDENTIALS, object_store
 from tests.tiny import tiny_fields, write_recipe, write_shapes
@@ -148,7 +148,7 @@ def test_a_fused_model_trains_by_several_objectives_at_once(path: str, report: d
     loaded = load_package(read_package(trained.file("package")))
     assert loaded.model.gives >= {"embeddings", "fused", "matching_logits", "masked_language_logits", "class_logits"}
     assert loaded.classes == ("bar", "circle", "square")
-    written = curves(read_journal(Path(trained.file("journal.jsonl"))))
+    written = curves(journal_at(trained.file("journal.jsonl")))
     assert {"loss", "contrastive", "matching", "masked_language", "classification"} <= written.keys()
 
 
@@ -168,7 +168,7 @@ def test_a_package_is_tuned_on_two_tasks_by_adapters(recipe: Recipe, report: dic
     loop.check()
     trained = loop.run("pretrain")
     assert trained.manifest["inputs"]["start"] == started.digest
-    lines = list(read_journal(Path(trained.file("journal.jsonl"))))
+    lines = journal_at(trained.file("journal.jsonl"))
     assert {"loss", "pairs/contrastive", "shapes/classification"} <= curves(lines).keys()
     (begun,) = (line for line in lines if line.get("event") == "begun")
     assert (begun["fresh"], begun["left_out"]) == (["heads"], [])
@@ -191,7 +191,7 @@ def test_a_student_begins_with_its_teacher_s_weights_and_learns_from_two_cached_
     trained = Loop(load_recipe(path, [f"distill.{override}" for override in overrides])).run("distill")
     (cache,) = Path(recipe.workspace, "teacher_cache").glob(f"*/{MANIFEST}")  # of one package twice
     assert trained.manifest["inputs"]["teacher 0"] == json.loads(cache.read_text())["teacher"]
-    written = curves(read_journal(Path(trained.file("journal.jsonl"))))
+    written = curves(journal_at(trained.file("journal.jsonl")))
     assert {"loss", "contrastive", *losses} <= written.keys()
 
 
@@ -227,13 +227,13 @@ def test_a_worker_killed_in_pretraining_costs_no_step_and_changes_no_weight(
     starts = [line["step"] for line in events(journal, "started")]
     assert len(starts) == 2
     assert starts[1] > 0
-    steps = {line["step"] for line in read_journal(journal) if "metrics" in line}
+    steps = {line["step"] for line in journal_at(str(journal)) if "metrics" in line}
     assert steps == set(range(1, artifact.manifest["steps"] + 1))
     assert f"training {artifact.fingerprint[:12]}" in fingerprints(report)
 
 
 def events(journal: Path, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_journal(journal) if line.get("event") == kind]
+    return [line for line in journal_at(str(journal)) if line.get("event") == kind]
 
 
 def is_worker_of(process: psutil.Process, driver: int) -> bool:

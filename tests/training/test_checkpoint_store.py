@@ -31,7 +31,7 @@ from mmflow.training.checkpoint_store import (
 )
 from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.config import CheckpointsConfig
-from mmflow.training.journal import Journal, read_journal
+from mmflow.training.journal import Journal, journal_at
 from mmflow.training.zero import element_hash
 
 RANKS = 3
@@ -167,7 +167,7 @@ def test_training_stops_if_its_only_checkpoint_is_damaged(one_rank: None, tmp_pa
     journal = Journal(tmp_path / "journal.jsonl")
     with pytest.raises(CorruptArtifactError, match=r"none of its 1 checkpoints can be used.*delete the directory"):
         list(Checkpoints(str(tmp_path), CheckpointsConfig(), journal).newest())
-    (line,) = read_journal(tmp_path / "journal.jsonl")
+    (line,) = journal_at(str(tmp_path / "journal.jsonl"))
     assert (line["event"], line["step"]) == ("refused", 4)
     assert line["reason"].startswith(f"rank 0: {at(tmp_path, 4)}/state/optimizer-0: {message}")
 

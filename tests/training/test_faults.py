@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mmflow.training.checkpoint_store import directory_of, saved_checkpoints
-from mmflow.training.journal import read_journal
+from mmflow.training.journal import journal_at
 from tests.training.faulty_ranks import EPOCHS, VICTIM
 from tests.training.ranks import assert_bit_equal
 from tests.training.trainings import (
@@ -156,7 +156,7 @@ def test_a_sample_without_a_finite_loss_is_left_out_and_named(poisoned: Training
         assert sorted(key for keys in line["samples"].values() for key in keys) == sorted(
             poisoned.seen(name)[line["step"]]
         )
-    lines = [line for line in read_journal(poisoned.directory / name / "journal.jsonl") if "metrics" in line]
+    lines = [line for line in journal_at(str(poisoned.directory / name / "journal.jsonl")) if "metrics" in line]
     assert lines[-1]["metrics"]["skipped_steps"] == EPOCHS
     assert lines[-1]["metrics"]["learning_rate"] == pytest.approx(_learning_rate(poisoned))
     assert all(value.isfinite().all() for value in poisoned.weights(name).values())
@@ -164,7 +164,7 @@ def test_a_sample_without_a_finite_loss_is_left_out_and_named(poisoned: Training
 
 def _learning_rate(place: Trainings) -> float:
     """The last learning rate of a run that leaves nothing out."""
-    lines = [line for line in read_journal(place.directory / "spike-record" / "journal.jsonl") if "metrics" in line]
+    lines = [line for line in journal_at(str(place.directory / "spike-record" / "journal.jsonl")) if "metrics" in line]
     return float(lines[-1]["metrics"]["learning_rate"])
 
 
@@ -205,7 +205,9 @@ def test_a_spike_is_rewound_or_recorded_or_ends_the_run(poisoned: Trainings) -> 
     assert poisoned.error("spike-record") == ""
     assert poisoned.error("spike-rewind") == ""
     assert [line["steps"] for line in poisoned.events("spike-rewind", "rewound")] == [[step]]
-    lines = [line for line in read_journal(poisoned.directory / "spike-rewind" / "journal.jsonl") if "metrics" in line]
+    lines = [
+        line for line in journal_at(str(poisoned.directory / "spike-rewind" / "journal.jsonl")) if "metrics" in line
+    ]
     assert lines[-1]["metrics"]["skipped_steps"] == 2  # the batch that spiked, and the one before it
     assert poisoned.error("spike-enough").startswith(f"step {step}: the loss is ")
 

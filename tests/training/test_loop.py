@@ -21,7 +21,7 @@ from mmflow.training.checkpoints import Checkpoints
 from mmflow.training.config import CheckpointsConfig, GuardsConfig, TrainingConfig
 from mmflow.training.engine import build_engine, whole_state
 from mmflow.training.guards import Guards
-from mmflow.training.journal import Journal, curves, read_journal
+from mmflow.training.journal import Journal, curves, journal_at
 from mmflow.training.loop import Due, TrainingLoop
 from tests.tiny import SMALLEST_MODEL
 from tests.training.ranks import assert_bit_equal, fresh_learner, main, perform, random_batch
@@ -169,7 +169,7 @@ def result(directory: Path, act: str, stage: int) -> dict[str, Any]:
 
 
 def curves_of(directory: Path, name: str) -> dict[str, dict[int, float]]:
-    lines = read_journal(directory / name / "journal.jsonl")
+    lines = journal_at(str(directory / name / "journal.jsonl"))
     return {metric: dict(points) for metric, points in curves(lines).items()}
 
 
@@ -223,7 +223,7 @@ def test_the_journal_has_the_metrics_of_each_interval(directory: Path) -> None:
     # Steps 5 and 6 make the line of step 6; 5 ends the epoch with a batch that is half padding.
     assert metrics["padding_waste"][LOG_EVERY] == 0
     assert metrics["padding_waste"][2 * LOG_EVERY] == pytest.approx(0.25)
-    events = [line for line in read_journal(directory / "straight-2" / "journal.jsonl") if "event" in line]
+    events = [line for line in journal_at(str(directory / "straight-2" / "journal.jsonl")) if "event" in line]
     assert [(line["step"], line["event"], line["epoch"], line["position"]) for line in events] == [
         (CHECKPOINT_EVERY, "checkpoint", 0, CHECKPOINT_EVERY * BATCH)
     ]

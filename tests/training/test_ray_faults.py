@@ -19,7 +19,7 @@ import pytest
 
 from mmflow.core.storage import read_json
 from mmflow.registry.tracking import connect
-from mmflow.training.journal import curves, read_journal
+from mmflow.training.journal import curves, journal_at
 from mmflow.training.workers import COLLECTIVE_TIMEOUT, limited_exchanges
 from tests.registry.mlflow_server import free_port, start_server
 from tests.training.faulty_ranks import halted, let_go
@@ -183,7 +183,7 @@ def test_remaining_nodes_resume_from_the_checkpoint_saved_before_a_node_is_taken
     assert started == [(0, 2), (saved["step"], 1)]
     assert largest_difference(trainings.weights("straight-3"), trainings.weights("drained")) < 1e-5
     assert_each_sample_once_an_epoch(trainings.seen("drained"))
-    losses = curves(read_journal(driver.here / "journal.jsonl"))["loss"]
+    losses = curves(journal_at(str(driver.here / "journal.jsonl")))["loss"]
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert "points could not be sent and stay in" in driver.log.read_text()
 
@@ -268,7 +268,7 @@ def test_its_journal_is_complete_in_one_run_although_the_server_was_down(
     client = connect(uri)
     (run,) = client.search_runs([client.get_experiment_by_name(RUN.experiment).experiment_id])
     assert run.info.status == "FINISHED"
-    losses = curves(read_journal(trainings.directory / name / "journal.jsonl"))["loss"]
+    losses = curves(journal_at(str(trainings.directory / name / "journal.jsonl")))["loss"]
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert sorted((each.step, each.value) for each in client.get_metric_history(run.info.run_id, "loss")) == losses
 

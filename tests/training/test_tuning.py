@@ -31,7 +31,7 @@ from mmflow.training.config import GuardsConfig, Task, TrainingConfig
 from mmflow.training.engine import build_engine, whole_state
 from mmflow.training.guards import Guards
 from mmflow.training.job import TrainingJob
-from mmflow.training.journal import Journal, curves, read_journal
+from mmflow.training.journal import Journal, curves, journal_at
 from mmflow.training.loop import Due, TrainingLoop
 from mmflow.training.rank import run_rank
 from mmflow.training.zero import places_of
@@ -269,11 +269,11 @@ def weights(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def losses(directory: Path, name: str) -> dict[str, list[tuple[int, float]]]:
-    return curves(read_journal(directory / f"{name}.jsonl"))
+    return curves(journal_at(str(directory / f"{name}.jsonl")))
 
 
 def events(directory: Path, name: str, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_journal(directory / name / "journal.jsonl") if line.get("event") == kind]
+    return [line for line in journal_at(str(directory / name / "journal.jsonl")) if line.get("event") == kind]
 
 
 @pytest.mark.parametrize("case", ENGINES[1:])

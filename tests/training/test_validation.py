@@ -24,7 +24,7 @@ from mmflow.loading.opening import held_out_loader, open_loader
 from mmflow.models.package import load_package, read_package
 from mmflow.training.checkpoint_store import directory_of, saved_checkpoints
 from mmflow.training.config import CheckpointsConfig, ValidationConfig
-from mmflow.training.journal import curves, read_journal
+from mmflow.training.journal import curves, journal_at
 from mmflow.training.metrics import known_peak
 from mmflow.training.validation import Best
 from tests.dataset.handmade import Handmade, write_dataset
@@ -104,7 +104,7 @@ def validated(place: Trainings) -> Trainings:
 
 
 def curves_of(place: Trainings, name: str) -> dict[str, list[tuple[int, float]]]:
-    return curves(read_journal(place.directory / name / "journal.jsonl"))
+    return curves(journal_at(str(place.directory / name / "journal.jsonl")))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mmflow.dataset.opened import Dataset
-from mmflow.training.journal import read_journal
+from mmflow.training.journal import journal_at
 from tests.dataset.handmade import Handmade, write_dataset
 from tests.training.faulty_ranks import BATCH, EPOCHS, EVERY
 from tests.training.ranks import ROOT, furthest
@@ -86,7 +86,7 @@ class Trainings:
         return (self.directory / name / "error-0.txt").read_text()
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
-        return [line for line in read_journal(self.directory / name / "journal.jsonl") if line.get("event") == kind]
+        return [line for line in journal_at(str(self.directory / name / "journal.jsonl")) if line.get("event") == kind]
 
     def seen(self, name: str) -> dict[int, list[str]]:
         """Step → keys over all ranks and all attempts at the step."""
