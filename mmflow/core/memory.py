@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 SAMPLE_SECONDS = 1.0
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # of glibc's <malloc.h>
-MAX_INT = 2**31 - 1
+NEVER = -1  # as a threshold: free memory at the heap's end is never returned
 MAX_HEAP_BYTES = 32 << 20  # the largest threshold that glibc takes
 
 
@@ -57,13 +57,15 @@ def keep_freed_memory(*, grows_by: int = 0) -> None:
     """Have malloc keep freed memory for its next use. By default glibc returns a block of half a megabyte to the system
     and asks for it again a millisecond later, and the system clears its pages each time.
 
-    Blocks of up to 32 MiB are kept; with `grows_by`, blocks of any size, and the heap grows by that many bytes at once.
+    The heap's end is never returned: a threshold of 2 GiB, the largest that an int holds, was just exceeded by every
+    step of a training, whose pages the system then cleared in every step. Blocks of up to 32 MiB are kept; with
+    `grows_by`, blocks of any size, and the heap grows by that many bytes at once.
     Does nothing where malloc is not glibc's.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is None:
         return
-    set_option(TRIM_THRESHOLD, MAX_INT)
+    set_option(TRIM_THRESHOLD, NEVER)
     if grows_by:
         set_option(MMAP_MAX, 0)
         set_option(TOP_PAD, grows_by)
