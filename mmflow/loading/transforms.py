@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from mmflow.core.randomness import generator_of
 from mmflow.imaging.decode import Pixels, open_picture, read_pixels
 from mmflow.imaging.resample import PLAIN, Affine, Box, picture_of, resample
 from mmflow.loading.config import AugmentConfig, CropConfig, PoliciesConfig
@@ -35,8 +35,7 @@ def generator(seed: int, view: int, key: str, subject: Subject = "picture") -> n
 
     Each subject has its own stream, so a setting of the text does not change the pictures.
     """
-    digest = xxhash.xxh3_128_intdigest(f"{seed} {view} {subject} {key}".encode())
-    return np.random.Generator(np.random.Philox(key=digest))
+    return generator_of(f"{seed} {view} {subject} {key}")
 
 
 def choose_frames(total: int, count: int, random: np.random.Generator | None = None) -> list[int]:

@@ -19,7 +19,7 @@ from mmflow.core.config import Config
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 # 0.55 + 0.02 is 0.5700000000000001 in binary: without this, a challenger at exactly 0.57 would be refused.
 ROUNDING = 1e-9
-LOWER_IS_BETTER = ("_rank", "loss", "perplexity")
+LOWER_IS_BETTER = ("_rank", "_drop", "loss", "perplexity")
 
 Metrics = Mapping[str, float]
 
@@ -33,7 +33,7 @@ class PromoteConfig(Config):
     """Which of the two new models is the challenger."""
     metric: str = Field(pattern=r"^[^/]+/[^/]+/.+$")
     """The deciding metric, such as `unseen_variants/text_to_image/R@1`. Higher is better, unless its name ends in
-    _rank, loss or perplexity."""
+    _rank, _drop, loss or perplexity."""
     min_gain: FiniteFloat = 0.0
     """How much better than the champion the challenger must be. 0 promotes an equal; less than 0 tolerates a loss."""
     floors: dict[str, FiniteFloat] = Field(default_factory=dict)

@@ -34,7 +34,7 @@ def test_challenger_needs_its_gain(challenger, champion, min_gain, promoted):
         assert f"{challenger:.6g} against the champion's {champion:.6g}" in decision.reasons[0]
 
 
-@pytest.mark.parametrize("name", ["mean_rank", "median_rank", "perplexity", "token_loss"])
+@pytest.mark.parametrize("name", ["mean_rank", "median_rank", "perplexity", "token_loss", "R@1_drop"])
 @pytest.mark.parametrize(("challenger", "promoted"), [(4.0, True), (5.0, True), (5.1, False)])
 def test_lower_is_better_for_ranks_losses_and_perplexities(name, challenger, promoted):
     metric = f"s/text_to_image/{name}"
