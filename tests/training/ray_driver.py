@@ -15,8 +15,7 @@ from typing import Any
 from mmflow.registry.tracking import TrainingRun, mirror
 from mmflow.training import loop, workers
 from mmflow.training.job import TrainingJob
-from tests.training import faulty_ranks
-from tests.training.faulty_ranks import Training, job_of
+from tests.training.faulty_ranks import Training, job_of, run
 
 RUN = TrainingRun(experiment="faults", name="pretrain", identity="0123456789ab")
 
@@ -26,7 +25,7 @@ def meeting_faults(plan: Training, directory: Path) -> Callable[[dict[str, Train
 
     def run_worker(config: dict[str, TrainingJob]) -> None:
         loop.ASK_EVERY_SECONDS = 0.0  # at each line of the journal
-        faulty_ranks.run(plan, directory, workers._preempted)
+        run(plan, directory, workers._preempted)
 
     return run_worker
 
