@@ -56,18 +56,26 @@ def rank_several(similarity_QC: NDArray[np.floating], query_of_C: NDArray[np.int
     """
     order = np.argsort(query_of_C, kind="stable")
     bounds = np.searchsorted(query_of_C[order], np.arange(len(similarity_QC) + 1))
-    ranks = np.zeros(len(similarity_QC), dtype=np.int64)
-    precision = np.zeros(len(similarity_QC))
+    before_C = np.zeros(len(query_of_C), dtype=np.int64)
     for query, scores_C in enumerate(similarity_QC):
         own = order[bounds[query] : bounds[query + 1]]
         wrong = np.sort(np.delete(scores_C, own))  # NaN comes last
         below = np.searchsorted(wrong, scores_C[own], side="left")
         below[np.isnan(scores_C[own])] = 0
-        before = np.sort(len(wrong) - below)  # wrong candidates before each right one, the best right one first
-        place = np.arange(1, len(own) + 1)
-        ranks[query] = 1 + before[0]
-        precision[query] = (place / (place + before)).mean()
-    return QueryRanks(ranks, precision)
+        before_C[own] = len(wrong) - below
+    return ranks_of_several(before_C, query_of_C)
+
+
+def ranks_of_several(before_C: NDArray[np.integer], query_of_C: NDArray[np.integer]) -> QueryRanks:
+    """From the number of wrong candidates that come before each right one, where candidate c is right for
+    `query_of_C[c]`, and every query has at least one."""
+    order_C = np.lexsort((before_C, query_of_C))
+    before_C = before_C[order_C]
+    counts_Q = np.bincount(query_of_C)
+    starts_Q = np.cumsum(counts_Q) - counts_Q
+    number_C = np.arange(1, len(before_C) + 1) - np.repeat(starts_Q, counts_Q)  # from 1, of a query's right ones
+    precision_Q = np.add.reduceat(number_C / (number_C + before_C), starts_Q) / counts_Q
+    return QueryRanks(1 + before_C[starts_Q], precision_Q)
 
 
 def nearest(similarity_QC: NDArray[np.floating], count: int, axis: int) -> NDArray[np.bool_]:

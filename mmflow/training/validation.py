@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmflow.learning.objectives import ObjectivesConfig
-from mmflow.learning.retrieval import BLOCK, QueryRanks, ranks_of_right, retrieval_metrics
+from mmflow.learning.retrieval import retrieval_metrics
 from mmflow.learning.rows import gather_rows
+from mmflow.learning.tiled_ranks import Share, ranks_both_ways
 from mmflow.loading.batches import Batch
 from mmflow.loading.loader import START, Loader
 from mmflow.loading.plan import num_steps
@@ -30,7 +31,7 @@ from mmflow.training.journal import Journal
 from mmflow.training.metrics import uncompiled
 from mmflow.training.optimizers import averages_in_place
 
-# Shapes: B rows of this rank, N samples of all ranks, Q queries, E the width of the shared space.
+# Shapes: B rows of this rank, N samples of all ranks, E the width of the shared space.
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 RECALL_AT = (1, 5)
@@ -200,18 +201,15 @@ def _recalls(image_BE: Tensor, text_BE: Tensor, real_B: Tensor) -> dict[str, flo
     """How often a caption finds its image among the samples of all ranks, and an image its caption. Collective."""
     real_N = gather_rows(real_B.to(torch.uint8)).bool()
     image_NE, text_NE = gather_rows(image_BE.float())[real_N], gather_rows(text_BE.float())[real_N]
-    own_Q = torch.arange(dist.get_rank(), len(image_NE), dist.get_world_size(), device=image_NE.device)
+    share = Share(dist.get_rank(), dist.get_world_size(), _summed_over_ranks)
+    found = ranks_both_ways(text_NE, image_NE, np.arange(len(image_NE)), rounding=ROUNDING, share=share)
     metrics: dict[str, float] = {}
-    both_ways = (text_NE, image_NE), (image_NE, text_NE)
-    for direction, (queries_NE, candidates_NE) in zip(DIRECTIONS, both_ways, strict=True):
-        own_ranks = [np.zeros(0, np.int64)]
-        for right_Q in torch.split(own_Q, BLOCK):
-            similarity_QN = queries_NE[right_Q] @ candidates_NE.T
-            similarity_QN[torch.arange(len(right_Q)), right_Q] -= ROUNDING
-            own_ranks.append(ranks_of_right(similarity_QN.cpu().numpy(), right_Q.cpu().numpy()))
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, np.concatenate(own_ranks))
-        ranks = np.concatenate(gathered)
-        recalls = retrieval_metrics(QueryRanks(ranks, 1 / ranks), RECALL_AT)
+    for direction, queries in zip(DIRECTIONS, (found.text_to_image, found.image_to_text), strict=True):
+        recalls = retrieval_metrics(queries, RECALL_AT)
         metrics |= {f"{direction}/R@{k}": recalls[f"R@{k}"] for k in RECALL_AT}
     return metrics
+
+
+def _summed_over_ranks(part: Tensor) -> Tensor:
+    dist.all_reduce(part)
+    return part
