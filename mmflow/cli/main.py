@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from mmflow import __version__
 from mmflow.cli.models import QUICKSTART, models, read_recipe
+from mmflow.cli.search import search
 from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.stages.loop import STAGES, Loop
 
@@ -32,6 +33,7 @@ selfcheck = typer.Typer(no_args_is_help=True, help="Checks on your own cluster, 
 app.add_typer(models, name="models")
 app.add_typer(selfcheck, name="selfcheck")
 app.add_typer(cluster, name="cluster")
+app.command("search", epilog='Example: mmflow search workspace/quickstart "a red apple"')(search)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
 Overrides = Annotated[

@@ -88,7 +88,7 @@ def test_a_stage_that_cannot_begin_says_what_to_do(recipe: str, tmp_path: Path) 
 
 COMMANDS = [
     *((stage,) for stage in STAGES),
-    *((command,) for command in ("run", "schedule", "verify", "adopt", "describe")),
+    *((command,) for command in ("run", "schedule", "search", "verify", "adopt", "describe")),
     *(("models", command) for command in ("list", "show", "rollback", "import", "export")),
     *(("cluster", "check"), ("selfcheck", "gradients")),
 ]
