@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from mmflow.dataset.reader import Reader, Sample
 from mmflow.imaging.header import FORMATS, JPEGS, probe, without_notes
 from mmflow.inference.predict import Predictor
 from mmflow.inference.scores import Block, Scores, Side
+from mmflow.learning.nearest import nearest_in_tiles
 from mmflow.models.package import LoadedModel, load_package, read_config, read_package
 from mmflow.sources.reasons import Rejected
 
@@ -160,21 +161,22 @@ def best_rows(blocks: Iterable[Block], query_W: Floats, top: int) -> Best:
 
     Raises CorruptArtifactError for embeddings of another width than the query's.
     """
+    seen = [NONE.positions_K]
+
+    def vectors() -> Iterator[NDArray[np.floating]]:
+        for positions_N, vectors_NW in blocks:
+            if vectors_NW.shape[1] != len(query_W):
+                raise CorruptArtifactError(
+                    f"embeddings {vectors_NW.shape[1]} wide in the scores, but the query's is {len(query_W)} wide; "
+                    "score the dataset again"
+                )
+            seen.append(positions_N)
+            yield vectors_NW
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # A float32 sum depends on where in its block a row stands: equal rows would not get equal scores.
-    query = torch.from_numpy(query_W).to(device, torch.float64)
-    best = NONE
-    for positions_N, vectors_NW in blocks:
-        if vectors_NW.shape[1] != len(query):
-            raise CorruptArtifactError(
-                f"embeddings {vectors_NW.shape[1]} wide in the scores, but the model's are {len(query)} wide; "
-                "score the dataset again"
-            )
-        scores_N = (torch.tensor(vectors_NW).to(device, torch.float64) @ query).float().nan_to_num(-torch.inf)
-        least = scores_N.topk(min(top, len(scores_N))).values[-1]
-        kept = ((scores_N >= least) & scores_N.isfinite()).nonzero()[:, 0]
-        best = merge([best, Best(scores_N[kept].cpu().numpy(), positions_N[kept.cpu().numpy()])], top)
-    return best
+    places_1K, scores_1K = nearest_in_tiles(query_W[None], vectors(), top, device=device)
+    finite = np.isfinite(scores_1K[0])
+    return merge([Best(scores_1K[0, finite], np.concatenate(seen)[places_1K[0, finite]])], top)
 
 
 def merge(parts: Sequence[Best], top: int) -> Best:
