@@ -52,7 +52,7 @@ def _compare(name: str, whole: Path, overrides: list[str]) -> list[Row]:
     entries = list(data.read(records))
     images = [(records.parent / entry["image"]).resolve() for entry in entries]
     count = len(entries)
-    start = data.share_of(records, START_RECORDS)
+    start = data.share_of(records, min(START_RECORDS, count))
     table = SCRATCH / "runs" / "urls.parquet"
     table.parent.mkdir(parents=True, exist_ok=True)
     captions = [entry["captions"][0]["text"] if entry["captions"] else "" for entry in entries]

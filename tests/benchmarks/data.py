@@ -48,9 +48,9 @@ def jpegs() -> Path:
 
 
 def share_of(records: Path, count: int) -> Path:
-    """The records.jsonl of about `count` records, evenly spread over a set; the set itself if it is not larger."""
+    """The records.jsonl of `count` records, spread evenly over a set; a smaller set is repeated under other keys."""
     everything = list(read(records))
-    if count >= len(everything):
+    if count == len(everything):
         return records
     name = hashlib.sha256(str(records).encode()).hexdigest()[:8]
     directory = SCRATCH / "shares" / f"{name}-{count}"
@@ -59,7 +59,10 @@ def share_of(records: Path, count: int) -> Path:
         if (records.parent / folder).exists() and not (directory / folder).is_symlink():
             (directory / folder).symlink_to(records.parent / folder)
     step = len(everything) / count
-    write(directory / "records.jsonl", [everything[int(number * step)] for number in range(count)])
+    chosen = [everything[int(number * step)] for number in range(count)]
+    if step < 1:
+        chosen = [{**record, "key": f"{record['key']}-{number}"} for number, record in enumerate(chosen)]
+    write(directory / "records.jsonl", chosen)
     return directory / "records.jsonl"
 
 

@@ -83,6 +83,11 @@ def call(function: str, **arguments: Any) -> Any:
     return json.loads(next(line for line in reversed(lines) if line.startswith(RESULT)).removeprefix(RESULT))
 
 
+def rate_after_start(many: tuple[int, float], few: tuple[int, float]) -> float:
+    """Rows a second of a run over many rows and one over few, each (rows, seconds): what both take to start cancels."""
+    return (many[0] - few[0]) / (many[1] - few[1])
+
+
 def mmflow(*arguments: str, watch: bool = False) -> Finished:
     """The command line, as a user runs it."""
     return run_command([sys.executable, "-m", "mmflow.cli.main", *arguments], watch=watch)

@@ -1,4 +1,4 @@
-"""The peers' own environment: img2dataset asks for other versions of packages than mmflow does."""
+"""The peers' own environments: img2dataset and clip-retrieval ask for other versions than mmflow and each other do."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from typing import Any
 
 from tests.benchmarks.measure import CORES, SCRATCH, Finished, run_command
 
-PINS = Path(__file__).with_name("peers.txt")
-ENVIRONMENT = SCRATCH / "peers"
+PINS = {name: Path(__file__).with_name(f"{name}.txt") for name in ("peers", "peers_clip_retrieval")}
+_CLIP_MODELS = SCRATCH / "clip-models"
 
 
 def version(package: str) -> str:
-    """The pinned version of a peer."""
-    lines = PINS.read_text().splitlines()
+    """The pinned version of a peer, in the first environment that has it."""
+    lines = [line for pins in PINS.values() for line in pins.read_text().splitlines()]
     return next(line.partition("==")[2] for line in lines if line.lower().startswith(f"{package.lower()}=="))
 
 
-def python() -> Path:
-    """The peers' interpreter, installed at the first call. Raises RuntimeError if pip cannot install them."""
-    done = ENVIRONMENT / "installed.txt"
-    if not done.exists() or done.read_text() != PINS.read_text():
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        print(f"installing the peers into {ENVIRONMENT} (a minute, once)", flush=True)
-        run_command([sys.executable, "-m", "venv", str(ENVIRONMENT)])
-        pip = [str(ENVIRONMENT / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-        run_command([*pip, "--requirement", str(PINS)])
-        done.write_text(PINS.read_text())
-    return ENVIRONMENT / "bin" / "python"
+def python(name: str = "peers") -> Path:
+    """An environment's interpreter, installed at the first call. Raises RuntimeError if pip cannot install it."""
+    pins, environment = PINS[name].read_text(), SCRATCH / name
+    done = environment / "installed.txt"
+    if not done.exists() or done.read_text() != pins:
+        shutil.rmtree(environment, ignore_errors=True)
+        print(f"installing {name} into {environment} (minutes, once)", flush=True)
+        run_command([sys.executable, "-m", "venv", str(environment)])
+        pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        run_command([*pip, "--requirement", str(PINS[name])])
+        done.write_text(pins)
+    return environment / "bin" / "python"
 
 
 def img2dataset(table: Path, output: Path, *, side: int, quality: int, max_pixels: int) -> Finished:
@@ -60,6 +61,47 @@ def img2dataset(table: Path, output: Path, *, side: int, quality: int, max_pixel
     # them from their header. Albumentations would ask its home for a newer version.
     limits = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(max_pixels), "NO_ALBUMENTATIONS_UPDATE": "1"}
     return run_command(command, env=limits)
+
+
+def clip_retrieval_model(config: dict[str, Any], name: str) -> str:
+    """The name by which clip-retrieval finds an open_clip model of this configuration, with random weights; made once.
+
+    Nothing can be downloaded by a benchmark, and weights change no speed.
+    """
+    description, weights = _CLIP_MODELS / f"{name}.json", _CLIP_MODELS / f"{name}.pt"
+    if not weights.exists() or json.loads(description.read_text()) != config:
+        weights.unlink(missing_ok=True)
+        _CLIP_MODELS.mkdir(parents=True, exist_ok=True)
+        description.write_text(json.dumps(config))
+        _run_clip_retrieval("weights", name, str(weights.with_suffix(".staged")))
+        weights.with_suffix(".staged").rename(weights)
+    return f"open_clip:{name}/{weights}"  # as clip-retrieval's author says in its issue 372
+
+
+def clip_retrieval(shards: Path, output: Path, *, model: str, batch: int, count: int) -> float:
+    """Embed a folder of tars; samples a second from the first batch read to the last embedded, by its own statistics.
+
+    So its imports, the loading of the model, its warm-up, and the writing of the embeddings at the end are not counted.
+    Raises RuntimeError if it did not embed `count` samples.
+    """
+    tars = sorted(path.stem for path in shards.glob("*.tar"))
+    options = {
+        "input_dataset": f"{shards}/{{{tars[0]}..{tars[-1]}}}.tar",
+        "input_format": "webdataset",
+        "output_folder": output,
+        "clip_model": model,
+        "batch_size": batch,
+    }
+    _run_clip_retrieval("inference", *(f"--{name}={value}" for name, value in options.items()))
+    (statistics,) = (json.loads(path.read_text()) for path in (output / "stats").glob("*.json"))
+    if statistics["sample_count"] != count:
+        raise RuntimeError(f"clip-retrieval counts {statistics['sample_count']} of {count} samples")
+    return float(count / statistics["total_duration"])
+
+
+def _run_clip_retrieval(*arguments: str) -> None:
+    command = [str(python("peers_clip_retrieval")), str(Path(__file__).with_name("peers_clip_retrieval.py"))]
+    run_command([*command, *arguments], env={"OPEN_CLIP_MODELS": str(_CLIP_MODELS)})
 
 
 def call_peer(program: str, **arguments: Any) -> Any:

@@ -60,10 +60,21 @@ def test_a_share_of_a_set_is_spread_over_it_and_finds_its_images(tmp_path: Path)
     assert (share.parent / "images/5.png").read_bytes() == b"five"
 
 
+def test_a_smaller_set_is_repeated_under_other_keys(tmp_path: Path) -> None:
+    data.write(tmp_path / "records.jsonl", [{"key": key, "image": f"images/{key}.png"} for key in "ab"])
+    records = list(data.read(data.share_of(tmp_path / "records.jsonl", 4)))
+    assert [record["image"] for record in records] == ["images/a.png"] * 2 + ["images/b.png"] * 2
+    assert len({record["key"] for record in records}) == 4
+
+
+def test_a_rate_after_the_start_is_that_of_the_rows_between_two_runs() -> None:
+    assert measure.rate_after_start(many=(900, 12.0), few=(300, 9.0)) == 200
+
+
 def test_peers_are_pinned_exactly() -> None:
-    lines = [line for line in peers.PINS.read_text().splitlines() if not line.startswith("#")]
-    assert all("==" in line for line in lines)
-    assert peers.version("img2dataset") == "1.47.0"
+    lines = [line for pins in peers.PINS.values() for line in pins.read_text().splitlines()]
+    assert all("==" in line for line in lines if not line.startswith("#"))
+    assert (peers.version("img2dataset"), peers.version("clip_retrieval")) == ("1.47.0", "2.45.0")
 
 
 def test_an_unknown_subject_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
