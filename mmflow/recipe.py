@@ -13,13 +13,13 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
-from mmflow.core.config import Config
+from mmflow.core.config import Config, Uri
 from mmflow.core.errors import RecipeError
 from mmflow.core.storage import local_path
 from mmflow.corpora import ONE_CORPUS, SEVERAL_CORPORA, CorporaConfig
 from mmflow.dataset.config import ShardConfig
 from mmflow.evaluation.config import EvaluateConfig
-from mmflow.inference.score import ScoreConfig
+from mmflow.inference.config import ScoreConfig
 from mmflow.registry.gate import PromoteConfig
 from mmflow.training.config import DistillConfig, PretrainConfig, StartedConfig
 
@@ -77,11 +77,47 @@ class Recipe(Config):
         return self
 
 
+class ScoreRecipe(Config):
+    """The settings of a scoring alone: any datasets by any model."""
+
+    workspace: Uri
+    """Where results and scores go: a path, s3:// or gs://."""
+    score: ScoreConfig
+
+    @model_validator(mode="after")
+    def _says_what(self) -> ScoreRecipe:
+        if self.score.datasets is None:
+            raise ValueError("score.datasets: missing; name the datasets")
+        return self
+
+
 def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a YAML file with `dotted.key=value` overrides. A local workspace is made absolute.
 
     Raises RecipeError: one line with the file, the key, the value seen and what to do.
     """
+    recipe = _load(Recipe, path, read_fields(path, overrides))
+    workspace = local_path(recipe.workspace)
+    return recipe.model_copy(update={"workspace": str(workspace)}) if workspace else recipe
+
+
+def load_scoring(path: str, overrides: Sequence[str] = ()) -> Recipe | ScoreRecipe:
+    """The recipe of a loop, or one that has the sections of `ScoreRecipe` alone. Raises as `load_recipe`."""
+    fields = read_fields(path, overrides)
+    if fields.keys() <= ScoreRecipe.model_fields.keys():
+        return _load(ScoreRecipe, path, fields)
+    return load_recipe(path, overrides)
+
+
+def _load(kind: type[Section], path: str, fields: Mapping[str, Any]) -> Section:
+    try:
+        return validated(kind, fields)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def read_fields(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a recipe's file, with overrides, as they are written. Raises RecipeError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -93,15 +129,10 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is a {type(fields).__name__}")
     for override in overrides:
         _override(fields, override)
-    try:
-        recipe = validated(Recipe, fields)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
-    workspace = local_path(recipe.workspace)
-    return recipe.model_copy(update={"workspace": str(workspace)}) if workspace else recipe
+    return fields
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe | ScoreRecipe) -> str:
     """The recipe as YAML, every default spelled out."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,15 @@ settings.load_profile("mmflow")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two processes that share them neither is done long before the other."""
     items.sort(key=lambda item: not {item.path.stem, item.path.parent.name}.intersection(LONGEST))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Models run on Ray only in tests that ask for it, whichever test has started it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "ray_cluster" not in getattr(item, "fixturenames", ()):
+            patch.setattr("mmflow.inference.runner.on_ray", lambda: False)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

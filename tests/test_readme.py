@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from mmflow.cli.main import app
-from mmflow.recipe import load_recipe
+from mmflow.recipe import ScoreRecipe, load_recipe, validated
 from mmflow.training.check import check_training
 from tests.tiny import tiny_fields, write_recipe, write_shapes
 
@@ -34,6 +34,10 @@ ELSEWHERE = {
     "mmflow models import downloads/clip-vit-base-patch32 models/clip": "tests/cli/test_cli.py",
     "mmflow models export models/clip exported/clip": "tests/cli/test_cli.py",
     "mmflow models export models/clip exported/clip-onnx --format onnx": "tests/cli/test_cli.py",
+    "mmflow score --dataset workspace/openclipart/shard/* --model workspace/drawings/pretrain/*/package "
+    "--tasks caption --output workspace/drawings": "tests/inference/test_tasks.py",
+    "mmflow score --dataset workspace/easy_vqa/shard/* --model workspace/easy_vqa/pretrain/*/package "
+    "--tasks answer --output workspace/easy_vqa": "tests/inference/test_tasks.py",
     "mmflow schedule pipelines/nightly.yaml": "test_the_scheduler_starts_and_stops",
 }
 
@@ -60,6 +64,7 @@ def test_readme_shows_commands_of_every_kind() -> None:
         "make test",
         "mmflow run",
         "mmflow score",
+        "mmflow search",
         "mmflow models rollback",
         "mmflow verify",
         "mmflow describe",
@@ -74,11 +79,15 @@ def test_an_mmflow_command_of_readme_succeeds(command: str, recipe: str, capsys:
     words = shlex.split(re.sub(r"pipelines/(quickstart|recipes/\w+)\.yaml", recipe, command))[1:]
     words = [word.replace("distill.training.epochs=20", "distill.training.epochs=1") for word in words]
     datasets = [str(path) for path in Path(workspace, "shard").iterdir()]
-    words = [word.replace("workspace/quickstart/shard/*", datasets[0]) for word in words]
+    words = [re.sub(r"workspace/(quickstart|openclipart)/shard/\*", datasets[0], word) for word in words]
+    words = [re.sub(r"^workspace/quickstart(?=/|$)", workspace, word) for word in words]
+    words = [word.replace("openmoji-dual-encoder@", "tiny-dual-encoder@") for word in words]
     if words[0] == "adopt":
         words[1:3] = [f"{workspace}/theirs", f"{datasets[0]}/shards/{{00000..00001}}.tar"]
     assert not app(words, standalone_mode=False)
-    assert capsys.readouterr().out.strip()
+    printed = capsys.readouterr().out.split()
+    assert printed
+    assert all(Path(word).exists() for word in printed if word.startswith(workspace))
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("python")])
@@ -103,6 +112,8 @@ def test_the_recipes_in_readme_and_beside_it_are_valid(tmp_path: Path) -> None:
     assert load_recipe(write_recipe(tmp_path / "own.yaml", fields)).shard.sources[0].uri.startswith("s3://")
     for path in (ROOT / "pipelines").rglob("*.yaml"):
         assert load_recipe(str(path)).name == path.stem
+    (scoring,) = [block for block in BLOCKS if block.startswith("workspace:")]
+    assert validated(ScoreRecipe, yaml.safe_load(scoring)).score.tasks.neighbours is not None
 
 
 @pytest.mark.parametrize("fragment", [block for block in BLOCKS if block.startswith("pretrain:")])

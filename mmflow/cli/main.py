@@ -7,19 +7,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from mmflow import __version__
-from mmflow.cli.models import QUICKSTART, models, read_recipe
+from mmflow.cli.common import Overrides, Submit, print_artifact, print_error, read_recipe, submit_recipe
+from mmflow.cli.models import QUICKSTART, models
+from mmflow.cli.score import score
 from mmflow.cli.search import search
 from mmflow.core.errors import MisuseError, MmflowError
 from mmflow.stages.loop import STAGES, Loop
-
-if TYPE_CHECKING:
-    from mmflow.core.artifacts import Artifact
 
 app = typer.Typer(
     add_completion=False,
@@ -36,12 +35,6 @@ app.add_typer(cluster, name="cluster")
 app.command("search", epilog='Example: mmflow search workspace/quickstart "a red apple"')(search)
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Settings in place of the recipe's.")
-]
-Submit = Annotated[
-    str | None, typer.Option("--submit", metavar="ADDRESS", help="Run as a Ray job there, e.g. http://head:8265.")
-]
 DatasetUris = Annotated[list[str], typer.Argument(metavar="DATASET…", help="Directories or URIs of datasets.")]
 
 
@@ -61,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _print_error("stopped; the same command continues from what is committed")
+        print_error("stopped; the same command continues from what is committed")
         code = 130
     except TyperException as error:
         code = _fail(error.format_message(), 2)
@@ -84,12 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(message: str, code: int) -> int:
     if os.environ.get("MMFLOW_DEBUG"):
         traceback.print_exc()
-    _print_error(f"error: {' '.join(message.split())}")
+    print_error(f"error: {' '.join(message.split())}")
     return code
-
-
-def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -122,9 +111,9 @@ def _stage_command(name: str) -> Callable[..., None]:
         loop = Loop(read_recipe(recipe, overrides))
         loop.check((name,))
         if submit:
-            _submit(loop, name, submit)
+            submit_recipe(submit, name, loop.plan(name), loop.recipe)
         artifact = loop.run(name)
-        _print_artifact(name, artifact)
+        print_artifact(name, artifact)
         print(f"  {STAGES[name].summary(artifact.manifest)}")
         if artifact.manifest.get("decision") == "refused":
             for reason in artifact.manifest["reasons"]:
@@ -134,27 +123,7 @@ def _stage_command(name: str) -> Callable[..., None]:
     return command
 
 
-def _print_artifact(name: str, artifact: Artifact) -> None:
-    print(f"{name}: {'built' if artifact.built else 'already committed'}: {artifact.uri}")
-
-
-def _submit(loop: Loop, name: str, address: str) -> None:
-    from mmflow.cluster.jobs import submit_stage
-    from mmflow.recipe import dump_recipe
-
-    stage, workspace = loop.plan(name), loop.recipe.workspace
-    submit_stage(
-        address,
-        stage=name,
-        identity=stage.identity,
-        recipe_text=dump_recipe(loop.recipe),
-        code=Path(__file__).parents[2],
-        committed=lambda: stage.committed(workspace) is not None,
-        on_line=_print_error,
-    )
-
-
-for _name in STAGES:
+for _name in STAGES.keys() - {"score"}:
     app.command(_name, epilog=f"Example: mmflow {_name} pipelines/quickstart.yaml")(_stage_command(_name))
 
 
@@ -174,6 +143,9 @@ def selfcheck_gradients(recipe: RecipePath, overrides: Overrides = None) -> None
         raise MmflowError(
             f"{recipe}: {different} gradients differ from those of one process; train on one worker, and report this"
         )
+
+
+app.command("score", epilog="Example: mmflow score pipelines/quickstart.yaml")(score)
 
 
 # --- datasets and clusters ------------------------------------------------------------------------------------------
@@ -228,7 +200,7 @@ def adopt(
             skip_damaged=skip_damaged,
             progress=lambda done, total: report(done, total, "tars"),
         )
-    _print_artifact("adopt", artifact)
+    print_artifact("adopt", artifact)
     totals = artifact.manifest["totals"]
     print(f"  {totals['samples']:,} samples in {len(artifact.manifest['shards'])} shards")
     for reason, count in totals["reasons"].items():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from mmflow.cli.common import read_recipe
 from mmflow.core.errors import MmflowError
 
 if TYPE_CHECKING:
@@ -22,13 +22,6 @@ models = typer.Typer(
     no_args_is_help=True,
     help="Versions of a model: list, show, rollback. Model packages from and to other formats: import, export.",
 )
-
-
-def read_recipe(path: str, overrides: Sequence[str] | None = None) -> Recipe:
-    """The recipe of a file, with overrides."""
-    from mmflow.recipe import load_recipe
-
-    return load_recipe(path, overrides or [])
 
 
 def _versions(recipe: Recipe) -> tuple[Version, ...]:

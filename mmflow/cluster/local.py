@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; if unset, Ray warns at each task
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks that nobody waits for after another one has failed
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray's C++ side writes to the terminal; each line is in the log files too
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -87,8 +88,8 @@ def cluster_resources(kind: str) -> float:
 def _quieten() -> None:
     from ray.data import DataContext
 
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it logs as an error it raises too
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -31,12 +31,9 @@ class Config(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what is made, as JSON values: those marked OPERATIONAL are left out."""
-        fields = self.model_dump(mode="json")
-        kept = {}
-        for name, field in type(self).model_fields.items():
-            if name in fields and OPERATIONAL not in field.metadata:
-                kept[name] = _identity(getattr(self, name), fields[name])
-        return kept
+        left_out = {name for name, field in type(self).model_fields.items() if OPERATIONAL in field.metadata}
+        fields = self.model_dump(mode="json", exclude=left_out)
+        return {name: _identity(getattr(self, name), value) for name, value in fields.items()}
 
 
 def _identity(value: Any, dumped: Any) -> Any:

@@ -59,7 +59,7 @@ def find(uri: str) -> list[Place]:
         above = _literal_parent(alternative)
         matches = list(_matches(above, name_below(alternative, above).split("/")))
         if not matches:
-            raise MisuseError(f"{alternative}: no such file; it is named in `sources`")
+            raise MisuseError(f"{alternative}: no such file; correct its path")
         for match in matches:
             places.setdefault(match.uri, Place(match.uri, base, match.is_directory))
     return list(places.values())

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,15 @@ class Sample:
     captions: tuple[Caption, ...]
     metadata: dict[str, object]
     frames: tuple[bytes, ...] = ()  # a clip's frames after the first, which is its image
+
+
+class Attempt(NamedTuple):
+    """What came of reading one row: a sample, or the error."""
+
+    row: int
+    key: str
+    sample: Sample | None
+    error: Exception | None
 
 
 class Reader:
@@ -118,6 +127,17 @@ class Reader:
         read = opened.scanning_read()
         for row in range(first, stop):
             yield opened.members(row, read)
+
+    def attempts(self, shard: int, first: int, stop: int, *, image: bool = True) -> Iterator[Attempt]:
+        """The samples of rows first…stop-1, each with its key or what is wrong with it; the others are read all the
+        same. Without `image`, pictures are not read and empty. Raises MissingArtifactError for a shard that is gone."""
+        opened = self._opened(shard)
+        read = opened.scanning_read()
+        for row in range(first, stop):
+            try:
+                yield Attempt(row, opened.key(row), self._parse(opened.members(row, read, image=image)), None)
+            except (CorruptArtifactError, ValueError) as error:
+                yield Attempt(row, opened.key(row), None, error)
 
     def texts(self, *, skip_corrupt: bool = False) -> Iterator[Sample]:
         """Every sample without its picture, which is not read: `image` is empty.

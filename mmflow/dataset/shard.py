@@ -217,6 +217,11 @@ class OpenShard:
                 raise self._corrupt(f"frame {number + 1}", row, key)
         return Members(key, image, records.extensions[extension], txt, body, tuple(frames))
 
+    def key(self, row: int) -> str:
+        """A row's key, from the index alone."""
+        start, size = self.records.table[row][["key_start", "key_bytes"]]
+        return self.records.keys[start : start + size].decode()
+
     def _corrupt(self, member: str, row: int, key: str) -> CorruptArtifactError:
         return CorruptArtifactError(
             f"{self.uri}: {member} of row {row} ({key}) is not what was written; run `mmflow verify {self.dataset}`"

@@ -14,9 +14,10 @@ from itertools import combinations
 from typing import Literal
 
 from mmflow.core.errors import RecipeError
-from mmflow.evaluation.classification import predicted
-from mmflow.evaluation.examination import SEED, Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
-from mmflow.inference.generation import WritingConfig, write_texts
+from mmflow.evaluation.examination import Examination, Metrics, Outcome, Rows, Subject, Trained, spread
+from mmflow.inference.generation import WritingConfig
+from mmflow.inference.result import Gives, Result
+from mmflow.inference.tasks.answer import Answer
 from mmflow.training.config import tasks_of
 
 MOST_ANSWERS = 40  # commonest answers, each with its accuracy
@@ -130,16 +131,17 @@ class AnsweringConfig(WritingConfig):
     """The likeliest token at each step; the likeliest text among several; or tokens drawn from the likeliest."""
 
 
+def _asks(section: AnsweringConfig, languages: Sequence[str], gives: Gives) -> tuple[Result, ...]:
+    return (Answer(**section.model_dump()),)
+
+
 def _answer(subject: Subject, section: AnsweringConfig) -> Outcome:
-    model, questions = subject.model, subject.rows.questions
-    samples = [subject.rows.samples[question.row] for question in questions]
+    (result,) = _asks(section, (), subject.gives)
+    by_row = subject.column(result, "answers").to_pylist()
+    questions = subject.rows.questions
     texts = [question.text for question in questions]
     people = [question.answers for question in questions]
-    if "class_logits" in model.gives:
-        classes = predicted(model.class_scores(samples, texts))
-        answers = [model.loaded.classes[number] if number >= 0 else "" for number in classes]
-    else:
-        answers = write_texts(model, samples, texts, section, SEED)
+    answers = [by_row[question.row][question.number] for question in questions]
     shown = [
         {
             **subject.rows.reference(questions[place].row),
@@ -173,10 +175,12 @@ def _check_taught(section: AnsweringConfig, trained: Trained) -> None:
 
 
 ANSWERING = Examination(
-    needs=(Gives({"fused", "class_logits"}), Gives({"fused", "decoded from the question"})),
-    remedy="a fusion, and the head classes or a decoder with memory: fused",
+    needs=Answer.needs,
+    remedy=Answer.remedy,
+    asks=_asks,
     examine=_answer,
     chance=_chance,
     check=_check_taught,
+    check_rows=lambda rows: rows.questions,
     reads_captions=None,
 )

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field
 
 from mmflow.core.config import Config
-from mmflow.evaluation.examination import Examination, Gives, Outcome, Subject, spread
+from mmflow.evaluation.examination import Examination, Outcome, Subject, spread
+from mmflow.inference.result import Gives
 
 
 class AttentionConfig(Config):
@@ -25,7 +26,7 @@ def _look(subject: Subject, section: AttentionConfig) -> Outcome:
     shown: list[dict[str, Any]] = []
     for place in spread(len(captions.pictures), section.rows):
         row, caption = captions.pictures[place], captions.texts_of_picture[place][0]
-        looked = look(subject.model, rows.samples[row], caption)
+        looked = look(subject.predictor, rows.with_picture(row), caption)
         shown.append(
             {
                 **rows.reference(row),

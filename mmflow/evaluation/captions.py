@@ -17,8 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmflow.core.errors import MisuseError, RecipeError
-from mmflow.evaluation.examination import SEED, Examination, Gives, Metrics, Outcome, Rows, Subject, Trained, spread
-from mmflow.inference.generation import WritingConfig, write_texts
+from mmflow.evaluation.examination import Examination, Metrics, Outcome, Rows, Subject, Trained, spread
+from mmflow.inference.generation import WritingConfig
+from mmflow.inference.result import Gives, Result
+from mmflow.inference.tasks.caption import Caption
+from mmflow.inference.tasks.perplexity import Perplexity
 
 Words = list[str]
 References = Sequence[Sequence[str]]  # the texts of people, at least one a caption
@@ -173,11 +176,19 @@ def perplexity_metrics(losses_N: NDArray[np.floating], tokens_N: NDArray[np.inte
 # --- the examination ------------------------------------------------------------------------------------------------
 
 
+def _asks(section: WritingConfig, languages: Sequence[str], gives: Gives) -> tuple[Result, ...]:
+    return Caption(**section.model_dump()), Perplexity(language=languages[0])
+
+
 def _write(subject: Subject, section: WritingConfig) -> Outcome:
     """Captions written by the decoder against people's, and how likely it finds theirs."""
     rows, captions = subject.rows, subject.rows.main_captions
-    written = write_texts(subject.model, [rows.samples[row] for row in captions.pictures], None, section, SEED)
-    losses, tokens = subject.model.token_losses([rows.samples[row] for row in captions.rows], captions.texts)
+    write, read = _asks(section, [subject.language], subject.gives)
+    by_row = subject.column(write, "written_captions").to_pylist()
+    written = [by_row[row][0] for row in captions.pictures]
+    losses, tokens = (
+        subject.column(read, name).combine_chunks().flatten().to_numpy() for name in ("caption_nats", "caption_tokens")
+    )
     people = captions.texts_of_picture
     shown = [
         {**rows.reference(captions.pictures[place]), "caption": written[place], "people": people[place]}
@@ -203,8 +214,9 @@ def _check_sacrebleu(section: WritingConfig, trained: Trained) -> None:
 
 
 CAPTIONS = Examination(
-    needs=(Gives({"decoded from the image"}),),
-    remedy="a decoder with memory: image",
+    needs=Caption.needs,
+    remedy=Caption.remedy,
+    asks=_asks,
     examine=_write,
     chance=_chance,
     check=_check_sacrebleu,

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
 
 from mmflow.core.config import Config
 from mmflow.core.errors import RecipeError
-from mmflow.evaluation.examination import Examination, Gives, Metrics, Outcome, Rows, Subject, Trained
+from mmflow.evaluation.examination import Examination, Metrics, Outcome, Rows, Subject, Trained
+from mmflow.inference.result import Gives, Result
+from mmflow.inference.tasks.classify import Classify
+from mmflow.inference.tasks.embed import ImageEmbeddings
+from mmflow.inference.tasks.zero_shot import ClassTexts, ZeroShot
 from mmflow.training.config import tasks_of
 
 # Shapes: N rows, C classes.
@@ -22,14 +25,15 @@ CONFUSION_CLASSES = 40  # nobody reads a table of more
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
-def predicted(scores_NC: NDArray[np.floating]) -> NDArray[np.int64]:
-    """(N,) the class with the best score; -1 where several share it or one score is not a number.
+def clear_first(subject: Subject, result: Result, names: str, scores: str) -> list[str | None]:
+    """The best class of each row; None where two share the first place, or a score is not a number.
 
     Otherwise a model that scores all classes alike would answer the first one, and be right as often as it is common.
     """
-    best_N1 = scores_NC.max(axis=1, keepdims=True, initial=-np.inf)  # NaN where any is NaN
-    clear_N = (scores_NC == best_N1).sum(axis=1) == 1
-    return np.where(clear_N, scores_NC.argmax(axis=1), -1).astype(np.int64)
+    best, values = subject.column(result, names).to_pylist(), subject.column(result, scores).to_pylist()
+    return [
+        own[0] if len(own) == 1 or theirs[0] > theirs[1] else None for own, theirs in zip(best, values, strict=True)
+    ]
 
 
 def confusion(answers_N: NDArray[np.integer], right_N: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
@@ -81,51 +85,38 @@ def numbers(names: Sequence[str], labels: Sequence[str | None]) -> NDArray[np.in
 
 
 def metrics_of(
-    scores_NC: NDArray[np.floating], names: Sequence[str], labels: Sequence[str | None]
+    answers: Sequence[str | None], names: Sequence[str], labels: Sequence[str | None]
 ) -> tuple[dict[str, float], NDArray[np.int64]]:
-    """The metrics and the confusion over the rows with a label among `names`, which is the order of the scores."""
+    """The metrics and the confusion over the rows with a label among `names`."""
     right = numbers(names, labels)
     known = right >= 0
-    counts = confusion(predicted(scores_NC)[known], right[known], len(names))
+    counts = confusion(numbers(names, answers)[known], right[known], len(names))
     return class_metrics(counts), counts
 
 
 # --- by the names of the classes ------------------------------------------------------------------------------------
 
 
-class ZeroShotConfig(Config):
-    """Classes told apart by their names alone."""
+class ZeroShotConfig(ClassTexts):
+    """Classes told apart by their names alone. Samples of other classes are left out."""
 
     label: str
     """Field of a sample's `classes` that holds the right class."""
-    prompts: dict[str, list[str]] = Field(min_length=2)
-    """Class → texts that describe it; their embeddings are averaged. Samples of other classes are left out."""
-    templates: list[str] = Field(default_factory=lambda: ["{}"], min_length=1)
-    """Sentences that each of these texts is put into in place of {}, such as "a photo of a {}"; their embeddings are
-    averaged too."""
-
-    @field_validator("templates")
-    @classmethod
-    def _have_a_place(cls, templates: list[str]) -> list[str]:
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"{template!r} has no {{}} for the text to stand in")
-        return templates
 
     @property
-    def texts(self) -> dict[str, list[str]]:
-        """Class → every one of its texts in every template."""
-        return {
-            name: [template.replace("{}", text) for template in self.templates for text in texts]
-            for name, texts in self.prompts.items()
-        }
+    def task(self) -> ZeroShot:
+        """What is asked of the model."""
+        return ZeroShot(prompts=self.prompts, templates=self.templates)
+
+
+def _asks_names(section: ZeroShotConfig, languages: Sequence[str], gives: Gives) -> tuple[Result, ...]:
+    return ImageEmbeddings(), section.task
 
 
 def _by_name(subject: Subject, section: ZeroShotConfig) -> Outcome:
     """A picture belongs to the class with the nearest description (CLIP, arXiv 2103.00020, section 3.1.2)."""
-    images, classes = subject.image_embeddings, subject.model.embed_classes(section.texts)
-    assert images is not None, "`needs` asks for embeddings"
-    metrics, _ = metrics_of(images @ classes.T, list(section.prompts), subject.rows.labels(section.label))
+    answers = clear_first(subject, section.task, "classes", "class_similarity")
+    metrics, _ = metrics_of(answers, list(section.prompts), subject.rows.labels(section.label))
     return Outcome({"zero_shot": zero_shot_metrics(metrics)})
 
 
@@ -136,8 +127,9 @@ def zero_shot_metrics(metrics: Mapping[str, float]) -> Metrics:
 
 
 ZERO_SHOT = Examination(
-    needs=(Gives({"embeddings"}),),
-    remedy="a text encoder and an embedding_width",
+    needs=ZeroShot.needs,
+    remedy=ZeroShot.remedy,
+    asks=_asks_names,
     examine=_by_name,
     chance=lambda rows, section: {
         "zero_shot": zero_shot_metrics(majority_metrics(list(section.prompts), rows.labels(section.label)))
@@ -156,18 +148,18 @@ class ClassificationConfig(Config):
     """Field of a sample's `classes` that holds the right class; the one that the model was trained on."""
 
 
+def _asks_head(section: ClassificationConfig, languages: Sequence[str], gives: Gives) -> tuple[Result, ...]:
+    return (Classify(language=languages[0]),)
+
+
 def _by_head(subject: Subject, section: ClassificationConfig) -> Outcome:
-    model, rows, captions = subject.model, subject.rows, subject.rows.main_captions
-    # A fusion reads each picture with its first caption, and with nothing where it has none.
-    own = dict(zip(captions.pictures.tolist(), captions.texts_of_picture, strict=True))
-    texts = [own.get(row, [""])[0] for row in range(len(rows.samples))] if "fused" in model.gives else None
-    scores = model.class_scores(rows.samples, texts)
+    rows = subject.rows
+    answers = clear_first(subject, Classify(language=subject.language), "labels", "label_odds")
     labels = rows.labels(section.label)
     # The model never answers a class that it was not taught, but rows of that class count.
-    untaught = sorted({label for label in labels if label is not None} - set(model.loaded.classes))
-    names = [*model.loaded.classes, *untaught]
-    scores = np.pad(scores, ((0, 0), (0, len(untaught))), constant_values=-np.inf)
-    metrics, counts = metrics_of(scores, names, labels)
+    taught = subject.vocabulary[1]
+    names = [*taught, *sorted({label for label in labels if label is not None} - set(taught))]
+    metrics, counts = metrics_of(answers, names, labels)
     shown = len(names) <= CONFUSION_CLASSES
     return Outcome(
         {"classification": metrics},
@@ -198,8 +190,9 @@ def _check_label(section: ClassificationConfig, trained: Trained) -> None:
 
 
 CLASSIFICATION = Examination(
-    needs=(Gives({"class_logits"}),),
-    remedy="the head classes",
+    needs=Classify.needs,
+    remedy=Classify.remedy,
+    asks=_asks_head,
     examine=_by_head,
     chance=_chance_by_head,
     check=_check_label,

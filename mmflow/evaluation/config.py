@@ -13,10 +13,14 @@ from mmflow.evaluation.answering import ANSWERING, AnsweringConfig
 from mmflow.evaluation.attention import ATTENTION, AttentionConfig
 from mmflow.evaluation.captions import CAPTIONS
 from mmflow.evaluation.classification import CLASSIFICATION, ZERO_SHOT, ClassificationConfig, ZeroShotConfig
-from mmflow.evaluation.examination import Examination, Gives, Trained
+from mmflow.evaluation.examination import Examination, Trained
 from mmflow.evaluation.masked_language import MASKED_LANGUAGE, MaskedLanguageConfig
 from mmflow.evaluation.retrieval import LONG_TEXT, MATCHING, RETRIEVAL, LongTextConfig, MatchingConfig
+from mmflow.evaluation.robustness import ROBUSTNESS, RobustnessConfig
+from mmflow.evaluation.slices import SLICES, SlicesConfig
 from mmflow.inference.generation import WritingConfig
+from mmflow.inference.result import Gives
+from mmflow.inference.runner import Pool
 
 EXAMINATIONS: dict[str, Examination] = {
     "retrieval": RETRIEVAL,
@@ -27,12 +31,14 @@ EXAMINATIONS: dict[str, Examination] = {
     "long_text": LONG_TEXT,
     "matching": MATCHING,
     "masked_language": MASKED_LANGUAGE,
+    "robustness": ROBUSTNESS,
+    "slices": SLICES,
     "attention": ATTENTION,
 }
 """By the name of their section in `EvaluateConfig`; retrieval has none, and is done wherever a model can."""
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(Pool):
     """Stage `evaluate`: teacher, student and an untrained model on the same held-out rows; retrieval wherever the model
     has a shared space."""
 
@@ -48,9 +54,13 @@ class EvaluateConfig(Config):
     long_text: LongTextConfig | None = None
     matching: MatchingConfig | None = None
     masked_language: MaskedLanguageConfig | None = None
+    robustness: RobustnessConfig | None = None
+    slices: SlicesConfig | None = None
     attention: AttentionConfig | None = None
     batch_size: Annotated[int, OPERATIONAL] = Field(256, ge=1)
-    """Rows embedded at a time."""
+    """Rows computed at a time."""
+    max_errors: Annotated[float, OPERATIONAL] = Field(0.01, ge=0, le=1)
+    """Largest share of rows that may fail, such as undecodable pictures. They are left out, for all models."""
 
     @property
     def named(self) -> dict[str, Config]:

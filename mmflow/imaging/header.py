@@ -4,6 +4,7 @@ microseconds."""
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ TURNS = {
     7: (1, True),
     8: (1, False),
 }
+ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-f]+>")  # Pillow names the object that it reads from
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Texts and colour profiles. We use none of them, and Pillow refuses a picture that every browser shows if one of them
 # unpacks to more than 1 MiB or has a wrong checksum.
@@ -99,8 +101,8 @@ def probe(data: bytes) -> Header:
 
 
 def one_line(error: Exception) -> str:
-    """A parser's error as the detail of a rejection."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    """A parser's error as the detail of a rejection, the same whenever the same file is read."""
+    return " ".join(ADDRESS.sub("", f"{type(error).__name__}: {error}").split())[:200]
 
 
 # --- PNG files: what Pillow does not handle ---------------------------------------------------------------------------

@@ -15,9 +15,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from mmflow.imaging.decode import WHITE, Pixels
 
@@ -94,6 +92,8 @@ def _within(centre: float, reach: float, length: int) -> tuple[int, int]:
 
 
 def _mirrored(pixels: Pixels) -> Pixels:
+    import torch
+
     # With torch: numpy copies a reversed axis of three-byte pixels byte by byte, which takes 15 times as long.
     return torch.from_numpy(np.require(pixels, requirements=["W"])).flip(1).numpy()
 
@@ -106,6 +106,9 @@ def picture_of(pixels: Pixels) -> Image.Image:
 
 def _interpolate(pixels: Pixels, width: int, height: int, *, antialias: bool) -> Pixels:
     """Bilinear, by torch's vectorised kernel for bytes: several times as fast as Pillow's, equal within one level."""
+    import torch
+    from torch.nn.functional import interpolate
+
     if pixels.shape[:2] == (height, width):
         return pixels
     # (1, 3, height, width), with channels last in memory. Pillow's arrays are read-only, which torch warns about.

@@ -14,8 +14,8 @@ from mmflow.core.config import Config
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from mmflow.dataset.reader import Sample
     from mmflow.inference.predict import Predictor
+    from mmflow.models.encoders import Encoded
 
 _HYPHEN = re.compile(r"(?<=\w) - (?=\w)")
 
@@ -36,38 +36,30 @@ class WritingConfig(Config):
 
 
 def write_texts(
-    predictor: Predictor,
-    samples: Sequence[Sample],
-    questions: Sequence[str] | None,
-    settings: WritingConfig,
-    seed: int,
+    predictor: Predictor, image: Encoded, questions: Sequence[str] | None, settings: WritingConfig, seed: int
 ) -> list[str]:
-    """One text a sample: what the decoder writes about its picture, or answers to its question.
-
-    Raises RecipeError as `decoder_tokens`.
+    """One text for each encoded picture: what the decoder writes about it, or answers to its question. In inference
+    mode. Raises RecipeError as `decoder_tokens`.
     """
     import torch
 
     from mmflow.models.decoder import beam, decoder_tokens, greedy, nucleus
 
-    loaded, decoder = predictor.loaded, predictor.model.decoder
-    assert decoder is not None, "the caller asks only models that decode"
+    loaded, model = predictor.loaded, predictor.model
+    assert model.decoder is not None, "the caller asks only models that decode"
     tokens = decoder_tokens("model", loaded.tokenizer)
     longest = min(settings.max_tokens or loaded.config.max_tokens - 1, loaded.config.max_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    texts: list[str] = []
-    for rows in predictor.batches(len(samples)):
-        with torch.inference_mode():
-            memory = predictor.model.memory(*predictor.encode(samples[rows], questions and questions[rows]))
-        if settings.search == "greedy":
-            written = greedy(decoder, memory, tokens, longest)
-        elif settings.search == "beam":
-            penalty = settings.length_penalty
-            written = beam(decoder, memory, tokens, longest, width=settings.beams, length_penalty=penalty)
-        else:
-            written = nucleus(decoder, memory, tokens, longest, share=settings.nucleus, generator=generator)
-        texts += [text_of(loaded.tokenizer, ids) for ids in written.token_ids_BT.tolist()]
-    return texts
+    text = None if questions is None else model.encode_text(*predictor.text_inputs(questions))
+    memory = model.memory(image, text)
+    if settings.search == "greedy":
+        written = greedy(model.decoder, memory, tokens, longest)
+    elif settings.search == "beam":
+        penalty = settings.length_penalty
+        written = beam(model.decoder, memory, tokens, longest, width=settings.beams, length_penalty=penalty)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        written = nucleus(model.decoder, memory, tokens, longest, share=settings.nucleus, generator=generator)
+    return [text_of(loaded.tokenizer, ids) for ids in written.token_ids_BT.tolist()]
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -1,148 +1,211 @@
-"""Task `score`: embeddings, image–caption similarity and best class of every row, as one Parquet file per shard."""
+"""Scores: what one model says of every row of whole datasets, one Parquet file a shard, under one manifest.
+
+scores/00000.parquet                       of one dataset
+scores/dataset=<name>/00000.parquet        of several; readers of Parquet add the column `dataset`
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Annotated, Any
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from pydantic import Field
 
 from mmflow.core.artifacts import content_hash
-from mmflow.core.config import OPERATIONAL, Config
-from mmflow.core.errors import MmflowError
 from mmflow.core.progress import Report
-from mmflow.core.storage import join, read_bytes
-from mmflow.dataset.format import ShardInfo
-from mmflow.dataset.reader import Reader, Sample
-from mmflow.inference.runner import Task, Write, run, shards_of
-from mmflow.models.package import LoadedModel, read_package
+from mmflow.core.storage import exists, join, read_bytes
+from mmflow.dataset.format import ShardInfo, write_parquet
+from mmflow.dataset.opened import Dataset, open_dataset
+from mmflow.inference.compute import Request, check_errors, compute
+from mmflow.inference.config import EmbedConfig, ScoreConfig, TasksConfig
+from mmflow.inference.result import Stored, column, embeddings_of, vectors_of
+from mmflow.inference.runner import Model, in_parallel
 
 HISTOGRAM_EDGES = [round(-1 + 0.05 * step, 2) for step in range(41)]
-
-
-class ScoreConfig(Config):
-    """Stage `score`: the champion's embeddings, best class and image–caption similarity for every row."""
-
-    num_workers: Annotated[int, OPERATIONAL] = Field(1, ge=1)
-    """Actors that hold the model."""
-    cpus_per_worker: Annotated[int, OPERATIONAL] = Field(1, ge=1)
-    """CPU cores that each actor reserves."""
-    batch_size: Annotated[int, OPERATIONAL] = Field(256, ge=1)
-    """Rows embedded at a time."""
+EXTREMES = 6  # best and worst pairs that the manifest names
+ERRORS = 20  # that the manifest names
+PLACE = {"key": "the sample's key", "split": "its split", "shard": "its shard", "row": "its row in the shard"}
+"""The columns that say which row it is, with their descriptions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Task):
-    """Scores of all splits of a dataset.
+class Scored:
+    """A model over datasets, (name, URI)."""
 
-    Columns: `key`, `split`, `row` (in its shard), `image_embedding` and `caption_embedding` (fixed-size lists of
-    float16, unit length), `similarity` (their cosine), `best_class` and `class_similarity` (null without `prompts`).
-    Caption columns are null for samples without a caption.
+    model: Model
+    datasets: tuple[tuple[str, str], ...]
+    tasks: TasksConfig
+    splits: tuple[str, ...] | None
+
+    def shards(self) -> Iterator[tuple[str, Dataset, ShardInfo]]:
+        """(dataset's name, dataset, shard), those with samples, in the order of the files."""
+        for name, uri in self.datasets:
+            data = open_dataset(uri)
+            of_splits = [shard for split in self.splits or data.splits for shard in data.shards(split)]
+            for shard in sorted(of_splits, key=lambda shard: shard.name):
+                if shard.samples:
+                    yield name, data, shard
+
+
+def score(uri: str, store: str, scored: Scored, settings: ScoreConfig, progress: Report) -> Mapping[str, Any]:
+    """Compute what is missing of the results in `store` and write the scores; the manifest's fields.
+
+    On Ray where it is initialised. Raises as `compute`.
     """
-
-    prompts: Mapping[str, Sequence[str]]
-    language: str
-    batch_size: int
-
-    def file(self, uri: str, shard: ShardInfo) -> str:
-        """<scores>/scores/<shard>.parquet"""
-        return join(uri, "scores", f"{shard.name}.parquet")
-
-    def start(self, loaded: LoadedModel) -> Write:
-        """Embed the classes first: they are the same for every shard."""
-        from mmflow.inference.predict import Predictor
-
-        predictor = Predictor(loaded, self.batch_size)
-        classes = predictor.embed_classes(self.prompts) if self.prompts else None
-
-        def write(reader: Reader, shard: int, stream: IO[bytes]) -> None:
-            samples = list(reader.samples(shard, 0, reader.shards[shard].samples))
-            captions = [_caption(sample, self.language) for sample in samples]
-            images = predictor.embed_images(samples)
-            texts = predictor.embed_captions([caption or "" for caption in captions])
-            missing = np.array([caption is None for caption in captions])
-            columns = {
-                "key": pa.array([sample.key for sample in samples]),
-                "split": pa.array([reader.split] * len(samples)).dictionary_encode(),
-                "row": pa.array(np.arange(len(samples))),
-                "image_embedding": _vectors(images),
-                "caption_embedding": _vectors(texts, missing),
-                "similarity": pa.array((images * texts).sum(axis=1), mask=missing),
-                "best_class": pa.nulls(len(samples), pa.string()),
-                "class_similarity": pa.nulls(len(samples), pa.float32()),
-            }
-            if classes is not None:
-                by_class = images @ classes.T
-                names = list(self.prompts)
-                columns["best_class"] = pa.array([names[best] for best in by_class.argmax(axis=1)])
-                columns["class_similarity"] = pa.array(by_class.max(axis=1))
-            pq.write_table(pa.table(columns), stream, compression="zstd")
-
-        return write
+    requests = [
+        Request(model=scored.model, dataset=data_uri, split=split, results=scored.tasks.results)
+        for _, data_uri in scored.datasets
+        for split in scored.splits or open_dataset(data_uri).splits
+    ]
+    compute(
+        requests,
+        store,
+        batch_size=settings.batch_size,
+        pool=settings,
+        max_errors=settings.max_errors,
+        progress=progress,
+    )
+    several = len(scored.datasets) > 1
+    files = [
+        ScoresFile(scored, store, join(uri, "scores", *([f"dataset={name}"] if several else [])), name, data.uri, shard)
+        for name, data, shard in scored.shards()
+    ]
+    manifest = _manifest(scored, files, list(in_parallel(ScoresFile.make, files)))
+    if failed := manifest["failed"]:  # also of rows that were computed earlier
+        first = "{shard}, row {row}: {error}".format_map(failed[0])
+        check_errors(manifest["totals"]["errors"], manifest["totals"]["rows"], first, settings.max_errors)
+    return manifest
 
 
-def _caption(sample: Sample, language: str) -> str | None:
-    """The first caption in the language, or else the first of all."""
-    preferred = sorted(sample.captions, key=lambda caption: caption.language != language)
-    return preferred[0].text if preferred else None
+@dataclass(frozen=True)
+class ScoresFile:
+    """The scores of one shard, put together from its results."""
+
+    scored: Scored
+    store: str
+    folder: str
+    dataset: str  # its name
+    dataset_uri: str
+    shard: ShardInfo
+
+    @property
+    def uri(self) -> str:
+        """Where it stands."""
+        return join(self.folder, f"{self.shard.name}.parquet")
+
+    def make(self) -> dict[str, Any]:
+        """Write the file and say what it holds. One that a killed run has left is kept, unless it has errors: its shard
+        may have been restored since."""
+        if exists(self.uri) and not (held := self._held())["errors"]:
+            return held
+        write_parquet(self.uri, self._table())
+        return self._held()
+
+    def _held(self) -> dict[str, Any]:
+        data = read_bytes(self.uri)
+        entry = {"name": self.shard.name, "dataset": self.dataset, "rows": self.shard.samples, "bytes": len(data)}
+        return {
+            "file": entry | {"sha256": hashlib.sha256(data).hexdigest()},
+            **_summary(pq.read_table(io.BytesIO(data)), self.dataset),
+        }
+
+    def _table(self) -> pa.Table:
+        digest, results = self.scored.model.digest, self.scored.tasks.results
+        tables = [Stored(self.store, digest, result).read(self.shard) for result in results]
+        rows = self.shard.samples
+        place = {"split": self.shard.split, "shard": self.shard.name}
+        columns: dict[str, Any] = {
+            name: tables[0][name] if name in ("key", "row") else pa.array([place[name]] * rows).dictionary_encode()
+            for name in PLACE
+        }
+        fields = [column(name, columns[name].type, text) for name, text in PLACE.items()]
+        for table in tables:
+            for field in table.schema:
+                if field.name not in ("key", "row", "error"):
+                    columns[field.name] = table[field.name]
+                    fields.append(field)
+        if self.scored.tasks.embed is not None:
+            fields = _with_similarity(columns, fields, self.scored.tasks.embed)
+        errors = (table["error"].combine_chunks() for table in tables)
+        columns["error"] = reduce(pc.coalesce, errors)
+        fields.append(tables[0].schema.field("error"))
+        return pa.table([columns[field.name] for field in fields], schema=pa.schema(fields))
 
 
-def _vectors(embeddings: NDArray[np.float32], missing: NDArray[np.bool_] | None = None) -> pa.Array:
-    flat = pa.array(embeddings.astype(np.float16).ravel())
-    mask = None if missing is None else pa.array(missing)
-    return pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1], mask=mask)
+def _with_similarity(columns: dict[str, Any], fields: Sequence[pa.Field], embed: EmbedConfig) -> list[pa.Field]:
+    """Vectors cut to the width that is asked for, and their cosine."""
+    vectors = {name: embeddings_of(columns[name]) for name in ("image_embedding", "caption_embedding")}
+    if embed.width is not None:
+        for name, values in vectors.items():
+            kept = values[:, : embed.width]
+            vectors[name] = kept / np.maximum(np.linalg.norm(kept, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            columns[name] = vectors_of(np.nan_to_num(vectors[name]), embed.dtype, np.isnan(values[:, 0]))
+    images, captions = vectors.values()
+    cosine = (images * captions).sum(axis=1)
+    columns["similarity"] = pa.array(cosine, pa.float32(), from_pandas=True)
+    kept_fields = [field.with_type(columns[field.name].type) for field in fields]
+    return [*kept_fields, column("similarity", pa.float32(), "cosine of picture and caption; null without a caption")]
 
 
-def score_dataset(
-    uri: str,
-    *,
-    dataset: str,
-    package: str,
-    version: int,
-    prompts: Mapping[str, Sequence[str]],
-    language: str,
-    settings: ScoreConfig,
-    progress: Report,
-) -> Mapping[str, Any]:
-    """Score all splits of a dataset with a model package; returns the manifest's fields. Ray must be initialised.
-
-    Raises MmflowError where a file does not have a row for each sample.
-    """
-    prompts = {name: list(texts) for name, texts in prompts.items()}
-    task = Score(dataset=dataset, package=package, prompts=prompts, language=language, batch_size=settings.batch_size)
-    shards = shards_of(dataset)
-    workers, cpus = settings.num_workers, settings.cpus_per_worker
-    run(task, uri, shards, num_workers=workers, cpus_per_worker=cpus, progress=progress)
-    return {"model_digest": read_package(package).digest, "version": version, **_summary(task, uri, shards)}
+# --- what the manifest says -------------------------------------------------------------------------------------------
 
 
-def _summary(task: Score, uri: str, shards: Sequence[ShardInfo]) -> dict[str, Any]:
-    """What the files hold: counts and checksums, and how similarities and classes are spread."""
-    files, classes = [], Counter[str]()
-    counts = np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64)
-    for shard in shards:
-        file = task.file(uri, shard)
-        data = read_bytes(file)
-        table = pq.read_table(io.BytesIO(data), columns=["similarity", "best_class"])
-        if table.num_rows != shard.samples:
-            raise MmflowError(f"{file}: {table.num_rows} rows for {shard.samples} samples; delete it and rerun")
-        sha256 = hashlib.sha256(data).hexdigest()
-        files.append({"name": shard.name, "rows": shard.samples, "bytes": len(data), "sha256": sha256})
+def _summary(table: pa.Table, dataset: str) -> dict[str, Any]:
+    """Of one file: errors, the spread of the similarities, the pairs at both ends, how often each class is the best."""
+
+    def rows(table: pa.Table, *columns: str) -> list[dict[str, Any]]:
+        return [{"dataset": dataset, **row} for row in table.select([*PLACE, *columns]).to_pylist()]
+
+    failed = table.filter(pc.is_valid(table["error"]))
+    summary: dict[str, Any] = {"errors": failed.num_rows, "failed": rows(failed.slice(0, ERRORS), "error")}
+    if "similarity" in table.column_names:
         similarity = np.clip(table["similarity"].drop_null().to_numpy(), -1, 1)
-        counts += np.histogram(similarity, bins=HISTOGRAM_EDGES)[0]
-        classes.update(table["best_class"].drop_null().to_pylist())
-    return {
-        "fingerprint": content_hash(files),
-        "files": files,
-        "totals": {"rows": sum(file["rows"] for file in files), "bytes": sum(file["bytes"] for file in files)},
-        "similarity": {"edges": HISTOGRAM_EDGES, "counts": counts.tolist()},
-        "classes": [{"name": name, "rows": rows} for name, rows in classes.most_common()],
+        summary["counts"] = np.histogram(similarity, bins=HISTOGRAM_EDGES)[0].tolist()
+        pairs = table.filter(pc.is_valid(table["similarity"]))
+        ordered = pairs.select([*PLACE, "similarity"]).sort_by([("similarity", "descending"), ("row", "ascending")])
+        summary["best"] = rows(ordered.slice(0, EXTREMES), "similarity")
+        summary["worst"] = rows(ordered.slice(max(0, len(ordered) - EXTREMES)), "similarity")
+    for name in ("classes", "labels"):
+        if name in table.column_names:
+            best = pc.list_element(table[name].drop_null(), 0)
+            summary[name] = dict(Counter(best.to_pylist()))
+    return summary
+
+
+def _manifest(scored: Scored, files: Sequence[ScoresFile], made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    entries = [summary["file"] for summary in made]
+    datasets = []
+    for name, uri in scored.datasets:
+        own = [summary for summary in made if summary["file"]["dataset"] == name]
+        totals = {"rows": sum(one["file"]["rows"] for one in own), "errors": sum(one["errors"] for one in own)}
+        datasets.append({"name": name, "uri": uri, "fingerprint": open_dataset(uri).fingerprint, **totals})
+    totals = {part: sum(dataset[part] for dataset in datasets) for part in ("rows", "errors")}
+    manifest: dict[str, Any] = {
+        "fingerprint": content_hash([{**entry, "dataset": None} for entry in entries]),
+        "files": entries,
+        "datasets": datasets,
+        "tasks": {name: section.identity() for name, section in scored.tasks.named.items()},
+        "totals": {**totals, "bytes": sum(entry["bytes"] for entry in entries)},
+        "failed": [row for summary in made for row in summary["failed"]][:ERRORS],
     }
+    if scored.tasks.neighbours is not None:
+        manifest["neighbours"] = dict(scored.tasks.neighbours.others.datasets)
+    if any("counts" in summary for summary in made):
+        counts = np.sum([summary["counts"] for summary in made], axis=0)
+        manifest["similarity"] = {"edges": HISTOGRAM_EDGES, "counts": counts.tolist()}
+        for end, sign in (("best", -1), ("worst", 1)):
+            pairs = [pair for summary in made for pair in summary[end]]
+            manifest[end] = sorted(pairs, key=lambda pair: sign * pair["similarity"])[:EXTREMES]
+    for name in ("classes", "labels"):
+        counted: Counter[str] = sum((Counter(summary.get(name, {})) for summary in made), Counter())
+        if counted:
+            manifest[name] = [{"name": label, "rows": rows} for label, rows in counted.most_common()]
+    return manifest

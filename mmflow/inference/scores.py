@@ -45,6 +45,7 @@ class Scores:
     """Committed scores. Rows are numbered through all files, in the manifest's order."""
 
     uri: str
+    fingerprint: str
     package: str  # URI of the model's package
     digest: str
     name: str | None  # the model's name and version in the registry
@@ -70,17 +71,21 @@ class Scores:
         Raises MisuseError if the scores are without embeddings, as those of a captioner, MissingArtifactError if the
         file is gone, CorruptArtifactError if it is not what was committed.
         """
-        column, position = COLUMNS[side], file.start
+        position = file.start
+        for batch in self.batches(file, [COLUMNS[side]]):
+            values = batch.column(0).flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+            rows = np.flatnonzero(~np.isnan(values[:, 0]))
+            if len(rows):
+                yield position + rows, values[rows]
+            position += batch.num_rows
+
+    def batches(self, file: ScoreFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of a file, `BLOCK_ROWS` at a time. Raises as `vectors`."""
         with _opened(file) as opened:
-            if column not in opened.schema_arrow.names:
-                raise MisuseError(f"{self.uri}: no column {column}; score the dataset with task embed")
-            for batch in opened.iter_batches(batch_size=BLOCK_ROWS, columns=[column]):
-                lists = batch.column(0)
-                rows = np.flatnonzero(lists.is_valid().to_numpy(zero_copy_only=False))
-                if len(rows):
-                    values = lists.flatten().to_numpy(zero_copy_only=False)
-                    yield position + rows, values.reshape(len(rows), -1)
-                position += len(lists)
+            for column in columns:
+                if column not in opened.schema_arrow.names:
+                    raise MisuseError(f"{self.uri}: no column {column}; score the dataset with task embed")
+            yield from opened.iter_batches(batch_size=BLOCK_ROWS, columns=list(columns))
 
     def read(self, file: ScoreFile, columns: Sequence[str], rows: Sequence[int]) -> list[dict[str, Any]]:
         """Some columns of some rows of a file, in the order of `rows`. Raises as `vectors`."""
@@ -104,6 +109,7 @@ def open_scores(uri: str) -> Scores:
         model = manifest["model"]
         return Scores(
             uri=uri,
+            fingerprint=manifest["fingerprint"],
             package=model["package"],
             digest=model["digest"],
             name=model["name"],

@@ -131,7 +131,7 @@ def embed_query(scores: Scores, query: Query, width: int) -> Floats:
 
 def _embed(loaded: LoadedModel, query: Query) -> Floats:
     predictor = Predictor(loaded, 1)
-    rows_1W = predictor.embed_images([query.picture]) if query.picture else predictor.embed_captions([query.text])
+    rows_1W = predictor.embed_pictures([query.picture]) if query.picture else predictor.embed_texts([query.text])
     embedding_W: Floats = rows_1W[0]
     return embedding_W
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from mmflow.core.artifacts import Stage, content_hash
 from mmflow.core.errors import MmflowError, RecipeError
 from mmflow.core.progress import Report
-from mmflow.dataset.cache import ShardCache, node_cache
+from mmflow.core.storage import exists, publish
+from mmflow.dataset.cache import node_cache
 from mmflow.dataset.format import ShardInfo
 from mmflow.dataset.opened import open_dataset
 from mmflow.dataset.reader import Reader
-from mmflow.inference.runner import Task, Write, run, shards_of
+from mmflow.inference.runner import Done, Job, Model, Pool, Work, run
 from mmflow.learning.cached_embeddings import DTYPES, KIND, checksum, file_uri, open_rows
 from mmflow.learning.distillation import CacheConfig
 from mmflow.loading.batches import ViewSettings, assemble, load_slots, normalise
@@ -41,62 +42,84 @@ IDENTITY = ("seed", "image_pixels", "max_tokens", "language_weights", "frames", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherCache(Task):
+class TeacherCache:
     """What is cached: the embeddings of one split by one teacher, (N, V, 2, E) per shard."""
 
+    dataset: str  # URI
     split: str
+    package: str
     loader: LoaderConfig
     views: ViewSettings  # those of the student's loader, at the teacher's size and in its tokens
     precision: str
 
-    @property
-    def reads_frames(self) -> bool:
-        """Only where the student is shown clips."""
-        return self.views.frames > 0
+    def shards(self) -> list[ShardInfo]:
+        """Those with samples."""
+        return [shard for shard in open_dataset(self.dataset).shards(self.split) if shard.samples]
 
-    def cache(self) -> ShardCache | None:
-        """The loader's: training reads the same shards."""
-        return node_cache(self.loader.cache)
 
-    def file(self, uri: str, shard: ShardInfo) -> str:
-        """<cache>/rows/<shard>.npy"""
-        return file_uri(uri, shard.name)
+@dataclass(frozen=True, kw_only=True)
+class CacheJob(Job):
+    """The missing files of a cache at a URI."""
 
-    def start(self, loaded: LoadedModel) -> Write:
-        """Nothing is prepared."""
+    cache: TeacherCache
+    uri: str
 
-        def write(reader: Reader, shard: int, stream: IO[bytes]) -> None:
-            np.save(stream, self._rows(loaded, reader, shard), allow_pickle=False)
+    def start(self, loaded: LoadedModel) -> _Teacher:
+        """Training reads the same shards, through the same cache; all frames only where the student is shown clips."""
+        cache, frames = node_cache(self.cache.loader.cache), self.cache.views.frames > 0
+        return _Teacher(self, loaded, Reader(open_dataset(self.dataset), self.split, cache=cache, frames=frames))
 
-        return write
 
-    def _rows(self, loaded: LoadedModel, reader: Reader, shard: int) -> NDArray[Any]:
+@dataclass(frozen=True)
+class _Teacher:
+    job: CacheJob
+    loaded: LoadedModel
+    reader: Reader
+
+    def open(self, shard: ShardInfo, place: int) -> Work:
+        return _ShardOfCache(self, shard, place)
+
+
+class _ShardOfCache(Work):
+    """The embeddings of one shard, whose views the loader makes."""
+
+    def __init__(self, teacher: _Teacher, shard: ShardInfo, place: int) -> None:
+        self.teacher, self.shard, self.place = teacher, shard, place
+        self.cache = teacher.job.cache
+
+    def finish(self) -> Done:
+        """Embed every sample and publish the file."""
+        with publish(file_uri(self.teacher.job.uri, self.shard.name)) as stream:
+            np.save(stream, self._rows(), allow_pickle=False)
+        return Done(rows=self.shard.samples)
+
+    def _rows(self) -> NDArray[Any]:
         """(N, V, 2, E). A sample that batches leave out is stored as zeros."""
-        dtype, stored_dtype = DTYPES[self.precision]
-        num_samples = reader.shards[shard].samples
-        stored_NV2E = torch.zeros(
-            num_samples, self.views.stored_views, 2, loaded.config.embedding_width or 0, dtype=dtype
-        )
-        for view in range(self.views.stored_views):
+        dtype, stored_dtype = DTYPES[self.cache.precision]
+        num_samples, stored_views = self.shard.samples, self.cache.views.stored_views
+        width = self.teacher.loaded.config.embedding_width or 0
+        stored_NV2E = torch.zeros(num_samples, stored_views, 2, width, dtype=dtype)
+        for view in range(stored_views):
             for first in range(0, num_samples, BATCH_SIZE):
                 rows = np.arange(first, min(first + BATCH_SIZE, num_samples))
-                kept, embeddings_2RE = self._embed(loaded, reader, shard, rows, view)
+                kept, embeddings_2RE = self._embed(rows, view)
                 stored_NV2E[torch.from_numpy(rows)[kept], view] = embeddings_2RE[:, kept].transpose(0, 1).to(dtype)
-        bits = stored_NV2E.view(torch.uint16) if self.precision == "bf16" else stored_NV2E
+        bits = stored_NV2E.view(torch.uint16) if self.cache.precision == "bf16" else stored_NV2E
         return bits.numpy().astype(stored_dtype, copy=False)
 
     @torch.inference_mode()
-    def _embed(
-        self, loaded: LoadedModel, reader: Reader, shard: int, rows: NDArray[np.int64], view: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, rows: NDArray[np.int64], view: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which of the rows (R,) are real, and their image and text embeddings (2, R, E) on the CPU."""
+        loaded, views = self.teacher.loaded, self.cache.views
         zeros = np.zeros_like(rows)
-        slots = Slots(dataset=zeros, shard=zeros + shard, row=rows, epoch=zeros + view, real=np.ones(len(rows), bool))
-        side, frames = self.views.image_pixels, max(1, self.views.frames)
+        slots = Slots(
+            dataset=zeros, shard=zeros + self.place, row=rows, epoch=zeros + view, real=np.ones(len(rows), bool)
+        )
+        side, frames = views.image_pixels, max(1, views.frames)
         pixels = np.empty((len(rows), frames, side, side, 3), np.uint8)
-        loaded_rows = load_slots([reader], loaded.tokenizer, self.views, slots, pixels)
+        loaded_rows = load_slots([self.teacher.reader], loaded.tokenizer, views, slots, pixels)
         pad_id = special_tokens(loaded.tokenizer).pad
-        batch = assemble(loaded_rows, pixels, LoaderState(), self.views, pad_id)
+        batch = assemble(loaded_rows, pixels, LoaderState(), views, pad_id)
         config, model = loaded.config, loaded.model
         device = next(model.parameters()).device
         moved = batch.map_tensors(lambda tensor: tensor.to(device))
@@ -115,11 +138,11 @@ def with_caches(
     max_tokens: int,
     seed: int,
     workspace: str,
-    num_workers: int,
-    cpus_per_worker: int,
+    pool: Pool,
     progress: Report,
 ) -> tuple[TeacherPackage, ...]:
-    """The teachers with a cache for each dataset of a stage; missing caches are built. Ray must be initialised.
+    """The teachers with a cache for each dataset of a stage; missing caches are built, on Ray where it is
+    initialised.
 
     `tokenizer`, `max_tokens` and `seed` are the student's. Raises RecipeError for a teacher without embeddings.
     """
@@ -139,36 +162,40 @@ def with_caches(
                 views=replace(views, stored_views=cache.augmentations),
                 precision=cache.precision,
             )
-            stage = cache_stage(task, num_workers, cpus_per_worker, progress)
+            stage = cache_stage(task, pool, progress)
             uris.append(stage.run(workspace).uri)
         teachers.append(replace(teacher, caches=tuple(uris)))
     return tuple(teachers)
 
 
-def cache_stage(task: TeacherCache, num_workers: int, cpus_per_worker: int, progress: Report) -> Stage:
-    """The stage that builds a cache. Ray must be initialised when it runs."""
+def cache_stage(task: TeacherCache, pool: Pool, progress: Report) -> Stage:
+    """The stage that builds a cache."""
     settings = {name: getattr(task.views, name) for name in IDENTITY} | {
         "augment": task.views.augment.model_dump(mode="json"),
         "split": task.split,
         "precision": task.precision,
     }
     inputs = {"dataset": open_dataset(task.dataset).fingerprint, "teacher": read_package(task.package).digest}
-    build = partial(_build, task, num_workers, cpus_per_worker, progress)
+    build = partial(_build, task, pool, progress)
     return Stage(name=KIND, kind=KIND, version=1, settings=settings, inputs=inputs, build=build)
 
 
-def _build(task: TeacherCache, num_workers: int, cpus_per_worker: int, progress: Report, uri: str) -> Mapping[str, Any]:
+def _build(task: TeacherCache, pool: Pool, progress: Report, uri: str) -> Mapping[str, Any]:
     teacher = read_package(task.package)
     model = load_package(teacher).model
     if model.scale is None or model.embedding_width is None:
         raise RecipeError(
             f"distill.cache: {task.package} gives no embeddings to store; leave cache out, or use another teacher"
         )
-    shards = shards_of(task.dataset, task.split)
-    run(task, uri, shards, num_workers=num_workers, cpus_per_worker=cpus_per_worker, progress=progress)
+    shards = task.shards()
+    missing = tuple(shard for shard in shards if not exists(file_uri(uri, shard.name)))
+    job = CacheJob(
+        model=Model(package=task.package), dataset=task.dataset, split=task.split, shards=missing, cache=task, uri=uri
+    )
+    run([job], pool, progress)
     files = []
     for shard in shards:
-        file = task.file(uri, shard)
+        file = file_uri(uri, shard.name)
         rows = open_rows(file)
         if rows.shape != (shard.samples, task.views.stored_views, 2, model.embedding_width):
             raise MmflowError(f"{file}: {rows.shape} for {shard.samples} samples; delete it and rerun")

@@ -78,29 +78,6 @@ def ranks_of_several(before_C: NDArray[np.integer], query_of_C: NDArray[np.integ
     return QueryRanks(1 + before_C[starts_Q], precision_Q)
 
 
-def nearest(similarity_QC: NDArray[np.floating], count: int, axis: int) -> NDArray[np.bool_]:
-    """(Q, C): True for the `count` greatest along an axis: 1 for each query's candidates, 0 for each candidate's
-    queries. The first of equals comes first."""
-    nearest_QC = np.zeros(similarity_QC.shape, dtype=np.bool_)
-    kept = range(min(count, similarity_QC.shape[axis]))
-    places = np.argsort(-similarity_QC, axis=axis, kind="stable").take(kept, axis=axis)
-    np.put_along_axis(nearest_QC, places, True, axis=axis)
-    return nearest_QC
-
-
-def reordered(
-    similarity_QC: NDArray[np.floating], scores_QC: NDArray[np.floating], chosen_QC: NDArray[np.bool_]
-) -> NDArray[np.floating]:
-    """The similarities with scores in place of the chosen ones, lifted above all others: the chosen come first in the
-    order of their scores, then the others in the order of their similarity."""
-    reordered_QC = similarity_QC.copy()
-    scores = scores_QC[chosen_QC]
-    if len(scores):
-        lift = np.fmax.reduce(similarity_QC, axis=None) + 1 - np.fmin.reduce(scores)
-        reordered_QC[chosen_QC] = scores + lift  # a NaN stays NaN, which ranks last
-    return reordered_QC
-
-
 def retrieval_metrics(queries: QueryRanks, recall_at: Sequence[int] = RECALL_AT) -> dict[str, float]:
     """{"R@1", …, "mAP"} as shares from 0 to 1, {"mean_rank", "median_rank"} from 1."""
     return {f"R@{k}": float((queries.ranks <= k).mean()) for k in recall_at} | {

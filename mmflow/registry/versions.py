@@ -97,10 +97,15 @@ def set_alias(name: str, alias: str, version: int, reason: str, *, uri: str) -> 
 
 def champion(name: str, *, uri: str) -> Version | None:
     """The version behind the `champion` alias, or None."""
-    with explained(uri, f"read the champion of {name}"):
+    return held_by(name, CHAMPION, uri=uri)
+
+
+def held_by(name: str, alias: str, *, uri: str) -> Version | None:
+    """The version behind an alias, or None."""
+    with explained(uri, f"read the {alias} of {name}"):
         client = connect(uri)
         model = _find_model(client, name)
-        number = _version_behind(model, CHAMPION)
+        number = _version_behind(model, alias)
         return None if number is None else _version(client.get_model_version(name, str(number)), model)
 
 

@@ -99,11 +99,16 @@ class _Frame:
             yield f'<text class="y" x="{self.left - 5:g}" y="{y + 3.5:.1f}" text-anchor="end">{name}</text>'
         high = self.x_low + self.x_span
         x_ticks = [tick for tick in ticks(self.x_low, high, num_x_ticks) if self.x_low <= tick <= high]
-        for tick, name in zip(x_ticks, tick_labels(x_ticks), strict=True):
-            x, last = self.x(tick), tick == x_ticks[-1]
-            label, anchor = (f"{x_label} {name}", "end") if last else (name, "middle")
-            at = min(x + len(name) * DIGIT_WIDTH / 2, self.right) if last else x
+        names = tick_labels(x_ticks)
+        end = min(self.x(x_ticks[-1]) + len(names[-1]) * DIGIT_WIDTH / 2, self.right) if x_ticks else 0.0
+        for tick, name in zip(x_ticks, names, strict=True):
+            x, half = self.x(tick), len(name) * DIGIT_WIDTH / 2
             yield f'<path class="tick" d="M{x:.1f},{self.bottom:g}v3"/>'
+            label, at, anchor = name, x, "middle"
+            if tick == x_ticks[-1]:
+                label, at, anchor = f"{x_label} {name}", end, "end"
+            elif x + half > end - (len(x_label) + 1 + len(names[-1])) * DIGIT_WIDTH:
+                continue  # it would be under the last one
             yield f'<text class="x" x="{at:.1f}" y="{self.bottom + 14:g}" text-anchor="{anchor}">{escape(label)}</text>'
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from math import isfinite, nan
@@ -23,8 +23,11 @@ from mmflow.dataset.opened import Dataset, open_dataset
 from mmflow.dataset.reader import Reader
 from mmflow.evaluation.examination import DETAILS, METRICS, SPEED, flatten, spread
 from mmflow.recipe import dump_recipe
-from mmflow.report.page import is_share, thumbnail
+from mmflow.registry.gate import lower_is_better
+from mmflow.report.page import is_share
 from mmflow.report.run_page import render_report
+from mmflow.report.samples import read_shown
+from mmflow.report.scores import gather_scores
 from mmflow.stages.evaluate import MODELS
 from mmflow.stages.loop import STAGES, Loop
 from mmflow.stages.training import JOURNAL
@@ -34,7 +37,6 @@ VERSIONS = ("mmflow", "torch", "ray", "deepspeed", "transformers", "mlflow", "da
 EXAMPLES = 24
 QUERIES, RIGHT_QUERIES = 12, 7  # the others are wrong ones, or the grid would flatter
 QUARANTINE_ROWS = 50
-THUMBNAIL_PIXELS = 128
 TRAINING = ("parameters", "steps", "global_batch_size", "num_workers", "zero_stage")
 PROMOTION = ("model", "version", "decision", "reasons", "checks", "champion_before")
 
@@ -88,10 +90,14 @@ def gather(loop: Loop) -> tuple[dict[str, Any], dict[str, bytes]]:
         "written": {**subject, **written} if written else {},
         "comparison": _comparison(artifacts),
         "promotion": {name: artifacts["promote"].manifest[name] for name in PROMOTION},
-        "scores": _scores(artifacts["score"].manifest) if "score" in artifacts else {},
         "lineage": [_lineage(name, artifact) for name, artifact in artifacts.items()],
     }
-    return report, _thumbnails(dataset, sorted(set(_references(report))))
+    shown = read_shown(dataset, _references(report)).values()
+    pictures = {sample.key: sample.picture for sample in shown if sample.picture is not None}
+    if "score" in artifacts:  # of any datasets, so with pictures of their own
+        report["scores"], scored = gather_scores(artifacts["score"])
+        pictures |= scored
+    return report, pictures
 
 
 def _accelerator() -> str:
@@ -192,18 +198,18 @@ def _comparison(artifacts: Artifacts) -> dict[str, Any]:
 
 
 def share_of_teacher(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
-    """The student's share of each of the teacher's metrics where higher is better, by flat name."""
+    """The student's share of each of the teacher's metrics where higher is better, by flat name. Slices, of which there
+    may be many, are not among them."""
     theirs, own = flatten(teacher), flatten(student)
     return {
         name: own[name] / value
         for name, value in theirs.items()
-        if is_share(name) and value > 0 and isfinite(own.get(name, nan))
+        if is_share(name)
+        and not lower_is_better(name)
+        and not name.startswith("slices/")
+        and value > 0
+        and isfinite(own.get(name, nan))
     }
-
-
-def _scores(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    totals = {"rows": manifest["totals"]["rows"], "bytes": manifest["totals"]["bytes"], "files": len(manifest["files"])}
-    return totals | {name: manifest[name] for name in ("model_digest", "similarity", "classes")}
 
 
 def _lineage(name: str, artifact: Artifact) -> dict[str, Any]:
@@ -223,17 +229,3 @@ def _references(value: Any) -> Iterator[tuple[str, int]]:
     if isinstance(value, list):
         for child in value:
             yield from _references(child)
-
-
-def _thumbnails(dataset: Dataset, references: Iterable[tuple[str, int]]) -> dict[str, bytes]:
-    """JPEG thumbnails of the samples, by key."""
-    places: dict[str, tuple[Reader, int]] = {}
-    for split in dataset.splits:
-        reader = Reader(dataset, split, frames=False)
-        places |= {shard.name: (reader, ordinal) for ordinal, shard in enumerate(reader.shards)}
-    thumbnails = {}
-    for shard, row in references:
-        reader, ordinal = places[shard]
-        sample = reader.read(ordinal, row)
-        thumbnails[sample.key] = thumbnail(sample.image, THUMBNAIL_PIXELS)
-    return {key: picture for key, picture in thumbnails.items() if picture is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -186,22 +186,41 @@ def confusion_view(confusion: Report) -> dict[str, Any]:
 
 
 def metric_tables(models: Report) -> list[dict[str, Any]]:
-    """A table per measurement (each direction, zero-shot, each language): title, metric names, and values by model."""
-    tables: dict[str, dict[str, Report]] = {}
+    """A table per measurement (each direction, zero-shot, each language): title, columns, and values by model. `metric`
+    is what is in all columns, or "" where each column is a metric."""
+    tables: dict[tuple[str, str], dict[str, Report]] = {}
     for model in sorted(models, key=model_order):
         parts = {words(key): value for key, value in models[model].items() if key != "languages"}
         for language, directions in (models[model].get("languages") or {}).items():
             parts |= {f"{language}, {words(direction)}": value for direction, value in directions.items()}
-        for title, values in parts.items():
-            tables.setdefault(title, {})[model] = values
+        for name, measured in parts.items():
+            for title, metric, values in _measurements(name, measured):
+                tables.setdefault((title, metric), {})[model] = values
     return [
         {
             "title": title,
+            "metric": metric,
             "rows": rows,
-            "metrics": sorted({name for values in rows.values() for name in values}, key=natural_order),
+            "columns": sorted({name for values in rows.values() for name in values}, key=natural_order),
         }
-        for title, rows in tables.items()
+        for (title, metric), rows in tables.items()
     ]
+
+
+def _measurements(title: str, values: Report) -> Iterator[tuple[str, str, Report]]:
+    """(title, metric, values by column). Where a measurement consists of others, such as robustness of those of each
+    change, these are the columns, and each of their metrics has a table."""
+    parts = {name: value for name, value in values.items() if isinstance(value, Mapping)}
+    own = {name: value for name, value in values.items() if name not in parts}
+    if own or not parts:
+        yield title, "", own
+    if any(isinstance(value, Mapping) for part in parts.values() for value in part.values()):
+        for name, part in parts.items():
+            yield from _measurements(f"{title}, {words(name)}", part)
+        return
+    for metric in dict.fromkeys(metric for part in parts.values() for metric in part):
+        columns = {name: part[metric] for name, part in parts.items() if metric in part}
+        yield f"{title}, {words(metric)}", metric, columns
 
 
 def kept_view(share_of_teacher: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -258,4 +277,6 @@ def similarity_chart(similarity: Report) -> Markup | str:
         return ""
     title = "Samples by similarity of image and caption"
     edges, counts = similarity["edges"], similarity["counts"]
+    full = [place for place, count in enumerate(counts) if count] or [0]
+    edges, counts = edges[full[0] : full[-1] + 2], counts[full[0] : full[-1] + 1]
     return Markup(charts.histogram(edges, counts, color="var(--bar)", title=title, x_label="similarity"))

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from mmflow.core.artifacts import Stage, content_hash
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError, TrackingError
+from mmflow.core.progress import progress
 from mmflow.core.storage import exists, join, read_json, write_json
 from mmflow.stages import Inputs, LoopStage, Manifest
-from mmflow.stages.evaluate import MODELS
+from mmflow.stages.evaluate import MODELS, RESULTS
 from mmflow.stages.training import PACKAGE
 
 if TYPE_CHECKING:
-    from mmflow.evaluation.config import EvaluateConfig
     from mmflow.recipe import Recipe
-    from mmflow.registry.gate import PromoteConfig
 
 CHALLENGER = "challenger"
 DECISION = "decision.json"
@@ -63,7 +62,7 @@ def _promote(uri: str, recipe: Recipe, inputs: Inputs, tracking: str) -> Manifes
         uri=tracking,
     )
     if not exists(join(uri, DECISION)):
-        decision = _decide(settings, metrics, version, tracking, inputs["shard"].uri, recipe.evaluate)
+        decision = _decide(recipe, metrics, version, tracking, inputs["shard"].uri)
         write_json(join(uri, DECISION), decision)
     decision = read_json(join(uri, DECISION))
     set_alias(settings.model, CHALLENGER, version, f"promotion {uri.rsplit('/', 1)[-1]}", uri=tracking)
@@ -72,18 +71,13 @@ def _promote(uri: str, recipe: Recipe, inputs: Inputs, tracking: str) -> Manifes
     return {"fingerprint": content_hash(decision), **decision}
 
 
-def _decide(
-    settings: PromoteConfig,
-    metrics: Mapping[str, float],
-    version: int,
-    tracking: str,
-    dataset: str,
-    examination: EvaluateConfig,
-) -> dict[str, Any]:
+def _decide(recipe: Recipe, metrics: Mapping[str, float], version: int, tracking: str, dataset: str) -> dict[str, Any]:
+    from mmflow.cluster.local import ensure_ray
     from mmflow.evaluation.evaluate import metrics_of_package
     from mmflow.registry.gate import decide
     from mmflow.registry.versions import champion
 
+    settings, examination = recipe.promote, recipe.evaluate
     holder = champion(settings.model, uri=tracking)
     outcome = {"model": settings.model, "version": version, "champion_before": holder.version if holder else None}
     if holder is not None and holder.version == version:
@@ -91,7 +85,10 @@ def _decide(
     champion_metrics = None
     if holder is not None:
         try:
-            champion_metrics = metrics_of_package(holder.package_uri, dataset, examination)
+            ensure_ray(num_cpus=(examination.num_workers or 1) * examination.cpus_per_worker)
+            store = join(recipe.workspace, RESULTS)
+            with progress("promote") as report:
+                champion_metrics = metrics_of_package(holder.package_uri, dataset, examination, store, report)
         except (MissingArtifactError, CorruptArtifactError) as error:
             raise TrackingError(
                 f"{settings.model}: the champion, version {holder.version}, cannot be compared with the challenger "

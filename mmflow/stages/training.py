@@ -249,6 +249,7 @@ def _kept_vocabulary(uri: str, learn: Callable[[], Vocabulary]) -> Vocabulary:
 
 def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, package: str) -> TrainingJob:
     """The job with its teachers, the one of `pretrain` first, and their caches built."""
+    from mmflow.inference.runner import Pool
     from mmflow.inference.teacher_cache import with_caches
     from mmflow.loading.tokens import read_tokenizer
     from mmflow.training.job import TeacherPackage
@@ -266,8 +267,7 @@ def _with_teachers(job: TrainingJob, workspace: str, section: DistillConfig, pac
                 max_tokens=job.model.max_tokens,
                 seed=job.seed,
                 workspace=workspace,
-                num_workers=job.training.most_workers,
-                cpus_per_worker=job.training.cpus_per_worker,
+                pool=Pool(num_workers=job.training.most_workers, cpus_per_worker=job.training.cpus_per_worker),
                 progress=report,
             )
     return replace(

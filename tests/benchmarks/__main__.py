@@ -15,8 +15,8 @@ from tests.benchmarks.measure import RUNS, SHARE, machine
 from tests.benchmarks.table import publish
 
 SUBJECTS = (
-    "build", "cached_teacher", "distillation", "duplicates", "memory", "plan", "reading", "resume", "samples",
-    "scoring", "step", "tars", "tiled", "workers",
+    "build", "cached_teacher", "distillation", "duplicates", "evaluation", "memory", "plan", "reading", "resume",
+    "samples", "scoring", "step", "tars", "tiled", "workers",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

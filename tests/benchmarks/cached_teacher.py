@@ -47,6 +47,7 @@ def prepare(samples: int) -> dict[str, Any]:
     import ray
 
     from mmflow.core.storage import exists
+    from mmflow.inference.runner import Pool
     from mmflow.inference.teacher_cache import with_caches
     from mmflow.learning.distillation import CacheConfig
     from mmflow.models.encoders import parameter_count
@@ -80,7 +81,7 @@ def prepare(samples: int) -> dict[str, Any]:
         [TeacherPackage(package=str(directory / "package"))], cache=CacheConfig(augmentations=VIEWS),
         dataset=str(directory / "dataset"),
         loader=_loader_config(), tokenizer=tokenizer, max_tokens=MAX_TOKENS, seed=SEED, workspace=str(directory),
-        num_workers=CORES, cpus_per_worker=1, progress=lambda done, total, note: None,
+        pool=Pool(num_workers=CORES), progress=lambda done, total, note: None,
     )  # fmt: skip
     ray.shutdown()
     parameters = {

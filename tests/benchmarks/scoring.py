@@ -174,16 +174,17 @@ def ours(uri: str, package: str, batch: int) -> float:
     """Seconds of the stage `score` on a running Ray."""
     import ray
 
-    from mmflow.inference.score import ScoreConfig, score_dataset
+    from mmflow.inference.config import EmbedConfig, ScoreConfig, TasksConfig
+    from mmflow.inference.runner import Model
+    from mmflow.inference.score import Scored, score
 
     ray.init(address="local", num_cpus=CORES, include_dashboard=False, logging_level="ERROR")
+    tasks = TasksConfig(embed=EmbedConfig())
+    scored = Scored(model=Model(package=package), datasets=(("scoring", uri),), tasks=tasks, splits=None)
     with tempfile.TemporaryDirectory(dir=SCRATCH) as output:
         began = time.perf_counter()
-        score_dataset(
-            output, dataset=uri, package=package, version=1, prompts={}, language="en",
-            settings=ScoreConfig(num_workers=1, cpus_per_worker=CORES, batch_size=batch),
-            progress=lambda done, total, note: None,
-        )  # fmt: skip
+        score(f"{output}/scores", f"{output}/results", scored, ScoreConfig(num_workers=CORES, batch_size=batch),
+              lambda done, total, note: None)  # fmt: skip
         seconds = time.perf_counter() - began
     ray.shutdown()
     return seconds

@@ -45,6 +45,7 @@ class Handmade:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] = (64, 48)
     num_frames: int = 1
+    body: bytes | None = None  # in place of the first picture
 
 
 def picture(seed: int, size: tuple[int, int], format: str = "JPEG") -> bytes:
@@ -111,6 +112,7 @@ def write_dataset(
 def _add(tar: TarWriter, sample: Handmade) -> dict[str, Any]:
     seed = xxhash.xxh3_64_intdigest(sample.key.encode())
     images = [picture(seed ^ frame, sample.size) for frame in range(sample.num_frames)]
+    images[0] = images[0] if sample.body is None else sample.body
     fields = canonical_json({"captions": sample.captions, "metadata": sample.metadata}).encode()
     texts = [caption["text"] for caption in sample.captions]
     longest = max(texts, key=len, default="")

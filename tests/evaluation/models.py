@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from mmflow.dataset.opened import Dataset
 from mmflow.dataset.reader import Caption, Sample
-from mmflow.evaluation.examination import Captions, Rows
+from mmflow.evaluation.config import EvaluateConfig
+from mmflow.evaluation.evaluate import prepare
+from mmflow.evaluation.examination import Subject
 from mmflow.inference.predict import Predictor
+from mmflow.inference.runner import Model
 from mmflow.loading.tokens import train_tokenizer
 from mmflow.models.config import ModelConfig
 from mmflow.models.encoders import parameter_count
 from mmflow.models.model import build
 from mmflow.models.package import LoadedModel, Package, write_package
+from tests.dataset.handmade import Handmade, write_dataset
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 TEXT: dict[str, Any] = {
@@ -116,6 +121,7 @@ def written_package(uri: Path, loaded: LoadedModel) -> Package:
         tokenizer_json=loaded.tokenizer.to_str(),
         parameters=parameter_count(loaded.model),
         lineage={},
+        classes=loaded.classes,
     )
 
 
@@ -128,19 +134,46 @@ def picture(colour: str) -> Sample:
     drawn = Image.new("RGB", (20, 20), colour)
     drawn.paste((128, 128, 128), (0, 0, 10, 7))
     drawn.save(body, "PNG")
-    captions = tuple(Caption(text, "en") for text in captions_of(colour))
-    questions = [{"question": "what colour is it?", "answers": [colour, colour, "dark"]}]
-    metadata: dict[str, object] = {"classes": {"colour": colour}, "questions": questions}
-    return Sample(colour, body.getvalue(), "png", captions, metadata)
+    return Sample(colour, body.getvalue(), "png", tuple(Caption(text, "en") for text in captions_of(colour)), {})
 
 
-def rows() -> Rows:
-    """Six pictures; the first and third have three captions each, the others one."""
-    samples = tuple(picture(colour) for colour in COLOURS)
-    pairs = [
-        (row, caption.text)
-        for row, sample in enumerate(samples)
-        for caption in sample.captions[: 3 if row in (0, 2) else 1]
+def squares() -> list[Handmade]:
+    """A sample a colour: the first and third have three captions, the others one; the first three have one in German
+    too."""
+    return [
+        Handmade(
+            key=colour,
+            captions=[
+                *({"language": "en", "text": text} for text in captions_of(colour)[: 3 if row in (0, 2) else 1]),
+                *({"language": "de", "text": f"square {colour}"} for _ in range(row < 3)),
+            ],
+            metadata={
+                "classes": {"colour": colour},
+                "questions": [{"question": "what colour is it?", "answers": [colour, colour, "dark"]}],
+            },
+            size=(24, 20),
+        )
+        for row, colour in enumerate(COLOURS)
     ]
-    captions = Captions(tuple(text for _, text in pairs), np.array([row for row, _ in pairs]))
-    return Rows("held_out", samples, {"en": captions}, tuple(("00000", row) for row in range(len(samples))))
+
+
+def write_squares(directory: Path, samples: Sequence[Handmade] | None = None) -> Dataset:
+    """Samples of split held_out in two shards, the first of four."""
+    samples = squares() if samples is None else samples
+    return write_dataset(directory, [("held_out", samples[:4]), ("held_out", samples[4:])])
+
+
+def settings(**sections: Any) -> EvaluateConfig:
+    """Of an evaluation of split held_out."""
+    return EvaluateConfig.model_validate({"splits": ["held_out"], "batch_size": 4, **sections})
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    """Reports nothing."""
+
+
+def asked(folder: Path, dataset: Dataset, loaded: LoadedModel, asks: EvaluateConfig) -> Subject:
+    """The model and the rows of split held_out, with everything computed that the settings ask for."""
+    package = written_package(folder / "package", loaded)
+    models = {"student": Model(package=package.uri)}
+    return prepare(models, dataset.uri, asks, str(folder / "results"), quiet)["student", "held_out"]

@@ -1,36 +1,43 @@
-"""A model is examined in what the recipe asks for and the model gives, no more and no less."""
+"""A model is examined in what the recipe asks for and the model gives, no more and no less; retrieval and matching
+against plain definitions over whole matrices."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
+from numpy.typing import NDArray
 
 from mmflow.core.errors import MisuseError
-from mmflow.evaluation.config import EXAMINATIONS, EvaluateConfig
+from mmflow.dataset.opened import Dataset
+from mmflow.evaluation import retrieval
+from mmflow.evaluation.config import EXAMINATIONS
 from mmflow.evaluation.evaluate import chance, examine
-from mmflow.evaluation.examination import Captions, Subject, flatten
-from mmflow.inference.predict import Predictor
-from mmflow.learning.retrieval import rank_several
+from mmflow.evaluation.examination import flatten, read_rows
+from mmflow.inference.predict import Batch, Predictor
+from mmflow.learning.retrieval import rank_one, rank_several, retrieval_metrics
+from mmflow.models.package import LoadedModel
+from tests.evaluation.alone import Alone
 from tests.evaluation.models import (
     COLOURS,
     answerer_config,
+    asked,
     captioner_config,
     classifier_config,
     dual_config,
+    loaded_model,
     matcher_config,
-    predictor,
     ranker_config,
-    rows,
+    settings,
+    squares,
     tight_config,
+    write_squares,
 )
-
-
-def settings(**sections: Any) -> EvaluateConfig:
-    return EvaluateConfig.model_validate({"splits": ["held_out"], "batch_size": 4, **sections})
-
 
 ALL = settings(
     zero_shot={"label": "colour", "prompts": {colour: [colour] for colour in COLOURS}},
@@ -40,59 +47,116 @@ ALL = settings(
     long_text={"truncated_tokens": 5},
     matching={"candidates": 2},
     masked_language={},
+    robustness={"pictures": ["grey"], "captions": ["typos"]},
+    slices={"label": "colour"},
     attention={"rows": 2},
 )
 BOTH_WAYS = {"text_to_image", "image_to_text", "languages"}
+TRUNCATED = {"text_to_image_truncated", "image_to_text_truncated", "long_text"}
+FUSED_DECODER = {"memory": "fused", "width": 16, "layers": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_squares(tmp_path_factory.mktemp("squares") / "dataset")
 
 
 @pytest.mark.parametrize(
-    ("model", "metrics", "details"),
+    ("loaded", "metrics", "details"),
     [
         (
-            predictor(dual_config()),
-            {*BOTH_WAYS, "zero_shot", "text_to_image_truncated", "image_to_text_truncated", "long_text"},
+            loaded_model(dual_config()),
+            {*BOTH_WAYS, *TRUNCATED, "zero_shot", "robustness", "slices"},
             {"retrieval", "attention"},
         ),
-        (predictor(tight_config()), BOTH_WAYS, {"retrieval", "attention"}),
-        (predictor(matcher_config()), {"matched_text_to_image", "matched_image_to_text"}, {"attention"}),
-        (predictor(captioner_config()), {"captions"}, {"captions"}),
-        (predictor(classifier_config(), COLOURS), {"classification"}, {"confusion"}),
+        (loaded_model(tight_config()), BOTH_WAYS, {"retrieval", "attention"}),
+        (loaded_model(matcher_config()), {"matched_text_to_image", "matched_image_to_text"}, {"attention"}),
+        (loaded_model(captioner_config()), {"captions"}, {"captions"}),
+        (loaded_model(classifier_config(), COLOURS), {"classification"}, {"confusion"}),
         (
-            predictor(answerer_config(heads=["classes"]), COLOURS),
+            loaded_model(answerer_config(heads=["classes"]), COLOURS),
             {"classification", "answering"},
             {"confusion", "answers", "by_answer"},
         ),
-        (
-            predictor(answerer_config(decoder={"memory": "fused", "width": 16, "layers": 1, "heads": 2})),
-            {"answering"},
-            {"answers", "by_answer"},
-        ),
-        (predictor(answerer_config(heads=["masked_language"])), {"masked_language"}, set()),
+        (loaded_model(answerer_config(decoder=FUSED_DECODER)), {"answering"}, {"answers", "by_answer"}),
+        (loaded_model(answerer_config(heads=["masked_language"])), {"masked_language"}, set()),
     ],
 )
-def test_each_model_is_examined_in_what_it_gives(model: Predictor, metrics: set[str], details: set[str]) -> None:
-    outcome = examine(model, rows(), ALL)
+def test_each_model_is_examined_in_what_it_gives(
+    loaded: LoadedModel, metrics: set[str], details: set[str], dataset: Dataset, tmp_path: Path
+) -> None:
+    subject = asked(tmp_path, dataset, loaded, ALL)
+    outcome = examine(subject, ALL)
     assert set(outcome.metrics) == metrics
     assert set(outcome.details) == details
-    assert set(examine(model, rows(), ALL, only_metrics=True).details) == details - {"attention"}
-    if "answering" in metrics:
-        assert {answer["accuracy"] for answer in outcome.details["answers"]} <= {0.0, 1.0, 2 / 3, 1 / 3, 0.5}
-        asked = sum(row["questions"] for row in outcome.details["by_answer"])
-        assert asked == outcome.metrics["answering"]["rows"] == len(outcome.details["answers"])
-    if "captions" in metrics:
-        assert outcome.metrics["captions"]["perplexity"] > 1
-    if "masked_language" in metrics:
-        found = outcome.metrics["masked_language"]
-        texts = rows().main_captions.texts
-        assert found["tokens"] == sum(len(model.loaded.tokenizer.encode(text).ids) - 2 for text in texts)
-        assert found["perplexity"] == pytest.approx(np.exp(found["token_loss"]))
+    assert set(examine(subject, ALL, only_metrics=True).details) == details - {"attention"}
 
 
-def told_apart(monkeypatch: pytest.MonkeyPatch, colours: dict[str, int]) -> Predictor:
+# --- by similarity --------------------------------------------------------------------------------------------------
+
+
+def ranked(similarity_AN: NDArray[np.floating], picture_of_text_A: NDArray[np.int64]) -> dict[str, dict[str, float]]:
+    """Metrics of both directions from all similarities."""
+    return {
+        "text_to_image": retrieval_metrics(rank_one(similarity_AN, picture_of_text_A)),
+        "image_to_text": retrieval_metrics(rank_several(similarity_AN.T, picture_of_text_A)),
+    }
+
+
+def test_every_caption_is_a_query_and_a_picture_is_found_by_any_of_its_own(dataset: Dataset, tmp_path: Path) -> None:
+    asks = settings(languages=["en", "de"])
+    loaded = loaded_model(dual_config(), seed=4)
+    alone, outcome = Alone(loaded, dataset), examine(asked(tmp_path, dataset, loaded, asks), asks)
+    texts, rows = alone.captions()
+    similarity_AN = alone.texts(texts) @ alone.images().T
+    # German has captions for the first three pictures alone: the others are no candidates.
+    german, german_rows = alone.captions("de")
+    in_german = ranked(alone.texts(german) @ alone.images()[:3].T, german_rows)
+    assert outcome.metrics == {
+        **{way: pytest.approx(metrics) for way, metrics in ranked(similarity_AN, rows).items()},
+        "languages": {"de": {"text_to_image": pytest.approx(in_german["text_to_image"])}},
+    }
+    ranks = rank_one(similarity_AN, rows).ranks
+    for query, text, row, rank, scores in zip(
+        outcome.details["retrieval"], texts, rows, ranks, similarity_AN, strict=True
+    ):
+        assert (query["caption"], query["key"], query["rank"]) == (text, COLOURS[row], rank)
+        nearest = np.argsort(-scores, kind="stable")[:5]
+        assert [result["key"] for result in query["results"]] == [COLOURS[place] for place in nearest]
+        assert [result["score"] for result in query["results"]] == pytest.approx(scores[nearest], abs=1e-4)
+        assert [result["correct"] for result in query["results"]] == (nearest == row).tolist()
+
+
+def test_of_many_captions_some_evenly_spread_are_kept_for_people(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(retrieval, "QUERIES", 4)
+    loaded = loaded_model(dual_config(), seed=4)
+    queries = examine(asked(tmp_path, dataset, loaded, settings()), settings()).details["retrieval"]
+    texts, _ = Alone(loaded, dataset).captions()
+    assert [query["caption"] for query in queries] == [texts[place] for place in (0, 2, 5, 7)]
+
+
+def test_a_model_that_compares_pairs_is_ranked_by_its_scores(tmp_path: Path) -> None:
+    clips = [replace(sample, num_frames=1 + number % 3) for number, sample in enumerate(squares())]
+    dataset, loaded = write_squares(tmp_path / "dataset", clips), loaded_model(tight_config())
+    alone, outcome = Alone(loaded, dataset), examine(asked(tmp_path, dataset, loaded, settings()), settings())
+    texts, rows = alone.captions()
+    with torch.inference_mode():
+        pooled = torch.cat([alone.text(text).pooled_BW for text in texts])
+        scores = [loaded.model.score_pairs(pooled, alone.image(sample))[:, 0] for sample in alone.samples]
+    similarity_AN = torch.stack(scores, dim=1).numpy()
+    for way, metrics in ranked(similarity_AN, rows).items():
+        assert outcome.metrics[way] == pytest.approx(metrics)
+    found = [query["rank"] for query in outcome.details["retrieval"]]
+    np.testing.assert_array_equal(found, rank_one(similarity_AN, rows).ranks)
+
+
+def tell_apart(monkeypatch: pytest.MonkeyPatch, colours: dict[str, int]) -> LoadedModel:
     """A dual encoder that sees colours as given and reads each caption as the colour that it names."""
 
-    def images(self: Predictor, samples: Any) -> np.ndarray:
-        return np.eye(8, dtype=np.float32)[[colours[sample.key] for sample in samples]]
+    def images(self: Batch, change: str = "") -> np.ndarray:
+        return np.eye(8, dtype=np.float32)[[colours[sample.key] for sample in self.samples]]
 
     def captions(self: Predictor, texts: Any, max_tokens: int | None = None) -> np.ndarray:
         named = [next(place for place, colour in enumerate(COLOURS) if colour in text) for text in texts]
@@ -100,119 +164,99 @@ def told_apart(monkeypatch: pytest.MonkeyPatch, colours: dict[str, int]) -> Pred
         short = [max_tokens is not None and "one on the left" in text for text in texts]
         return np.eye(8, dtype=np.float32)[[7 if cut else place for place, cut in zip(named, short, strict=True)]]
 
-    monkeypatch.setattr(Predictor, "embed_images", images)
-    monkeypatch.setattr(Predictor, "embed_captions", captions)
-    return predictor(dual_config())
+    monkeypatch.setattr(Batch, "embed_images", images)
+    monkeypatch.setattr(Predictor, "embed_texts", captions)
+    return loaded_model(dual_config())
 
 
 RIGHT = {colour: place for place, colour in enumerate(COLOURS)}
 
 
-def test_every_caption_is_a_query_and_a_picture_is_found_by_any_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    perfect = examine(told_apart(monkeypatch, RIGHT), rows(), settings())
-    assert flatten({"s": perfect.metrics})["s/text_to_image/R@1"] == 1.0
-    assert perfect.metrics["image_to_text"] == pytest.approx(
-        {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "mAP": 1.0, "mean_rank": 1.0, "median_rank": 1.0}
-    )
-    queries = perfect.details["retrieval"]
-    assert [query["rank"] for query in queries] == [1] * 10
-    assert {len(query["results"]) for query in queries} == {5}
+def test_a_picture_that_is_taken_for_another_is_found_by_none_of_its_captions(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    perfect = examine(asked(tmp_path / "1", dataset, tell_apart(monkeypatch, RIGHT), settings()), settings())
+    assert perfect.metrics["text_to_image"]["R@1"] == perfect.metrics["image_to_text"]["mAP"] == 1.0
     # Red seen as green: its three captions of ten find a wrong picture, and it finds none of them.
-    blind = examine(told_apart(monkeypatch, RIGHT | {"red": 1}), rows(), settings()).metrics
-    assert blind["text_to_image"]["R@1"] == pytest.approx(6 / 10)
-    assert blind["image_to_text"]["R@1"] == pytest.approx(5 / 6)
+    blind = tell_apart(monkeypatch, RIGHT | {"red": 1})
+    metrics = examine(asked(tmp_path / "2", dataset, blind, settings()), settings()).metrics
+    assert metrics["text_to_image"]["R@1"] == pytest.approx(6 / 10)
+    assert metrics["image_to_text"]["R@1"] == pytest.approx(5 / 6)
 
 
-def test_a_model_that_compares_pairs_is_ranked_by_its_scores() -> None:
-    model, held_out = predictor(tight_config()), rows()
-    captions = held_out.main_captions
-    scores = model.score_pairs(held_out.samples, captions.texts)
-    right = scores[np.arange(len(scores)), captions.picture_of_text]
-    ranks = [query["rank"] for query in examine(model, held_out, settings()).details["retrieval"]]
-    np.testing.assert_array_equal(ranks, (scores >= right[:, None] - 1e-6).sum(1))
-
-
-def test_whole_captions_are_compared_with_their_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = examine(told_apart(monkeypatch, RIGHT), rows(), settings(long_text={"truncated_tokens": 5})).metrics
+def test_whole_captions_are_compared_with_their_beginnings(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asks, loaded = settings(long_text={"truncated_tokens": 5}), tell_apart(monkeypatch, RIGHT)
+    metrics = examine(asked(tmp_path, dataset, loaded, asks), asks).metrics
     assert metrics["text_to_image"]["R@1"] == 1.0
     assert metrics["text_to_image_truncated"]["R@1"] == pytest.approx(8 / 10)
     assert metrics["long_text"]["longer_share"] == pytest.approx(2 / 10)
     assert metrics["long_text"]["R@10_gain"] == pytest.approx(0.0)  # all six pictures are among the first ten
+    lengths = [min(12, len(loaded.tokenizer.encode(text).ids)) for text in Alone(loaded, dataset).captions()[0]]
+    assert metrics["long_text"]["tokens"] == pytest.approx(np.mean(lengths))
 
 
-def test_matching_reads_the_nearest_of_each_direction_and_every_pair_without_embeddings(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[np.ndarray] = []
-
-    def match(self: Predictor, samples: Any, captions: Any, pairs: np.ndarray) -> np.ndarray:
-        asked.append(pairs)
-        return np.ones(len(pairs), np.float32)
-
-    monkeypatch.setattr(Predictor, "match", match)
-    metrics = examine(predictor(ranker_config()), rows(), settings(matching={"candidates": 2})).metrics
-    captions, pictures = np.bincount(asked[0][:, 0]), np.bincount(asked[0][:, 1])
-    assert (captions.min(), pictures.min()) >= (2, 2)
-    assert len(asked[0]) == len(np.unique(asked[0], axis=0)) <= 10 * 2 + 6 * 2
-    assert set(metrics) >= {"text_to_image", "matched_text_to_image", "matched_image_to_text"}
-    examine(predictor(matcher_config()), rows(), settings(matching={"candidates": 2}))
-    assert len(asked[1]) == 10 * 6
+def test_beginnings_are_those_that_the_model_reads(dataset: Dataset, tmp_path: Path) -> None:
+    asks, loaded = settings(long_text={"truncated_tokens": 4}), loaded_model(dual_config(), seed=4)
+    metrics = examine(asked(tmp_path, dataset, loaded, asks), asks).metrics
+    alone = Alone(loaded, dataset)
+    texts, rows = alone.captions()
+    for way, expected in ranked(alone.texts(texts, 4) @ alone.images().T, rows).items():
+        assert metrics[f"{way}_truncated"] == pytest.approx(expected)
 
 
-def test_a_direction_reorders_only_its_own_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that knows every pair puts what is among a query's candidates first, and nothing else."""
-    right = rows().main_captions.picture_of_text
-
-    def match(self: Predictor, samples: Any, captions: Any, pairs: np.ndarray) -> np.ndarray:
-        return np.where(right[pairs[:, 0]] == pairs[:, 1], 5.0, -5.0).astype(np.float32)
-
-    monkeypatch.setattr(Predictor, "match", match)
-    outcome = examine(predictor(ranker_config()), rows(), settings(matching={"candidates": 2}))
-    ranks = np.array([query["rank"] for query in outcome.details["retrieval"]])
-    assert 0 < (ranks > 2).sum() < 10
-    matched = np.where(ranks <= 2, 1, ranks)
-    assert outcome.metrics["matched_text_to_image"]["R@1"] == pytest.approx((matched == 1).mean())
-    assert outcome.metrics["matched_text_to_image"]["mean_rank"] == pytest.approx(matched.mean())
-    similarity = Subject(predictor(ranker_config()), rows()).similarity
-    ranks = rank_several(similarity.T, right).ranks
-    matched = np.where(ranks <= 2, 1, ranks)
-    assert outcome.metrics["matched_image_to_text"]["mean_rank"] == pytest.approx(matched.mean())
+# --- by the head `matching` -----------------------------------------------------------------------------------------
 
 
-def test_a_fused_classifier_reads_each_picture_with_its_first_caption(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    plain = Predictor.class_scores
-
-    def score(self: Predictor, samples: Any, texts: Any) -> np.ndarray:
-        asked.append(texts)
-        return plain(self, samples, texts)
-
-    monkeypatch.setattr(Predictor, "class_scores", score)
-    captions = rows().main_captions
-    without_last = replace(rows(), captions={"en": Captions(captions.texts[:-1], captions.rows[:-1])})
-    model = predictor(answerer_config(heads=["classes"]), COLOURS)
-    metrics = examine(model, without_last, settings(classification={"label": "colour"})).metrics
-    assert asked == [[*(f"a {colour} square" for colour in COLOURS[:-1]), ""]]
-    assert metrics["classification"]["rows"] == 6.0
+def candidates_first(
+    similarity_QC: NDArray[np.floating], odds_QC: NDArray[np.floating], candidates: int
+) -> NDArray[np.float64]:
+    """Scores in the order in which each query finds: its nearest by their odds, then the others by similarity."""
+    scores_QC = np.zeros(similarity_QC.shape)
+    for query, (similarity, odds) in enumerate(zip(similarity_QC, odds_QC, strict=True)):
+        order = sorted(range(len(similarity)), key=lambda place, own=similarity: -own[place])
+        first = sorted(order[:candidates], key=lambda place, own=odds: -own[place])
+        scores_QC[query, [*first, *order[candidates:]]] = -np.arange(len(order))
+    return scores_QC
 
 
-def test_a_class_that_the_model_was_never_taught_counts_as_wrong() -> None:
-    model = predictor(classifier_config(), COLOURS[:3])
-    metrics = examine(model, rows(), settings(classification={"label": "colour"})).metrics["classification"]
-    assert metrics["rows"] == 6.0
-    assert metrics["accuracy"] <= 0.5
+@pytest.mark.parametrize("candidates", [1, 2, 3, 100])
+def test_each_query_s_candidates_come_first_by_their_odds(candidates: int, dataset: Dataset, tmp_path: Path) -> None:
+    asks, loaded = settings(matching={"candidates": candidates}), loaded_model(ranker_config(), seed=2)
+    alone = Alone(loaded, dataset)
+    metrics = examine(asked(tmp_path, dataset, loaded, asks), asks).metrics
+    texts, rows = alone.captions()
+    similarity_AN = alone.texts(texts) @ alone.images().T
+    odds_AN = np.array([[alone.match(text, sample) for sample in alone.samples] for text in texts])
+    to_image = rank_one(candidates_first(similarity_AN, odds_AN, candidates), rows)
+    to_text = rank_several(candidates_first(similarity_AN.T, odds_AN.T, candidates), rows)
+    assert metrics["matched_text_to_image"] == pytest.approx(retrieval_metrics(to_image))
+    assert metrics["matched_image_to_text"] == pytest.approx(retrieval_metrics(to_text))
+    assert (metrics["matched_text_to_image"] != metrics["text_to_image"]) == (candidates > 1)
+    # The head reads the candidates of either direction, each pair once.
+    of_captions = np.argsort(-similarity_AN, axis=1)[:, :candidates]
+    of_pictures = np.argsort(-similarity_AN.T, axis=1)[:, :candidates]
+    pairs = {(text, picture) for text, own in enumerate(of_captions) for picture in own}
+    pairs |= {(text, picture) for picture, own in enumerate(of_pictures) for text in own}
+    files = (tmp_path / "results").glob("*/given_matches-*/*.parquet")
+    assert sum(len(row) for file in files for row in pq.read_table(file)["given_matches"].to_pylist()) == len(pairs)
 
 
-def test_questions_without_answers_are_refused_by_the_key() -> None:
-    silent = rows()
-    for sample in silent.samples:
-        sample.metadata.pop("questions")
-    with pytest.raises(MisuseError, match=r"evaluate\.answering: no answered question in split 'held_out'"):
-        _ = silent.questions
+def test_a_matcher_without_embeddings_reads_every_pair(dataset: Dataset, tmp_path: Path) -> None:
+    asks, loaded = settings(matching={"candidates": 2}), loaded_model(matcher_config(), seed=2)
+    alone = Alone(loaded, dataset)
+    metrics = examine(asked(tmp_path, dataset, loaded, asks), asks).metrics
+    texts, rows = alone.captions()
+    odds_AN = np.array([[alone.match(text, sample) for sample in alone.samples] for text in texts])
+    assert metrics == {f"matched_{way}": pytest.approx(found) for way, found in ranked(odds_AN, rows).items()}
 
 
-def test_chance_by_hand() -> None:
-    guessed = chance(rows(), ALL, set(EXAMINATIONS))
+# --- chance, names, what is not there -------------------------------------------------------------------------------
+
+
+def test_chance_by_hand(dataset: Dataset) -> None:
+    guessed = chance(read_rows(dataset, "held_out", ["en"]), ALL, set(EXAMINATIONS))
     assert guessed["text_to_image"]["R@1"] == guessed["matched_text_to_image"]["R@1"] == pytest.approx(1 / 6)
     # Two pictures of six have three captions of ten.
     assert guessed["image_to_text"]["R@1"] == pytest.approx((4 * 1 / 10 + 2 * 3 / 10) / 6)
@@ -221,8 +265,10 @@ def test_chance_by_hand() -> None:
     assert guessed["captions"]["distinct"] == 0.0
 
 
-def test_names_that_gates_use_stay() -> None:
-    flat = flatten({"unseen": examine(predictor(dual_config()), rows(), ALL).metrics})
+def test_names_that_gates_use_stay(dataset: Dataset, tmp_path: Path) -> None:
+    asks = settings(zero_shot={"label": "colour", "prompts": {colour: [colour] for colour in COLOURS}})
+    subject = asked(tmp_path, dataset, loaded_model(dual_config()), asks)
+    flat = flatten({"unseen": examine(subject, asks).metrics})
     assert {
         "unseen/text_to_image/R@1",
         "unseen/image_to_text/R@10",
@@ -231,3 +277,9 @@ def test_names_that_gates_use_stay() -> None:
         "unseen/zero_shot/mean_class_accuracy",
     } <= set(flat)
     assert all(isinstance(value, float) for value in flat.values())
+
+
+def test_questions_without_answers_are_refused_by_the_key(tmp_path: Path) -> None:
+    dataset = write_squares(tmp_path / "dataset", [replace(sample, metadata={}) for sample in squares()])
+    with pytest.raises(MisuseError, match=r"evaluate\.answering: no answered question in split 'held_out'"):
+        _ = read_rows(dataset, "held_out", ["en"]).questions

@@ -28,6 +28,9 @@ SECTIONS: dict[str, Any] = {
     "captions": {},
     "long_text": {},
     "matching": {},
+    "masked_language": {},
+    "robustness": {},
+    "slices": {},
 }
 
 
@@ -50,6 +53,10 @@ def pretrain(model: ModelConfig, **loader: Any) -> PretrainConfig:
         ("answering", "classifier", "a fusion, and the head classes or a decoder with memory: fused"),
         ("matching", "dual", "a fusion and the head matching"),
         ("zero_shot", "captioner", "a text encoder and an embedding_width"),
+        ("long_text", "matcher", "a text encoder and an embedding_width"),
+        ("masked_language", "dual", "the head masked_language"),
+        ("robustness", "matcher", "a text encoder and an embedding_width"),
+        ("slices", "classifier", "a text encoder and an embedding_width"),
     ],
 )
 def test_a_section_that_no_model_can_be_examined_in_is_refused_by_its_key(

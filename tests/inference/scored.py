@@ -12,14 +12,16 @@ import pyarrow.parquet as pq
 
 from mmflow.core.artifacts import commit
 from mmflow.core.storage import file_sha256
+from mmflow.inference.result import vectors_of
 from mmflow.models.package import Package
 
 Columns = Mapping[str, Sequence[Any]]
 
 
 def vectors(rows: Sequence[np.ndarray | None]) -> pa.Array:
-    # Not of a fixed size: pyarrow 25 cannot read nulls in those.
-    return pa.array([None if row is None else row.astype(np.float16) for row in rows], pa.list_(pa.float16()))
+    width = next(len(row) for row in rows if row is not None)
+    missing = np.array([row is None for row in rows])
+    return vectors_of(np.stack([np.zeros(width) if row is None else row for row in rows]), "float16", missing)
 
 
 def write_scores(

@@ -61,8 +61,8 @@ def embeddings(dataset: Dataset) -> dict[Side, list[np.ndarray | None]]:
     samples = [sample for split in ("train", "held_out") for sample in Reader(dataset, split)]
     predictor = Predictor(MODEL, 4)
     made: dict[Side, list[np.ndarray | None]] = {
-        "pictures": list(predictor.embed_images(samples)),
-        "captions": list(predictor.embed_captions([sample.captions[0].text for sample in samples])),
+        "pictures": list(predictor.embed_pictures(samples)),
+        "captions": list(predictor.embed_texts([sample.captions[0].text for sample in samples])),
     }
     for side in SIDES:
         made[side][DAMAGED] = None
@@ -116,7 +116,7 @@ def test_rows_come_in_the_order_of_a_plain_comparison(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scores_module, "BLOCK_ROWS", 2)
-    query_W = Predictor(MODEL, 1).embed_captions([QUERY])[0]
+    query_W = Predictor(MODEL, 1).embed_texts([QUERY])[0]
     similar = {row: float(made @ query_W) for row, made in enumerate(embeddings[side]) if made is not None}
     expected = sorted(similar, key=lambda row: -similar[row])
     hits = found(capsys, scores, QUERY, "--in", side, "--top", "20")

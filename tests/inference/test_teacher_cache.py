@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from mmflow.core.artifacts import Stage
 from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
 from mmflow.dataset.opened import Dataset
-from mmflow.inference.runner import ShardWorker
+from mmflow.inference.runner import Pool
 from mmflow.inference.teacher_cache import TeacherCache, cache_stage, with_caches
 from mmflow.learning.cached_embeddings import KIND, CachedTeacher, file_uri
 from mmflow.learning.distillation import CacheConfig, DistillationLossesConfig
@@ -84,13 +84,7 @@ def task_of(dataset: Dataset, package: Package, precision: str = "fp16", **chang
 
 
 def stage_of(task: TeacherCache) -> Stage:
-    return cache_stage(task, 1, 1, lambda done, total, note: None)
-
-
-def embedded(workspace: Path, task: TeacherCache) -> None:
-    """Write every shard's file, as a job does that is killed before its commit."""
-    uri = stage_of(task).directory(str(workspace))
-    ShardWorker(task, uri)({"shard": ["00000", "00002"], "split": ["train", "train"]})
+    return cache_stage(task, Pool(), lambda done, total, note: None)
 
 
 def cached(workspace: Path, dataset: Dataset, package: Package, precision: str = "fp16") -> TeacherPackage:
@@ -103,8 +97,7 @@ def cached(workspace: Path, dataset: Dataset, package: Package, precision: str =
         max_tokens=8,
         seed=SEED,
         workspace=str(workspace),
-        num_workers=1,
-        cpus_per_worker=1,
+        pool=Pool(),
         progress=lambda done, total, note: None,
     )
     return teacher
@@ -115,7 +108,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset, packag
     """With the caches of the package in both precisions. Read only."""
     path = tmp_path_factory.mktemp("cached-workspace")
     for precision in ("fp16", "bf16"):
-        embedded(path, task_of(dataset, package, precision))
         cached(path, dataset, package, precision)
     return path
 
@@ -225,6 +217,17 @@ def test_a_cache_is_built_once_and_again_for_what_would_be_other_views(
     assert len(found) == 3 + len(changes)
 
 
+def test_a_killed_build_goes_on_with_the_missing_shards(dataset: Dataset, package: Package, tmp_path: Path) -> None:
+    (uri,) = cached(tmp_path, dataset, package).caches
+    kept, gone = (Path(file_uri(uri, name)) for name in ("00000", "00002"))
+    manifest, data, stamp = Path(uri, "manifest.json").read_bytes(), gone.read_bytes(), kept.stat().st_mtime_ns
+    gone.unlink()
+    Path(uri, "manifest.json").unlink()
+    assert cached(tmp_path, dataset, package).caches == (uri,)
+    assert (Path(uri, "manifest.json").read_bytes(), gone.read_bytes()) == (manifest, data)
+    assert kept.stat().st_mtime_ns == stamp
+
+
 @pytest.mark.parametrize("what", ["dataset", "teacher"])
 def test_a_stale_cache_is_refused_by_digest(workspace: Path, dataset: Dataset, package: Package, what: str) -> None:
     of = cached(workspace, dataset, package)
@@ -263,7 +266,6 @@ def test_a_teacher_of_another_tokenizer_and_size_is_cached_in_its_own(dataset: D
     other = write_teacher(tmp_path / "package", own, image_pixels=24, max_tokens=10)
     views = task_of(dataset, other).views
     assert (views.image_pixels, views.max_tokens, views.augment.token_dropout) == (24, 10, 0.0)
-    embedded(tmp_path, task_of(dataset, other))
     of = cached(tmp_path, dataset, other)
     (alone,) = teachers(of, dataset, {"features": 1})
     assert alone.cached is not None

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from mmflow.learning.retrieval import (
     QueryRanks,
     chance_metrics,
-    nearest,
     rank_one,
     rank_several,
     ranks_of_right,
-    reordered,
     retrieval_metrics,
 )
 
@@ -39,32 +37,6 @@ SCORES = np.array([[0.9, 0.1, 0.2, 0.3], [0.8, 0.5, 0.4, 0.3], [0.9, 0.8, 0.1, 0
 )
 def test_rank_counts_higher_scores_and_ties_and_nan_ranks_last(similarity: Any, ranks: list[int]) -> None:
     assert ranks_of_right(similarity).tolist() == ranks
-
-
-def test_the_nearest_are_taken_along_either_axis() -> None:
-    similarity = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.8]])
-    assert nearest(similarity, 2, axis=1).tolist() == [[True, False, True], [False, True, True]]
-    assert nearest(similarity, 1, axis=0).tolist() == [[True, False, False], [False, True, True]]
-    assert nearest(similarity, 9, axis=1).all()
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
-def test_reordering_sorts_the_chosen_by_score_and_keeps_the_others_behind_them(seed: int, count: int) -> None:
-    random = np.random.default_rng(seed)
-    similarity = random.uniform(-1, 1, (5, 8))
-    scores = random.normal(scale=10.0 ** random.integers(-3, 4), size=(5, 8))
-    chosen = nearest(similarity, count, axis=1)
-    order = reordered(similarity, scores, chosen)
-    for row in range(5):
-        first = sorted(np.flatnonzero(chosen[row]), key=lambda place: -scores[row, place])
-        then = sorted(np.flatnonzero(~chosen[row]), key=lambda place: -similarity[row, place])
-        assert np.argsort(-order[row], kind="stable").tolist() == [*first, *then]
-
-
-def test_reordering_puts_nan_last() -> None:
-    similarity, scores = np.array([[0.9, 0.8, 0.1]]), np.array([[NAN, -3.0, 0.0]])
-    order = reordered(similarity, scores, nearest(similarity, 2, axis=1))
-    assert [int(ranks_of_right(order, np.array([right]))[0]) for right in range(3)] == [3, 2, 3]
 
 
 def test_a_collapsed_model_recalls_nothing() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mmflow.learning.nearest import nearest_in_tiles
-from mmflow.learning.retrieval import QueryRanks, nearest, rank_one, rank_several, reordered
+from mmflow.learning.retrieval import QueryRanks, rank_one, rank_several
 from mmflow.learning.tiled_ranks import FEW, BothWays, Share, ranks_both_ways, reranked
 
 NAN, INF = float("nan"), float("inf")
@@ -140,6 +140,29 @@ def test_nothing_has_no_ranks() -> None:
 def test_a_picture_without_a_caption_is_refused() -> None:
     with pytest.raises(ValueError, match="picture 1 has no caption"):
         ranks_both_ways(np.ones((2, 4)), np.ones((3, 4)), np.array([0, 2]))
+
+
+def nearest(similarity_QC: NDArray[np.floating], count: int, axis: int) -> NDArray[np.bool_]:
+    """(Q, C): True for the `count` greatest along an axis: 1 for each query's candidates, 0 for each candidate's
+    queries. The first of equals comes first."""
+    nearest_QC = np.zeros(similarity_QC.shape, dtype=np.bool_)
+    kept = range(min(count, similarity_QC.shape[axis]))
+    places = np.argsort(-similarity_QC, axis=axis, kind="stable").take(kept, axis=axis)
+    np.put_along_axis(nearest_QC, places, True, axis=axis)
+    return nearest_QC
+
+
+def reordered(
+    similarity_QC: NDArray[np.floating], scores_QC: NDArray[np.floating], chosen_QC: NDArray[np.bool_]
+) -> NDArray[np.floating]:
+    """The similarities with scores in place of the chosen ones, lifted above all others: the chosen come first in the
+    order of their scores, then the others in the order of their similarity."""
+    reordered_QC = similarity_QC.copy()
+    scores = scores_QC[chosen_QC]
+    if len(scores):
+        lift = np.fmax.reduce(similarity_QC, axis=None) + 1 - np.fmin.reduce(scores)
+        reordered_QC[chosen_QC] = scores + lift  # a NaN stays NaN, which ranks last
+    return reordered_QC
 
 
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 40))

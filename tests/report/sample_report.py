@@ -30,6 +30,14 @@ STAGES = {  # seconds and summary
 CLASSES = {"People & Body": 2104, "Objects": 534, "Symbols": 371, "Travel & Places": 358, "Food & Drink": 103}
 
 
+def scored_row(number: int, **more: Any) -> dict[str, Any]:
+    """A row of scores, as a page shows it."""
+    color, shape = CONCEPTS[number]
+    place = {"dataset": "openmoji", "shard": f"0000{number % 6}", "row": 17 * number}
+    key = f"{color}-{shape}"
+    return {**place, "key": key, "picture": key, "caption": f"the {color} {shape}", **more}
+
+
 def sample_images() -> dict[str, bytes]:
     """One small picture a concept, keyed as the sample report's keys; PNG and JPEG in turn."""
     images = {}
@@ -240,14 +248,28 @@ def sample_report() -> dict[str, Any]:
         },
         "scores": {
             "rows": 3953,
+            "errors": 2,
             "files": 6,
             "bytes": 8_410_000,
-            "model_digest": "b7c1f20e9a44",
+            "seconds": 22.5,
+            "rows_per_second": 175.7,
+            "model": {"name": "openmoji-dual-encoder", "version": 3},
             "similarity": {
                 "edges": [-0.2 + 0.04 * edge for edge in range(26)],
-                "counts": [round(520 * math.exp(-(((bin_ - 17) / 4.2) ** 2))) for bin_ in range(25)],
+                "counts": [1 + round(520 * math.exp(-(((bin_ - 17) / 4.2) ** 2))) for bin_ in range(25)],
             },
             "classes": [{"name": name, "rows": rows} for name, rows in CLASSES.items()],
+            "labels": [{"name": "circle", "rows": 2310}, {"name": "square", "rows": 1643}],
+            "best": [scored_row(number, similarity=0.91 - 0.01 * number) for number in range(6)],
+            "worst": [scored_row(number + 6, similarity=0.02 * number - 0.3) for number in range(6)],
+            "examples": [
+                scored_row(
+                    number,
+                    says=[{"of": f"what is picture {number}?", "text": f"answer {number}"}],
+                    neighbours=[scored_row(number + other, similarity=0.97 - 0.1 * other) for other in range(5)],
+                )
+                for number in range(8)
+            ],
         },
         "lineage": [
             {"stage": stage, "inputs": [f"{before} {identities[before][:4]}"], "output": f"{stage} made"}

@@ -146,6 +146,17 @@ def test_histogram_bars_have_the_height_of_their_counts() -> None:
     assert "0.5 to 1: 40" in svg
 
 
+def test_the_name_of_an_axis_covers_no_other_label() -> None:
+    svg = histogram(
+        [place / 10 for place in range(-10, 11)], [1] * 20, title="scores", x_label="similarity", color="red"
+    )
+    labels = re.findall(r'<text class="x" x="([\d.]+)"[^>]*>([^<]*)</text>', svg)
+    (end, last), others = labels[-1], labels[:-1]
+    assert last == "similarity 1"
+    assert len(others) > 4
+    assert all(float(x) + 3 * len(text) <= float(end) - 6 * len(last) for x, text in others)
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=9).filter(lambda parts: sum(parts) > 1e-3))
 def test_stacked_shares_fill_the_bar_exactly(parts: list[float]) -> None:
     segments = [Segment(label=f"stage {i}", value=part, color="red") for i, part in enumerate(parts)]

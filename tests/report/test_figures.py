@@ -14,6 +14,8 @@ def test_every_metric_where_higher_is_better_is_compared() -> None:
         "languages": {"zh": {"text_to_image": {"R@10": 0.5}}},
         "zero_shot": {"accuracy": 0.0},
         "captions": {"BLEU": 0.2, "perplexity": None},
+        "robustness": {"jpeg": {"R@1": 0.2, "R@1_drop": 0.5}, "typos": {"R@1_drop": 0.1}},
+        "slices": {"tokens": {"0-8": {"R@10": 0.9}}},
     }
     student = {
         "image_to_text": {"R@1": 0.25, "median rank": 4.0},
@@ -21,6 +23,8 @@ def test_every_metric_where_higher_is_better_is_compared() -> None:
         "languages": {"zh": {"text_to_image": {"R@10": 0.6}}},
         "zero_shot": {"accuracy": 0.1},
         "captions": {"perplexity": None},
+        "robustness": {"jpeg": {"R@1": 0.1, "R@1_drop": 0.6}, "typos": {"R@1_drop": 0.2}},
+        "slices": {"tokens": {"0-8": {"R@10": 0.8}}},
     }
     shares = share_of_teacher(teacher, student)
     assert {name: round(share, 6) for name, share in shares.items()} == {
@@ -28,6 +32,7 @@ def test_every_metric_where_higher_is_better_is_compared() -> None:
         "text_to_image/R@10": 0.95,
         "image_to_text/R@1": 0.5,
         "languages/zh/text_to_image/R@10": 1.2,
+        "robustness/jpeg/R@1": 0.5,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmflow.report import page
-from mmflow.report.run_page import render_report
+from mmflow.report.run_page import metric_tables, render_report
 from tests.report.sample_report import sample_images, sample_report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)>'
@@ -164,8 +164,10 @@ def test_every_leaf_of_the_report_shows_on_the_page() -> None:
         if render_report(report, {}) == before:
             silent.append(place)
         holder[last] = leaf
-    # A query's own picture is drawn apart only when it is not among the five found.
-    assert silent == [("retrieval", "queries", number, "key") for number in range(3)]
+    # A query's own picture is drawn apart only when it is not among the five found. Scores name pictures, here missing.
+    assert [place for place in silent if place[-1] != "picture"] == [
+        ("retrieval", "queries", number, "key") for number in range(3)
+    ]
 
 
 def test_headline_is_the_student_beside_the_others() -> None:
@@ -183,6 +185,39 @@ def test_headline_is_the_teacher_where_there_is_no_student_whatever_the_order_of
     text = Page(render_report(report, {})).text
     assert "68.3% of captions find their picture first on unseen variants (400 rows)." in text
     assert "teacher, text → image R@1; untrained 0.40%, chance 0.25%" in text
+
+
+def test_rows_that_failed_are_counted_beside_those_that_did_not() -> None:
+    report = sample_report()
+    report["evaluation"]["splits"]["unseen_variants"]["left_out"] = 3
+    text = Page(render_report(report, {})).text
+    assert "400 rows; 3 failed and are left out" in text
+    assert text.count("failed and are left out") == 1
+
+
+def test_measurements_of_measurements_have_a_table_for_each_of_their_metrics() -> None:
+    student = {
+        "robustness": {
+            "jpeg": {"R@1": 0.51, "R@1_drop": 0.12, "rows": 400.0},
+            "missing_picture": {"accuracy": 0.93, "rows": 400.0},
+        },
+        "slices": {"tokens": {"9-16": {"R@10": 0.5, "rows": 30.0}, "0-8": {"R@10": 0.7, "rows": 370.0}}},
+    }
+    tables = metric_tables({"student": student, "teacher": {"robustness": {"jpeg": {"R@1": 0.6}}}})
+    assert [(table["title"], table["columns"]) for table in tables] == [
+        ("robustness, R@1", ["jpeg"]),
+        ("robustness, R@1 drop", ["jpeg"]),
+        ("robustness, rows", ["jpeg", "missing_picture"]),
+        ("robustness, accuracy", ["missing_picture"]),
+        ("slices, tokens, R@10", ["0-8", "9-16"]),
+        ("slices, tokens, rows", ["0-8", "9-16"]),
+    ]
+    report = sample_report()
+    report["evaluation"]["splits"]["unseen_variants"]["models"]["student"] |= student
+    text = Page(render_report(report, {})).text
+    assert "robustness, R@1 drop jpeg student 12.0%" in text
+    assert "robustness, accuracy missing picture student 93.0%" in text
+    assert "slices, tokens, R@10 0-8 9-16 student 70.0% 50.0%" in text
 
 
 def test_refusal_names_its_reason_beside_the_headline() -> None:
@@ -217,6 +252,7 @@ def test_pictures_are_inlined_with_their_own_type_and_unknown_ones_show_their_ke
     parsed = Page(render_report(sample_report(), {"red-circle": red}))
     assert {attrs["alt"] for tag, attrs in parsed.elements if tag == "img"} == {
         "red circle",
+        "the red circle",
         "a red-circle",
         "what is a red-circle?",
     }

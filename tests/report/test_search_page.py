@@ -18,7 +18,14 @@ from tests.report.test_report import HOSTILE, Page
 def page_of(text: str, *, by_picture: bool = False) -> str:
     """The page of three hits, the last of a sample that is gone; `text` is in every place where data may have some."""
     scores = Scores(
-        uri=text, package="package", digest="d" * 64, name=text, version=3, datasets={text: "a", "b": "b"}, files=()
+        uri=text,
+        fingerprint="f",
+        package="package",
+        digest="d" * 64,
+        name=text,
+        version=3,
+        datasets={text: "a", "b": "b"},
+        files=(),
     )
     hits = [
         Hit(rank=rank, score=0.5 - rank / 8, dataset=text, split=text, shard="00000", row=rank, key=f"{text}{rank}")

@@ -18,7 +18,7 @@ def loop_of(tmp_path: Path, **changes: Any) -> Loop:
     return Loop(load_recipe(write_recipe(tmp_path / "recipe.yaml", fields)))
 
 
-def test_a_model_without_a_shared_space_is_promoted_and_not_scored(tmp_path: Path) -> None:
+def test_a_classifier_is_promoted_and_scored(tmp_path: Path) -> None:
     fields: dict[str, Any] = tiny_fields(tmp_path, "records.jsonl")
     classifier = {"image": fields["pretrain"]["model"]["image"], "embedding_width": None, "heads": ["classes"]}
     changes = {
@@ -28,9 +28,7 @@ def test_a_model_without_a_shared_space_is_promoted_and_not_scored(tmp_path: Pat
         "promote": {"model": "m", "candidate": "teacher", "metric": "held_out/classification/accuracy"},
     }
     loop = loop_of(tmp_path, **changes)
-    assert loop.stages == ("shard", "pretrain", "evaluate", "promote")
-    with pytest.raises(RecipeError, match=r"^score: the candidate has no shared embedding space: its model\.embedding"):
-        loop.plan("score")
+    assert loop.stages == ("shard", "pretrain", "evaluate", "promote", "score")
 
 
 def test_a_dual_encoder_is_scored_whichever_of_the_two_it_is(tmp_path: Path) -> None:
@@ -39,16 +37,16 @@ def test_a_dual_encoder_is_scored_whichever_of_the_two_it_is(tmp_path: Path) -> 
         loop_of(tmp_path).plan("corpus")
 
 
-def test_a_model_that_scores_pairs_has_no_rows_to_score(tmp_path: Path) -> None:
+def test_a_model_that_compares_pairs_is_not_scored_unless_another_model_is_named(tmp_path: Path) -> None:
     fields: dict[str, Any] = tiny_fields(tmp_path, "records.jsonl")
     video = {"kind": "tight", "max_frames": 2, "layers": 1, "heads": 2}
     pretrain = {"model": fields["pretrain"]["model"] | {"video": video}, "loader": {"frames": 2}}
     promote = fields["promote"] | {"candidate": "teacher"}
     loop = loop_of(tmp_path, pretrain=pretrain, distill=None, promote=promote)
-    with pytest.raises(
-        RecipeError, match=r"^score: the candidate has no shared embedding space: its model\.video is tig"
-    ):
+    with pytest.raises(RecipeError, match=r"^score: pretrain\.model can do no task without settings, and score\.tasks"):
         loop.plan("score")
+    score = {"model": {"package": str(tmp_path / "package")}}
+    assert "score" in loop_of(tmp_path, pretrain=pretrain, distill=None, promote=promote, score=score).stages
 
 
 def test_a_corpus_in_an_object_store_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:

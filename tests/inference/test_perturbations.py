@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmflow.evaluation.perturbations import WORD, shuffled_words, typos
+from mmflow.inference.perturbations import WORD, shuffled_words, typos
 
 CAPTION = "Two red kites, flying over the harbour's grey houses."
 

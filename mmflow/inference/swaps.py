@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import combinations, pairwise, product
 from typing import NamedTuple
 
-from mmflow.evaluation.perturbations import WORD, with_words, without_capital
+from mmflow.inference.perturbations import WORD, with_words, without_capital
 
 # Exchanging two words of a kind keeps a caption plausible. Between commas stand words that mean nearly the same;
 # exchanging those would change nothing.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmflow.evaluation.swaps import ATTRIBUTES, MEANINGS, NO_NOUNS, swapped_attributes, swapped_objects
+from mmflow.inference.swaps import ATTRIBUTES, MEANINGS, NO_NOUNS, swapped_attributes, swapped_objects
 
 
 @pytest.mark.parametrize(
