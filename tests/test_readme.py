@@ -87,7 +87,7 @@ def test_an_mmflow_command_of_readme_succeeds(command: str, recipe: str, capsys:
     assert not app(words, standalone_mode=False)
     printed = capsys.readouterr().out.split()
     assert printed
-    assert all(Path(word).exists() for word in printed if word.startswith(workspace))
+    assert all(Path(word.rstrip(":")).exists() for word in printed if word.startswith(workspace))
 
 
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.startswith("python")])
