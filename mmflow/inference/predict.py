@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmflow.dataset.reader import Caption, Sample
+from mmflow.dataset.reader import Sample
 from mmflow.inference.prepare import Looks, Prepared, decode_views
 from mmflow.loading.batches import normalise
 from mmflow.loading.tokens import pad, special_tokens, tokenise
@@ -175,9 +175,3 @@ def take(encoded: Encoded, rows_B: Tensor) -> Encoded:
     """Some rows of what an encoder gave, any of them several times."""
     mask = encoded.mask_BT
     return Encoded(encoded.sequence_BTW[rows_B], encoded.pooled_BW[rows_B], None if mask is None else mask[rows_B])
-
-
-def first_caption(captions: Sequence[Caption], language: str) -> str | None:
-    """The first caption in the language, or else the first of all."""
-    preferred = sorted(captions, key=lambda caption: caption.language != language)
-    return preferred[0].text if preferred else None

@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 
 from mmflow.core.artifacts import content_hash
 from mmflow.core.progress import Report
-from mmflow.core.storage import exists, join, read_bytes
+from mmflow.core.storage import exists, read_bytes
 from mmflow.dataset.format import ShardInfo, write_parquet
-from mmflow.dataset.opened import Dataset, open_dataset
+from mmflow.dataset.opened import open_dataset
 from mmflow.inference.compute import Request, check_errors, compute
 from mmflow.inference.config import EmbedConfig, ScoreConfig, TasksConfig
 from mmflow.inference.result import Stored, column, embeddings_of, vectors_of
 from mmflow.inference.runner import Model, in_parallel
+from mmflow.inference.scores import file_uri
 
 HISTOGRAM_EDGES = [round(-1 + 0.05 * step, 2) for step in range(41)]
 EXTREMES = 6  # best and worst pairs that the manifest names
@@ -45,14 +46,14 @@ class Scored:
     tasks: TasksConfig
     splits: tuple[str, ...] | None
 
-    def shards(self) -> Iterator[tuple[str, Dataset, ShardInfo]]:
-        """(dataset's name, dataset, shard), those with samples, in the order of the files."""
+    def shards(self) -> Iterator[tuple[str, ShardInfo]]:
+        """(dataset's name, shard), those with samples, in the order of the files."""
         for name, uri in self.datasets:
             data = open_dataset(uri)
             of_splits = [shard for split in self.splits or data.splits for shard in data.shards(split)]
             for shard in sorted(of_splits, key=lambda shard: shard.name):
                 if shard.samples:
-                    yield name, data, shard
+                    yield name, shard
 
 
 def score(uri: str, store: str, scored: Scored, settings: ScoreConfig, progress: Report) -> Mapping[str, Any]:
@@ -75,10 +76,10 @@ def score(uri: str, store: str, scored: Scored, settings: ScoreConfig, progress:
     )
     several = len(scored.datasets) > 1
     files = [
-        ScoresFile(scored, store, join(uri, "scores", *([f"dataset={name}"] if several else [])), name, data.uri, shard)
-        for name, data, shard in scored.shards()
+        ScoresFile(scored, store, file_uri(uri, name, shard.name, several=several), name, shard)
+        for name, shard in scored.shards()
     ]
-    manifest = _manifest(scored, files, list(in_parallel(ScoresFile.make, files)))
+    manifest = _manifest(scored, list(in_parallel(ScoresFile.make, files)))
     if failed := manifest["failed"]:  # also of rows that were computed earlier
         first = "{shard}, row {row}: {error}".format_map(failed[0])
         check_errors(manifest["totals"]["errors"], manifest["totals"]["rows"], first, settings.max_errors)
@@ -91,15 +92,9 @@ class ScoresFile:
 
     scored: Scored
     store: str
-    folder: str
+    uri: str
     dataset: str  # its name
-    dataset_uri: str
     shard: ShardInfo
-
-    @property
-    def uri(self) -> str:
-        """Where it stands."""
-        return join(self.folder, f"{self.shard.name}.parquet")
 
     def make(self) -> dict[str, Any]:
         """Write the file and say what it holds. One that a killed run has left is kept, unless it has errors: its shard
@@ -180,7 +175,7 @@ def _summary(table: pa.Table, dataset: str) -> dict[str, Any]:
     return summary
 
 
-def _manifest(scored: Scored, files: Sequence[ScoresFile], made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(scored: Scored, made: Sequence[dict[str, Any]]) -> dict[str, Any]:
     entries = [summary["file"] for summary in made]
     datasets = []
     for name, uri in scored.datasets:

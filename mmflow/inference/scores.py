@@ -95,6 +95,11 @@ class Scores:
         return values
 
 
+def file_uri(uri: str, dataset: str, shard: str, *, several: bool) -> str:
+    """The file of a shard of a dataset; in a folder of the dataset's where the scores are of several."""
+    return join(uri, "scores", *([f"dataset={dataset}"] if several else []), f"{shard}.parquet")
+
+
 def open_scores(uri: str) -> Scores:
     """The scores at `uri`, or the latest of the workspace there.
 
@@ -129,10 +134,9 @@ def _files(uri: str, manifest: Mapping[str, Any]) -> tuple[ScoreFile, ...]:
     several = len(manifest["datasets"]) > 1
     files = []
     for entry, start in zip(entries, starts, strict=False):  # the last start is the end
-        folder = [f"dataset={entry['dataset']}"] if several else []
         files.append(
             ScoreFile(
-                uri=join(uri, "scores", *folder, f"{entry['name']}.parquet"),
+                uri=file_uri(uri, entry["dataset"], entry["name"], several=several),
                 dataset=entry["dataset"],
                 rows=entry["rows"],
                 sha256=entry["sha256"],

@@ -198,8 +198,8 @@ def _comparison(artifacts: Artifacts) -> dict[str, Any]:
 
 
 def share_of_teacher(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, float]:
-    """The student's share of each of the teacher's metrics where higher is better, by flat name. Slices, of which there
-    may be many, are not among them."""
+    """The student's share of each of the teacher's metrics where higher is better, by flat name. Slices are left out:
+    there may be many."""
     theirs, own = flatten(teacher), flatten(student)
     return {
         name: own[name] / value

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mmflow.models.config import ModelConfig
     from mmflow.recipe import Recipe
 
-LATEST = "score/latest.json"  # {"uri"}: the scores that were made last
 TAR, TRAIN = ".tar", "train"  # tars of others have no splits
 SQLITE = "sqlite:///"
 
@@ -44,6 +43,7 @@ def score_stage(
     from mmflow.inference.config import check_tasks, possible_tasks
     from mmflow.inference.runner import Model
     from mmflow.inference.score import Scored, score
+    from mmflow.inference.scores import KIND, LATEST
     from mmflow.models.package import read_config, read_package
 
     package, version, name = _package(settings.model, workspace, model_name)
@@ -68,12 +68,12 @@ def score_stage(
         ensure_ray(num_cpus=(settings.num_workers or 1) * settings.cpus_per_worker)
         with progress("score") as report:
             made = score(uri, join(workspace, RESULTS), scored, settings, report)
-        write_json(join(workspace, *LATEST.split("/")), {"uri": uri})
+        write_json(join(workspace, *LATEST), {"uri": uri})
         return {"model": {"name": name, "version": version, "digest": model.digest, "package": package}, **made}
 
     return Stage(
         name="score",
-        kind="scores",
+        kind=KIND,
         version=2,
         settings={"tasks": [result.settings for result in tasks.results], "splits": settings.splits}
         | ({"width": tasks.embed.width} if tasks.embed else {}),

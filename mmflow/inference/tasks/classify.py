@@ -9,6 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from mmflow.inference.result import Columns, Floats, Gives, Result, column
+from mmflow.inference.tasks.embed import first_caption
 from mmflow.inference.tasks.zero_shot import softmax
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ class Classify(Result):
 
     def run(self, batch: Batch, started: Any) -> Columns:
         """Logits of all classes."""
-        from mmflow.inference.predict import first_caption
-
         texts = None
         if "fused" in batch.predictor.gives:
             texts = [first_caption(sample.captions, self.language) or "" for sample in batch.samples]

@@ -73,8 +73,6 @@ class CaptionEmbeddings(Result):
 
     def run(self, batch: Batch, started: Any) -> Columns:
         """Through the text encoder."""
-        from mmflow.inference.predict import first_caption
-
         captions = [first_caption(sample.captions, self.language) for sample in batch.samples]
         missing = np.array([caption is None for caption in captions])
         embedded = batch.predictor.embed_texts([caption or "" for caption in captions])
@@ -117,3 +115,9 @@ class AllCaptionEmbeddings(Result):
 def captions_in(captions: Sequence[Caption], language: str) -> list[str]:
     """The texts of the captions in a language."""
     return [caption.text for caption in captions if caption.language == language]
+
+
+def first_caption(captions: Sequence[Caption], language: str) -> str | None:
+    """The first caption in the language, or else the first of all."""
+    preferred = sorted(captions, key=lambda caption: caption.language != language)
+    return preferred[0].text if preferred else None

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmflow.inference.result import Columns, Floats, Gives, Result, column
+from mmflow.inference.tasks.embed import first_caption
 
 if TYPE_CHECKING:
     from mmflow.inference.predict import Batch
@@ -31,8 +32,6 @@ class Match(Result):
 
     def run(self, batch: Batch, started: Any) -> Columns:
         """Rows with a caption, all at once."""
-        from mmflow.inference.predict import first_caption
-
         captions = [first_caption(sample.captions, self.language) for sample in batch.samples]
         rows = np.array([row for row, caption in enumerate(captions) if caption is not None], np.int64)
         odds = np.zeros(len(captions), np.float32)
