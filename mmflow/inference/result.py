@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from mmflow.core.artifacts import content_hash
 from mmflow.core.config import Config
-from mmflow.core.errors import CorruptArtifactError
-from mmflow.core.storage import exists, join, read_bytes
+from mmflow.core.errors import CorruptArtifactError, MissingArtifactError
+from mmflow.core.storage import exists, filesystem, join
 from mmflow.dataset.format import ShardInfo, list_folder
 
 if TYPE_CHECKING:
@@ -151,9 +151,12 @@ class Stored:
 
 def read_table(uri: str, shard: ShardInfo, columns: Sequence[str] | None = None) -> pa.Table:
     """A result's rows in order. Raises MissingArtifactError, or CorruptArtifactError naming the file."""
-    data = read_bytes(uri)
+    system, path = filesystem(uri)
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(columns=columns and list(columns), use_threads=False)
+        with system.open_input_file(path) as stream:  # of a few columns, the others are not read
+            table = pq.ParquetFile(stream).read(columns=columns and list(columns), use_threads=False)
+    except FileNotFoundError as error:
+        raise MissingArtifactError(f"{uri}: no such file") from error
     except (pa.ArrowException, OSError, KeyError) as error:
         raise CorruptArtifactError(f"{uri}: not a result ({error}); delete it and run again") from error
     if table.num_rows != shard.samples:
